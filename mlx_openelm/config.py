@@ -26,6 +26,7 @@ _IGNORED_KEYS = {
     "eos_token": "the tokenizer's",
     "initializer_range": "only for fresh weights, where CoreNet's own rule holds",
     "license": "a note",
+    "openelm_mlx_version": "who wrote it",
     "output_attentions": "what another library returns",
     "output_hidden_states": "what another library returns",
     "pad_token_id": "nothing is padded with it",

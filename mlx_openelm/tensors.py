@@ -7,6 +7,7 @@ A checkpoint is a `dict[str, LazyTensor]`: renaming is a dict comprehension, ave
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -61,18 +62,21 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         header = _read_header(path)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-    return {name: LazyTensor(shape, dtype, _Reader(path, name)) for name, (shape, dtype) in header.items()}
+    arrays = _Arrays(path)
+    return {name: LazyTensor(shape, dtype, partial(arrays.take, name)) for name, (shape, dtype) in header.items()}
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads one tensor; the file is opened for each, so that nothing read stays behind in memory."""
+class _Arrays:
+    """Unread arrays of one file, each given away once, so that no values stay behind; then the file is opened anew."""
 
-    path: Path
-    name: str
+    def __init__(self, path: Path):
+        self._path = path
+        self._arrays: dict[str, mx.array] = {}
 
-    def __call__(self) -> mx.array:
-        return mx.load(str(self.path))[self.name]  # type: ignore[index, return-value]
+    def take(self, name: str) -> mx.array:
+        if name not in self._arrays:
+            self._arrays = mx.load(str(self._path))  # type: ignore[assignment]
+        return self._arrays.pop(name)
 
 
 def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:

@@ -1,0 +1,40 @@
+"""Apple's OpenELM language models with MLX; everything public is imported from here."""
+
+from .cache import KVCache, kv_cache_bytes
+from .chat import Chat
+from .config import PRESETS, OpenELMConfig
+from .convert import Conversion, convert  # a function in place of the folder of its name, and below of the file
+from .engine import Step, generate_tokens
+from .errors import OpenELMError
+from .generate import Piece, Stats, generate, stream_generate
+from .model import ContextLengthWarning, OpenELM, num_parameters
+from .quantize import Quantization
+from .sampling import SamplingConfig
+from .tokenizer import Tokenizer
+from .version import __version__
+from .weights import load
+
+__all__ = [
+    "PRESETS",
+    "Chat",
+    "ContextLengthWarning",
+    "Conversion",
+    "KVCache",
+    "OpenELM",
+    "OpenELMConfig",
+    "OpenELMError",
+    "Piece",
+    "Quantization",
+    "SamplingConfig",
+    "Stats",
+    "Step",
+    "Tokenizer",
+    "__version__",
+    "convert",
+    "generate",
+    "generate_tokens",
+    "kv_cache_bytes",
+    "load",
+    "num_parameters",
+    "stream_generate",
+]

@@ -1,0 +1,87 @@
+"""`openelm-mlx convert`."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from .options import Json, Revision, TokenizerOption
+from .terminal import INTERRUPTED, byte_bar, fail, mib, print_json, say
+
+EXAMPLES = (
+    "Examples: openelm-mlx convert apple/OpenELM-1_1B-Instruct --quantize 4   |   "
+    "openelm-mlx convert corenet.pt --config 270M   |   openelm-mlx convert a.pt b.pt c.pt --config 3B"
+)
+
+
+def convert(
+    sources: Annotated[list[str], typer.Argument(help="Folder, hub id, or CoreNet .pt files.", metavar="SOURCE...")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder to write; the source's name by default.", metavar="DIR")
+    ] = None,
+    quantize: Annotated[
+        int | None, typer.Option("--quantize", "-q", help="Quantize to 2, 3, 4, 5, 6 or 8 bits.", metavar="BITS")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Values that share a scale: 32, 64 or 128.", metavar="N")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4.", metavar="MODE")] = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Write a quantized source in full.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float16, bfloat16 or float32; auto keeps 16 bits.", metavar="D")
+    ] = "auto",
+    config: Annotated[
+        str | None,
+        typer.Option(help="270M, 450M, 1.1B, 3B, a CoreNet YAML or a config.json.", metavar="FILE_OR_NAME"),
+    ] = None,
+    tokenizer: TokenizerOption = None,
+    keep_padding: Annotated[
+        bool, typer.Option("--keep-padding", help="Keep the rows that fill up CoreNet's vocabulary.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a model at the output.")] = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Write the MLX folder of an OpenELM from whatever form its weights are in."""
+    from ..convert import convert as run
+
+    state = {"name": "", "done": 0, "total": 0}
+    with byte_bar("writing") as update:
+
+        def on_progress(name: str, done: int, total: int) -> None:
+            state.update(name=name, done=done, total=total)
+            update(done, total)
+
+        try:
+            result = run(
+                sources,
+                output,
+                quantize=quantize,
+                group_size=group_size,
+                mode=mode,
+                dequantize=dequantize,
+                dtype=dtype,
+                config=config,
+                tokenizer=tokenizer,
+                keep_padding=keep_padding,
+                force=force,
+                revision=revision,
+                on_progress=on_progress,
+            )
+        except KeyboardInterrupt:
+            where = f" after {state['name']}, {mib(state['done'])} of {mib(state['total'])}" if state["done"] else ""
+            fail(f"interrupted{where}; nothing was written", INTERRUPTED)
+    for warning in result.warnings:
+        say(f"warning: {warning}")
+    if as_json:
+        print_json({**asdict(result), "folder": str(result.folder), "config": result.config.to_dict()})
+        return
+    quantization = result.quantization
+    kind = f"{quantization.bits}-bit {quantization.mode}" if quantization else result.dtype
+    typer.echo(
+        f"{result.folder}: {result.num_parameters:,} parameters in {kind}, {result.bits_per_weight:.2f} bits per weight, "
+        f"{mib(result.source_bytes)} before and {mib(result.output_bytes)} now"
+    )
+    if result.not_quantized:
+        typer.echo(f"not quantized, because the group does not divide the width: {', '.join(result.not_quantized)}")
+    typer.echo(f"tokenizer: {result.tokenizer or 'none'}")

@@ -1,0 +1,87 @@
+"""`openelm-mlx info` and `openelm-mlx doctor`."""
+
+from typing import Annotated
+
+import typer
+
+from .options import Json, Revision, model_name
+from .terminal import mib, print_json
+
+EXAMPLES = "Example: openelm-mlx info OpenELM-1_1B --json"
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(envvar="OPENELM_MLX_MODEL", help="Folder, hub id or .pt file.")] = None,
+    config: Annotated[str | None, typer.Option(help="Configuration of a .pt file.", metavar="FILE_OR_NAME")] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model layer by layer: heads, FFN widths, parameters, bytes."""
+    from ..convert import open_source
+    from ..info import describe
+
+    found = describe(open_source([model_name(model)], config=config, revision=revision))
+    if as_json:
+        print_json(found.to_dict())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=found.name, show_footer=True, title_justify="left")
+    totals = {
+        "layer": "total",
+        "query heads": str(sum(layer.query_heads for layer in found.layers)),
+        "kv heads": str(sum(layer.kv_heads for layer in found.layers)),
+        "FFN width": "",
+        "parameters": f"{sum(layer.parameters for layer in found.layers):,}",
+        "MiB": f"{sum(layer.nbytes for layer in found.layers) / 2**20:,.2f}",
+        "KV bytes/token": f"{found.kv_bytes_per_token:,}",
+    }
+    for heading, total in totals.items():
+        table.add_column(heading, total, justify="right")
+    for number, layer in enumerate(found.layers):
+        table.add_row(
+            str(number),
+            str(layer.query_heads),
+            str(layer.kv_heads),
+            f"{layer.ffn_dim:,}",
+            f"{layer.parameters:,}",
+            f"{layer.nbytes / 2**20:,.2f}",
+            f"{layer.kv_bytes_per_token:,}",
+        )
+    Console().print(table)
+    tied = "tied to the output" if found.tied_embeddings else "the output has its own"
+    gated = "gated" if found.gated_ffn else "plain"
+    typer.echo(f"parameters   {found.parameters:,} with the embedding, {tied}")
+    typer.echo(f"width        {found.model_dim:,} in heads of {found.head_dim}, {gated} FFN")
+    typer.echo(f"vocabulary   {found.vocab_size:,}")
+    typer.echo(
+        f"context      {found.max_context_length:,} tokens, {mib(found.kv_bytes_per_token * found.max_context_length)} of keys and values in 16 bits"
+    )
+    typer.echo(f"on disk      {mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight")
+    typer.echo(f"tensors      {', '.join(f'{count} {kind}' for kind, count in found.weights.items())}")
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show versions, device and memory, what is slow here, and what to do about it."""
+    from ..doctor import examine
+
+    report = examine()
+    if as_json:
+        print_json(report.to_dict())
+        return
+    wired = "the system's default" if report.wired_limit_bytes in (None, 0) else mib(report.wired_limit_bytes)
+    lines = {
+        **report.versions,
+        "python": report.python,
+        "system": report.system,
+        "device": report.device,
+        "memory": f"{mib(report.memory_bytes)}, of which {mib(report.memory_limit_bytes)} for a model",
+        "wired limit": wired if report.device.endswith("(Metal)") else "Metal only",
+        "float32 matmul": f"{report.float32_matmul_gflops:,.1f} GFLOP/s",
+        "BLAS": report.blas or "the system's",
+    }
+    for name, value in lines.items():
+        typer.echo(f"{name:<16} {value}")
+    for advice in report.advice:
+        typer.echo(f"\n* {advice}")

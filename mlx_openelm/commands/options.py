@@ -1,0 +1,37 @@
+"""Options that several commands share; a default stands in the dataclass or function that a command calls."""
+
+from typing import Annotated
+
+import typer
+
+from ..errors import SourceError
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", envvar="OPENELM_MLX_MODEL", help="Folder or hub id of the model.", metavar="M"),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Stop after this many tokens.", metavar="N")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.", metavar="T")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this probability.", metavar="P")]
+TopK = Annotated[int, typer.Option(help="Sample from this many of the likeliest tokens; 0: all.", metavar="K")]
+MinP = Annotated[float, typer.Option(help="Leave out what is below this share of the likeliest.", metavar="P")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages recent tokens; 1.2 is usual.", metavar="R")]
+RepetitionContext = Annotated[int, typer.Option(help="How many tokens count as recent.", metavar="N")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.", metavar="S")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.", metavar="N")]
+System = Annotated[str | None, typer.Option(help="System message of an Instruct model.", metavar="TEXT")]
+Dtype = Annotated[
+    str, typer.Option(help="Compute in auto, float16, bfloat16 or float32.", metavar="D", show_default=True)
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="File, folder or hub id; none goes without.", metavar="FILE_OR_REPO")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="R")]
+
+
+def model_name(model: str | None) -> str:
+    """The model that was named, by a flag or by the environment."""
+    if not model:
+        raise SourceError("no model is named; give --model FOLDER_OR_HUB_ID or set OPENELM_MLX_MODEL")
+    return model

@@ -1,0 +1,223 @@
+"""The way from a source to a written folder: what to quantize, which type, how many rows, which tokenizer."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..config import OpenELMConfig
+from ..device import DTYPES
+from ..errors import ConfigError, WeightsError
+from ..model import num_parameters
+from ..quantize import PackedTensor, Quantization, pack
+from ..tensors import LazyTensor
+from ..tokenizer import Tokenizer
+from ..tokenizer_files import find_tokenizer, has_tokenizer, write_tokenizer
+from .card import model_card
+from .output import check_target, write_model
+from .source import Source, Tensor
+from .sources import TORCH_SUFFIXES, open_source
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion wrote."""
+
+    folder: Path
+    config: OpenELMConfig
+    dtype: str
+    quantization: Quantization | None
+    num_parameters: int
+    bits_per_weight: float
+    source_bytes: int
+    output_bytes: int
+    not_quantized: tuple[str, ...]  # matrices whose width is no multiple of the group
+    tokenizer: str | None  # where it came from
+    warnings: tuple[str, ...]
+
+
+def convert(
+    source: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    quantize: int | None = None,
+    group_size: int | None = None,
+    mode: str | None = None,
+    dequantize: bool = False,
+    dtype: str = "auto",
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    keep_padding: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda name, done_bytes, total_bytes: None,
+) -> Conversion:
+    """Write the MLX folder of an OpenELM, whatever form its weights are in.
+
+    Tensors stream: peak memory stays near what the largest one takes. The folder appears when it is whole.
+
+    Args:
+        source: a folder or hub id (Hugging Face, MLX community, Apple's MLX port, written by this function), or a
+            CoreNet `.pt` file, or several, which are averaged.
+        output: where to write; by default the source's name in the current folder.
+        quantize: bits; with neither `quantize` nor `mode`, a quantized source stays as it is.
+        group_size: values that share a scale; 64 by default in the affine mode.
+        mode: `affine`, `mxfp4`, `mxfp8` or `nvfp4`.
+        dequantize: give a quantized source its full matrices back.
+        dtype: `auto` (a 16-bit type stays, float32 becomes bfloat16), `float16`, `bfloat16` or `float32`.
+        config: a preset (`270M`, `450M`, `1.1B`, `3B`), a CoreNet YAML file or a `config.json`.
+        tokenizer: file, folder or hub id; `"none"` writes the model alone.
+        keep_padding: keep the rows that fill up CoreNet's vocabulary.
+        force: replace a model folder at `output`.
+        revision: branch, tag or commit on the hub.
+        on_progress: called with a tensor's name, the bytes written so far and all bytes.
+    Raises:
+        OpenELMError: of the kind that fits; nothing is written then.
+    """
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    wanted = _wanted_quantization(quantize, group_size, mode, dequantize)
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"{dtype!r} is not a type of weights; there are auto, {', '.join(DTYPES)}")
+    folder = Path(output).expanduser() if output is not None else _default_output(sources)
+    check_target(folder, force)
+
+    found = open_source(sources, config=config, revision=revision)
+    text, tokenizer_origin = _tokenizer_of(found, tokenizer, revision)
+    if found.named_vocab_size and not keep_padding:
+        found = found.with_vocabulary(text.vocab_size if text else found.named_vocab_size)
+
+    target_dtype = _target_dtype(dtype, found)
+    tensors = {
+        name: _converted(name, tensor, target_dtype, wanted, dequantize) for name, tensor in found.tensors.items()
+    }
+    result = _summary(folder, found, tensors, target_dtype, tokenizer_origin)
+    command = _command(sources, quantize, group_size, mode, dequantize, dtype, config)
+
+    def add_files(staging: Path) -> None:
+        (staging / "README.md").write_text(model_card(result, found, command), encoding="utf-8")
+        if text is not None:
+            write_tokenizer(text, staging)
+
+    done_bytes = 0
+
+    def on_written(name: str, nbytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += nbytes
+        on_progress(name, done_bytes, result.output_bytes)
+
+    write_model(folder, found.config, tensors, add_files=add_files, force=force, on_written=on_written)
+    return result
+
+
+def _wanted_quantization(
+    bits: int | None, group_size: int | None, mode: str | None, dequantize: bool
+) -> Quantization | None:
+    if bits is None and mode is None:
+        if group_size is not None:
+            raise ConfigError("--group-size belongs to --quantize, which is missing")
+        return None
+    if dequantize:
+        raise ConfigError("--quantize and --dequantize contradict one another")
+    return Quantization.of(bits, group_size, mode)
+
+
+def _default_output(sources: Sequence[str | Path]) -> Path:
+    """The source's name in the current folder."""
+    name = Path(str(sources[0]).rstrip("/")).name
+    return Path(Path(name).stem if name.endswith(TORCH_SUFFIXES) else name or "OpenELM")
+
+
+def _tokenizer_of(
+    source: Source, requested: str | Path | None, revision: str | None
+) -> tuple[Tokenizer | None, str | None]:
+    if requested == "none" or (requested is None and source.is_converted and not has_tokenizer(source.folder)):
+        return None, None
+    return find_tokenizer(
+        None if requested is None else str(requested),
+        source.folder,
+        source.config.vocab_size,
+        chat=source.is_chat,
+        revision=revision if requested is not None else None,
+    )
+
+
+def _target_dtype(requested: str, source: Source) -> mx.Dtype:
+    if requested != "auto":
+        return DTYPES[requested]
+    stored = source.tensors["transformer.norm.weight"].dtype  # the norms are never quantized
+    return mx.bfloat16 if stored == mx.float32 else stored
+
+
+def _converted(name: str, tensor: Tensor, dtype: mx.Dtype, wanted: Quantization | None, dequantize: bool) -> Tensor:
+    """A tensor as it will be written: checked, in the target type, and quantized where that is wanted and possible."""
+    if isinstance(tensor, PackedTensor):
+        if not dequantize and wanted in (None, tensor.quantization):
+            return PackedTensor(
+                {part: _cast(name, lazy, dtype) for part, lazy in tensor.parts.items()}, tensor.quantization
+            )
+        tensor = tensor.dequantize()
+    tensor = _cast(name, tensor, dtype)
+    return pack(tensor, wanted) if wanted is not None and wanted.fits(tensor.shape) else tensor
+
+
+def _cast(name: str, tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
+    """The tensor in another type of numbers, refused if it holds what is none; packed words stay as they are."""
+    if tensor.dtype in (mx.uint32, mx.uint8):
+        return tensor
+
+    def cast(array: mx.array) -> mx.array:
+        result = array.astype(dtype)
+        if not mx.all(mx.isfinite(result)).item():
+            if mx.all(mx.isfinite(array)).item():
+                raise WeightsError(f"{name} holds values beyond the range of float16; use --dtype bfloat16")
+            raise WeightsError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training diverged")
+        return result
+
+    return tensor.map(cast, dtype=dtype)
+
+
+def _summary(
+    folder: Path, source: Source, tensors: dict[str, Tensor], dtype: mx.Dtype, tokenizer_origin: str | None
+) -> Conversion:
+    packed = [tensor.quantization for tensor in tensors.values() if isinstance(tensor, PackedTensor)]
+    plain = [name for name, tensor in tensors.items() if len(tensor.shape) == 2 and isinstance(tensor, LazyTensor)]
+    output_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    parameters = num_parameters(source.config)
+    warnings = []
+    if dtype == mx.float16 and source.config.model_dim >= OpenELMConfig.preset("3B").model_dim:
+        warnings.append("activations of the 3B model overflow float16, as Apple says itself; use --dtype bfloat16")
+    return Conversion(
+        folder=folder,
+        config=source.config,
+        dtype=str(dtype).removeprefix("mlx.core."),
+        quantization=max(packed, key=packed.count) if packed else None,
+        num_parameters=parameters,
+        bits_per_weight=output_bytes * 8 / parameters,
+        source_bytes=source.nbytes,
+        output_bytes=output_bytes,
+        not_quantized=tuple(plain) if packed else (),
+        tokenizer=tokenizer_origin,
+        warnings=tuple(warnings),
+    )
+
+
+def _command(
+    sources: Sequence[str | Path],
+    bits: int | None,
+    group_size: int | None,
+    mode: str | None,
+    dequantize: bool,
+    dtype: str,
+    config: str | Path | None,
+) -> str:
+    """The command line that does the same, without folders of the machine it ran on."""
+    words = ["openelm-mlx", "convert", *(str(s) if not Path(s).exists() else Path(s).name for s in sources)]
+    words += [] if bits is None else ["--quantize", str(bits)]
+    words += [] if group_size is None else ["--group-size", str(group_size)]
+    words += [] if mode is None else ["--mode", mode]
+    words += ["--dequantize"] if dequantize else []
+    words += [] if dtype == "auto" else ["--dtype", dtype]
+    words += [] if config is None else ["--config", Path(config).name]
+    return shlex.join(words)

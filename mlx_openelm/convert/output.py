@@ -1,0 +1,184 @@
+"""Model folders on their way to disk: planned from shapes, written to the side, renamed when whole."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import OpenELMConfig
+from ..errors import DiskSpaceError, OutputError, OutputExistsError
+from ..quantize import PackedTensor, Quantization
+from ..tensors import LazyTensor, write_safetensors
+from ..version import __version__
+from .source import Tensor
+
+SHARD_BYTES = 5_000_000_000
+_SMALL_FILES_BYTES = 10_000_000  # room for the tokenizer, the card and the like
+
+
+def check_target(folder: Path, force: bool) -> None:
+    """Make sure that a model may be written to `folder`.
+
+    Raises:
+        OutputExistsError: if it exists and `force` is not given.
+        OutputError: if what exists is no model folder: that is never replaced.
+    """
+    if not folder.exists():
+        return
+    if not force:
+        raise OutputExistsError(folder)
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists()):
+        raise OutputError(f"{folder} is not a model folder, which --force would not replace; choose another --output")
+
+
+def write_model(
+    folder: Path,
+    config: OpenELMConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    add_files: Callable[[Path], object] = lambda staging: None,
+    force: bool = False,
+    on_written: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> None:
+    """Write a model folder that this package and stock mlx-lm read; it appears whole or not at all.
+
+    Tensors are read one at a time. What was begun by a process that is gone is cleaned up first.
+
+    Args:
+        add_files: writes what else belongs into the folder (tokenizer, card), given where.
+        on_written: called with each tensor's name and size in bytes.
+    Raises:
+        OutputError: if the folder exists, the disk is too small or a file cannot be written.
+    """
+    check_target(folder, force)
+    folder = folder.absolute()
+    shards = _plan_shards(tensors)
+    _check_disk(folder, sum(tensor.nbytes for tensor in tensors.values()))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        clean_up(folder)
+        staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+        staging.mkdir()
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
+    try:
+        _write_weights(staging, shards, on_written)
+        _write_json(staging / "config.json", {**config.to_dict(), **_about(tensors)})
+        _write_json(staging / "generation_config.json", _generation_config(config))
+        add_files(staging)
+        _put_in_place(staging, folder)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process left beside `folder`, and bring back what it was about to replace."""
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.(partial|replaced)-(\d+)")
+    for path in folder.parent.glob(f".{folder.name}.*"):
+        match = pattern.fullmatch(path.name)
+        if not match or _is_running(int(match[2])):
+            continue
+        if match[1] == "replaced" and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return process != os.getpid()
+
+
+def _put_in_place(staging: Path, folder: Path) -> None:
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    folder.rename(replaced)
+    staging.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _check_disk(folder: Path, nbytes: int) -> None:
+    place = folder.parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < nbytes + _SMALL_FILES_BYTES:
+        raise DiskSpaceError(folder, nbytes + _SMALL_FILES_BYTES, free)
+
+
+def _plan_shards(tensors: Mapping[str, Tensor]) -> list[dict[str, LazyTensor]]:
+    """Files of at most `SHARD_BYTES` each; the parts of a quantized matrix stay together."""
+    shards: list[dict[str, LazyTensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        filled += tensor.nbytes
+        if isinstance(tensor, PackedTensor):
+            path = name.removesuffix(".weight")
+            shards[-1].update({f"{path}.{part}": lazy for part, lazy in tensor.parts.items()})
+        else:
+            shards[-1][name] = tensor
+    return shards
+
+
+def _write_weights(staging: Path, shards: list[dict[str, LazyTensor]], on_written: Callable[[str, int], None]) -> None:
+    def release(name: str, nbytes: int) -> None:
+        mx.clear_cache()  # MLX keeps freed buffers for reuse; here each is as large as a tensor
+        on_written(name, nbytes)
+
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        with open(staging / name, "wb") as file:
+            write_safetensors(file, shard, {"format": "mlx"}, release)
+    if len(shards) > 1:
+        places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        _write_json(staging / "model.safetensors.index.json", index)
+
+
+def _about(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `config.json` says beyond the network: who wrote it, the type of the tensors, how they are quantized.
+
+    The commonest quantization stands for all, others under their matrix. A matrix that is not quantized needs no entry:
+    readers, mlx-lm among them, look for its scales.
+    """
+    dtype = str(tensors["transformer.norm.weight"].dtype).removeprefix("mlx.core.")
+    about: dict[str, Any] = {"torch_dtype": dtype, "openelm_mlx_version": __version__}
+    packed = {n.removesuffix(".weight"): t.quantization for n, t in tensors.items() if isinstance(t, PackedTensor)}
+    if packed:
+        kinds: list[Quantization] = list(packed.values())
+        common = max(dict.fromkeys(kinds), key=kinds.count)
+        others = {path: kind.to_dict() for path, kind in packed.items() if kind != common}
+        about["quantization"] = about["quantization_config"] = {**common.to_dict(), **others}
+    return about
+
+
+def _generation_config(config: OpenELMConfig) -> dict[str, Any]:
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "max_length": config.max_context_length,
+    }
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,68 @@
+"""The machine that MLX computes on: the one place that asks what it is and what it can hold."""
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+_CPU_SHARE = 0.9  # of physical memory; the rest belongs to the system
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU."""
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
+def device_name() -> str:
+    """What MLX computes on, for people."""
+    if on_cpu():
+        return "CPU"
+    name = mx.device_info().get("device_name")
+    return f"{name} ({'Metal' if mx.metal.is_available() else 'CUDA'})"
+
+
+def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """The type to compute in: on the CPU float32, where 16 bits are slow, and elsewhere the stored one."""
+    return mx.float32 if on_cpu() else stored
+
+
+def memory_limit_bytes() -> int:
+    """Memory that a model, its cache and its activations may take here, in bytes."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    if not on_cpu():
+        total = mx.device_info().get("total_memory")
+        if total:
+            return int(total)
+    return int(physical_memory_bytes() * _CPU_SHARE)
+
+
+def physical_memory_bytes() -> int:
+    """Memory of the machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that was in use so far: of the device, or on the CPU of the whole process."""
+    if not on_cpu():
+        return mx.get_peak_memory()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def wired_memory() -> Iterator[None]:
+    """Keep the weights of a large model in the GPU's memory meanwhile; nothing happens where there is no Metal."""
+    if not mx.metal.is_available():
+        yield
+        return
+    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)

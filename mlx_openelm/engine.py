@@ -1,0 +1,106 @@
+"""Tokens in, tokens out: prefill in chunks, then one token after another with the device kept busy.
+
+This stands below text (no tokenizer, no stop strings) and above the model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .cache import KVCache, kv_cache_bytes
+from .device import memory_limit_bytes
+from .errors import MemoryLimitError, PromptError
+from .model import OpenELM
+from .sampling import Sampler, SamplingConfig
+
+MAX_TOKENS = 256
+PREFILL_CHUNK = 512  # tokens
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token."""
+
+    token: int
+    logprob: float  # natural logarithm of the probability that the model gave it, before sampling changed anything
+
+
+def generate_tokens(
+    model: OpenELM,
+    tokens: mx.array | Sequence[int],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
+    cache: KVCache | None = None,
+    on_prefill: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Step]:
+    """Continue a prompt, one `Step` at a time, through the end of the text and beyond: stopping is the caller's.
+
+    While the caller handles a token, the device computes the next one.
+
+    Args:
+        tokens: ids (L,), at least one.
+        max_tokens: how many to generate.
+        cache: what came before the prompt; afterwards it holds the prompt and all generated tokens whose successor was
+            computed, which is at most one more than were taken.
+        on_prefill: called with the number of prompt tokens done and their total.
+
+    Raises:
+        PromptError: if there are no tokens, or ids outside the vocabulary.
+        MemoryLimitError: if the prompt does not fit into memory.
+    """
+    prompt = mx.array(tokens, dtype=mx.int32).reshape(-1)
+    _check_prompt(model, prompt)
+    cache = cache if cache is not None else model.make_cache()
+    _check_memory(model, cache.offset + prompt.size + max_tokens)
+    if max_tokens < 1:
+        return
+    sampler = Sampler(sampling, prompt)
+    hidden = prefill(model, prompt, cache, on_prefill)
+    token, logprob = sampler(model.logits(hidden)[0, -1])
+    mx.async_eval(token, logprob)
+    on_prefill(prompt.size, prompt.size)
+    for remaining in range(max_tokens - 1, -1, -1):
+        if remaining:
+            following = sampler(model(token[None, None], cache=cache)[0, -1])
+            mx.async_eval(*following)
+        yield Step(int(token.item()), float(logprob.item()))
+        if remaining:
+            token, logprob = following
+
+
+def prefill(model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Callable[[int, int], None]) -> mx.array:
+    """Put a prompt (L,) into the cache, chunk by chunk; gives the last position's hidden state (1, 1, M).
+
+    Logits are left to the caller: those of the other positions nobody reads.
+    """
+    for start in range(0, prompt.size, PREFILL_CHUNK):
+        on_prefill(start, prompt.size)
+        hidden = model.transformer(prompt[None, start : start + PREFILL_CHUNK], cache)
+        if start + PREFILL_CHUNK < prompt.size:
+            mx.eval(cache.arrays)
+    return hidden[:, -1:]
+
+
+def _check_prompt(model: OpenELM, prompt: mx.array) -> None:
+    if prompt.size == 0:
+        raise PromptError("the prompt is empty; there is nothing to continue")
+    smallest, largest = prompt.min().item(), prompt.max().item()
+    if smallest < 0 or largest >= model.config.vocab_size:
+        raise PromptError(
+            f"the prompt holds the id {smallest if smallest < 0 else largest}, outside the vocabulary of "
+            f"{model.config.vocab_size:,} entries"
+        )
+
+
+def _check_memory(model: OpenELM, num_tokens: int) -> None:
+    """Keys and values once more than kept, for the moment when they grow; attention within a layer comes on top."""
+    config = model.config
+    dtype = model.transformer.norm.weight.dtype
+    heads = max(config.num_query_heads)
+    scores = heads * min(num_tokens, PREFILL_CHUNK) * num_tokens * 4
+    needed = 2 * kv_cache_bytes(config, num_tokens, dtype) + scores
+    limit = memory_limit_bytes()
+    if needed > limit:
+        raise MemoryLimitError(num_tokens, needed, limit)

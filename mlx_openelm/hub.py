@@ -1,0 +1,47 @@
+"""Folders of models: on this disk, or downloaded from the Hugging Face hub by name."""
+
+import re
+from pathlib import Path
+
+from .errors import SourceError
+
+# All that is needed of a repository; the rest (PyTorch copies, pictures, code) stays where it is.
+_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder that a path or a hub id means, downloaded if need be; a download that was cut off goes on.
+
+    Args:
+        revision: branch, tag or commit of the hub's repository.
+    Raises:
+        SourceError: if there is no such folder, no such repository, or no way to reach it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise SourceError(f"{name} is a file; a model is a folder (`convert` takes .pt files)")
+    if isinstance(name, Path) or not _REPO_ID.fullmatch(name) or name.startswith("."):
+        raise SourceError(f"{name} does not exist; give a folder, or a hub id like apple/OpenELM-270M-Instruct")
+    return _download(name, revision)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+    except GatedRepoError as error:
+        raise SourceError(f"{repo_id} needs permission: ask for it on its page, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(f"{repo_id} is neither a folder here nor a repository on the Hugging Face hub") from error
+    except LocalEntryNotFoundError as error:
+        raise SourceError(
+            f"{repo_id} is neither a folder here nor in the Hugging Face cache, and the hub cannot be reached"
+        ) from error
+    except Exception as error:  # the hub's client lets errors of several HTTP libraries through
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(f"{repo_id} cannot be downloaded: {reason[:200]}") from error

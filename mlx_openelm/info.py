@@ -1,0 +1,92 @@
+"""What a model is made of, layer by layer."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+
+from .cache import kv_cache_bytes
+from .convert.source import Source
+from .model import parameter_shapes
+from .quantize import PackedTensor
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer's widths and what they cost."""
+
+    query_heads: int
+    kv_heads: int
+    ffn_dim: int
+    parameters: int
+    nbytes: int
+    kv_bytes_per_token: int  # keys and values in 16 bits
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model's shape and size; bytes are those of the tensors on disk."""
+
+    name: str
+    model_dim: int
+    head_dim: int
+    vocab_size: int
+    max_context_length: int
+    gated_ffn: bool
+    tied_embeddings: bool
+    layers: tuple[LayerInfo, ...]
+    parameters: int
+    nbytes: int
+    kv_bytes_per_token: int  # in 16 bits
+    weights: dict[str, int]  # kind of matrix or vector: how many of them
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk per parameter, scales of quantized groups included."""
+        return self.nbytes * 8 / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        return {**asdict(self), "bits_per_weight": self.bits_per_weight}
+
+
+def describe(source: Source) -> ModelInfo:
+    """Figures about a model that was found; no tensor is read."""
+    config = source.config
+    parameters = {name: prod(shape) for name, shape in parameter_shapes(config).items()}
+    layers = []
+    for layer in range(config.num_transformer_layers):
+        names = [name for name in parameters if name.startswith(f"transformer.layers.{layer}.")]
+        layers.append(
+            LayerInfo(
+                config.num_query_heads[layer],
+                config.num_kv_heads[layer],
+                config.ffn_dims[layer],
+                sum(parameters[name] for name in names),
+                sum(source.tensors[name].nbytes for name in names),
+                2 * config.num_kv_heads[layer] * config.head_dim * mx.float16.size,
+            )
+        )
+    return ModelInfo(
+        name=source.name,
+        model_dim=config.model_dim,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        max_context_length=config.max_context_length,
+        gated_ffn=config.ffn_with_glu,
+        tied_embeddings=config.share_input_output_layers,
+        layers=tuple(layers),
+        parameters=sum(parameters.values()),
+        nbytes=source.nbytes,
+        kv_bytes_per_token=kv_cache_bytes(config, 1),
+        weights=dict(Counter(_kind(tensor) for tensor in source.tensors.values())),
+    )
+
+
+def _kind(tensor: object) -> str:
+    if isinstance(tensor, PackedTensor):
+        quantization = tensor.quantization
+        return f"{quantization.bits}-bit {quantization.mode}, group {quantization.group_size}"
+    return str(tensor.dtype).removeprefix("mlx.core.")  # type: ignore[attr-defined]

@@ -1,0 +1,189 @@
+"""The OpenELM network, top to bottom (paper: arXiv:2404.14619).
+
+Parameters carry the names of the Hugging Face checkpoints. In shapes: B batch, L new tokens, S cached tokens plus L,
+H query heads, K key/value heads, D head_dim, M model_dim, F this layer's FFN width, V vocabulary.
+"""
+
+import warnings
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .cache import KVCache
+from .config import OpenELMConfig
+
+NORM_EPS = 1e-6
+
+
+class ContextLengthWarning(UserWarning):
+    """Text goes on past the positions that the model was trained with, so its quality falls."""
+
+
+class OpenELM(nn.Module):
+    """A decoder-only language model whose layers differ in width."""
+
+    def __init__(self, config: OpenELMConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        if not config.share_input_output_layers:
+            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+
+    def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
+        """Logits of the token after each given one.
+
+        Args:
+            tokens: ids (B, L).
+            cache: what came before them; they are added to it.
+
+        Returns:
+            (B, L, V) in the type of the weights.
+
+        Warns:
+            ContextLengthWarning: once, when a sequence grows past `max_context_length`.
+        """
+        return self.logits(self.transformer(tokens, cache))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(..., V) from hidden states (..., M): lets prefill skip the positions that nobody reads."""
+        if self.config.share_input_output_layers:
+            return self.transformer.token_embeddings.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    def make_cache(self) -> KVCache:
+        """An empty cache for one batch of sequences."""
+        return KVCache(self.config.num_transformer_layers)
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and the last norm: tokens (B, L) to hidden states (B, L, M)."""
+
+    def __init__(self, config: OpenELMConfig):
+        super().__init__()
+        self.max_context_length = config.max_context_length
+        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = [Layer(config, layer) for layer in range(config.num_transformer_layers)]
+        self.norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
+
+    def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
+        offset = cache.offset if cache is not None else 0
+        self._warn_past_context(offset, tokens.shape[1])
+        x = self.token_embeddings(tokens)  # (B, L, M)
+        for layer in self.layers:
+            x = layer(x, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.norm(x)
+
+    def _warn_past_context(self, offset: int, num_new: int) -> None:
+        if offset <= self.max_context_length < offset + num_new:
+            warnings.warn(
+                f"the text grows past the {self.max_context_length} positions that the model was trained with",
+                ContextLengthWarning,
+                stacklevel=3,
+            )
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward network, each behind a norm and around a residual."""
+
+    def __init__(self, config: OpenELMConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.ffn = FeedForward(config, layer)
+        self.attn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
+        self.ffn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
+
+    def __call__(self, x: mx.array, cache: KVCache | None) -> mx.array:
+        x = x + self.attn(self.attn_norm(x), cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with this layer's number of heads, normed queries and keys, and rotary positions."""
+
+    def __init__(self, config: OpenELMConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_query_heads = config.num_query_heads[layer]
+        self.num_kv_heads = config.num_kv_heads[layer]
+        self.head_dim = config.head_dim
+        self.rope_base = config.rope_freq_constant
+        self.normalize_qk = config.normalize_qk_projections
+
+        num_heads = self.num_query_heads + 2 * self.num_kv_heads
+        self.qkv_proj = nn.Linear(config.model_dim, num_heads * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(self.num_query_heads * self.head_dim, config.model_dim, bias=False)
+        if self.normalize_qk:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+
+    def __call__(self, x: mx.array, cache: KVCache | None) -> mx.array:
+        B, L, _ = x.shape
+        H, K = self.num_query_heads, self.num_kv_heads
+        qkv = self.qkv_proj(x).reshape(B, L, H + 2 * K, self.head_dim).transpose(0, 2, 1, 3)  # (B, H + 2K, L, D)
+        queries, keys, values = mx.split(qkv, [H, H + K], axis=1)
+        if self.normalize_qk:  # before RoPE: the checkpoints were trained in this order
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+
+        offset = cache.offset if cache is not None else 0
+        queries, keys = self._rope(queries, offset), self._rope(keys, offset)
+        if cache is not None:
+            keys, values = cache.update(self.layer, keys, values)  # (B, K, S, D)
+
+        mask = "causal" if L > 1 else None
+        heads = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.head_dim**-0.5, mask=mask)
+        return self.out_proj(heads.transpose(0, 2, 1, 3).reshape(B, L, -1))
+
+    def _rope(self, x: mx.array, offset: int) -> mx.array:
+        """Rotate each head's two halves against one another by the positions from `offset` on."""
+        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_base, scale=1.0, offset=offset)
+
+
+class FeedForward(nn.Module):
+    """The feed-forward network of this layer's width, gated (`proj_1` holds gate, then input) or plain."""
+
+    def __init__(self, config: OpenELMConfig, layer: int):
+        super().__init__()
+        self.gated = config.ffn_with_glu
+        self.activation = config.activation_fn_name
+        ffn_dim = config.ffn_dims[layer]
+        self.proj_1 = nn.Linear(config.model_dim, 2 * ffn_dim if self.gated else ffn_dim, bias=False)
+        self.proj_2 = nn.Linear(ffn_dim, config.model_dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        hidden = self.proj_1(x)  # (B, L, 2F) or (B, L, F)
+        if not self.gated:
+            return self.proj_2(activate(self.activation, hidden))
+        gate, hidden = mx.split(hidden, 2, axis=-1)
+        return self.proj_2(activate(self.activation, gate) * hidden)
+
+
+def activate(name: str, x: mx.array) -> mx.array:
+    """An activation by its name in the configuration.
+
+    Written in plain operations: MLX's own versions are compiled, which on the CPU starts a C++ compiler.
+    """
+    if name == "swish":
+        return x * mx.sigmoid(x)
+    if name == "gelu":
+        return x * (1 + mx.erf(x * 2**-0.5)) / 2
+    assert name == "relu", f"a configuration let the activation {name} pass"
+    return mx.maximum(x, 0)
+
+
+def parameter_shapes(config: OpenELMConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by name; nothing is allocated."""
+    return {name: array.shape for name, array in tree_flatten(OpenELM(config).parameters())}
+
+
+def num_parameters(config: OpenELMConfig) -> int:
+    """How many numbers the model holds, tied ones counted once."""
+    total = 0
+    for shape in parameter_shapes(config).values():
+        size = 1
+        for length in shape:
+            size *= length
+        total += size
+    return total

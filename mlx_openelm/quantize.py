@@ -1,0 +1,193 @@
+"""Which matrices are quantized, and how: bits, group size and mode.
+
+MLX keeps a quantized matrix as packed words (`weight`), one scale a group (`scales`) and, in the affine mode, one
+offset a group (`biases`). A `PackedTensor` holds the three together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import mlx.core as mx
+
+from .errors import ConfigError, QuantizationError
+from .tensors import LazyTensor
+
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode: bits, group size
+MODES = ("affine", *FLOAT_MODES)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a matrix is quantized.
+
+    Raises:
+        QuantizationError: for bits, a group size or a mode that MLX does not offer.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise QuantizationError(f"{self.mode!r} is not a mode of quantization; there are {', '.join(MODES)}")
+        if self.mode != "affine":
+            if (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
+                bits, group_size = FLOAT_MODES[self.mode]
+                raise QuantizationError(
+                    f"{self.mode} has {bits} bits and groups of {group_size}, not {self.bits} and {self.group_size}"
+                )
+            return
+        if self.bits not in AFFINE_BITS:
+            raise QuantizationError(f"{self.bits} bits cannot be had; there are {', '.join(map(str, AFFINE_BITS))}")
+        if self.group_size not in AFFINE_GROUP_SIZES:
+            sizes = ", ".join(map(str, AFFINE_GROUP_SIZES))
+            raise QuantizationError(f"a group size of {self.group_size} cannot be had; there are {sizes}")
+
+    @classmethod
+    def of(cls, bits: int | None = None, group_size: int | None = None, mode: str | None = None) -> "Quantization":
+        """What the arguments ask for, the rest by default; a mode other than affine brings its bits and group size."""
+        mode = mode or cls.mode
+        default_bits, default_group_size = FLOAT_MODES.get(mode, (cls.bits, cls.group_size))
+        return cls(
+            default_bits if bits is None else bits,
+            default_group_size if group_size is None else group_size,
+            mode,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Quantization":
+        """Read the entry of a `config.json`; entries about single matrices are left to `read_quantizations`."""
+        try:
+            known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+            return cls(**known)
+        except (TypeError, QuantizationError) as error:
+            raise ConfigError(f"its quantization cannot be read: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of a `config.json`, as MLX's own tools write it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a matrix of this shape (rows, columns) splits into whole groups and whole words."""
+        return len(shape) == 2 and shape[1] % self.group_size == 0 and shape[1] * self.bits % 32 == 0
+
+    def quantize(self, matrix: mx.array) -> dict[str, mx.array]:
+        """`weight`, `scales` and, if affine, `biases` of a matrix (rows, columns)."""
+        parts = mx.quantize(matrix, group_size=self.group_size, bits=self.bits, mode=self.mode)
+        return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+
+    def dequantize(self, parts: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
+        """The matrix (rows, columns) that the parts stand for."""
+        return mx.dequantize(
+            parts["weight"],
+            parts["scales"],
+            parts.get("biases"),
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            dtype=dtype,
+        )
+
+    def plan(self, shape: tuple[int, int], dtype: mx.Dtype) -> dict[str, tuple[tuple[int, int], mx.Dtype]]:
+        """Shape and type of each part that a matrix of this shape and type gives."""
+        rows, columns = shape
+        groups = rows, columns // self.group_size
+        weight = (rows, columns * self.bits // 32), mx.uint32
+        if self.mode != "affine":
+            return {"weight": weight, "scales": (groups, mx.uint8)}
+        return {"weight": weight, "scales": (groups, dtype), "biases": (groups, dtype)}
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A quantized matrix on disk."""
+
+    parts: dict[str, LazyTensor]  # weight, scales and perhaps biases
+    quantization: Quantization
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns of the matrix that it stands for."""
+        rows, words = self.parts["weight"].shape
+        return rows, words * 32 // self.quantization.bits
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type that the matrix had, as far as the file tells."""
+        scales = self.parts["scales"].dtype
+        return mx.float32 if scales == mx.uint8 else scales
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all parts in bytes."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def dequantize(self) -> LazyTensor:
+        """The matrix in full."""
+
+        def read() -> mx.array:
+            return self.quantization.dequantize({name: part.read() for name, part in self.parts.items()}, self.dtype)
+
+        return LazyTensor(self.shape, self.dtype, read)
+
+
+def pack(tensor: LazyTensor, quantization: Quantization) -> PackedTensor:
+    """Quantize a matrix when the first of its parts is read; the others wait in memory until they are read too."""
+    waiting: dict[str, mx.array] = {}
+
+    def take(name: str) -> mx.array:
+        if name not in waiting:
+            waiting.update(quantization.quantize(tensor.read()))
+            mx.eval(waiting)
+        return waiting.pop(name)
+
+    rows, columns = tensor.shape
+    plan = quantization.plan((rows, columns), tensor.dtype)
+    return PackedTensor(
+        {name: LazyTensor(shape, dtype, lambda name=name: take(name)) for name, (shape, dtype) in plan.items()},
+        quantization,
+    )
+
+
+def join_packed(
+    tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int, ...]], written: Mapping[str, Any] | None
+) -> dict[str, LazyTensor | PackedTensor]:
+    """Tensors by name, where the parts of a quantized matrix have become one.
+
+    Args:
+        shapes: what the configuration asks for. A file that says nothing about its quantization is understood by
+            comparing them with what it holds.
+        written: the `quantization` entry of its `config.json`: one for all, and exceptions under a matrix's path.
+    Raises:
+        ConfigError: if the entry cannot be read.
+        QuantizationError: if the parts fit no quantization of MLX.
+    """
+    joined: dict[str, LazyTensor | PackedTensor] = {}
+    for name, tensor in tensors.items():
+        path, _, part = name.rpartition(".")
+        if part in ("scales", "biases") and f"{path}.weight" in tensors:
+            continue
+        if part != "weight" or f"{path}.scales" not in tensors:
+            joined[name] = tensor
+            continue
+        parts = {key: tensors[f"{path}.{key}"] for key in ("weight", "scales", "biases") if f"{path}.{key}" in tensors}
+        entry = dict(written or {}).get(path, written)
+        if isinstance(entry, Mapping):
+            quantization = Quantization.from_dict(entry)
+        else:
+            quantization = _recognise(name, parts, shapes.get(name, ()))
+        joined[name] = PackedTensor(parts, quantization)
+    return joined
+
+
+def _recognise(name: str, parts: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Quantization:
+    """The affine quantization that makes these parts of a matrix of this shape."""
+    groups = parts["scales"].shape[-1]
+    words = parts["weight"].shape[-1]
+    if len(shape) != 2 or not groups or shape[1] % groups or words * 32 % shape[1]:
+        raise QuantizationError(f"{name} is quantized in a way that its shapes do not tell")
+    return Quantization(words * 32 // shape[1], shape[1] // groups)

@@ -1,0 +1,97 @@
+"""From logits to the next token."""
+
+import os
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .errors import SamplingError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen; the defaults always take the likeliest.
+
+    Raises:
+        SamplingError: if a value is outside its range.
+    """
+
+    temperature: float = 0.0  # 0 takes the likeliest token, 1 samples from what the model says
+    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
+    top_k: int = 0  # sample from this many of the likeliest; 0 from all
+    min_p: float = 0.0  # leave out what is less likely than this share of the likeliest
+    repetition_penalty: float = 1.0  # above 1 makes recent tokens less likely
+    repetition_context: int = 256  # how many of the last tokens count as recent
+    seed: int | None = None  # the same seed gives the same text; None another text each time
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("top_k", self.top_k, self.top_k >= 0, "at least 0")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        _check("repetition_context", self.repetition_context, self.repetition_context >= 1, "at least 1")
+
+
+class Sampler:
+    """Chooses one token after another; keeps the random state and, for the penalty, the recent tokens.
+
+    Nothing leaves the device, and the global random state of MLX is left alone.
+    """
+
+    def __init__(self, config: SamplingConfig, prompt: mx.array):
+        """Start after the tokens (L,) of a prompt, which count for the repetition penalty."""
+        self.config = config
+        self._key = mx.random.key(config.seed if config.seed is not None else _fresh_seed())
+        self._recent = prompt[-config.repetition_context :].astype(mx.uint32)  # what argmax and categorical give
+
+    def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """The next token, () int, and its log-probability, () float32, from logits (V,).
+
+        The log-probability is what the model itself gives, before penalty, temperature and cuts.
+        """
+        logits = logits.astype(mx.float32)
+        logprobs = logits - mx.logsumexp(logits)
+        scores = self._penalize(logits)
+        if self.config.temperature == 0:
+            token = mx.argmax(scores)
+        else:
+            scores = restrict(scores / self.config.temperature, self.config)
+            self._key, key = mx.random.split(self._key)
+            token = mx.random.categorical(scores, key=key)
+        if self.config.repetition_penalty != 1:
+            self._recent = mx.concatenate([self._recent, token[None]])[-self.config.repetition_context :]
+        return token, logprobs[token]
+
+    def _penalize(self, logits: mx.array) -> mx.array:
+        """Logits with those of recent tokens made smaller (Keskar et al., arXiv:1909.05858)."""
+        penalty = self.config.repetition_penalty
+        if penalty == 1 or self._recent.size == 0:
+            return logits
+        recent = logits[self._recent]
+        return mx.put_along_axis(logits, self._recent, mx.where(recent > 0, recent / penalty, recent * penalty), axis=0)
+
+
+def restrict(scores: mx.array, config: SamplingConfig) -> mx.array:
+    """Scores (V,) where tokens outside top-k, then top-p, then min-p are minus infinity; the likeliest always stays."""
+    if 0 < config.top_k < scores.shape[-1]:
+        smallest_kept = mx.min(mx.topk(scores, config.top_k))
+        scores = mx.where(scores < smallest_kept, -mx.inf, scores)
+    if config.top_p < 1:
+        order = mx.argsort(-scores)
+        probabilities = mx.softmax(scores)[order]
+        before = mx.cumsum(probabilities) - probabilities  # of all likelier tokens
+        scores = mx.put_along_axis(scores, order, mx.where(before < config.top_p, scores[order], -mx.inf), axis=0)
+    if config.min_p > 0:
+        probabilities = mx.softmax(scores)
+        scores = mx.where(probabilities < config.min_p * mx.max(probabilities), -mx.inf, scores)
+    return scores
+
+
+def _fresh_seed() -> int:
+    return int.from_bytes(os.urandom(7), "little")
+
+
+def _check(name: str, value: float, holds: bool, range_in_words: str) -> None:
+    if not holds:
+        raise SamplingError(f"{name} is {value}; it has to be {range_in_words}")

@@ -1,0 +1,101 @@
+"""Models into memory: from any folder that holds an OpenELM, converted or not."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .convert.source import Source
+from .convert.sources import open_source
+from .device import DTYPES, compute_dtype
+from .errors import ConfigError, WeightsError
+from .model import OpenELM
+from .quantize import PackedTensor
+from .tokenizer import Tokenizer
+from .tokenizer_files import find_tokenizer, has_tokenizer
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
+    revision: str | None = None,
+) -> tuple[OpenELM, Tokenizer | None]:
+    """A model ready to use and its tokenizer.
+
+    Args:
+        model: a folder or hub id: written by `convert`, from Apple, from the MLX community, or of Apple's MLX port; or
+            a CoreNet `.pt` file.
+        dtype: to compute in; by default float32 on the CPU, where 16 bits are slow, and elsewhere the stored type.
+        tokenizer: file, folder or hub id of another tokenizer; `"none"` looks for none.
+        config: as for `convert`, where the source does not say it.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The network, and `None` for the tokenizer of a folder that was converted with `--tokenizer none`.
+
+    Raises:
+        OpenELMError: of the kind that fits, if anything is missing, damaged or contradictory.
+    """
+    source = open_source([model], config=config, revision=revision)
+    text = _tokenizer(source, tokenizer)
+    if source.named_vocab_size:
+        source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
+    return load_source(source, dtype), text
+
+
+def dtype_named(name: str) -> mx.Dtype | None:
+    """The type to compute in by its name; `None`, the choice of `load`, for `auto`.
+
+    Raises:
+        ConfigError: if there is no such type.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise ConfigError(f"{name!r} is not a type of weights; there are auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name)
+
+
+def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
+    """The network of an opened source, computing in `dtype`.
+
+    Raises:
+        WeightsError: if a tensor holds NaN or infinity.
+    """
+    dtype = dtype or compute_dtype(source.tensors["transformer.norm.weight"].dtype)
+    model = OpenELM(source.config)
+    packed = {n.removesuffix(".weight"): t for n, t in source.tensors.items() if isinstance(t, PackedTensor)}
+    if packed:
+        nn.quantize(
+            model,
+            class_predicate=lambda path, module: packed[path].quantization.to_dict() if path in packed else False,
+        )
+    arrays: dict[str, mx.array] = {}
+    for name, tensor in source.tensors.items():
+        if isinstance(tensor, PackedTensor):
+            path = name.removesuffix(".weight")
+            arrays.update({f"{path}.{part}": lazy.read() for part, lazy in tensor.parts.items()})
+        else:
+            arrays[name] = tensor.read()
+    packed_types = (mx.uint32, mx.uint8)
+    arrays = {n: a if a.dtype in packed_types else a.astype(dtype) for n, a in arrays.items()}
+    _check_finite(arrays)
+    model.load_weights(list(arrays.items()))
+    model.eval()
+    return model
+
+
+def _check_finite(arrays: dict[str, mx.array]) -> None:
+    finite = {n: mx.all(mx.isfinite(a)) for n, a in arrays.items() if a.dtype not in (mx.uint32, mx.uint8)}
+    mx.eval(list(arrays.values()), finite)
+    bad = [name for name, ok in finite.items() if not ok.item()]
+    if bad:
+        raise WeightsError(f"{bad[0]} holds NaN or infinity: the checkpoint is damaged, or its training diverged")
+
+
+def _tokenizer(source: Source, requested: str | Path | None) -> Tokenizer | None:
+    if requested == "none" or (requested is None and source.is_converted and not has_tokenizer(source.folder)):
+        return None
+    wanted = None if requested is None else str(requested)
+    return find_tokenizer(wanted, source.folder, source.config.vocab_size, chat=source.is_chat)[0]
