@@ -1,6 +1,8 @@
 """Folders of models: on this disk, or downloaded from the Hugging Face hub by name."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import SourceError
@@ -28,20 +30,58 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
     return _download(name, revision)
 
 
+def cached_file(repo_id: str, name: str) -> Path | None:
+    """A file of a hub repository if it was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def download_file(repo_id: str, name: str) -> Path:
+    """One file of a hub repository.
+
+    Raises:
+        SourceError: if it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(repo_id):
+        return Path(hf_hub_download(repo_id, name, etag_timeout=5))
+
+
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    with _hub_errors(repo_id):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one line."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+        yield
     except GatedRepoError as error:
         raise SourceError(f"{repo_id} needs permission: ask for it on its page, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise SourceError(f"{repo_id} is neither a folder here nor a repository on the Hugging Face hub") from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{repo_id} has no such revision") from error
     except LocalEntryNotFoundError as error:
         raise SourceError(
             f"{repo_id} is neither a folder here nor in the Hugging Face cache, and the hub cannot be reached"
         ) from error
+    except EntryNotFoundError as error:
+        raise SourceError(f"{repo_id} does not hold the file") from error
     except Exception as error:  # the hub's client lets errors of several HTTP libraries through
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(f"{repo_id} cannot be downloaded: {reason[:200]}") from error

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from .errors import OutputError, WeightsError, shorten
+from .errors import OutputError, WeightsError
 
 # The names that safetensors gives to the types that weights of a language model come in.
 SAFETENSORS_DTYPES = {
@@ -166,19 +166,3 @@ def write_safetensors(
 def as_bytes(array: mx.array) -> memoryview:
     """The bytes of an array in row-major order, without a copy where its layout allows."""
     return memoryview(np.asarray(mx.contiguous(array).reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
-
-
-def check_names(found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Make sure that exactly the expected tensors are there, in the expected shapes.
-
-    Raises:
-        WeightsError: naming what is missing, unexpected, or of another shape, with both shapes.
-    """
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    if missing or unexpected:
-        parts = [f"{kind} {shorten(names)}" for kind, names in (("misses", missing), ("has", unexpected)) if names]
-        raise WeightsError(f"the weights do not match their configuration: the file {' and unexpectedly '.join(parts)}")
-    for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise WeightsError(f"{name} has the shape {found[name].shape}; the configuration asks for {shape}")

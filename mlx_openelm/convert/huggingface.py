@@ -34,7 +34,7 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
         quantization,
         name=folder.resolve().name,
         folder=folder,
-        is_chat="instruct" in str(folder.resolve()).lower(),
+        is_chat=_is_chat(folder),
         is_converted="openelm_mlx_version" in written,
     )
 
@@ -52,6 +52,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no table of settings")
     return values
+
+
+def _is_chat(folder: Path) -> bool:
+    """Whether the model was tuned on conversations: its template says so, or else its name."""
+    path = folder / "tokenizer_config.json"
+    if path.exists() and "<|assistant|>" in str(read_json(path).get("chat_template")):
+        return True
+    repository = folder.resolve().parts[-3:]  # in the hub's cache a folder is named after a commit
+    return any("instruct" in part.lower() for part in repository)
 
 
 def _read_shards(folder: Path) -> dict[str, LazyTensor]:

@@ -22,7 +22,12 @@ from .torch_pickle import TensorRecord, read_pickle
 
 _PREFIXES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of PyTorch's wrappers
 _MODEL_KEYS = ("model_state_dict", "state_dict", "model", "module", "ema_model_state_dict", "ema")
-_FLOATS = {"float32": (4, mx.float32), "float16": (2, mx.float16), "bfloat16": (2, mx.bfloat16), "float64": (8, mx.float32)}
+_FLOATS = {
+    "float32": (4, mx.float32),
+    "float16": (2, mx.float16),
+    "bfloat16": (2, mx.bfloat16),
+    "float64": (8, mx.float32),
+}
 _NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8"}
 _LOCAL_HEADER_BYTES = 30
 _CHUNK_BYTES = 1 << 20
