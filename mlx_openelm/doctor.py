@@ -58,7 +58,7 @@ def examine() -> Report:
 
 
 def _advice(gflops: float, blas: str | None) -> list[str]:
-    advice = []
+    advice: list[str] = []
     if not on_cpu():
         return advice
     if sys.platform == "darwin":
@@ -70,8 +70,8 @@ def _advice(gflops: float, blas: str | None) -> list[str]:
     )
     if gflops < _SLOW_GFLOPS_PER_CORE:
         advice.append(
-            f"float32 matrices multiply at {gflops:.1f} GFLOP/s with {blas or 'the BLAS in use'}, which is slow: install "
-            "OpenBLAS (Debian and Ubuntu: libopenblas0-pthread) and start with "
+            f"float32 matrices multiply at {gflops:.1f} GFLOP/s with {blas or 'the BLAS in use'}, which is slow: "
+            "install OpenBLAS (Debian and Ubuntu: libopenblas0-pthread) and start with "
             f"LD_PRELOAD={_openblas() or 'the path of its libblas.so.3'}"
         )
     if shutil.which("g++") is None:

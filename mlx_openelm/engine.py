@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from .cache import KVCache, kv_cache_bytes
 from .device import memory_limit_bytes
@@ -50,7 +51,7 @@ def generate_tokens(
         PromptError: if there are no tokens, or ids outside the vocabulary.
         MemoryLimitError: if the prompt does not fit into memory.
     """
-    prompt = mx.array(tokens, dtype=mx.int32).reshape(-1)
+    prompt = mx.array(tokens if isinstance(tokens, mx.array) else list(tokens), dtype=mx.int32).reshape(-1)
     _check_prompt(model, prompt)
     cache = cache if cache is not None else model.make_cache()
     _check_memory(model, cache.offset + prompt.size + max_tokens)
@@ -65,7 +66,7 @@ def generate_tokens(
         if remaining:
             following = sampler(model(token[None, None], cache=cache)[0, -1])
             mx.async_eval(*following)
-        yield Step(int(token.item()), float(logprob.item()))
+        yield Step(token.item(), logprob.item())  # type: ignore[arg-type]
         if remaining:
             token, logprob = following
 
@@ -86,11 +87,11 @@ def prefill(model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Callab
 def _check_prompt(model: OpenELM, prompt: mx.array) -> None:
     if prompt.size == 0:
         raise PromptError("the prompt is empty; there is nothing to continue")
-    smallest, largest = prompt.min().item(), prompt.max().item()
-    if smallest < 0 or largest >= model.config.vocab_size:
+    ids = np.array(prompt)
+    outside = ids[(ids < 0) | (ids >= model.config.vocab_size)]
+    if outside.size:
         raise PromptError(
-            f"the prompt holds the id {smallest if smallest < 0 else largest}, outside the vocabulary of "
-            f"{model.config.vocab_size:,} entries"
+            f"the prompt holds the id {outside[0]}, outside the vocabulary of {model.config.vocab_size:,} entries"
         )
 
 

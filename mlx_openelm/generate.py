@@ -1,7 +1,7 @@
 """Text in, text out: streaming, stop strings and figures about a generation."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -98,7 +98,7 @@ def stream_generate(
     stop: Iterable[str] = (),
     cache: KVCache | None = None,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Continue a prompt and yield a `Piece` with every token; the last one has a `finish_reason`.
 
     Args:

@@ -5,6 +5,7 @@ H query heads, K key/value heads, D head_dim, M model_dim, F this layer's FFN wi
 """
 
 import warnings
+from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -175,15 +176,10 @@ def activate(name: str, x: mx.array) -> mx.array:
 
 def parameter_shapes(config: OpenELMConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by name; nothing is allocated."""
-    return {name: array.shape for name, array in tree_flatten(OpenELM(config).parameters())}
+    parameters = tree_flatten(OpenELM(config).parameters(), destination={})
+    return {name: array.shape for name, array in dict(parameters).items()}
 
 
 def num_parameters(config: OpenELMConfig) -> int:
     """How many numbers the model holds, tied ones counted once."""
-    total = 0
-    for shape in parameter_shapes(config).values():
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
+    return sum(prod(shape) for shape in parameter_shapes(config).values())

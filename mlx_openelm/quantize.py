@@ -6,6 +6,7 @@ offset a group (`biases`). A `PackedTensor` holds the three together.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -148,7 +149,7 @@ def pack(tensor: LazyTensor, quantization: Quantization) -> PackedTensor:
     rows, columns = tensor.shape
     plan = quantization.plan((rows, columns), tensor.dtype)
     return PackedTensor(
-        {name: LazyTensor(shape, dtype, lambda name=name: take(name)) for name, (shape, dtype) in plan.items()},
+        {name: LazyTensor(shape, dtype, partial(take, name)) for name, (shape, dtype) in plan.items()},
         quantization,
     )
 

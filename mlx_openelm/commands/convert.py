@@ -45,11 +45,12 @@ def convert(
     """Write the MLX folder of an OpenELM from whatever form its weights are in."""
     from ..convert import convert as run
 
-    state = {"name": "", "done": 0, "total": 0}
+    at, done_bytes, total_bytes = "", 0, 0
     with byte_bar("writing") as update:
 
         def on_progress(name: str, done: int, total: int) -> None:
-            state.update(name=name, done=done, total=total)
+            nonlocal at, done_bytes, total_bytes
+            at, done_bytes, total_bytes = name, done, total
             update(done, total)
 
         try:
@@ -69,7 +70,7 @@ def convert(
                 on_progress=on_progress,
             )
         except KeyboardInterrupt:
-            where = f" after {state['name']}, {mib(state['done'])} of {mib(state['total'])}" if state["done"] else ""
+            where = f" after {at}, {mib(done_bytes)} of {mib(total_bytes)}" if done_bytes else ""
             fail(f"interrupted{where}; nothing was written", INTERRUPTED)
     for warning in result.warnings:
         say(f"warning: {warning}")
@@ -79,7 +80,8 @@ def convert(
     quantization = result.quantization
     kind = f"{quantization.bits}-bit {quantization.mode}" if quantization else result.dtype
     typer.echo(
-        f"{result.folder}: {result.num_parameters:,} parameters in {kind}, {result.bits_per_weight:.2f} bits per weight, "
+        f"{result.folder}: {result.num_parameters:,} parameters in {kind}, "
+        f"{result.bits_per_weight:.2f} bits per weight, "
         f"{mib(result.source_bytes)} before and {mib(result.output_bytes)} now"
     )
     if result.not_quantized:

@@ -1,6 +1,7 @@
 """`openelm-mlx generate` and `openelm-mlx chat`."""
 
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -115,10 +116,8 @@ def chat(
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
     network, tokens = _load(model, dtype, tokenizer, revision)
     talk = Chat(network, tokens, system=system, sampling=sampling, max_tokens=max_tokens, stop=stop or ())
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401, gives input() its line editing
-    except ImportError:
-        pass
     interactive = sys.stdin.isatty()
     if interactive:
         say("Type a message; /reset forgets the conversation, /quit ends it.")

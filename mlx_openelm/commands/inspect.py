@@ -55,9 +55,8 @@ def info(
     typer.echo(f"parameters   {found.parameters:,} with the embedding, {tied}")
     typer.echo(f"width        {found.model_dim:,} in heads of {found.head_dim}, {gated} FFN")
     typer.echo(f"vocabulary   {found.vocab_size:,}")
-    typer.echo(
-        f"context      {found.max_context_length:,} tokens, {mib(found.kv_bytes_per_token * found.max_context_length)} of keys and values in 16 bits"
-    )
+    kv_bytes = found.kv_bytes_per_token * found.max_context_length
+    typer.echo(f"context      {found.max_context_length:,} tokens, {mib(kv_bytes)} of keys and values in 16 bits")
     typer.echo(f"on disk      {mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight")
     typer.echo(f"tensors      {', '.join(f'{count} {kind}' for kind, count in found.weights.items())}")
 

@@ -38,8 +38,8 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
     """Floating-point tensors of the model in a file that `torch.save` wrote, by name; nothing in it is run.
 
     The model is the file's value itself or lies in a training checkpoint: under a usual name (`model_state_dict`,
-    `state_dict`, `model` ...), else it is the dictionary with the most tensors. Prefixes that PyTorch's wrappers put before
-    names are dropped. Buffers of integers are left out, float64 is read as float32.
+    `state_dict`, `model` ...), else it is the dictionary with the most tensors. Prefixes that PyTorch's wrappers put
+    before names are dropped. Buffers of integers are left out, float64 is read as float32.
 
     Raises:
         TorchFileError: if the file is damaged, of another format, or asks for more than tensors.
@@ -109,7 +109,7 @@ def _open(path: Path) -> _Archive:
             raise TorchFileError("is damaged or incomplete: it has no table of contents; download it again") from error
         archive = _Archive(path)
         for info in infos:
-            folder, _, name = info.filename.partition("/")
+            _, _, name = info.filename.partition("/")
             if not name or info.filename.endswith("/"):
                 continue
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:

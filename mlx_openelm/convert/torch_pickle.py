@@ -138,8 +138,8 @@ class _Machine:
     def name(self, full: str) -> None:
         if full not in _ALLOWED:
             raise TorchFileError(
-                f"its pickle asks for {full[:200]!r}; only tensors, dictionaries, numbers and texts are read, and nothing "
-                "was run"
+                f"its pickle asks for {full[:200]!r}; only tensors, dictionaries, numbers and texts are read, and "
+                "nothing was run"
             )
         self.stack.append(_Name(full))
 
