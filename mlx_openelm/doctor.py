@@ -16,7 +16,7 @@ from .device import device_name, memory_limit_bytes, on_cpu, physical_memory_byt
 from .version import __version__
 
 _PACKAGES = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "huggingface-hub", "typer")
-_SLOW_GFLOPS_PER_CORE = 10  # any vectorised BLAS on a core of the last ten years is above, the reference one far below
+_SLOW_GFLOPS = 20  # a vectorised BLAS is above on any core of the last ten years, the reference one far below
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _advice(gflops: float, blas: str | None) -> list[str]:
         "without a GPU, 16-bit arithmetic is slow and 16-bit quantized arithmetic very slow; models are computed in "
         "float32 here unless --dtype says otherwise"
     )
-    if gflops < _SLOW_GFLOPS_PER_CORE:
+    if gflops < _SLOW_GFLOPS:
         advice.append(
             f"float32 matrices multiply at {gflops:.1f} GFLOP/s with {blas or 'the BLAS in use'}, which is slow: "
             "install OpenBLAS (Debian and Ubuntu: libopenblas0-pthread) and start with "
@@ -98,9 +98,8 @@ def _blas() -> str | None:
         return None
     for line in maps.splitlines():
         path = Path(line.split()[-1])
-        if "blas" in path.name and ".so" in path.name:
-            kind = " (OpenBLAS)" if "openblas" in str(path) else ""
-            return path.name + kind
+        if path.name.startswith(("libblas", "libopenblas", "libmkl", "libblis")):  # NumPy's own goes by other names
+            return path.name + (" (OpenBLAS)" if "openblas" in str(path) else "")
     return None
 
 

@@ -145,6 +145,8 @@ class _Machine:
 
     def stack_global(self, _: Any) -> None:
         attribute, module = self.stack.pop(), self.stack.pop()
+        if not (isinstance(module, str) and isinstance(attribute, str)):
+            raise TorchFileError("its pickle is damaged (name)")
         self.name(f"{module}.{attribute}")
 
     def persistent_id(self, _: Any) -> None:
@@ -176,7 +178,9 @@ class _Machine:
         target = self.stack[-1]
         if isinstance(target, dict):
             for key, value in zip(values[::2], values[1::2], strict=True):
-                if isinstance(key, str | int | float | tuple | bytes | None):
+                if isinstance(
+                    key, str | int
+                ):  # no other keys lead to weights, and the hash of a tuple may take for ever
                     target[key] = value
         elif not isinstance(target, Opaque):
             raise TorchFileError("its pickle is damaged (items of no dictionary)")

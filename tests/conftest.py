@@ -1,0 +1,116 @@
+"""Small models and tokenizers that tests share; nothing here needs a network, a GPU or published weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_openelm import OpenELM, OpenELMConfig, Tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_CASES = ["tied_gqa2", "untied_mha_noglu"]
+
+_SENTENCES = """Once upon a time there was a small fox who lived in an old garden behind a red house.
+Every morning the fox went down to the river, where the water was cold and the stones were round.
+She said: "I will learn to read!" and her brother laughed, for nobody there had ever seen a book.
+In 1923 the river rose by 3.14 metres; the garden, the house & the fence were gone (all of them).
+But they built another one, with more windows, and they lived there for many quiet years.
+def add(x, y): return x + y  # a line of code, with_underscores and [brackets] {too}
+"""
+
+
+def assert_close(found, expected, atol):
+    """Arrays of one shape whose largest difference is at most `atol`; says how large it was."""
+    found = np.array(found.astype(mx.float32) if isinstance(found, mx.array) else found)
+    expected = np.array(expected.astype(mx.float32) if isinstance(expected, mx.array) else expected)
+    assert found.shape == expected.shape
+    difference = float(np.abs(found - expected).max())
+    assert difference <= atol, f"differs by {difference:.3g}, allowed is {atol:.3g}"
+
+
+def random_model(config, seed=0):
+    """A model with random weights, norms included: a forgotten norm shows."""
+    keys = iter(mx.random.split(mx.random.key(seed), 1000))
+
+    def fresh(name, array):
+        if "norm" in name:
+            return 1 + 0.1 * mx.random.normal(array.shape, key=next(keys))
+        return mx.random.normal(array.shape, key=next(keys)) * array.shape[-1] ** -0.5
+
+    model = OpenELM(config)
+    model.update(tree_map_with_path(fresh, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def write_folder(folder, model, tokenizer=None, dtype=mx.float32):
+    """A model folder in the Hugging Face layout, as a user brings one."""
+    folder.mkdir(parents=True)
+    config = {key: value for key, value in model.config.to_dict().items() if key != "tie_word_embeddings"}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: array.astype(dtype) for name, array in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory):
+    """A SentencePiece model built like Llama's: BPE with byte fallback and no normalisation of its own."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text(_SENTENCES * 3)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path):
+    return Tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer_path):
+    return Tokenizer(tokenizer_path, chat=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Three layers of unequal widths, all of them multiples of every group size."""
+    return OpenELMConfig.layerwise(
+        num_transformer_layers=3,
+        model_dim=128,
+        head_dim=32,
+        num_gqa_groups=2,
+        ffn_multipliers=(1.0, 3.0),
+        ffn_dim_divisor=128,
+        vocab_size=400,
+        max_context_length=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    return random_model(tiny_config)
+
+
+@pytest.fixture
+def tiny_folder(tmp_path, tiny_model, tokenizer):
+    return write_folder(tmp_path / "tiny", tiny_model, tokenizer)

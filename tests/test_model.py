@@ -1,0 +1,152 @@
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model
+from mlx_openelm import ContextLengthWarning, OpenELMConfig, generate_tokens, load
+from mlx_openelm.convert import open_source
+from mlx_openelm.weights import load_source
+
+TOLERANCE = 2e-5  # float32 against PyTorch's float32, on logits of size 1 to 10
+
+
+def golden_sources(case):
+    return [GOLDEN / case, GOLDEN / case / "corenet_checkpoint.pt"]
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+@pytest.mark.parametrize("form", [0, 1], ids=["huggingface", "corenet"])
+class TestGoldenNumbers:
+    """Against what Apple's PyTorch code computes."""
+
+    def load(self, case, form):
+        expected = mx.load(str(GOLDEN / case / "expected.safetensors"))
+        model, _ = load(golden_sources(case)[form], tokenizer="none", dtype=mx.float32)
+        return model, expected
+
+    def test_logits(self, case, form):
+        model, expected = self.load(case, form)
+        assert_close(model(expected["input_ids"]), expected["logits"], TOLERANCE)
+
+    def test_greedy_tokens(self, case, form):
+        model, expected = self.load(case, form)
+        wanted = expected["greedy_tokens"][0].tolist()
+        steps = generate_tokens(model, expected["greedy_prompt"][0], max_tokens=len(wanted))
+        assert [step.token for step in steps] == wanted
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_loss_and_every_gradient_norm(case):
+    """As CoreNet trained: the rows that fill the vocabulary take part in the softmax."""
+    source = open_source([GOLDEN / case / "corenet_checkpoint.pt"])
+    model = load_source(source, mx.float32)
+    expected = mx.load(str(GOLDEN / case / "expected.safetensors"))
+    numbers = json.loads((GOLDEN / case / "expected.json").read_text())
+    assert model.config.vocab_size == numbers["corenet_vocab"]
+    inputs, targets = expected["input_ids"][:, :-1], expected["targets"]
+    counted = targets != numbers["ignore_index"]
+
+    def losses(model):
+        logits = model(inputs)
+        log_z = mx.logsumexp(logits, axis=-1)
+        picked = mx.take_along_axis(logits, mx.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+        cross_entropy = mx.sum(mx.where(counted, log_z - picked, 0)) / mx.sum(counted)
+        z_loss = numbers["z_loss_eps"] * mx.sum(mx.where(counted, log_z**2, 0)) / mx.sum(counted)
+        return cross_entropy, z_loss
+
+    cross_entropy, z_loss = losses(model)
+    assert cross_entropy.item() == pytest.approx(numbers["loss"]["ce_loss"], rel=1e-3)
+    assert z_loss.item() == pytest.approx(numbers["loss"]["z_loss_valid_tokens_only"], rel=1e-3)
+
+    _, gradients = nn.value_and_grad(model, lambda: sum(losses(model)))()
+    found = {corenet_name(name): mx.linalg.norm(g).item() for name, g in tree_flatten(gradients)}
+    assert found == pytest.approx(numbers["grad_norms"], rel=1e-3)
+
+
+def corenet_name(name):
+    return name.replace("lm_head.", "classifier.").removeprefix("transformer.")
+
+
+def test_decoding_one_token_at_a_time_matches_a_single_pass(tiny_model):
+    tokens = mx.array([[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8]])
+    cache = tiny_model.make_cache()
+    steps = [tiny_model(tokens[:, i : i + 1], cache=cache) for i in range(6)]
+    assert cache.offset == 6
+    assert_close(mx.concatenate(steps, axis=1), tiny_model(tokens), atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("sizes", [(5, 1, 4), (1, 9), (9, 1), (3, 3, 3, 1)])
+def test_chunks_of_any_size_match_a_single_pass(tiny_model, sizes):
+    tokens = mx.arange(10)[None] * 7 % 400
+    cache = tiny_model.make_cache()
+    steps, start = [], 0
+    for size in sizes:
+        steps.append(tiny_model(tokens[:, start : start + size], cache=cache))
+        start += size
+    assert_close(mx.concatenate(steps, axis=1), tiny_model(tokens), atol=1e-5)
+
+
+def test_a_cache_that_grew_keeps_its_tokens(tiny_config):
+    model = random_model(tiny_config)
+    tokens = mx.random.randint(0, 400, (1, 300), key=mx.random.key(1))
+    cache = model.make_cache()
+    with pytest.warns(ContextLengthWarning):
+        before = model(tokens[:, :250], cache=cache)
+    after = mx.concatenate([model(tokens[:, i : i + 10], cache=cache) for i in range(250, 300, 10)], axis=1)
+    with pytest.warns(ContextLengthWarning):
+        whole = model(tokens)
+    assert_close(mx.concatenate([before, after], axis=1), whole, atol=2e-5)
+
+
+def test_trimming_a_cache_takes_back_its_last_tokens(tiny_model):
+    tokens = mx.array([[5, 6, 7, 8]])
+    cache = tiny_model.make_cache()
+    tiny_model(mx.array([[5, 6, 99, 98, 97]]), cache=cache)
+    cache.trim(3)
+    assert_close(tiny_model(tokens[:, 2:], cache=cache), tiny_model(tokens)[:, 2:], atol=1e-5)
+
+
+def test_text_past_the_trained_context_warns_once(tiny_model):
+    cache = tiny_model.make_cache()
+    tiny_model(mx.zeros((1, 60), mx.int32), cache=cache)
+    with pytest.warns(ContextLengthWarning, match="64 positions"):
+        logits = tiny_model(mx.zeros((1, 10), mx.int32), cache=cache)
+    assert mx.all(mx.isfinite(logits)).item()
+    tiny_model(mx.zeros((1, 1), mx.int32), cache=cache)  # warnings are errors in these tests: no second one
+
+
+def test_positions_matter(tiny_model):
+    """Without RoPE the last of these tokens would see the same set before it in both orders."""
+    one, other = tiny_model(mx.array([[1, 2, 3]])), tiny_model(mx.array([[2, 1, 3]]))
+    assert mx.abs(one[0, -1] - other[0, -1]).max().item() > 1e-2
+
+
+@pytest.mark.parametrize("activation", ["swish", "gelu", "relu"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_feed_forward_by_hand(tiny_config, activation, gated):
+    from dataclasses import replace
+
+    ffn = (
+        random_model(replace(tiny_config, activation_fn_name=activation, ffn_with_glu=gated)).transformer.layers[1].ffn
+    )
+    x = mx.random.normal((1, 2, 128), key=mx.random.key(3))
+    hidden = x @ ffn.proj_1.weight.T
+    function = {"swish": nn.silu, "gelu": nn.gelu, "relu": nn.relu}[activation]
+    width = tiny_config.ffn_dims[1]
+    hidden = function(hidden[..., :width]) * hidden[..., width:] if gated else function(hidden)
+    assert_close(ffn(x), hidden @ ffn.proj_2.weight.T, atol=1e-5)
+
+
+def test_16_bit_models_give_16_bit_logits(tiny_config):
+    model = random_model(tiny_config)
+    model.set_dtype(mx.bfloat16)
+    assert model(mx.array([[1, 2]])).dtype == mx.bfloat16
+
+
+def test_untied_output_has_its_own_matrix():
+    config = OpenELMConfig.from_file(GOLDEN / "untied_mha_noglu" / "config.json")
+    assert not config.share_input_output_layers
+    assert "lm_head.weight" in dict(tree_flatten(random_model(config).parameters()))
