@@ -91,16 +91,15 @@ def _matmul_gflops(size: int = 512) -> float:
 
 
 def _blas() -> str | None:
-    """File name of the BLAS that this process has loaded: the first one wins."""
+    """File name of the BLAS in use: one that was preloaded stands beside MLX's own and goes before it."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    for line in maps.splitlines():
-        path = Path(line.split()[-1])
-        if path.name.startswith(("libblas", "libopenblas", "libmkl", "libblis")):  # NumPy's own goes by other names
-            return path.name + (" (OpenBLAS)" if "openblas" in str(path) else "")
-    return None
+    paths = dict.fromkeys(Path(line.split()[-1]) for line in maps.splitlines() if ".so" in line)
+    found = [path for path in paths if path.name.startswith(("libblas", "libopenblas", "libmkl", "libblis"))]
+    preloaded = [path for path in found if "mlx" not in str(path.parent)]
+    return next((f"{path.parent.name}/{path.name}" for path in [*preloaded, *found]), None)
 
 
 def _openblas() -> str | None:
