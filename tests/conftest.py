@@ -97,7 +97,8 @@ def tiny_config():
     return OpenELMConfig.layerwise(
         num_transformer_layers=3,
         model_dim=128,
-        head_dim=32,
+        head_dim=64,
+        qkv_multipliers=(1.0, 3.0),
         num_gqa_groups=2,
         ffn_multipliers=(1.0, 3.0),
         ffn_dim_divisor=128,

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..config import OpenELMConfig
 from ..device import DTYPES
 from ..errors import ConfigError, WeightsError
-from ..model import num_parameters
+from ..model import num_parameters, parameter_shapes
 from ..quantize import PackedTensor, Quantization, pack
 from ..tensors import LazyTensor
 from ..tokenizer import Tokenizer
@@ -90,7 +90,8 @@ def convert(
 
     target_dtype = _target_dtype(dtype, found)
     tensors = {
-        name: _converted(name, tensor, target_dtype, wanted, dequantize) for name, tensor in found.tensors.items()
+        name: _converted(name, found.tensors[name], target_dtype, wanted, dequantize)
+        for name in parameter_shapes(found.config)  # the same order, and so the same file, from every source
     }
     result = _summary(folder, found, tensors, target_dtype, tokenizer_origin)
     command = _command(sources, quantize, group_size, mode, dequantize, dtype, config)

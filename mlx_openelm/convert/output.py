@@ -22,12 +22,13 @@ _SMALL_FILES_BYTES = 10_000_000  # room for the tokenizer, the card and the like
 
 
 def check_target(folder: Path, force: bool) -> None:
-    """Make sure that a model may be written to `folder`.
+    """Make sure that a model may be written to `folder`, and clear what a killed process left there.
 
     Raises:
         OutputExistsError: if it exists and `force` is not given.
         OutputError: if what exists is no model folder: that is never replaced.
     """
+    _clean_up(folder)
     if not folder.exists():
         return
     if not force:
@@ -47,7 +48,7 @@ def write_model(
 ) -> None:
     """Write a model folder that this package and stock mlx-lm read; it appears whole or not at all.
 
-    Tensors are read one at a time. What was begun by a process that is gone is cleaned up first.
+    Tensors are read one at a time.
 
     Args:
         add_files: writes what else belongs into the folder (tokenizer, card), given where.
@@ -61,7 +62,6 @@ def write_model(
     _check_disk(folder, sum(tensor.nbytes for tensor in tensors.values()))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        clean_up(folder)
         staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
         staging.mkdir()
     except OSError as error:
@@ -78,7 +78,7 @@ def write_model(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def clean_up(folder: Path) -> None:
+def _clean_up(folder: Path) -> None:
     """Remove what a killed process left beside `folder`, and bring back what it was about to replace."""
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.(partial|replaced)-(\d+)")
     for path in folder.parent.glob(f".{folder.name}.*"):
