@@ -5,17 +5,18 @@ import sys
 import warnings
 from typing import NoReturn
 
-import click
 import typer
 
 from mlx_openelm.commands import convert, generate, inspect
 from mlx_openelm.commands.terminal import INTERRUPTED, fail, say
 from mlx_openelm.errors import OpenELMError
 
+# Typer brings its own copy of Click or uses the installed one, as its version goes; these are those of either.
+_UsageError, _ClickError = typer.BadParameter.__mro__[1:3]
+
 app = typer.Typer(
     name="openelm-mlx",
     help="Apple's OpenELM language models with MLX: convert, generate, chat.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -29,20 +30,19 @@ app.command("doctor")(inspect.doctor)
 def main() -> NoReturn:
     """Run the command line: a user's mistake is one line on stderr and status 2."""
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+    arguments = sys.argv[1:]
     try:
-        status = typer.main.get_command(app)(standalone_mode=False)
+        status = typer.main.get_command(app)(arguments or ["--help"], standalone_mode=False)
+        status = status if arguments else 2
         sys.stdout.flush()
     except OpenELMError as error:
         fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.ctx.get_help())
-        status = 2
-    except click.UsageError as error:
+    except _UsageError as error:
         command = error.ctx.command_path if error.ctx else app.info.name
         fail(f"{error.format_message()} (`{command} --help` shows what can be given)")
-    except click.ClickException as error:
+    except _ClickError as error:
         fail(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -103,7 +103,7 @@ def tiny_config():
         ffn_multipliers=(1.0, 3.0),
         ffn_dim_divisor=128,
         vocab_size=400,
-        max_context_length=64,
+        max_context_length=256,
     )
 
 

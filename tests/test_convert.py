@@ -54,7 +54,7 @@ def apple_folder(folder, model, quantization=None, padding=0):
             continue
         arrays[corenet_name(name)] = array
     mx.save_safetensors(str(folder / "weights.safetensors"), arrays)
-    config = {"model_name": "OpenELM-270M", "vocab_size": 400, "max_context_length": 64}
+    config = {"model_name": "OpenELM-270M", "vocab_size": 400, "max_context_length": 256}
     if quantization:
         config["quantization"] = {"group_size": quantization.group_size, "bits": quantization.bits}
     (folder / "config.json").write_text(json.dumps(config))

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Revision, TokenizerOption
+from .options import Json, Revision, TokenizerOption, examples
 from .terminal import INTERRUPTED, byte_bar, fail, mib, print_json, say
 
-EXAMPLES = (
-    "Examples: openelm-mlx convert apple/OpenELM-1_1B-Instruct --quantize 4   |   "
-    "openelm-mlx convert corenet.pt --config 270M   |   openelm-mlx convert a.pt b.pt c.pt --config 3B"
+EXAMPLES = examples(
+    "openelm-mlx convert apple/OpenELM-1_1B-Instruct --quantize 4",
+    "openelm-mlx convert corenet.pt --config 270M --output my-270M",
+    "openelm-mlx convert a.pt b.pt c.pt --config 3B",
 )
 
 

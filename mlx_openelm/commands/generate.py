@@ -30,15 +30,16 @@ from .options import (
     TokenizerOption,
     TopK,
     TopP,
+    examples,
     model_name,
 )
 from .terminal import INTERRUPTED, mib, print_json, say
 
-EXAMPLES = (
-    'Examples: openelm-mlx generate -m OpenELM-1_1B --prompt "Once upon a time there was"   |   '
-    "openelm-mlx generate -m OpenELM-1_1B --prompt - < story.txt"
+EXAMPLES = examples(
+    'openelm-mlx generate -m OpenELM-1_1B --prompt "Once upon a time there was"',
+    "openelm-mlx generate -m OpenELM-1_1B --prompt - --temperature 0.7 --repetition-penalty 1.2 < story.txt",
 )
-CHAT_EXAMPLES = 'Example: openelm-mlx chat -m OpenELM-1_1B-Instruct --system "Answer in one sentence."'
+CHAT_EXAMPLES = examples('openelm-mlx chat -m OpenELM-1_1B-Instruct --system "Answer in one sentence."')
 CHAT_MAX_TOKENS = 1024
 
 

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Revision, model_name
+from .options import Json, Revision, examples, model_name
 from .terminal import mib, print_json
 
-EXAMPLES = "Example: openelm-mlx info OpenELM-1_1B --json"
+EXAMPLES = examples("openelm-mlx info OpenELM-1_1B", "openelm-mlx info corenet.pt --config 270M --json")
 
 
 def info(

@@ -30,6 +30,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="R")]
 
 
+def examples(*commands: str) -> str:
+    """The end of a command's help: what to type, one to a line."""
+    return "\n\n".join(["Examples:", *commands])
+
+
 def model_name(model: str | None) -> str:
     """The model that was named, by a flag or by the environment."""
     if not model:

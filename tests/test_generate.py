@@ -1,0 +1,188 @@
+import random
+import sys
+
+import mlx.core as mx
+import pytest
+
+from conftest import random_model
+from mlx_openelm import Chat, SamplingConfig, generate, generate_tokens, stream_generate
+from mlx_openelm.engine import Step
+from mlx_openelm.errors import PromptError, TokenizerError
+from mlx_openelm.generate import StopWatch
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture
+def model_that_says(tiny_config, tokenizer, monkeypatch):
+    """Makes a model's likeliest tokens spell a text, whatever came before; then it ends the text."""
+
+    def make(text):
+        ids = [*tokenizer.encode(text, bos=False), tokenizer.eos_token_id]
+
+        def steps(model, tokens, *, max_tokens, **_):
+            return (Step(token, -1.0) for token in [*ids, *[5] * max_tokens][:max_tokens])
+
+        monkeypatch.setattr(sys.modules[stream_generate.__module__], "generate_tokens", steps)
+        return random_model(tiny_config)
+
+    return make
+
+
+def run(model, tokenizer, **arguments):
+    pieces = list(stream_generate(model, tokenizer, PROMPT, **arguments))
+    return "".join(piece.text for piece in pieces), pieces[-1].finish_reason, pieces
+
+
+def test_text_is_that_of_the_tokens(tiny_model, tokenizer):
+    text, reason, pieces = run(tiny_model, tokenizer, max_tokens=20)
+    tokens = [step.token for step in generate_tokens(tiny_model, tokenizer.encode(PROMPT), max_tokens=20)]
+    assert [piece.token for piece in pieces] == tokens
+    assert reason == "length"
+    assert (PROMPT + text) == tokenizer.decode([*tokenizer.encode(PROMPT), *tokens])
+    assert generate(tiny_model, tokenizer, PROMPT, max_tokens=20) == text
+
+
+def test_ids_are_taken_as_they_are(tiny_model, tokenizer):
+    ids = tokenizer.encode(PROMPT)
+    assert generate(tiny_model, tokenizer, ids, max_tokens=5) == generate(tiny_model, tokenizer, PROMPT, max_tokens=5)
+
+
+def test_the_end_of_the_text_ends_it(model_that_says, tokenizer):
+    text, reason, pieces = run(model_that_says("there was a fox"), tokenizer)
+    assert (text, reason) == (" there was a fox", "stop")
+    assert pieces[-1].token == tokenizer.eos_token_id
+    assert all(piece.finish_reason is None for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (["fox"], " there was a "),
+        ([" was a f"], " there"),
+        (["x", "was"], " there "),
+        (["wolf"], " there was a fox 日本."),
+        (["fox 日"], " there was a "),
+        ([""], " there was a fox 日本."),
+        (["."], " there was a fox 日本"),
+    ],
+)
+def test_stop_strings_straddle_tokens(model_that_says, tokenizer, stop, expected):
+    text, reason, _ = run(model_that_says("there was a fox 日本."), tokenizer, stop=stop)
+    assert (text, reason) == (expected, "stop")
+
+
+def test_what_could_begin_a_stop_string_is_held_back_until_it_cannot(model_that_says, tokenizer):
+    _, _, pieces = run(model_that_says("there was a fox"), tokenizer, stop=["a fox!"])
+    so_far = ""
+    for piece in pieces[:-1]:
+        so_far += piece.text
+        assert not so_far.endswith(("a", "a ", "a f", "a fo"))
+    assert pieces[-1].text.endswith("a fox")
+
+
+def test_a_text_cut_within_a_character_says_so(model_that_says, tokenizer):
+    text, reason, _ = run(model_that_says("🎉"), tokenizer, max_tokens=3)
+    assert (text, reason) == (" \ufffd", "length")
+
+
+def test_stop_watch_finds_what_searching_the_whole_finds():
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choices("ab", k=rng.randrange(12)))
+        stops = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) for _ in range(rng.randrange(3))]
+        watch, out, place = StopWatch(stops), "", 0
+        while place < len(text):
+            step = rng.randrange(1, 4)
+            out += watch.push(text[place : place + step])
+            place += step
+        out += watch.finish()
+        places = [text.find(stop) for stop in stops if stop in text]
+        if watch.found:  # pieces of several characters may hold two stop strings: the one that begins first counts
+            assert any(text.startswith(stop, len(out)) for stop in stops)
+        else:
+            assert not places
+            assert out == text
+
+
+def test_figures_count_tokens(tiny_model, tokenizer):
+    *_, last = stream_generate(tiny_model, tokenizer, PROMPT, max_tokens=5)
+    assert last.stats.prompt_tokens == len(tokenizer.encode(PROMPT))
+    assert last.stats.generated_tokens == 5
+    assert last.stats.decode_tokens_per_second == pytest.approx(4 / last.stats.decode_seconds)
+    assert last.stats.peak_memory_bytes > 0
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [("", 5), ([], 5), ("a", 0), ("a", -1)])
+def test_nothing_to_do_is_refused(tiny_model, tokenizer, prompt, max_tokens):
+    with pytest.raises(PromptError):
+        generate(tiny_model, tokenizer, prompt, max_tokens=max_tokens)
+
+
+def test_a_missing_tokenizer_is_named(tiny_model):
+    with pytest.raises(TokenizerError, match="--tokenizer"):
+        generate(tiny_model, None, PROMPT)
+
+
+class TestChat:
+    def answer(self, chat, text):
+        return "".join(piece.text for piece in chat.reply(text))
+
+    def test_turns_give_what_the_whole_conversation_gives(self, tiny_model, chat_tokenizer):
+        chat = Chat(tiny_model, chat_tokenizer, system="Be brief.", max_tokens=6)
+        for text in ("Hello", "And then?", "Why?"):
+            messages = [*chat.messages, {"role": "user", "content": text}]
+            whole = generate(tiny_model, chat_tokenizer, chat_tokenizer.encode_chat(messages), max_tokens=6)
+            assert self.answer(chat, text) == whole
+        assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 3]
+
+    def test_later_turns_compute_only_what_is_new(self, tiny_model, chat_tokenizer):
+        chat = Chat(tiny_model, chat_tokenizer, max_tokens=4)
+        (*_, first) = chat.reply("Hello, this is a long message about a fox in a garden")
+        (*_, second) = chat.reply("Hm")
+        assert second.stats.prompt_tokens < first.stats.prompt_tokens
+
+    def test_an_answer_that_is_cut_belongs_to_the_conversation(self, tiny_model, chat_tokenizer):
+        chat = Chat(tiny_model, chat_tokenizer, max_tokens=20)
+        reply = chat.reply("Hello")
+        pieces = [next(reply) for _ in range(5)]
+        reply.close()
+        assert chat.messages[-1]["content"] == "".join(piece.text for piece in pieces).lstrip()
+        whole = chat_tokenizer.encode_chat([*chat.messages, {"role": "user", "content": "Go on"}])
+        expected = generate(tiny_model, chat_tokenizer, whole, max_tokens=20)
+        assert self.answer(chat, "Go on") == expected
+
+    def test_reset_forgets_all_but_the_system_message(self, tiny_model, chat_tokenizer):
+        chat = Chat(tiny_model, chat_tokenizer, system="Be brief.", max_tokens=4)
+        first = self.answer(chat, "Hello")
+        chat.reset()
+        assert chat.messages == [{"role": "system", "content": "Be brief."}]
+        assert self.answer(chat, "Hello") == first
+
+    def test_a_message_that_fails_changes_nothing(self, tiny_model, chat_tokenizer):
+        chat = Chat(tiny_model, chat_tokenizer, max_tokens=4)
+        self.answer(chat, "Hello")
+        before = list(chat.messages)
+        with pytest.raises(TokenizerError):
+            self.answer(chat, "\ud83d")
+        assert chat.messages == before
+        self.answer(chat, "Still there?")
+
+    def test_base_models_do_not_chat(self, tiny_model, tokenizer):
+        with pytest.raises(TokenizerError, match="base model"):
+            Chat(tiny_model, tokenizer)
+
+    def test_sampling_with_a_seed_reproduces(self, tiny_model, chat_tokenizer):
+        sampling = SamplingConfig(temperature=1.0, seed=3)
+        answers = [self.answer(Chat(tiny_model, chat_tokenizer, sampling=sampling, max_tokens=8), "Hi") for _ in "ab"]
+        assert answers[0] == answers[1]
+
+
+def test_float16_and_quantized_models_generate(tiny_folder, tmp_path, tokenizer):
+    from mlx_openelm import convert, load
+
+    convert(tiny_folder, tmp_path / "out", quantize=8, group_size=32)
+    for dtype in (mx.float16, mx.bfloat16, mx.float32):
+        model, text = load(tmp_path / "out", dtype=dtype)
+        assert model(mx.array([[1]])).dtype == dtype
+        assert len(list(stream_generate(model, text, PROMPT, max_tokens=3))) <= 3

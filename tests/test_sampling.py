@@ -1,0 +1,126 @@
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from conftest import assert_close
+from mlx_openelm import SamplingConfig
+from mlx_openelm.errors import SamplingError
+from mlx_openelm.sampling import Sampler, restrict
+
+LOGITS = mx.log(mx.array([0.5, 0.05, 0.3, 0.15]))
+
+
+def kept(config, logits=LOGITS):
+    return np.flatnonzero(np.isfinite(np.array(restrict(logits, config)))).tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SamplingConfig(), [0, 1, 2, 3]),
+        (SamplingConfig(top_k=1), [0]),
+        (SamplingConfig(top_k=3), [0, 2, 3]),
+        (SamplingConfig(top_k=100), [0, 1, 2, 3]),
+        (SamplingConfig(top_p=0.4), [0]),  # the first token alone is more than enough
+        (SamplingConfig(top_p=0.51), [0, 2]),
+        (SamplingConfig(top_p=0.94), [0, 2, 3]),
+        (SamplingConfig(min_p=0.25), [0, 2, 3]),
+        (SamplingConfig(min_p=1.0), [0]),
+        (SamplingConfig(top_k=2, top_p=0.6), [0]),  # of the two left, the first has 0.625
+        (SamplingConfig(top_p=0.94, min_p=0.5), [0, 2]),
+    ],
+)
+def test_cuts_by_hand(config, expected):
+    assert kept(config) == expected
+
+
+def test_what_is_left_keeps_its_scores():
+    assert_close(restrict(LOGITS, SamplingConfig(top_k=2))[mx.array([0, 2])], LOGITS[mx.array([0, 2])], 0)
+
+
+def test_ties_at_the_cut_stay_together():
+    assert kept(SamplingConfig(top_k=2), mx.array([1.0, 2.0, 1.0, 0.0])) == [0, 1, 2]
+
+
+def draw(config, count, logits=LOGITS, prompt=(0,)):
+    sampler = Sampler(config, mx.array(prompt))
+    return [sampler(logits)[0].item() for _ in range(count)]
+
+
+def test_temperature_0_takes_the_likeliest():
+    assert draw(SamplingConfig(), 5) == [0] * 5
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_follow_the_tempered_probabilities(temperature):
+    count = 4000
+    found = np.bincount(draw(SamplingConfig(temperature=temperature, seed=1), count), minlength=4) / count
+    expected = np.exp(np.array(LOGITS) / temperature)
+    expected /= expected.sum()
+    assert np.abs(found - expected).max() < 4 * math.sqrt(0.25 / count)
+
+
+def test_the_same_seed_draws_the_same():
+    config = SamplingConfig(temperature=1.0, seed=7)
+    assert draw(config, 50) == draw(config, 50)
+    assert draw(config, 50) != draw(SamplingConfig(temperature=1.0, seed=8), 50)
+    assert draw(SamplingConfig(temperature=1.0), 50) != draw(SamplingConfig(temperature=1.0), 50)
+
+
+def test_mlxs_own_random_state_is_left_alone():
+    mx.random.seed(3)
+    expected = mx.random.uniform().item()
+    mx.random.seed(3)
+    draw(SamplingConfig(temperature=1.0, seed=1), 5)
+    assert mx.random.uniform().item() == expected
+
+
+def test_log_probabilities_are_the_models_own():
+    sampler = Sampler(SamplingConfig(temperature=0.5, top_k=1, repetition_penalty=1.3), mx.array([1]))
+    token, logprob = sampler(LOGITS.astype(mx.float16) + 3)
+    assert (token.item(), logprob.dtype) == (0, mx.float32)
+    assert logprob.item() == pytest.approx(math.log(0.5), abs=2e-3)  # float16 logits
+
+
+class TestRepetitionPenalty:
+    def test_by_hand(self):
+        """Positive logits are divided, negative ones multiplied, each token once however often it came."""
+        logits = mx.array([2.0, -1.0, 1.9, 0.5])
+        sampler = Sampler(SamplingConfig(repetition_penalty=2.0), mx.array([0, 1, 0]))
+        assert_close(sampler._penalize(logits), mx.array([1.0, -2.0, 1.9, 0.5]), 1e-6)
+        assert sampler(logits)[0].item() == 2
+
+    def test_generated_tokens_count(self):
+        logits = mx.array([2.0, 1.8, 1.6, 0.0])
+        assert draw(SamplingConfig(repetition_penalty=1.5), 4, logits, prompt=(3,)) == [0, 1, 2, 0]
+
+    def test_the_window_forgets(self):
+        logits = mx.array([2.0, 1.8, 1.6, 0.0])
+        config = SamplingConfig(repetition_penalty=1.5, repetition_context=1)
+        assert draw(config, 4, logits, prompt=(0, 3)) == [0, 1, 0, 1]
+
+    def test_an_empty_prompt_has_nothing_to_repeat(self):
+        sampler = Sampler(SamplingConfig(repetition_penalty=1.5), mx.array([], dtype=mx.int32))
+        assert sampler(mx.array([2.0, 1.8]))[0].item() == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": -0.1},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"repetition_context": 0},
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(values):
+    (name,) = values
+    with pytest.raises(SamplingError, match=name):
+        SamplingConfig(**values)
