@@ -195,6 +195,17 @@ def test_other_archives_are_told_what_they_are(tmp_path, options, said):
         read_torch_file(save(tmp_path / "x.pt", {"a": Tensor(VALUES)}, **options))
 
 
+def test_a_record_before_the_file_is_refused(tmp_path):
+    """The directory's own offset, pushed up, moves every record the other way."""
+    path = save(tmp_path / "x.pt", {"a": Tensor(VALUES)})
+    raw = bytearray(path.read_bytes())
+    place = raw.rindex(b"PK\x05\x06") + 16
+    raw[place : place + 4] = (int.from_bytes(raw[place : place + 4], "little") + 500).to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(TorchFileError, match="not where it should be"):
+        read_torch_file(path)
+
+
 def test_keys_that_never_stop_hashing_are_left_alone(tmp_path):
     nested = Raw(b")" + b"2\x86" * 80)  # a tuple of a tuple twice, and so on: its hash would take 2^80 steps
     path = save(tmp_path / "x.pt", {}, pickle=b"\x80\x02}(" + nested.opcodes + b"K\x01u.")

@@ -116,8 +116,10 @@ def _open(path: Path) -> _Archive:
                 raise TorchFileError(f"its record {name} is compressed, which PyTorch never does")
             if name in archive.entries:
                 raise TorchFileError(f"is damaged: it holds the record {name} twice")
-            file.seek(min(max(info.header_offset, 0), size))
-            header = file.read(_LOCAL_HEADER_BYTES)
+            header = b""
+            if 0 <= info.header_offset < size:
+                file.seek(info.header_offset)
+                header = file.read(_LOCAL_HEADER_BYTES)
             if header[:4] != b"PK\x03\x04" or len(header) < _LOCAL_HEADER_BYTES:
                 raise TorchFileError(f"is damaged: its record {name} is not where it should be; download it again")
             begin = info.header_offset + _LOCAL_HEADER_BYTES

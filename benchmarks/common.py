@@ -1,0 +1,156 @@
+"""What the benchmarks share: models to measure with, processes that are timed in turn, and how results are told."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_openelm import OpenELMConfig
+from mlx_openelm.device import device_name
+from mlx_openelm.model import parameter_shapes
+from mlx_openelm.tensors import LazyTensor, write_safetensors
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """A process that ended well."""
+
+    seconds: float
+    peak_bytes: int  # the most memory that it held at once
+    output: str
+
+
+def run(command: Sequence[str | Path]) -> Run:
+    """Run a program to its end, silently; fails with its last words if it fails."""
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{text[-2000:]}")
+    return Run(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), text)
+
+
+def in_turn(contestants: dict[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Measure A B A B ..., so that whatever else the machine does hits both; the first rounds do not count."""
+    figures: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(warm_up + rounds):
+        for name, measure in contestants.items():
+            figure = measure()
+            if number >= warm_up:
+                figures[name].append(figure)
+                print(f"  round {number - warm_up + 1}: {name} {figure:,.3f}", file=sys.stderr)
+    return figures
+
+
+def summary(figures: Sequence[float]) -> dict[str, float]:
+    """Median and spread."""
+    return {"median": statistics.median(figures), "min": min(figures), "max": max(figures), "rounds": len(figures)}
+
+
+def report(name: str, rows: Sequence[Sequence[Any]], figures: dict[str, Any]) -> None:
+    """Print a table and one JSON line, and keep the JSON under `results/`."""
+    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    result = {"benchmark": name, **figures, "machine": machine()}
+    print(json.dumps(result))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on, and which code ran."""
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "device": device_name(),
+        "python": platform.python_version(),
+        "preloaded": Path(os.environ["LD_PRELOAD"]).name if os.environ.get("LD_PRELOAD") else None,
+        "versions": {package: version(package) for package in ("mlx", "mlx-lm", "openelm-mlx")},
+        "commit": commit.stdout.strip(),
+        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+@contextmanager
+def model_folder(size: str, dtype: mx.Dtype = mx.float32) -> Iterator[Path]:
+    """A published model's shape with random weights, and a tokenizer, as a Hugging Face folder that goes away."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / f"OpenELM-{size.replace('.', '_')}"
+        folder.mkdir()
+        write_random_model(folder, OpenELMConfig.preset(size), dtype)
+        yield folder
+
+
+def write_random_model(folder: Path, config: OpenELMConfig, dtype: mx.Dtype = mx.float32) -> None:
+    """Random weights by a fixed recipe (see `tests/golden/full_size.json`), one tensor in memory at a time."""
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    tensors = {
+        name: LazyTensor(
+            shape,
+            dtype,
+            lambda name=name, shape=shape: random_tensor(name, shape, config).astype(dtype),  # type: ignore[misc]
+        )
+        for name, shape in parameter_shapes(config).items()
+    }
+    with open(folder / "model.safetensors", "wb") as file:
+        write_safetensors(file, tensors, {"format": "pt"})
+    _write_tokenizer(folder)
+
+
+def random_tensor(name: str, shape: tuple[int, ...], config: OpenELMConfig) -> mx.array:
+    """A tensor of the recipe, in float32."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    values = rng.standard_normal(shape, dtype=np.float32)
+    if "norm" in name:
+        return mx.array(1 + np.float32(0.1) * values)
+    std = config.model_dim**-0.5
+    if name.endswith(("qkv_proj.weight", "proj_1.weight")):
+        std = shape[1] ** -0.5
+    elif name.endswith(("out_proj.weight", "proj_2.weight")):
+        std *= (2 * config.num_transformer_layers) ** -0.5
+    return mx.array(values * np.float32(std))
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A small SentencePiece model: these benchmarks need ids, whatever they mean."""
+    import sentencepiece
+
+    text = (ROOT / "LICENSE").read_text() + (ROOT / "pyproject.toml").read_text()
+    (folder / "text.txt").write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=450,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    for name in ("text.txt", "tokenizer.vocab"):
+        (folder / name).unlink()
