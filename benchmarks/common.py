@@ -75,9 +75,9 @@ def report(name: str, rows: Sequence[Sequence[Any]], figures: dict[str, Any]) ->
     for row in rows:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     result = {"benchmark": name, **figures, "machine": machine()}
-    print(json.dumps(result))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
 
 
 def machine() -> dict[str, Any]:
@@ -119,7 +119,7 @@ def write_random_model(folder: Path, config: OpenELMConfig, dtype: mx.Dtype = mx
     }
     with open(folder / "model.safetensors", "wb") as file:
         write_safetensors(file, tensors, {"format": "pt"})
-    _write_tokenizer(folder)
+    _write_tokenizer(folder, config.vocab_size)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], config: OpenELMConfig) -> mx.array:
@@ -136,9 +136,10 @@ def random_tensor(name: str, shape: tuple[int, ...], config: OpenELMConfig) -> m
     return mx.array(values * np.float32(std))
 
 
-def _write_tokenizer(folder: Path) -> None:
-    """A small SentencePiece model: these benchmarks need ids, whatever they mean."""
+def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A SentencePiece model with a word for every id, for random weights come up with any of them."""
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
 
     text = (ROOT / "LICENSE").read_text() + (ROOT / "pyproject.toml").read_text()
     (folder / "text.txt").write_text(text)
@@ -154,3 +155,8 @@ def _write_tokenizer(folder: Path) -> None:
     )
     for name in ("text.txt", "tokenizer.vocab"):
         (folder / name).unlink()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    model.ParseFromString((folder / "tokenizer.model").read_bytes())
+    for number in range(len(model.pieces), vocab_size):
+        model.pieces.add(piece=f"▁word{number}", score=-number)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -12,6 +12,8 @@ from mlx_openelm.commands.terminal import INTERRUPTED, fail, say
 from mlx_openelm.errors import OpenELMError
 
 # Typer brings its own copy of Click or uses the installed one, as its version goes; these are those of either.
+_UsageError: type[Any]
+_ClickError: type[Any]
 _UsageError, _ClickError = typer.BadParameter.__mro__[1:3]
 
 app = typer.Typer(

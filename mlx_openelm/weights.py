@@ -7,7 +7,8 @@ import mlx.nn as nn
 
 from .convert.source import Source
 from .convert.sources import open_source
-from .device import DTYPES, compute_dtype
+from .cpu import quantized_layers
+from .device import DTYPES, compute_dtype, on_cpu
 from .errors import ConfigError, WeightsError
 from .model import OpenELM
 from .quantize import PackedTensor
@@ -65,12 +66,15 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
     """
     dtype = dtype or compute_dtype(source.tensors["transformer.norm.weight"].dtype)
     model = OpenELM(source.config)
-    packed = {n.removesuffix(".weight"): t for n, t in source.tensors.items() if isinstance(t, PackedTensor)}
-    if packed:
-        nn.quantize(
-            model,
-            class_predicate=lambda path, module: packed[path].quantization.to_dict() if path in packed else False,
-        )
+    packed = {
+        name.removesuffix(".weight"): tensor.quantization
+        for name, tensor in source.tensors.items()
+        if isinstance(tensor, PackedTensor)
+    }
+    if packed and on_cpu():
+        quantized_layers(model, packed)
+    elif packed:
+        nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
     arrays: dict[str, mx.array] = {}
     for name, tensor in source.tensors.items():
         if isinstance(tensor, PackedTensor):

@@ -1,0 +1,82 @@
+"""Quantized layers for the CPU, where MLX multiplies on one core and, on Linux, without vector instructions.
+
+The rows of a matrix are shared out over the cores, each with a stream of its own. Many inputs at once, as in prefill,
+are multiplied by the matrix in full: BLAS makes good for unpacking it. Results are those of MLX's own layers.
+"""
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from math import prod
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+
+from .quantize import Quantization
+
+_LARGEST_TEAM = 8  # cores; more of them only wait for memory
+_SMALLEST_SHARE = 1 << 17  # weights of one core; for less, waking it up takes longer than the work
+_MANY_INPUTS = 16
+
+
+class CPUQuantizedLinear(nn.QuantizedLinear):
+    """`nn.QuantizedLinear` for the CPU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., input) to (..., output)."""
+        return _multiply(self, x)
+
+
+class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
+    """`nn.QuantizedEmbedding` for the CPU."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., M) to (..., V)."""
+        return _multiply(self, x)
+
+
+def quantized_layers(model: nn.Module, quantizations: Mapping[str, Quantization]) -> None:
+    """Put quantized layers for the CPU in the places of those named, as `nn.quantize` does; load weights afterwards."""
+
+    def replace(path: str, module: nn.Module) -> nn.Module:
+        if path not in quantizations:
+            return module
+        options = quantizations[path].to_dict()
+        rows, columns = module.weight.shape
+        if isinstance(module, nn.Embedding):
+            return CPUQuantizedEmbedding(rows, columns, **options)
+        return CPUQuantizedLinear(columns, rows, bias=False, **options)
+
+    modules = tree_map_with_path(replace, model.leaf_modules(), is_leaf=nn.Module.is_module)
+    model.update_modules(modules)
+
+
+def _multiply(layer: nn.Module, x: mx.array) -> mx.array:
+    rows = layer.weight.shape[0]
+    columns = x.shape[-1]
+    team = min(len(_streams()), rows * columns // _SMALLEST_SHARE, rows)
+    if team <= 1:
+        return _multiply_rows(layer, x, slice(None), None)
+    share = -(-rows // team)
+    parts = [
+        _multiply_rows(layer, x, slice(start, start + share), stream)
+        for start, stream in zip(range(0, rows, share), _streams(), strict=False)
+    ]
+    return mx.concatenate(parts, axis=-1)
+
+
+def _multiply_rows(layer: nn.Module, x: mx.array, rows: slice, stream: mx.Stream | None) -> mx.array:
+    """The product with some rows of the matrix; slices of rows share its memory."""
+    packed = layer.weight[rows], layer.scales[rows], layer.biases[rows] if "biases" in layer else None
+    options = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "stream": stream}
+    if prod(x.shape[:-1]) < _MANY_INPUTS:
+        return mx.quantized_matmul(x, *packed, **options)
+    return mx.matmul(x, mx.dequantize(*packed, **options, dtype=x.dtype).T, stream=stream)
+
+
+@cache
+def _streams() -> tuple[mx.Stream, ...]:
+    """A stream for each core; MLX gives each a thread."""
+    team = min(os.cpu_count() or 1, _LARGEST_TEAM)
+    return mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(team - 1))
