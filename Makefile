@@ -1,0 +1,47 @@
+# `make demo` and `make test` need Python 3.10 or newer and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# MLX brings its own backend on a Mac; elsewhere the one for the CPU has to be asked for.
+EXTRAS := $(if $(filter Darwin,$(shell uname -s)),dev,dev,cpu)
+
+.PHONY: install demo test check slow bench clean
+
+install: $(BIN)/openelm-mlx
+
+$(BIN)/openelm-mlx: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	touch $@
+
+demo: install
+	@rm -rf build/demo && mkdir -p build/demo
+	$(BIN)/python tests/demo_tokenizer.py build/demo
+	$(BIN)/openelm-mlx convert tests/golden/tied_gqa2/corenet_checkpoint.pt --quantize 8 --group-size 32 \
+		--tokenizer build/demo/tokenizer.model --output build/demo/model
+	$(BIN)/openelm-mlx info build/demo/model
+	$(BIN)/openelm-mlx generate --model build/demo/model --prompt "once upon a time" --max-tokens 24
+	@echo "(These weights are random: they show that the way from PyTorch to text works, not what a model can say.)"
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+bench: install
+	$(BIN)/python benchmarks/cold_start.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/convert.py
+
+clean:
+	rm -rf build $(VENV) *.egg-info

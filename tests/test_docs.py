@@ -1,0 +1,76 @@
+"""What the documents say is what the program does. Run as a script, this writes `docs/commands.md` anew."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+import mlx_openelm
+from mlx_openelm.cli import app
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = typer.main.get_command(app).commands
+
+
+def commands_document():
+    """Every command with its options, as a table."""
+    lines = ["# Commands", "", "Made from the program itself; `openelm-mlx COMMAND --help` says the same."]
+    for name, command in COMMANDS.items():
+        lines += ["", f"## {name}", "", command.help, "", "| option | | default |", "|---|---|---|"]
+        for option in command.params:
+            names = ", ".join(f"`{text}`" for text in [*option.opts, *option.secondary_opts])
+            default = "" if option.default in (None, False) or option.required else f"`{option.default}`"
+            lines.append(f"| {names} | {getattr(option, 'help', None) or ''} | {default} |")
+        examples = (command.epilog or "").split("\n\n")[1:]
+        if examples:
+            lines += ["", "```sh", *examples, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def test_commands_document_is_up_to_date():
+    assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == commands_document()
+
+
+def blocks(language):
+    pattern = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
+    return [(path.name, block) for path in DOCUMENTS for block in pattern.findall(path.read_text(encoding="utf-8"))]
+
+
+def typed_lines():
+    lines = {line for _, block in blocks("sh") for line in block.splitlines() if line.startswith("openelm-mlx ")}
+    return sorted(lines)
+
+
+@pytest.mark.parametrize("line", typed_lines())
+def test_commands_in_documents_can_be_typed(line):
+    _, name, *arguments = shlex.split(line.split("<")[0], comments=True)
+    COMMANDS[name].make_context(name, arguments, resilient_parsing=False)
+
+
+@pytest.mark.parametrize(("document", "block"), blocks("python"))
+def test_python_in_documents_uses_what_there_is(document, block):
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mlx_openelm":
+            assert hasattr(mlx_openelm, node.attr), f"{document}: mlx_openelm.{node.attr}"
+
+
+def test_links_between_documents_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_public_name_is_documented():
+    for name in mlx_openelm.__all__:
+        thing = getattr(mlx_openelm, name)
+        if name.startswith("__") or isinstance(thing, dict):
+            continue
+        assert thing.__doc__, name
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "commands.md").write_text(commands_document(), encoding="utf-8")
