@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,22 @@ class Run:
 
 def run(command: Sequence[str | Path]) -> Run:
     """Run a program to its end, silently; fails with its last words if it fails."""
-    with tempfile.TemporaryFile("w+") as output:
-        start = time.perf_counter()
-        process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        text = output.read()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{text[-2000:]}")
-    return Run(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), text)
+    words = [str(word) for word in command]
+    done = subprocess.run([sys.executable, "-S", "-c", _LAUNCHER, *words], capture_output=True, text=True, check=True)
+    status, seconds, peak, text = json.loads(done.stdout)
+    if status:
+        raise SystemExit(f"{' '.join(words)} failed:\n{text[-2000:]}")
+    return Run(seconds, peak * (1 if sys.platform == "darwin" else 1024), text)
+
+
+# A process of its own, because Linux counts the memory of the one that starts a program to the program's peak.
+_LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+seconds = time.perf_counter() - start
+print(json.dumps([done.returncode, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, done.stdout]))
+"""
 
 
 def in_turn(contestants: dict[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
@@ -109,12 +115,16 @@ def model_folder(size: str, dtype: mx.Dtype = mx.float32) -> Iterator[Path]:
 def write_random_model(folder: Path, config: OpenELMConfig, dtype: mx.Dtype = mx.float32) -> None:
     """Random weights by a fixed recipe (see `tests/golden/full_size.json`), one tensor in memory at a time."""
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    last: dict[str, mx.array] = {}  # a tensor is made whole and written in blocks
+
+    def read_rows(name: str, shape: tuple[int, ...], start: int, stop: int) -> mx.array:
+        if name not in last:
+            last.clear()
+            last[name] = random_tensor(name, shape, config).astype(dtype)
+        return last[name][start:stop]
+
     tensors = {
-        name: LazyTensor(
-            shape,
-            dtype,
-            lambda name=name, shape=shape: random_tensor(name, shape, config).astype(dtype),  # type: ignore[misc]
-        )
+        name: LazyTensor(shape, dtype, partial(read_rows, name, shape))
         for name, shape in parameter_shapes(config).items()
     }
     with open(folder / "model.safetensors", "wb") as file:

@@ -4,18 +4,16 @@ The rows of a matrix are shared out over the cores, each with a stream of its ow
 are multiplied by the matrix in full: BLAS makes good for unpacking it. Results are those of MLX's own layers.
 """
 
-import os
 from collections.abc import Mapping
-from functools import cache
 from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
+from .device import compute_streams
 from .quantize import Quantization
 
-_LARGEST_TEAM = 8  # cores; more of them only wait for memory
 _SMALLEST_SHARE = 1 << 17  # weights of one core; for less, waking it up takes longer than the work
 _MANY_INPUTS = 16
 
@@ -55,13 +53,13 @@ def quantized_layers(model: nn.Module, quantizations: Mapping[str, Quantization]
 def _multiply(layer: nn.Module, x: mx.array) -> mx.array:
     rows = layer.weight.shape[0]
     columns = x.shape[-1]
-    team = min(len(_streams()), rows * columns // _SMALLEST_SHARE, rows)
+    team = min(len(compute_streams()), rows * columns // _SMALLEST_SHARE, rows)
     if team <= 1:
         return _multiply_rows(layer, x, slice(None), None)
     share = -(-rows // team)
     parts = [
         _multiply_rows(layer, x, slice(start, start + share), stream)
-        for start, stream in zip(range(0, rows, share), _streams(), strict=False)
+        for start, stream in zip(range(0, rows, share), compute_streams(), strict=False)
     ]
     return mx.concatenate(parts, axis=-1)
 
@@ -73,10 +71,3 @@ def _multiply_rows(layer: nn.Module, x: mx.array, rows: slice, stream: mx.Stream
     if prod(x.shape[:-1]) < _MANY_INPUTS:
         return mx.quantized_matmul(x, *packed, **options)
     return mx.matmul(x, mx.dequantize(*packed, **options, dtype=x.dtype).T, stream=stream)
-
-
-@cache
-def _streams() -> tuple[mx.Stream, ...]:
-    """A stream for each core; MLX gives each a thread."""
-    team = min(os.cpu_count() or 1, _LARGEST_TEAM)
-    return mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(team - 1))

@@ -5,10 +5,12 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import mlx.core as mx
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+_LARGEST_TEAM = 8  # cores; more of them only wait for memory
 _CPU_SHARE = 0.9  # of physical memory; the rest belongs to the system
 
 
@@ -28,6 +30,14 @@ def device_name() -> str:
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """The type to compute in: on the CPU float32, where 16 bits are slow, and elsewhere the stored one."""
     return mx.float32 if on_cpu() else stored
+
+
+@cache
+def compute_streams() -> tuple[mx.Stream, ...]:
+    """Streams that compute at the same time: one for each core of a CPU, where MLX gives each a thread, else one."""
+    default = mx.default_stream(mx.default_device())
+    team = min(os.cpu_count() or 1, _LARGEST_TEAM) if on_cpu() else 1
+    return default, *(mx.new_stream(mx.cpu) for _ in range(team - 1))
 
 
 def memory_limit_bytes() -> int:

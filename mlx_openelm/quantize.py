@@ -130,26 +130,40 @@ class PackedTensor:
     def dequantize(self) -> LazyTensor:
         """The matrix in full."""
 
-        def read() -> mx.array:
-            return self.quantization.dequantize({name: part.read() for name, part in self.parts.items()}, self.dtype)
+        def read_rows(start: int, stop: int) -> mx.array:
+            parts = {name: part.read_rows(start, stop) for name, part in self.parts.items()}
+            return self.quantization.dequantize(parts, self.dtype)
 
-        return LazyTensor(self.shape, self.dtype, read)
+        return LazyTensor(self.shape, self.dtype, read_rows)
 
 
 def pack(tensor: LazyTensor, quantization: Quantization) -> PackedTensor:
-    """Quantize a matrix when the first of its parts is read; the others wait in memory until they are read too."""
-    waiting: dict[str, mx.array] = {}
+    """Quantize a matrix when rows of its first part are read; all rows of the others wait in memory for their turn."""
+    waiting: dict[str, list[mx.array]] = {}
 
-    def take(name: str) -> mx.array:
+    def take_first(start: int, stop: int) -> mx.array:
+        first, *others = quantization.quantize(tensor.read_rows(start, stop)).items()
+        for name, rows in others:
+            if start == 0:
+                waiting[name] = []
+            waiting[name].append(rows)
+        return first[1]
+
+    def take(name: str, start: int, stop: int) -> mx.array:
         if name not in waiting:
-            waiting.update(quantization.quantize(tensor.read()))
-            mx.eval(waiting)
-        return waiting.pop(name)
+            return quantization.quantize(tensor.read_rows(start, stop))[name]
+        rows = mx.concatenate(waiting[name])[start:stop]
+        if stop == tensor.num_rows:
+            del waiting[name]
+        return rows
 
     rows, columns = tensor.shape
     plan = quantization.plan((rows, columns), tensor.dtype)
     return PackedTensor(
-        {name: LazyTensor(shape, dtype, partial(take, name)) for name, (shape, dtype) in plan.items()},
+        {
+            name: LazyTensor(shape, dtype, take_first if name == "weight" else partial(take, name))
+            for name, (shape, dtype) in plan.items()
+        },
         quantization,
     )
 

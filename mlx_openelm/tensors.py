@@ -1,13 +1,15 @@
 """Tensors that stay on disk until they are needed, and the safetensors files they are read from and written to.
 
 A checkpoint is a `dict[str, LazyTensor]`: renaming is a dict comprehension, averaging or cutting rows is a new
-`LazyTensor` around the old ones, and no more than what is being looked at stands in memory.
+`LazyTensor` around the old ones. Values are read by rows, so that no more than a few blocks of them stand in memory.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +17,7 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from .device import compute_streams
 from .errors import OutputError, WeightsError
 
 # The names that safetensors gives to the types that weights of a language model come in.
@@ -26,60 +29,101 @@ SAFETENSORS_DTYPES = {
     "U8": mx.uint8,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_NUMPY_DTYPES = {mx.float32: "<f4", mx.float16: "<f2", mx.bfloat16: "<u2", mx.uint32: "<u4", mx.uint8: "u1"}
+_EXPONENT_BITS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # all of them set: NaN or infinity
 _LARGEST_HEADER_BYTES = 100_000_000
+_BLOCK_BYTES = 1 << 20  # fits into caches, and is reused rather than given back
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of known shape and type whose values are read by `read()`, anew at each call."""
+    """A tensor of known shape and type whose values are read when they are asked for, anew each time."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    read: Callable[[], mx.array]
+    read_rows: Callable[[int, int], mx.array]  # those from the first to before the second number, along the first axis
 
     @property
     def nbytes(self) -> int:
         """Size of the values in bytes."""
         return prod(self.shape) * self.dtype.size
 
-    def map(
-        self,
-        function: Callable[[mx.array], mx.array],
-        shape: tuple[int, ...] | None = None,
-        dtype: mx.Dtype | None = None,
-    ) -> "LazyTensor":
-        """The tensor that `function` makes of this one; say what shape and type it has if they change."""
-        return LazyTensor(shape or self.shape, dtype or self.dtype, lambda: function(self.read()))
+    @property
+    def num_rows(self) -> int:
+        """Length of the first axis; 1 for a single number."""
+        return self.shape[0] if self.shape else 1
+
+    def read(self) -> mx.array:
+        """All values."""
+        return self.read_rows(0, self.num_rows)
+
+    def map(self, function: Callable[[mx.array], mx.array], dtype: mx.Dtype | None = None) -> "LazyTensor":
+        """The tensor that `function` makes of this one, row by row; say what type it has if that changes."""
+        return LazyTensor(self.shape, dtype or self.dtype, lambda start, stop: function(self.read_rows(start, stop)))
+
+    def first_rows(self, count: int) -> "LazyTensor":
+        """The tensor without the rows behind the first `count`."""
+        return LazyTensor((count, *self.shape[1:]), self.dtype, self.read_rows)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of rows, of some megabytes each, that together are the tensor."""
+        rows = max(1, _BLOCK_BYTES * self.num_rows // max(self.nbytes, 1))
+        for start in range(0, self.num_rows, rows):
+            yield start, min(start + rows, self.num_rows)
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Tensors of a safetensors file by name; only the header is read now.
 
     Raises:
-        WeightsError: if the header and the length of the file do not agree, or a type is not one of weights.
+        WeightsError: if the header and the length of the file do not agree, or a type is not one of weights; when
+            values are read, if they hold NaN or infinity.
     """
     try:
         header = _read_header(path)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-    arrays = _Arrays(path)
-    return {name: LazyTensor(shape, dtype, partial(arrays.take, name)) for name, (shape, dtype) in header.items()}
+    return {
+        name: LazyTensor(shape, dtype, partial(_read_rows, path, name, shape, dtype, offset))
+        for name, (shape, dtype, offset) in header.items()
+    }
 
 
-class _Arrays:
-    """Unread arrays of one file, each given away once, so that no values stay behind; then the file is opened anew."""
+def _read_rows(
+    path: Path, name: str, shape: tuple[int, ...], dtype: mx.Dtype, offset: int, start: int, stop: int
+) -> mx.array:
+    row = prod(shape[1:])
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset + start * row * dtype.size)
+            values = np.fromfile(file, _NUMPY_DTYPES[dtype], (stop - start) * row)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+    if values.size != (stop - start) * row:
+        raise WeightsError(f"{path} became shorter while it was read")
+    return from_numpy(values.reshape(stop - start, *shape[1:]) if shape else values.reshape(()), dtype, name)
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._arrays: dict[str, mx.array] = {}
 
-    def take(self, name: str) -> mx.array:
-        if name not in self._arrays:
-            self._arrays = mx.load(str(self._path))  # type: ignore[assignment]
-        return self._arrays.pop(name)
+def from_numpy(values: np.ndarray, dtype: mx.Dtype, name: str) -> mx.array:
+    """Values from a file as an array; those of bfloat16, which NumPy has not, come as their bits.
+
+    Raises:
+        WeightsError: naming the tensor, if they hold NaN or infinity.
+    """
+    if dtype in _EXPONENT_BITS:
+        bits = values.view(np.uint16) & _EXPONENT_BITS[dtype]
+        finite = not (bits == _EXPONENT_BITS[dtype]).any()
+    else:
+        finite = bool(np.isfinite(values).all())  # NumPy needs a tenth of the time that MLX takes on a CPU
+    if not finite:
+        raise WeightsError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training diverged")
+    array = mx.array(values)
+    return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
 
 
-def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype, int]]:
+    """Shape, type and place in the file of each tensor."""
+
     def damaged(what: str) -> WeightsError:
         return WeightsError(f"{path} is damaged or incomplete: {what}; download or convert it again")
 
@@ -113,7 +157,7 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
             raise WeightsError(f"{path}: {name} has the type {dtype_name}; weights are {', '.join(SAFETENSORS_DTYPES)}")
         if stop - start != prod(shape) * dtype.size or header_bytes + 8 + stop > file_bytes:
             raise damaged(f"{name} should take bytes {start:,} to {stop:,} after the header")
-        header[name] = shape, dtype
+        header[name] = shape, dtype, header_bytes + 8 + start
         end = max(end, stop)
     if header_bytes + 8 + end != file_bytes:
         raise damaged(f"it has {file_bytes:,} bytes and its tensors end at {header_bytes + 8 + end:,}")
@@ -126,14 +170,14 @@ def write_safetensors(
     metadata: Mapping[str, str],
     on_written: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> None:
-    """Write a safetensors file, reading one tensor at a time.
+    """Write a safetensors file, reading some rows at a time.
 
-    The header follows from shapes and types alone, so it can stand in front before any value was read. Peak memory is
-    the largest tensor with whatever its `read` takes.
+    The header follows from shapes and types alone, so it can stand in front before any value was read. While a block
+    of rows is written, the next ones are read and computed, on a CPU one on each core.
 
     Args:
         metadata: texts to keep in the header; readers of MLX look for `{"format": "mlx"}`.
-        on_written: called with each tensor's name and size in bytes once it is in the file.
+        on_written: called with a tensor's name and a number of bytes as soon as they are in the file.
     Raises:
         OutputError: if the disk is full or the file cannot be written.
     """
@@ -150,17 +194,32 @@ def write_safetensors(
     raw += b" " * (-len(raw) % 8)
     try:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, tensor in tensors.items():
-            values = tensor.read()
-            assert values.shape == tensor.shape, f"{name} was planned as {tensor.shape} and came as {values.shape}"
-            assert values.dtype == tensor.dtype, f"{name} was planned as {tensor.dtype} and came as {values.dtype}"
+        for name, values in _in_blocks(tensors):
+            tensor = tensors[name]
+            assert values.shape[1:] == tensor.shape[1:], f"{name}, planned as {tensor.shape}, came as {values.shape}"
+            assert values.dtype == tensor.dtype, f"{name}, planned as {tensor.dtype}, came as {values.dtype}"
             file.write(as_bytes(values))
-            on_written(name, tensor.nbytes)
-            del values
+            on_written(name, values.nbytes)
     except OSError as error:
         raise OutputError(
             f"{getattr(file, 'name', 'the file')} cannot be written: {error.strerror or error}"
         ) from error
+
+
+def _in_blocks(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, mx.array]]:
+    """All tensors, some rows at a time, with the next blocks under way."""
+    streams = compute_streams()
+    under_way: deque[tuple[str, mx.array]] = deque()
+    blocks = ((name, tensor, rows) for name, tensor in tensors.items() for rows in tensor.blocks())
+    for (name, tensor, rows), stream in zip(blocks, cycle(streams), strict=False):
+        with mx.stream(stream):
+            values = mx.contiguous(tensor.read_rows(*rows))
+        mx.async_eval(values)
+        under_way.append((name, values))
+        del values
+        if len(under_way) > len(streams):
+            yield under_way.popleft()
+    yield from under_way
 
 
 def as_bytes(array: mx.array) -> memoryview:

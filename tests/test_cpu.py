@@ -16,7 +16,7 @@ def streams():
 
 @pytest.fixture(params=[1, 2, 3, 7], ids="{} cores".format)
 def cores(request, monkeypatch, streams):
-    monkeypatch.setattr(cpu, "_streams", lambda: streams[: request.param])
+    monkeypatch.setattr(cpu, "compute_streams", lambda: streams[: request.param])
     monkeypatch.setattr(cpu, "_SMALLEST_SHARE", 1)
 
 

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mlx_openelm import tensors
 from mlx_openelm.errors import OutputError, WeightsError
 from mlx_openelm.tensors import LazyTensor, read_safetensors, write_safetensors
 
 
 def lazy(array):
-    return LazyTensor(array.shape, array.dtype, lambda: array)
+    return LazyTensor(array.shape, array.dtype, lambda start, stop: array[start:stop])
 
 
 ARRAYS = {
@@ -59,11 +60,22 @@ def test_tensors_that_are_no_rows_in_memory_are_written_right(tmp_path):
 
 
 def test_mapping_reads_nothing_yet():
-    def read():
+    def read_rows(start, stop):
         raise AssertionError("read too early")
 
-    mapped = LazyTensor((2,), mx.float32, read).map(lambda a: a, shape=(1,), dtype=mx.float16)
-    assert (mapped.shape, mapped.dtype, mapped.nbytes) == ((1,), mx.float16, 2)
+    mapped = LazyTensor((2, 3), mx.float32, read_rows).map(lambda a: a, mx.float16).first_rows(1)
+    assert (mapped.shape, mapped.dtype, mapped.nbytes) == ((1, 3), mx.float16, 6)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 24, 100, 10_000])
+def test_blocks_of_any_size_make_the_same_file(tmp_path, monkeypatch, block_bytes):
+    array = mx.random.normal((50, 6), key=mx.random.key(0))
+    whole = write(tmp_path / "whole.safetensors", {"a": array, **ARRAYS}).read_bytes()
+    monkeypatch.setattr(tensors, "_BLOCK_BYTES", block_bytes)
+    assert write(tmp_path / "blocks.safetensors", {"a": array, **ARRAYS}).read_bytes() == whole
+    found = read_safetensors(tmp_path / "blocks.safetensors")["a"]
+    assert [stop for _, stop in found.blocks()][-1] == 50
+    assert mx.array_equal(mx.concatenate([found.read_rows(*rows) for rows in found.blocks()]), array)
 
 
 @pytest.mark.parametrize("share", [0, 0.02, 0.5, 0.95])

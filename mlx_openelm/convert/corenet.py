@@ -76,13 +76,12 @@ def _average(checkpoints: Sequence[Mapping[str, LazyTensor]]) -> dict[str, LazyT
 
 
 def _mean(tensors: Sequence[LazyTensor]) -> LazyTensor:
-    """Their mean, added up in float32 one at a time."""
+    """Their mean, added up in float32."""
 
-    def read() -> mx.array:
-        total = tensors[0].read().astype(mx.float32)
-        for tensor in tensors[1:]:
-            total = total + tensor.read()
-            mx.eval(total)
+    def read_rows(start: int, stop: int) -> mx.array:
+        total = mx.zeros((1,))
+        for tensor in tensors:
+            total = total + tensor.read_rows(start, stop)
         return (total / len(tensors)).astype(tensors[0].dtype)
 
-    return LazyTensor(tensors[0].shape, tensors[0].dtype, read)
+    return LazyTensor(tensors[0].shape, tensors[0].dtype, read_rows)

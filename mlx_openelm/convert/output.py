@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..config import OpenELMConfig
 from ..errors import DiskSpaceError, OutputError, OutputExistsError
 from ..quantize import PackedTensor, Quantization
@@ -138,16 +136,12 @@ def _plan_shards(tensors: Mapping[str, Tensor]) -> list[dict[str, LazyTensor]]:
 
 
 def _write_weights(staging: Path, shards: list[dict[str, LazyTensor]], on_written: Callable[[str, int], None]) -> None:
-    def release(name: str, nbytes: int) -> None:
-        mx.clear_cache()  # MLX keeps freed buffers for reuse; here each is as large as a tensor
-        on_written(name, nbytes)
-
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         with open(staging / name, "wb") as file:
-            write_safetensors(file, shard, {"format": "mlx"}, release)
+            write_safetensors(file, shard, {"format": "mlx"}, on_written)
     if len(shards) > 1:
         places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())

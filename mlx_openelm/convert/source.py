@@ -104,9 +104,5 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
 
 def _first_rows(tensor: Tensor, rows: int) -> Tensor:
     if isinstance(tensor, PackedTensor):
-        return replace(tensor, parts={name: _cut(part, rows) for name, part in tensor.parts.items()})
-    return _cut(tensor, rows)
-
-
-def _cut(tensor: LazyTensor, rows: int) -> LazyTensor:
-    return tensor.map(lambda array: array[:rows], shape=(rows, *tensor.shape[1:]))
+        return replace(tensor, parts={name: part.first_rows(rows) for name, part in tensor.parts.items()})
+    return tensor.first_rows(rows)

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import TorchFileError
-from ..tensors import LazyTensor
+from ..tensors import LazyTensor, from_numpy
 from .torch_pickle import TensorRecord, read_pickle
 
 _PREFIXES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of PyTorch's wrappers
@@ -28,7 +28,7 @@ _FLOATS = {
     "bfloat16": (2, mx.bfloat16),
     "float64": (8, mx.float32),
 }
-_NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8"}
+_NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8"}  # bfloat16 by its bits
 _LOCAL_HEADER_BYTES = 30
 _CHUNK_BYTES = 1 << 20
 _LARGEST_DEPTH = 8  # of dictionaries in which the model may lie
@@ -196,19 +196,21 @@ def _lazy(archive: _Archive, name: str, record: TensorRecord) -> LazyTensor:
         last = record.offset + sum((n - 1) * s for n, s in zip(record.shape, record.strides, strict=True))
         if last >= available or numel > available:
             raise TorchFileError(f"is damaged: {name} of shape {record.shape} reaches beyond its values")
-    return LazyTensor(record.shape, dtype, partial(_read, archive, entry, record))
+    return LazyTensor(record.shape, dtype, partial(_read_rows, archive, name, entry, record))
 
 
-def _read(archive: _Archive, entry: str, record: TensorRecord) -> mx.array:
-    """The values of a tensor: of the record, only the span that it lies in."""
+def _read_rows(archive: _Archive, name: str, entry: str, record: TensorRecord, start: int, stop: int) -> mx.array:
+    """Rows of a tensor: of its record, only the span that they lie in."""
     size, dtype = _FLOATS[record.storage.dtype]
-    if prod(record.shape) == 0:
-        return mx.zeros(record.shape, dtype)
-    span = 1 + sum((n - 1) * s for n, s in zip(record.shape, record.strides, strict=True))
+    shape = (stop - start, *record.shape[1:]) if record.shape else ()
+    if prod(shape) == 0:
+        return mx.zeros(shape, dtype)
+    first = record.offset + (start * record.strides[0] if shape else 0)
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, record.strides, strict=True))
     try:
         archive.check(entry)
         with open(archive.path, "rb") as file:
-            file.seek(archive.entries[entry][0] + record.offset * size)
+            file.seek(archive.entries[entry][0] + first * size)
             values = np.fromfile(file, _NUMPY[record.storage.dtype], span)
     except TorchFileError as error:
         raise TorchFileError(f"{archive.path}: {error}") from error
@@ -217,6 +219,5 @@ def _read(archive: _Archive, entry: str, record: TensorRecord) -> mx.array:
     if values.size != span:
         raise TorchFileError(f"{archive.path} became shorter while it was read")
     strides = tuple(stride * size for stride in record.strides)
-    strided = np.lib.stride_tricks.as_strided(values, record.shape, strides, writeable=False)
-    array = mx.array(np.ascontiguousarray(strided, dtype=np.float32 if record.storage.dtype == "float64" else None))
-    return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
+    strided = np.lib.stride_tricks.as_strided(values, shape, strides, writeable=False)
+    return from_numpy(np.ascontiguousarray(strided, np.float32 if size == 8 else None).reshape(shape), dtype, name)
