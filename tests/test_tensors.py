@@ -70,10 +70,10 @@ def test_mapping_reads_nothing_yet():
 @pytest.mark.parametrize("block_bytes", [1, 24, 100, 10_000])
 def test_blocks_of_any_size_make_the_same_file(tmp_path, monkeypatch, block_bytes):
     array = mx.random.normal((50, 6), key=mx.random.key(0))
-    whole = write(tmp_path / "whole.safetensors", {"a": array, **ARRAYS}).read_bytes()
+    whole = write(tmp_path / "whole.safetensors", {"tall": array, **ARRAYS}).read_bytes()
     monkeypatch.setattr(tensors, "_BLOCK_BYTES", block_bytes)
-    assert write(tmp_path / "blocks.safetensors", {"a": array, **ARRAYS}).read_bytes() == whole
-    found = read_safetensors(tmp_path / "blocks.safetensors")["a"]
+    assert write(tmp_path / "blocks.safetensors", {"tall": array, **ARRAYS}).read_bytes() == whole
+    found = read_safetensors(tmp_path / "blocks.safetensors")["tall"]
     assert [stop for _, stop in found.blocks()][-1] == 50
     assert mx.array_equal(mx.concatenate([found.read_rows(*rows) for rows in found.blocks()]), array)
 
