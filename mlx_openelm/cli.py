@@ -3,13 +3,14 @@
 import os
 import sys
 import warnings
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from mlx_openelm.commands import convert, generate, inspect
 from mlx_openelm.commands.terminal import INTERRUPTED, fail, say
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.version import __version__
 
 # Typer brings its own copy of Click or uses the installed one, as its version goes; these are those of either.
 _UsageError: type[Any]
@@ -20,8 +21,26 @@ app = typer.Typer(
     name="openelm-mlx",
     help="Apple's OpenELM language models with MLX: convert, generate, chat.",
     pretty_exceptions_enable=False,
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"openelm-mlx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("chat", epilog=generate.CHAT_EXAMPLES)(generate.chat)

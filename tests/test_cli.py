@@ -13,7 +13,7 @@ import time
 import pytest
 
 from conftest import GOLDEN
-from mlx_openelm import OpenELMConfig, SamplingConfig, convert, generate, load
+from mlx_openelm import OpenELMConfig, SamplingConfig, __version__, convert, generate, load
 
 PROMPT = "Once upon a time"
 
@@ -316,6 +316,10 @@ def test_help_and_nothing(folders):
         status, out, _ = run(command, "--help")
         assert status == 0
         assert command == "doctor" or "Example" in out
+
+
+def test_version():
+    assert run("--version")[:2] == (0, f"openelm-mlx {__version__}\n")
 
 
 def test_starting_up_loads_no_heavy_package(folders):
