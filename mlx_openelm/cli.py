@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mlx_openelm.commands import convert, generate, inspect
+from mlx_openelm.commands import convert, generate, inspect, pretrain
 from mlx_openelm.commands.terminal import INTERRUPTED, fail, say
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.version import __version__
@@ -44,6 +44,11 @@ def _options(
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("chat", epilog=generate.CHAT_EXAMPLES)(generate.chat)
+app.command(
+    "pretrain",
+    epilog=pretrain.EXAMPLES,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(pretrain.pretrain)
 app.command("info", epilog=inspect.EXAMPLES)(inspect.info)
 app.command("doctor")(inspect.doctor)
 

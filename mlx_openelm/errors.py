@@ -43,6 +43,14 @@ class PromptError(OpenELMError):
     """A prompt that no text can follow: empty, or not text."""
 
 
+class DataError(OpenELMError):
+    """Text to train on that is missing, broken, or not enough."""
+
+
+class TrainingError(OpenELMError):
+    """A run that cannot start, go on, or be resumed."""
+
+
 class OutputError(OpenELMError):
     """Results that cannot be written where they were asked for."""
 

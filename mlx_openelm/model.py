@@ -58,7 +58,10 @@ class OpenELM(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, layers and the last norm: tokens (B, L) to hidden states (B, L, M)."""
+    """Embedding, layers and the last norm: tokens (B, L) to hidden states (B, L, M).
+
+    `segments` (B, L) numbers the documents that share a row: none of them sees another.
+    """
 
     def __init__(self, config: OpenELMConfig):
         super().__init__()
@@ -66,13 +69,16 @@ class Transformer(nn.Module):
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = [Layer(config, layer) for layer in range(config.num_transformer_layers)]
         self.norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
+        self.recompute_layers = False  # in training: keep only what goes from layer to layer, at a third more work
 
-    def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: KVCache | None = None, segments: mx.array | None = None) -> mx.array:
         offset = cache.offset if cache is not None else 0
         self._warn_past_context(offset, tokens.shape[1])
         x = self.token_embeddings(tokens)  # (B, L, M)
+        mask = None if segments is None else segment_mask(segments)
         for layer in self.layers:
-            x = layer(x, cache)
+            run = nn.utils.checkpoint(layer) if self.recompute_layers else layer
+            x = run(x, cache, mask)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
@@ -96,8 +102,8 @@ class Layer(nn.Module):
         self.attn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
         self.ffn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
 
-    def __call__(self, x: mx.array, cache: KVCache | None) -> mx.array:
-        x = x + self.attn(self.attn_norm(x), cache)
+    def __call__(self, x: mx.array, cache: KVCache | None, mask: mx.array | None = None) -> mx.array:
+        x = x + self.attn(self.attn_norm(x), cache, mask)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -120,7 +126,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
 
-    def __call__(self, x: mx.array, cache: KVCache | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: KVCache | None, mask: mx.array | None = None) -> mx.array:
         B, L, _ = x.shape
         H, K = self.num_query_heads, self.num_kv_heads
         qkv = self.qkv_proj(x).reshape(B, L, H + 2 * K, self.head_dim).transpose(0, 2, 1, 3)  # (B, H + 2K, L, D)
@@ -133,8 +139,8 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)  # (B, K, S, D)
 
-        mask = "causal" if L > 1 else None
-        heads = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.head_dim**-0.5, mask=mask)
+        seen = mask if mask is not None else "causal" if L > 1 else None
+        heads = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.head_dim**-0.5, mask=seen)
         return self.out_proj(heads.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
     def _rope(self, x: mx.array, offset: int) -> mx.array:
@@ -159,6 +165,13 @@ class FeedForward(nn.Module):
             return self.proj_2(activate(self.activation, hidden))
         gate, hidden = mx.split(hidden, 2, axis=-1)
         return self.proj_2(activate(self.activation, gate) * hidden)
+
+
+def segment_mask(segments: mx.array) -> mx.array:
+    """Which positions each may attend to, bool (B, 1, L, L): itself and those before it in its own segment (B, L)."""
+    positions = mx.arange(segments.shape[1])
+    causal = positions[None, :] <= positions[:, None]
+    return (segments[:, None, :, None] == segments[:, None, None, :]) & causal
 
 
 def activate(name: str, x: mx.array) -> mx.array:

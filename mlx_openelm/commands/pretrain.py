@@ -1,0 +1,109 @@
+"""`openelm-mlx pretrain`."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from .options import examples
+from .terminal import INTERRUPTED, byte_bar, fail, say
+
+EXAMPLES = examples(
+    'openelm-mlx pretrain --config recipe.yaml --data "stories/*.txt" --output runs/stories',
+    "openelm-mlx pretrain --config recipe.yaml --output runs/stories --resume --steps 20000",
+    "mlx.launch -n 2 -- openelm-mlx pretrain --config recipe.yaml --output runs/stories",
+)
+
+
+def pretrain(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option(help="Recipe in YAML.", metavar="FILE")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.", metavar="RUN")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    data_folder: Annotated[
+        Path | None, typer.Option(help="What the paths of the recipe's data are relative to.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Train a model from scratch. Any field of the recipe can be given too, as in --learning-rate 1e-3."""
+    import mlx.core as mx
+
+    from ..data import Filters, prepare_corpus
+    from ..recipe import Recipe
+    from ..tokenizer import Tokenizer
+    from ..tokenizer_files import find_tokenizer
+    from ..train import pretrain
+    from ..vocabulary import train_tokenizer
+
+    recipe = Recipe.from_file(config, _fields(context.args), data_folder)
+    group = mx.distributed.init()
+    main = group.rank() == 0
+    if recipe.train_tokenizer:
+        path = output / "tokenizer.model"
+        if not path.exists() and main:
+            say(f"making a vocabulary of {recipe.train_tokenizer:,} pieces")
+            train_tokenizer(recipe.data, recipe.train_tokenizer, path)
+        mx.eval(mx.distributed.all_sum(mx.zeros(1)))
+        tokenizer = Tokenizer(path)
+    else:
+        tokenizer, _ = find_tokenizer(recipe.tokenizer or None, None, recipe.model.vocab_size, chat=False)
+    filters = Filters(recipe.min_characters, recipe.min_tokens, recipe.validation_share)
+    corpus = None
+    if main:
+        with byte_bar("tokenizing") as update:
+            corpus = prepare_corpus(recipe.data, tokenizer, filters, output / "corpus", update)
+    mx.eval(mx.distributed.all_sum(mx.zeros(1)))
+    corpus = corpus or prepare_corpus(recipe.data, tokenizer, filters, output / "corpus")
+
+    steps = pretrain(
+        recipe, corpus, tokenizer, output, resume=resume, group=group, on_message=say if main else lambda message: None
+    )
+    try:
+        with _progress(recipe.steps, main) as show:
+            for metrics in steps:
+                show(metrics)
+    except KeyboardInterrupt:
+        steps.close()
+        fail(f"interrupted; --resume goes on from {output}", INTERRUPTED)
+
+
+def _fields(arguments: list[str]) -> dict[str, str]:
+    """`--learning-rate 1e-3` and `--learning-rate=1e-3` as fields of a recipe."""
+    fields: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        name, _, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise ConfigError(f"{name} is no field of a recipe; fields are given as --field value")
+        if not value:
+            if not rest:
+                raise ConfigError(f"{name} has no value")
+            value = rest.pop(0)
+        fields[name.removeprefix("--").replace("-", "_")] = value
+    return fields
+
+
+@contextmanager
+def _progress(steps: int, main: bool) -> Iterator:
+    """A bar with loss, speed and time left on a terminal; elsewhere a line now and then."""
+
+    def text(metrics) -> str:  # type: ignore[no-untyped-def]
+        held_out = f", held-out {metrics.validation_loss:.4f}" if metrics.validation_loss is not None else ""
+        return f"loss {metrics.loss:.4f}{held_out}, {metrics.tokens_per_second:,.0f} tokens/s"
+
+    if not main:
+        yield lambda metrics: None
+        return
+    if not sys.stderr.isatty():
+        yield lambda metrics: say(f"step {metrics.step:,} of {steps:,}: {text(metrics)}")
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=steps)
+        yield lambda metrics: progress.update(task, completed=metrics.step, description=text(metrics))

@@ -1,0 +1,69 @@
+"""AdamW, its learning rate over the steps of a run, and clipping."""
+
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .recipe import Recipe
+
+Tensors = dict[str, mx.array]
+
+
+class Moments(NamedTuple):
+    """What AdamW remembers of the gradients: their mean and mean square, and how many there were."""
+
+    first: Tensors
+    second: Tensors
+    steps: mx.array  # () int32
+
+    @classmethod
+    def zeros(cls, parameters: Tensors) -> "Moments":
+        """Before the first step."""
+        return cls(
+            {name: mx.zeros_like(p) for name, p in parameters.items()},
+            {name: mx.zeros_like(p) for name, p in parameters.items()},
+            mx.array(0, mx.int32),
+        )
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Rate of a step, counted from 0: a linear warm-up, then half a cosine down to the final rate."""
+    largest = recipe.learning_rate
+    if step < recipe.warmup_steps:
+        return recipe.initial_learning_rate + (largest - recipe.initial_learning_rate) * step / recipe.warmup_steps
+    last = largest * recipe.final_learning_rate
+    progress = min(1.0, (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps))
+    return last + (largest - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def clipped(gradients: Tensors, largest: float) -> tuple[Tensors, mx.array]:
+    """Gradients made shorter if their norm over all tensors is above `largest` (0: never), and that norm."""
+    norm = mx.sqrt(sum((mx.sum(mx.square(g)) for g in gradients.values()), mx.zeros(())))
+    if not largest:
+        return gradients, norm
+    factor = mx.minimum(1.0, largest / (norm + 1e-6))
+    return {name: g * factor for name, g in gradients.items()}, norm
+
+
+def adamw(
+    recipe: Recipe, rate: mx.array, parameters: Tensors, gradients: Tensors, moments: Moments
+) -> tuple[Tensors, Moments]:
+    """Parameters and moments after a step, all float32; matrices decay, norms do not.
+
+    Source: Loshchilov and Hutter, arXiv:1711.05101, with the bias correction of Adam, as in PyTorch.
+    """
+    taken = moments.steps + 1
+    steps = taken.astype(mx.float32)
+    unbias1, unbias2 = 1 - mx.power(recipe.beta1, steps), 1 - mx.power(recipe.beta2, steps)
+    new: Tensors = {}
+    first: Tensors = {}
+    second: Tensors = {}
+    for name, p in parameters.items():
+        g = gradients[name]
+        first[name] = recipe.beta1 * moments.first[name] + (1 - recipe.beta1) * g
+        second[name] = recipe.beta2 * moments.second[name] + (1 - recipe.beta2) * g * g
+        if p.ndim > 1:
+            p = p * (1 - rate * recipe.weight_decay)
+        new[name] = p - rate * (first[name] / unbias1) / (mx.sqrt(second[name] / unbias2) + recipe.eps)
+    return new, Moments(first, second, taken)

@@ -1,0 +1,66 @@
+"""A vocabulary of one's own: SentencePiece BPE with byte fallback, built like Llama's."""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .documents import Source, read_documents
+from .errors import DataError, TokenizerError
+from .tokenizer import Tokenizer
+
+_LONGEST_SENTENCE = 4000  # bytes; SentencePiece passes over longer ones
+
+
+def train_tokenizer(
+    sources: Sequence[Source], size: int, path: Path, *, sample_bytes: int = 50_000_000, seed: int = 0
+) -> Tokenizer:
+    """Make a `tokenizer.model` of `size` pieces at `path` from a sample of the documents.
+
+    Spaces, control tokens and the order of pieces are as in Llama's vocabulary: no normalisation but NFC, a space in
+    front, digits by themselves, unknown characters as bytes.
+
+    Raises:
+        DataError: if there is no text.
+        TokenizerError: if so many pieces cannot be had from it.
+    """
+    import sentencepiece
+
+    lines = list(_sample(sources, sample_bytes, seed))
+    if not lines:
+        raise DataError("there is no text to make a vocabulary from")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=file,
+                vocab_size=size,
+                model_type="bpe",
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                split_digits=True,
+                allow_whitespace_only_pieces=True,
+                character_coverage=0.9999,
+                max_sentence_length=_LONGEST_SENTENCE,
+                num_threads=1,  # several would make the result depend on chance
+                minloglevel=2,
+            )
+        except (RuntimeError, OSError) as error:
+            raise TokenizerError(f"a vocabulary of {size:,} pieces cannot be made: {str(error)[:200]}") from error
+    return Tokenizer(path)
+
+
+def _sample(sources: Sequence[Source], sample_bytes: int, seed: int) -> Iterator[str]:
+    """Lines of the documents; of a larger corpus, of as many documents as make up the sample, chosen at random."""
+    import unicodedata
+
+    files = [(path, source.text_key) for source in sources for path in source.files()]
+    share = min(1.0, sample_bytes / max(1, sum(path.stat().st_size for path, _ in files)))
+    chance = random.Random(seed)
+    for path, text_key in files:
+        for text in read_documents(path, text_key):
+            if chance.random() < share:
+                for line in unicodedata.normalize("NFC", text).split("\n"):
+                    if line.strip():
+                        yield line
