@@ -23,12 +23,12 @@ def token_losses(
     hidden, targets, counted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1)
     parameters = _output_parameters(model)
     if not 0 < chunk < hidden.shape[0]:
-        return _sums(model, parameters, hidden, targets, counted)
-    one = mx.checkpoint(partial(_sums, model))
+        return _sums(parameters, hidden, targets=targets, counted=counted)
     cross_entropy = z_loss = mx.zeros(())
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
-        more = one(parameters, hidden[part], targets[part], counted[part])
+        one = mx.checkpoint(partial(_sums, targets=targets[part], counted=counted[part]))
+        more = one(parameters, hidden[part])
         cross_entropy, z_loss = cross_entropy + more[0], z_loss + more[1]
     return cross_entropy, z_loss
 
@@ -40,7 +40,7 @@ def _output_parameters(model: OpenELM) -> dict[str, mx.array]:
 
 
 def _sums(
-    model: OpenELM, parameters: dict[str, mx.array], hidden: mx.array, targets: mx.array, counted: mx.array
+    parameters: dict[str, mx.array], hidden: mx.array, *, targets: mx.array, counted: mx.array
 ) -> tuple[mx.array, mx.array]:
     logits = (hidden @ parameters["weight"].T).astype(mx.float32)
     log_z = mx.logsumexp(logits, axis=-1)

@@ -105,10 +105,10 @@ class Trainer:
         if self.group.size() > 1:
             sums, gradients = mx.distributed.all_sum(sums), tree_map(mx.distributed.all_sum, gradients)
         rate = mx.array(learning_rate(recipe, self.step))
-        parameters, moments, norm = self._update(rate, self.parameters, gradients, self.moments, sums[2])
-        mx.eval(parameters, moments, norm)
+        parameters, moments, norm, total = self._update(rate, self.parameters, gradients, self.moments, sums[2])
+        mx.eval(parameters, moments, norm, total)
         cross_entropy, z_loss, count, length = (float(number) for number in (*np.array(sums), np.array(norm)))
-        if not (math.isfinite(cross_entropy) and math.isfinite(length)):
+        if not all(math.isfinite(number) for number in (cross_entropy, length, float(np.array(total)))):
             raise TrainingError(f"the loss is no number at step {self.step + 1}; try a lower --learning-rate")
         self.parameters, self.moments = parameters, Moments(*moments)
         self.step += 1
@@ -160,11 +160,12 @@ def _gradients(
 
 def _update(
     recipe: Recipe, rate: mx.array, parameters: Tensors, gradients: Tensors, moments: Moments, count: mx.array
-) -> tuple[Tensors, Moments, mx.array]:
+) -> tuple[Tensors, Moments, mx.array, mx.array]:
+    """New parameters and moments, the gradient's norm, and the sum of all parameters: no number if any of them is."""
     gradients = {name: g / count for name, g in gradients.items()}
     gradients, norm = clipped(gradients, recipe.clip)
     parameters, moments = adamw(recipe, rate, parameters, gradients, Moments(*moments))
-    return parameters, moments, norm
+    return parameters, moments, norm, sum((p.sum() for p in parameters.values()), mx.zeros(()))
 
 
 def pretrain(
@@ -257,7 +258,9 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> d
             found.append("the files of the corpus, their vocabulary or the filters")
         if found:
             raise TrainingError(f"{run} was trained otherwise: {'; '.join(found)}")
-        trainer.parameters, trainer.moments = checkpoint.parameters, checkpoint.moments
+        # In the order of the network: the gradient's norm is a sum over it, and a file has an order of its own.
+        trainer.parameters = {name: checkpoint.parameters[name] for name in trainer.parameters}
+        trainer.moments = checkpoint.moments
         trainer.step = checkpoint.state["step"]
         return checkpoint.state
     raise TrainingError(f"{run} holds no checkpoint that can be read; start without --resume")

@@ -1,0 +1,298 @@
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from conftest import assert_close
+from mlx_openelm import OpenELMConfig, load, train
+from mlx_openelm.checkpoints import checkpoint_folders
+from mlx_openelm.data import Filters, prepare_corpus
+from mlx_openelm.documents import Source
+from mlx_openelm.errors import ConfigError, TrainingError
+from mlx_openelm.recipe import Recipe
+from mlx_openelm.train import Trainer, initial_parameters, pretrain
+
+
+@pytest.fixture(scope="module")
+def config():
+    return OpenELMConfig.layerwise(
+        num_transformer_layers=2,
+        model_dim=32,
+        head_dim=8,
+        num_gqa_groups=2,
+        ffn_dim_divisor=16,
+        vocab_size=400,
+        max_context_length=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("corpus")
+    documents = [f"The fox number {n} went to the river {'and slept ' * (n % 5)}." for n in range(300)]
+    (folder / "a.txt").write_text("\n<|endoftext|>\n".join(documents))
+    return prepare_corpus([Source(str(folder / "a.txt"))], tokenizer, Filters(), folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def recipe(config):
+    return Recipe(
+        config,
+        steps=12,
+        batch_size=4,
+        sequence_length=16,
+        learning_rate=0.01,
+        warmup_steps=4,
+        dtype="float32",
+        log_every=1,
+        validate_every=6,
+        checkpoint_every=3,
+        validation_rows=4,
+    )
+
+
+def gradients(recipe, corpus):
+    trainer = Trainer(recipe, corpus)
+    rows = trainer._batches.step(0)
+    sums, found = trainer._gradients(trainer.parameters, mx.array(rows.tokens), mx.array(rows.segments))
+    return np.array(sums), found
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents", "rows"])
+def test_gradients_are_those_of_finite_differences(recipe, corpus, packing):
+    trainer = Trainer(replace(recipe, packing=packing, z_loss=0.01), corpus)
+    rows = trainer._batches.step(0)
+    arrays = mx.array(rows.tokens), mx.array(rows.segments)
+    _, found = trainer._gradients(trainer.parameters, *arrays)
+
+    def total(parameters):
+        sums = trainer._losses(parameters, *arrays).tolist()
+        return sums[0] + 0.01 * sums[1]
+
+    for number, (name, parameter) in enumerate(trainer.parameters.items()):
+        direction = mx.random.normal(parameter.shape, key=mx.random.key(number))
+        direction = direction / mx.linalg.norm(direction)
+        step = 0.02
+        values = [total({**trainer.parameters, name: parameter + sign * step * direction}) for sign in (1, -1)]
+        measured = (values[0] - values[1]) / (2 * step)
+        computed = mx.sum(found[name] * direction).item()
+        assert computed == pytest.approx(measured, rel=0.02, abs=0.03), name
+
+
+@pytest.mark.parametrize("change", [{"loss_chunk": 5}, {"recompute_layers": True}])
+def test_memory_savers_change_no_gradient(recipe, corpus, change):
+    sums, expected = gradients(recipe, corpus)
+    other, found = gradients(replace(recipe, **change), corpus)
+    assert other == pytest.approx(sums, rel=1e-5)
+    for name in expected:
+        assert_close(found[name], expected[name], 1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_micro_batches_make_the_same_step(recipe, corpus, size):
+    whole, parts = Trainer(recipe, corpus), Trainer(replace(recipe, micro_batch_size=size), corpus)
+    assert parts.take_step() == pytest.approx(whole.take_step(), rel=1e-4)
+    for name, p in whole.parameters.items():
+        assert_close(parts.parameters[name], p, 1e-4)
+
+
+def test_documents_that_share_a_row_do_not_see_each_other(recipe, corpus):
+    trainer = Trainer(replace(recipe, packing="documents"), corpus)
+    model = trainer.current_model()
+    tokens = mx.array([[1, 50, 60, 2, 1, 70, 80, 2]])
+    shared = model.transformer(tokens, segments=mx.array([[0, 0, 0, 0, 1, 1, 1, 1]]))
+    assert_close(shared[:, 4:], model.transformer(tokens[:, 4:]), 1e-5)
+    assert_close(shared[:, :4], model.transformer(tokens[:, :4]), 1e-5)
+
+
+def test_fresh_weights_follow_corenets_rule(config, recipe):
+    parameters = initial_parameters(recipe)
+    for name, p in parameters.items():
+        if p.ndim == 1:
+            assert mx.all(p == 1).item()
+            continue
+        expected = p.shape[1] ** -0.5
+        if name.endswith(("out_proj.weight", "proj_2.weight")):
+            expected = (2 * config.num_transformer_layers * config.model_dim) ** -0.5
+        assert np.array(p).std() == pytest.approx(expected, rel=0.1), name
+    assert not mx.array_equal(parameters["transformer.token_embeddings.weight"][0], mx.zeros(32))
+    again, other = initial_parameters(recipe), initial_parameters(replace(recipe, seed=1))
+    name = "transformer.layers.0.ffn.proj_1.weight"
+    assert mx.array_equal(again[name], parameters[name])
+    assert not mx.array_equal(other[name], parameters[name])
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["gradient_norm"], line["validation_loss"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, recipe, corpus, tokenizer):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    list(pretrain(recipe, corpus, tokenizer, run))
+    return run
+
+
+def test_a_run_learns_and_leaves_models(whole_run, recipe):
+    found = losses(whole_run)
+    assert found[-1][1] < found[0][1] - 0.5
+    assert [step for step, *_ in found] == list(range(1, 13))
+    assert [step for step, _, _, held_out in found if held_out is not None] == [6, 12]
+    names = [path.name for path in checkpoint_folders(whole_run)]
+    assert names == ["step-00000006", "step-00000009", "step-00000012"]
+    model, text = load(whole_run / "checkpoints" / names[-1])
+    assert text.vocab_size == 400
+    assert mx.all(mx.isfinite(model(mx.array([[1, 2, 3]])))).item()
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, recipe, corpus, tokenizer, stop):
+    steps = pretrain(recipe, corpus, tokenizer, tmp_path / "run")
+    for _ in range(stop):
+        next(steps)
+    steps.close()
+    list(pretrain(recipe, corpus, tokenizer, tmp_path / "run", resume=True))
+    assert losses(tmp_path / "run") == losses(whole_run)
+
+
+def test_a_run_that_lost_its_last_checkpoint_goes_on_bit_for_bit(tmp_path, whole_run, recipe, corpus, tokenizer):
+    shutil.copytree(whole_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000009" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    said = []
+    list(pretrain(recipe, corpus, tokenizer, tmp_path / "run", resume=True, on_message=said.append))
+    assert "step-00000009 is damaged" in said[0]
+    assert losses(tmp_path / "run") == losses(whole_run)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"learning_rate": 0.02}, "learning_rate: 0.01 and 0.02"), ({"seed": 5}, "seed: 0 and 5")]
+)
+def test_another_recipe_cannot_go_on(whole_run, recipe, corpus, tokenizer, change, named):
+    with pytest.raises(TrainingError, match=named):
+        next(pretrain(replace(recipe, **change), corpus, tokenizer, whole_run, resume=True))
+
+
+def test_another_corpus_cannot_go_on(whole_run, recipe, corpus, tokenizer):
+    with pytest.raises(TrainingError, match="files of the corpus"):
+        next(pretrain(recipe, replace(corpus, fingerprint="other"), tokenizer, whole_run, resume=True))
+
+
+def test_a_run_is_not_overwritten(whole_run, recipe, corpus, tokenizer):
+    with pytest.raises(TrainingError, match="--resume"):
+        next(pretrain(recipe, corpus, tokenizer, whole_run))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recipe, corpus, tokenizer, monkeypatch):
+    steps = pretrain(recipe, corpus, tokenizer, tmp_path / "run")
+    for _ in range(4):
+        next(steps)
+    monkeypatch.setattr(train, "learning_rate", lambda recipe, step: math.inf)
+    with pytest.raises(TrainingError, match="no number at step"):
+        list(steps)
+    folders = checkpoint_folders(tmp_path / "run")
+    assert all(mx.all(mx.isfinite(a)).item() for f in folders for a in mx.load(str(f / "model.safetensors")).values())
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(recipe, corpus):
+    class Three:
+        def size(self):
+            return 3
+
+        def rank(self):
+            return 0
+
+    with pytest.raises(TrainingError, match="4 rows cannot be split over 3"):
+        Trainer(recipe, corpus, Three())
+
+
+def test_a_sequence_longer_than_the_context_is_refused(config):
+    with pytest.raises(ConfigError, match="33 and the model's context 32"):
+        Recipe(config, sequence_length=33)
+
+
+class TestCommand:
+    @pytest.fixture
+    def files(self, tmp_path):
+        documents = [f"The fox number {n} went to the river {'and slept ' * (n % 5)}." for n in range(300)]
+        (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(documents))
+        (tmp_path / "recipe.yaml").write_text(
+            "model: {num_transformer_layers: 2, model_dim: 32, head_dim: 8, num_gqa_groups: 2, ffn_dim_divisor: 16,\n"
+            "        vocab_size: 300, max_context_length: 32}\n"
+            "data: [{path: a.txt}]\ntrain_tokenizer: 300\nsteps: 40\nbatch_size: 4\nsequence_length: 16\n"
+            "learning_rate: 1e-2\nwarmup_steps: 4\ndtype: float32\nlog_every: 1\n"
+            "validate_every: 20\ncheckpoint_every: 5\n"
+        )
+        return tmp_path
+
+    def command(self, files, run, *more, processes=1):
+        words = [sys.executable, "-m", "mlx_openelm", "pretrain", "--config", files / "recipe.yaml", "-o", run, *more]
+        if processes > 1:
+            launcher = Path(sys.executable).with_name("mlx.launch")
+            words = [launcher, "-n", processes, "--backend", "ring", "--", *words]
+        return [str(word) for word in words]
+
+    def train(self, files, run, *more, **options):
+        return subprocess.run(self.command(files, run, *more, **options), capture_output=True, text=True, timeout=120)
+
+    def test_a_process_killed_at_any_step_goes_on_bit_for_bit(self, files):
+        assert self.train(files, files / "whole").returncode == 0
+        expected = losses(files / "whole")
+        shutil.copytree(files / "whole" / "corpus", files / "killed" / "corpus")
+        shutil.copy(files / "whole" / "tokenizer.model", files / "killed")
+        rng = random.Random(0)
+        for attempt in range(5):
+            has_any = bool(checkpoint_folders(files / "killed"))
+            process = subprocess.Popen(self.command(files, files / "killed", *(["--resume"] if has_any else [])))
+            time.sleep(rng.uniform(1.0, 2.5))
+            process.kill()
+            process.wait()
+            assert attempt < 5
+        last = self.train(files, files / "killed", *(["--resume"] if checkpoint_folders(files / "killed") else []))
+        assert last.returncode == 0, last.stderr
+        assert losses(files / "killed") == expected
+
+    def test_two_processes_make_the_same_run(self, files):
+        assert self.train(files, files / "one").returncode == 0
+        done = self.train(files, files / "two", processes=2)
+        assert done.returncode == 0, done.stderr
+        one, two = losses(files / "one"), losses(files / "two")
+        assert [step for step, *_ in two] == [step for step, *_ in one]
+        assert [loss for _, loss, _, _ in two] == pytest.approx([loss for _, loss, _, _ in one], rel=1e-5)
+
+    def test_fields_can_be_given(self, files):
+        assert self.train(files, files / "run", "--steps", "3", "--batch-size=2").returncode == 0
+        assert len(losses(files / "run")) == 3
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (["--steps", "0"], "steps is 0"),
+            (["--frobs", "3"], "frobs is not a field"),
+            (["--learning-rate"], "--learning-rate has no value"),
+            (["--sequence-length", "64"], "context 32"),
+            (["--data", "missing.txt"], "missing.txt does not exist"),
+            (["--min-characters", "100000"], "no text after|leaves no text"),
+            (["--train-tokenizer", "100000"], "cannot be made"),
+            (["--resume"], "no checkpoint"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, files, more, said):
+        import re
+
+        done = self.train(files, files / "run", *more)
+        assert done.returncode == 2, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("openelm-mlx: error: ")
+        assert re.search(said, last), last
