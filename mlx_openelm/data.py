@@ -23,6 +23,7 @@ from .tokenizer import Tokenizer
 PACKINGS = ("stream", "documents", "rows")
 _SPLITS = ("train", "validation")
 _HASH_STEPS = 1 << 32
+_END_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,20 @@ def _split(text: str, filters: Filters) -> str:
 
 def _fingerprint(sources: Sequence[Source], files: list[list[Path]], tokenizer: Tokenizer, filters: Filters) -> str:
     about: dict[str, Any] = {
-        "files": [[[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths] for paths in files],
+        "files": [[[path.name, path.stat().st_size, _ends(path)] for path in paths] for paths in files],
         "text_keys": [source.text_key for source in sources],
         "vocabulary": tokenizer.vocab_hash(),
         "filters": asdict(filters),
     }
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _ends(path: Path) -> str:
+    """A hash of how a file begins and ends; with its size, enough to tell that it was changed."""
+    with open(path, "rb") as file:
+        head = file.read(_END_BYTES)
+        file.seek(max(0, path.stat().st_size - _END_BYTES))
+        return hashlib.sha256(head + file.read()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -262,6 +263,23 @@ class TestCommand:
         last = self.train(files, files / "killed", *(["--resume"] if checkpoint_folders(files / "killed") else []))
         assert last.returncode == 0, last.stderr
         assert losses(files / "killed") == expected
+
+    @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+    def test_an_interrupt_saves_what_was_done(self, files, end):
+        process = subprocess.Popen(
+            self.command(files, files / "run", "--steps", "100000", "--checkpoint-every", "100000"),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        said = ""
+        while "step 3 of" not in said:
+            said += process.stderr.readline()
+        process.send_signal(end)
+        said += process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+        assert "--resume goes on" in said.splitlines()[-1]
+        (folder,) = checkpoint_folders(files / "run")
+        assert int(folder.name.split("-")[1]) >= 3
 
     def test_two_processes_make_the_same_run(self, files):
         assert self.train(files, files / "one").returncode == 0

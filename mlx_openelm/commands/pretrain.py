@@ -1,5 +1,6 @@
 """`openelm-mlx pretrain`."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ def pretrain(
     steps = pretrain(
         recipe, corpus, tokenizer, output, resume=resume, group=group, on_message=say if main else lambda message: None
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
     try:
         with _progress(recipe.steps, main) as show:
             for metrics in steps:
