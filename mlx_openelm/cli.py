@@ -42,6 +42,7 @@ def _options(
 
 
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
+app.command("average", epilog=convert.AVERAGE_EXAMPLES)(convert.average)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("chat", epilog=generate.CHAT_EXAMPLES)(generate.chat)
 app.command(

@@ -102,6 +102,16 @@ class TestEverySourceLeadsToTheSameTensors:
         for number, (name, array) in enumerate(tree_flatten(tiny_model.parameters())):
             assert_close(found[name], array + (1 + number) / 1024, 1e-6)
 
+    def test_average_of_folders(self, tmp_path, tiny_config, tokenizer):
+        models = [random_model(tiny_config, seed) for seed in range(3)]
+        folders = [write_folder(tmp_path / f"{n}", model, tokenizer) for n, model in enumerate(models)]
+        convert(folders, tmp_path / "out", dtype="float32")
+        found = arrays_of(tmp_path / "out")
+        for name, array in tree_flatten(models[0].parameters()):
+            others = [dict(tree_flatten(model.parameters()))[name] for model in models[1:]]
+            assert_close(found[name], (array + others[0] + others[1]) / 3, 1e-6)
+        assert load(tmp_path / "out")[1] is not None
+
     def test_apples_mlx_port(self, tmp_path, config_file, tiny_model):
         folder = apple_folder(tmp_path / "apple", tiny_model, padding=112)
         convert(folder, tmp_path / "out", dtype="float32", config=config_file, tokenizer="none")
@@ -391,13 +401,14 @@ class TestBadSources:
         with pytest.raises(ConfigError, match=r"1,200 entries and the tokenizer one of 400"):
             convert(path, tmp_path / "out", tokenizer=tokenizer_path)
 
-    def test_checkpoints_of_different_models(self, tmp_path, config_file, tiny_model, tiny_config):
+    def test_checkpoints_of_different_models(self, tmp_path, config_file, tiny_model):
         one = corenet_file(tmp_path / "1.pt", tiny_model)
-        other = corenet_file(tmp_path / "2.pt", random_model(replace(tiny_config, normalize_qk_projections=False)))
+        other = corenet_file(tmp_path / "2.pt", tiny_model, padding=112)
         self.refused(tmp_path, [one, other], WeightsError, "no average")
 
-    def test_several_folders(self, tmp_path, tiny_folder):
-        self.refused(tmp_path, [tiny_folder, tiny_folder], SourceError, r"averaged if they are \.pt files")
+    def test_folders_of_different_models(self, tmp_path, tiny_folder, tiny_config):
+        other = write_folder(tmp_path / "other", random_model(replace(tiny_config, ffn_with_glu=False)))
+        self.refused(tmp_path, [tiny_folder, other], WeightsError, "no average")
 
     @staticmethod
     def change(folder, function):

@@ -11,12 +11,28 @@ from .terminal import INTERRUPTED, byte_bar, fail, mib, print_json, say
 EXAMPLES = examples(
     "openelm-mlx convert apple/OpenELM-1_1B-Instruct --quantize 4",
     "openelm-mlx convert corenet.pt --config 270M --output my-270M",
-    "openelm-mlx convert a.pt b.pt c.pt --config 3B",
+    "openelm-mlx convert a.pt b.pt c.pt --config 3B --output my-3B",
 )
 
 
+AVERAGE_EXAMPLES = examples("openelm-mlx average runs/stories/checkpoints/step-* --output stories")
+
+
+def average(
+    sources: Annotated[list[str], typer.Argument(help="Checkpoints of one run.", metavar="CHECKPOINT...")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.", metavar="DIR")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="D")] = "float32",
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a model at the output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Average checkpoints of one run, as Apple did for its final weights."""
+    convert(sources, output, dtype=dtype, force=force, as_json=as_json)
+
+
 def convert(
-    sources: Annotated[list[str], typer.Argument(help="Folder, hub id, or CoreNet .pt files.", metavar="SOURCE...")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Folder, hub id or CoreNet .pt file; several are averaged.", metavar="SOURCE...")
+    ],
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder to write; the source's name by default.", metavar="DIR")
     ] = None,

@@ -6,7 +6,8 @@ from pathlib import Path
 from ..config import OpenELMConfig
 from ..errors import SourceError
 from ..hub import model_folder
-from .corenet import read_apple_mlx, read_checkpoints
+from .average import average
+from .corenet import read_apple_mlx, read_checkpoint
 from .huggingface import read_huggingface
 from .source import Source
 
@@ -16,7 +17,7 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 def open_source(
     sources: Sequence[str | Path], *, config: str | Path | None = None, revision: str | None = None
 ) -> Source:
-    """A model in any form, ready to be read.
+    """A model in any form, ready to be read; of several, their average.
 
     Raises:
         OpenELMError: of the kind that fits, if it is not there, damaged or contradicts its configuration.
@@ -24,15 +25,14 @@ def open_source(
     if not sources:
         raise SourceError("no source was given")
     named = read_config(config) if config is not None else None
-    paths = [Path(source).expanduser() for source in sources]
-    if any(path.suffix in TORCH_SUFFIXES and not path.is_dir() for path in paths):
-        for path in paths:
-            if not path.is_file():
-                raise SourceError(f"{path} does not exist" if not path.exists() else f"{path} is not a .pt file")
-        return read_checkpoints(paths, named)
+    path = Path(sources[0]).expanduser()
     if len(sources) > 1:
-        raise SourceError("several sources are averaged if they are .pt files; give one folder or hub id otherwise")
+        return average([open_source([source], config=config, revision=revision) for source in sources])
 
+    if path.suffix in TORCH_SUFFIXES and not path.is_dir():
+        if not path.is_file():
+            raise SourceError(f"{path} does not exist" if not path.exists() else f"{path} is not a .pt file")
+        return read_checkpoint(path, named)
     folder = model_folder(sources[0], revision)
     if (folder / "weights.safetensors").exists() and not (folder / "model.safetensors").exists():
         return read_apple_mlx(folder, named)
