@@ -15,6 +15,7 @@ from .cache import KVCache
 from .config import OpenELMConfig
 
 NORM_EPS = 1e-6
+ATTENTION_BLOCK = 128  # queries, in training
 
 
 class ContextLengthWarning(UserWarning):
@@ -51,6 +52,11 @@ class OpenELM(nn.Module):
         if self.config.share_input_output_layers:
             return self.transformer.token_embeddings.as_linear(hidden)
         return self.lm_head(hidden)
+
+    @property
+    def output_weight(self) -> mx.array:
+        """The matrix (V, M) behind `logits`, of a model that is not quantized."""
+        return (self.transformer.token_embeddings if self.config.share_input_output_layers else self.lm_head).weight
 
     def make_cache(self) -> KVCache:
         """An empty cache for one batch of sequences."""
@@ -139,8 +145,8 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)  # (B, K, S, D)
 
-        seen = mask if mask is not None else "causal" if L > 1 else None
-        heads = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.head_dim**-0.5, mask=seen)
+        attend = blockwise_attention if self.training and cache is None else whole_attention
+        heads = attend(queries, keys, values, mask)
         return self.out_proj(heads.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
     def _rope(self, x: mx.array, offset: int) -> mx.array:
@@ -165,6 +171,25 @@ class FeedForward(nn.Module):
             return self.proj_2(activate(self.activation, hidden))
         gate, hidden = mx.split(hidden, 2, axis=-1)
         return self.proj_2(activate(self.activation, gate) * hidden)
+
+
+def whole_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
+    """What the queries (B, H, L, D) read from the values (B, K, S, D): by the mask, or causally, aligned at the end."""
+    seen = mask if mask is not None else "causal" if queries.shape[2] > 1 else None
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=seen)
+
+
+def blockwise_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
+    """`whole_attention` of as many queries as keys, in blocks of queries with no more keys than these may see.
+
+    Gradients need the scores, which no fused kernel keeps: nearly half of them are never made this way.
+    """
+    blocks = []
+    for start in range(0, queries.shape[2], ATTENTION_BLOCK):
+        end = start + ATTENTION_BLOCK
+        seen = mask[..., start:end, :end] if mask is not None else None
+        blocks.append(whole_attention(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], seen))
+    return mx.concatenate(blocks, axis=2)
 
 
 def segment_mask(segments: mx.array) -> mx.array:

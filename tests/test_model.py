@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model
 from mlx_openelm import ContextLengthWarning, OpenELMConfig, generate_tokens, load
 from mlx_openelm.convert import open_source
+from mlx_openelm.model import ATTENTION_BLOCK
 from mlx_openelm.weights import load_source
 
 TOLERANCE = 2e-5  # float32 against PyTorch's float32, on logits of size 1 to 10
@@ -115,6 +116,15 @@ def test_text_past_the_trained_context_warns_once(tiny_model):
         logits = tiny_model(mx.zeros((1, 10), mx.int32), cache=cache)
     assert mx.all(mx.isfinite(logits)).item()
     tiny_model(mx.zeros((1, 1), mx.int32), cache=cache)  # warnings are errors in these tests: no second one
+
+
+@pytest.mark.parametrize("segments", [None, mx.array([[0] * 100 + [1] * 30 + [2] * 170])], ids=["one", "three"])
+def test_attention_in_training_is_that_of_inference(tiny_config, segments):
+    model = random_model(replace(tiny_config, max_context_length=1000))
+    tokens = mx.random.randint(0, 400, (1, 300), key=mx.random.key(1))
+    assert tokens.shape[1] > 2 * ATTENTION_BLOCK
+    in_training = model.train().transformer(tokens, segments=segments)
+    assert_close(in_training, model.eval().transformer(tokens, segments=segments), atol=2e-5)
 
 
 def test_positions_matter(tiny_model):
