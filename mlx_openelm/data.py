@@ -218,16 +218,23 @@ class Batches:
         return np.bincount([self._source_of(n) for n in numbers], minlength=len(self._files))
 
 
-def validation_rows(corpus: Corpus, sequence_length: int, limit: int) -> Iterator[Rows]:
-    """Held-out documents of all sources, one after another, in rows that overlap by one token; at most `limit` rows."""
-    given = 0
-    for file in corpus.validation:
-        for start in range(0, file.num_tokens - 1, sequence_length):
-            if given == limit:
-                return
-            tokens, segments = _cut(file, None, start, sequence_length)
-            given += 1
-            yield Rows(tokens[None], segments[None])
+def validation_rows(
+    corpus: Corpus, sequence_length: int, limit: int, first: int = 0, stride: int = 1
+) -> Iterator[Rows]:
+    """Held-out documents of all sources, one after another, in rows that overlap by one token.
+
+    Args:
+        limit: of more rows than this, so many spread evenly over all sources are taken; 0 takes all.
+        first, stride: of those, a process takes the ones that are its own.
+    """
+    places = [
+        (file, start) for file in corpus.validation for start in range(0, max(0, file.num_tokens - 1), sequence_length)
+    ]
+    count = min(limit or len(places), len(places))
+    for number in range(first, count, stride):
+        file, start = places[number * len(places) // count]
+        tokens, segments = _cut(file, None, start, sequence_length)
+        yield Rows(tokens[None], segments[None])
 
 
 def _spread(number: int) -> float:

@@ -1,49 +1,84 @@
-"""Cross-entropy and z-loss of a network, without ever holding the logits of all tokens at once."""
+"""Cross-entropy and z-loss of a network, without ever holding the logits of all tokens at once.
 
-from functools import partial
+The gradient of a token's losses by its logits is known as soon as the logits are: softmax, scaled, less one at the
+target. So each chunk of tokens gives its losses and its share of the gradients in one go, and its logits are dropped.
+Nothing is computed twice, as it would be with checkpointing.
+"""
+
+from typing import NamedTuple
 
 import mlx.core as mx
 
+from .cpu import exponential
 from .model import OpenELM
+
+DEFAULT_CHUNK = 1024  # tokens
+
+
+class TokenLosses(NamedTuple):
+    """Sums over the counted tokens, float32 ()."""
+
+    cross_entropy: mx.array
+    z_loss: mx.array  # log(Z)^2
+    total: mx.array  # cross_entropy + weight * z_loss; the one that can be differentiated
 
 
 def token_losses(
-    model: OpenELM, hidden: mx.array, targets: mx.array, counted: mx.array, chunk: int = 0
-) -> tuple[mx.array, mx.array]:
-    """Sums over the counted tokens of the cross-entropy and of log(Z)^2, in float32.
+    model: OpenELM,
+    hidden: mx.array,
+    targets: mx.array,
+    counted: mx.array,
+    *,
+    z_weight: float = 0.0,
+    chunk: int = DEFAULT_CHUNK,
+) -> TokenLosses:
+    """Losses of the tokens that follow, and gradients for `hidden` and the output matrix once they are asked for.
 
     Args:
         hidden: what `model.transformer` gives, (B, L, M).
         targets: the token after each, (B, L).
         counted: which of them count, bool (B, L).
-        chunk: positions, over all rows, whose logits stand in memory at once; in training they are computed a second
-            time on the way back. 0 takes all at once, which is faster.
+        chunk: tokens, over all rows, whose logits stand in memory at once.
     Source: z-loss as in PaLM, arXiv:2204.02311, section 5.
     """
-    hidden, targets, counted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1)
-    parameters = _output_parameters(model)
-    if not 0 < chunk < hidden.shape[0]:
-        return _sums(parameters, hidden, targets=targets, counted=counted)
+    weight = model.output_weight  # (V, M)
+    flat, targets, counted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1)
+    constant_hidden, constant_weight = mx.stop_gradient(flat), mx.stop_gradient(weight)
     cross_entropy = z_loss = mx.zeros(())
-    for start in range(0, hidden.shape[0], chunk):
+    weight_gradient = mx.zeros(weight.shape, mx.float32)
+    hidden_gradients: list[mx.array] = []
+    for start in range(0, flat.shape[0], chunk):
         part = slice(start, start + chunk)
-        one = mx.checkpoint(partial(_sums, targets=targets[part], counted=counted[part]))
-        more = one(parameters, hidden[part])
-        cross_entropy, z_loss = cross_entropy + more[0], z_loss + more[1]
-    return cross_entropy, z_loss
+        # Only after the chunk before is done, whichever order the graph would be computed in.
+        (rows,) = mx.depends([constant_hidden[part]], [cross_entropy, weight_gradient, *hidden_gradients[-1:]])
+        losses, of_rows, of_weight = _chunk(rows, constant_weight, targets[part], counted[part], z_weight)
+        cross_entropy, z_loss = cross_entropy + losses[0], z_loss + losses[1]
+        weight_gradient = weight_gradient + of_weight
+        hidden_gradients.append(of_rows)
+    # A sum whose gradient is the one found above; its own value is taken away again.
+    hidden_gradient = mx.concatenate(hidden_gradients)
+    lever = (flat.astype(mx.float32) * hidden_gradient).sum() + (weight.astype(mx.float32) * weight_gradient).sum()
+    total = cross_entropy + z_weight * z_loss + (lever - mx.stop_gradient(lever))
+    return TokenLosses(cross_entropy, z_loss, total)
 
 
-def _output_parameters(model: OpenELM) -> dict[str, mx.array]:
-    """What the logits are computed with: named, so that gradients reach it through recomputation."""
-    tied = model.config.share_input_output_layers
-    return dict((model.transformer.token_embeddings if tied else model.lm_head).parameters())
-
-
-def _sums(
-    parameters: dict[str, mx.array], hidden: mx.array, *, targets: mx.array, counted: mx.array
-) -> tuple[mx.array, mx.array]:
-    logits = (hidden @ parameters["weight"].T).astype(mx.float32)
-    log_z = mx.logsumexp(logits, axis=-1)
+def _chunk(
+    hidden: mx.array, weight: mx.array, targets: mx.array, counted: mx.array, z_weight: float
+) -> tuple[tuple[mx.array, mx.array], mx.array, mx.array]:
+    """Losses of T tokens, and the gradients of their weighted sum: float32 (T, M) and (V, M)."""
+    counts = counted.astype(mx.float32)
+    logits = (hidden @ weight.T).astype(mx.float32)  # (T, V)
+    largest = logits.max(axis=-1, keepdims=True)
+    powers = exponential(logits - largest)  # 0 to 1
+    total = powers.sum(axis=-1)
+    log_z = mx.log(total) + largest[:, 0]
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    zero = mx.zeros(())
-    return mx.where(counted, log_z - picked, zero).sum(), mx.where(counted, log_z * log_z, zero).sum()
+    losses = (counts * (log_z - picked)).sum(), (counts * log_z * log_z).sum()
+
+    # Softmax is powers / total; the division waits until the vocabulary is summed over, where there is less to divide.
+    scale = (counts * (1 + 2 * z_weight * log_z) / total)[:, None]  # (T, 1)
+    powers = powers.astype(hidden.dtype)
+    of_hidden = scale * (powers @ weight).astype(mx.float32) - counts[:, None] * weight[targets].astype(mx.float32)
+    rows = hidden.astype(mx.float32)
+    of_weight = (powers.T @ (scale * rows).astype(hidden.dtype)).astype(mx.float32)
+    return losses, of_hidden, of_weight.at[targets].add(-counts[:, None] * rows)

@@ -13,6 +13,7 @@ from .data import PACKINGS
 from .device import DTYPES
 from .documents import Source
 from .errors import ConfigError, shorten
+from .loss import DEFAULT_CHUNK
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Recipe:
     z_loss: float = 1e-4
     dtype: str = "bfloat16"  # to compute in; weights and optimizer are kept in float32
     recompute_layers: bool = False
-    loss_chunk: int = 0  # positions whose logits stand in memory at once; 0: all
+    loss_chunk: int = DEFAULT_CHUNK  # tokens whose logits stand in memory at once
     seed: int = 0
     log_every: int = 10
     validate_every: int = 1000
@@ -58,7 +59,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         positive = ("steps", "batch_size", "sequence_length", "learning_rate", "log_every", "validate_every")
-        for name in (*positive, "checkpoint_every", "keep_checkpoints"):
+        for name in (*positive, "checkpoint_every", "keep_checkpoints", "loss_chunk"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it has to be positive")
         not_negative = (
@@ -67,7 +68,6 @@ class Recipe:
             "min_tokens",
             "warmup_steps",
             "clip",
-            "loss_chunk",
             "z_loss",
         )
         for name in not_negative:

@@ -116,11 +116,15 @@ class Trainer:
 
     def validation_loss(self) -> float:
         """Cross-entropy on the held-out documents, nats per token."""
-        total = count = 0.0
-        for rows in validation_rows(self.corpus, self.recipe.sequence_length, self.recipe.validation_rows):
-            sums = np.array(self._losses(self.parameters, *_arrays(rows, slice(None))))
-            total, count = total + float(sums[0]), count + float(sums[2])
-        return total / count if count else float("nan")
+        total = mx.zeros((3,))
+        share = self.group.rank(), self.group.size()
+        for rows in validation_rows(self.corpus, self.recipe.sequence_length, self.recipe.validation_rows, *share):
+            total = total + self._losses(self.parameters, *_arrays(rows, slice(None)))[0]
+            mx.eval(total)
+        if self.group.size() > 1:
+            total = mx.distributed.all_sum(total)
+        cross_entropy, _, count = (float(number) for number in np.array(total))
+        return cross_entropy / count if count else float("nan")
 
     def current_model(self) -> OpenELM:
         """The network with the present weights, to generate with."""
@@ -132,8 +136,10 @@ def _arrays(rows: Rows, part: slice) -> tuple[mx.array, mx.array]:
     return mx.array(rows.tokens[part]), mx.array(rows.segments[part])
 
 
-def _losses(model: OpenELM, recipe: Recipe, parameters: Tensors, tokens: mx.array, segments: mx.array) -> mx.array:
-    """Sums of cross-entropy, log(Z)^2 and counted tokens, float32 (3,)."""
+def _losses(
+    model: OpenELM, recipe: Recipe, parameters: Tensors, tokens: mx.array, segments: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Sums of cross-entropy, log(Z)^2 and counted tokens, float32 (3,); and the weighted sum to differentiate, ()."""
     dtype = DTYPES[recipe.dtype]
     model.update(tree_unflatten([(name, p.astype(dtype)) for name, p in parameters.items()]))
     within = segments[:, :-1] if recipe.packing == "documents" else None
@@ -141,8 +147,8 @@ def _losses(model: OpenELM, recipe: Recipe, parameters: Tensors, tokens: mx.arra
     counted = segments[:, 1:] >= 0
     if recipe.packing == "documents":  # BOS of the next document does not follow from this one
         counted = counted & (segments[:, 1:] == segments[:, :-1])
-    cross_entropy, z_loss = token_losses(model, hidden, tokens[:, 1:], counted, recipe.loss_chunk)
-    return mx.stack([cross_entropy, z_loss, counted.sum().astype(mx.float32)])
+    losses = token_losses(model, hidden, tokens[:, 1:], counted, z_weight=recipe.z_loss, chunk=recipe.loss_chunk)
+    return mx.stack([losses.cross_entropy, losses.z_loss, counted.sum().astype(mx.float32)]), losses.total
 
 
 def _gradients(
@@ -151,8 +157,8 @@ def _gradients(
     """The sums of `_losses`, and the gradient of the weighted sum, float32."""
 
     def total(parameters: Tensors) -> tuple[mx.array, mx.array]:
-        sums = _losses(model, recipe, parameters, tokens, segments)
-        return sums[0] + recipe.z_loss * sums[1], sums
+        sums, total = _losses(model, recipe, parameters, tokens, segments)
+        return total, sums
 
     (_, sums), gradients = mx.value_and_grad(total)(parameters)
     return sums, gradients
