@@ -14,7 +14,7 @@ _LONGEST_SENTENCE = 4000  # bytes; SentencePiece passes over longer ones
 def train_tokenizer(
     sources: Sequence[Source], size: int, path: Path, *, sample_bytes: int = 50_000_000, seed: int = 0
 ) -> Tokenizer:
-    """Make a `tokenizer.model` of `size` pieces at `path` from a sample of the documents.
+    """Make a `tokenizer.model` of `size` pieces at `path` from a sample of the documents, of each source by its weight.
 
     Spaces, control tokens and the order of pieces are as in Llama's vocabulary: no normalisation but NFC, a space in
     front, digits by themselves, unknown characters as bytes.
@@ -52,15 +52,17 @@ def train_tokenizer(
 
 
 def _sample(sources: Sequence[Source], sample_bytes: int, seed: int) -> Iterator[str]:
-    """Lines of the documents; of a larger corpus, of as many documents as make up the sample, chosen at random."""
+    """Lines of documents chosen at random: of each source a share like its weight, of all no more than the sample."""
     import unicodedata
 
-    files = [(path, source.text_key) for source in sources for path in source.files()]
-    share = min(1.0, sample_bytes / max(1, sum(path.stat().st_size for path, _ in files)))
+    largest = max(source.weight for source in sources)
+    files = [(path, source.text_key, source.weight / largest) for source in sources for path in source.files()]
+    expected_bytes = sum(path.stat().st_size * share for path, _, share in files)
+    part = min(1.0, sample_bytes / max(1, expected_bytes))
     chance = random.Random(seed)
-    for path, text_key in files:
+    for path, text_key, share in files:
         for text in read_documents(path, text_key):
-            if chance.random() < share:
+            if chance.random() < part * share:
                 for line in unicodedata.normalize("NFC", text).split("\n"):
                     if line.strip():
                         yield line
