@@ -7,7 +7,7 @@ from .convert import Conversion, convert  # a function in place of the folder of
 from .engine import Step, generate_tokens
 from .errors import OpenELMError
 from .generate import Piece, Stats, generate, stream_generate
-from .model import ContextLengthWarning, OpenELM, num_parameters
+from .model import ContextLengthWarning, OpenELM
 from .quantize import Quantization
 from .sampling import SamplingConfig
 from .tokenizer import Tokenizer
@@ -35,6 +35,5 @@ __all__ = [
     "generate_tokens",
     "kv_cache_bytes",
     "load",
-    "num_parameters",
     "stream_generate",
 ]

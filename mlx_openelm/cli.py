@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mlx_openelm.commands import convert, generate, inspect, pretrain
+from mlx_openelm.commands import convert, design, generate, inspect, pretrain
 from mlx_openelm.commands.terminal import INTERRUPTED, fail, say
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.version import __version__
@@ -19,7 +19,7 @@ _UsageError, _ClickError = typer.BadParameter.__mro__[1:3]
 
 app = typer.Typer(
     name="openelm-mlx",
-    help="Apple's OpenELM language models with MLX: convert, generate, chat.",
+    help="Apple's OpenELM language models with MLX: convert, generate, chat, train.",
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,11 +45,13 @@ app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("average", epilog=convert.AVERAGE_EXAMPLES)(convert.average)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("chat", epilog=generate.CHAT_EXAMPLES)(generate.chat)
+app.command("design", epilog=design.EXAMPLES)(design.design_command)
 app.command(
     "pretrain",
     epilog=pretrain.EXAMPLES,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(pretrain.pretrain)
+app.command("plot", epilog=pretrain.PLOT_EXAMPLES)(pretrain.plot)
 app.command("info", epilog=inspect.EXAMPLES)(inspect.info)
 app.command("doctor")(inspect.doctor)
 

@@ -110,6 +110,25 @@ class OpenELMConfig:
         """FFN width of each layer."""
         return tuple(make_divisible(m * self.model_dim, self.ffn_dim_divisor) for m in self.ffn_multipliers)
 
+    @cached_property
+    def layer_parameters(self) -> tuple[int, ...]:
+        """How many numbers each layer holds."""
+        qk_norms = 2 * self.head_dim if self.normalize_qk_projections else 0
+        matrices = 3 if self.ffn_with_glu else 2
+        return tuple(
+            self.model_dim * (2 * queries + 2 * keys) * self.head_dim
+            + self.model_dim * matrices * ffn_dim
+            + 2 * self.model_dim
+            + qk_norms
+            for queries, keys, ffn_dim in zip(self.num_query_heads, self.num_kv_heads, self.ffn_dims, strict=True)
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model holds, tied ones counted once."""
+        embeddings = 1 if self.share_input_output_layers else 2
+        return sum(self.layer_parameters) + embeddings * self.vocab_size * self.model_dim + self.model_dim
+
     @classmethod
     def layerwise(
         cls,

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from .errors import DataError
+from .packages import optional_package
 
 SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a .txt file
 _NUMBERED = re.compile(r"\{file_id(:0\d+d)?\}")
@@ -79,7 +80,7 @@ def _open(path: Path) -> Iterator[TextIO]:
         with gzip.open(path, "rt", encoding="utf-8") as text:
             yield text
     elif path.suffix == ".zst":
-        zstandard: Any = _package("zstandard", "Zstandard")
+        zstandard = optional_package("zstandard", "Zstandard files need", "train")
         with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as raw:
             yield io.TextIOWrapper(raw, encoding="utf-8")
     else:
@@ -119,7 +120,7 @@ def _json_lines(file: TextIO, path: Path, text_key: str, max_broken: int) -> Ite
 
 
 def _parquet(path: Path, text_key: str) -> Iterator[str]:
-    pyarrow_parquet: Any = _package("pyarrow.parquet", "Parquet")
+    pyarrow_parquet = optional_package("pyarrow.parquet", "Parquet files need", "train")
     file = pyarrow_parquet.ParquetFile(path)
     if text_key not in file.schema_arrow.names:
         raise DataError(f"{path} has no column {text_key!r}; it has {', '.join(file.schema_arrow.names)}")
@@ -127,12 +128,3 @@ def _parquet(path: Path, text_key: str) -> Iterator[str]:
         for text in batch.column(0).to_pylist():
             if isinstance(text, str):
                 yield text
-
-
-def _package(name: str, what: str) -> object:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise DataError(f"{what} files need another package: pip install 'openelm-mlx[train]'") from error

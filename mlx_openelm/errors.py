@@ -51,6 +51,10 @@ class TrainingError(OpenELMError):
     """A run that cannot start, go on, or be resumed."""
 
 
+class MissingPackageError(OpenELMError):
+    """A feature whose package is not installed."""
+
+
 class OutputError(OpenELMError):
     """Results that cannot be written where they were asked for."""
 

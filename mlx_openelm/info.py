@@ -2,14 +2,12 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from .cache import kv_cache_bytes
 from .convert.source import Source
-from .model import parameter_shapes
 from .quantize import PackedTensor
 
 
@@ -55,17 +53,16 @@ class ModelInfo:
 def describe(source: Source) -> ModelInfo:
     """Figures about a model that was found; no tensor is read."""
     config = source.config
-    parameters = {name: prod(shape) for name, shape in parameter_shapes(config).items()}
     layers = []
     for layer in range(config.num_transformer_layers):
-        names = [name for name in parameters if name.startswith(f"transformer.layers.{layer}.")]
+        prefix = f"transformer.layers.{layer}."
         layers.append(
             LayerInfo(
                 config.num_query_heads[layer],
                 config.num_kv_heads[layer],
                 config.ffn_dims[layer],
-                sum(parameters[name] for name in names),
-                sum(source.tensors[name].nbytes for name in names),
+                config.layer_parameters[layer],
+                sum(tensor.nbytes for name, tensor in source.tensors.items() if name.startswith(prefix)),
                 2 * config.num_kv_heads[layer] * config.head_dim * mx.float16.size,
             )
         )
@@ -78,7 +75,7 @@ def describe(source: Source) -> ModelInfo:
         gated_ffn=config.ffn_with_glu,
         tied_embeddings=config.share_input_output_layers,
         layers=tuple(layers),
-        parameters=sum(parameters.values()),
+        parameters=config.num_parameters,
         nbytes=source.nbytes,
         kv_bytes_per_token=kv_cache_bytes(config, 1),
         weights=dict(Counter(_kind(tensor) for tensor in source.tensors.values())),

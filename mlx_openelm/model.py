@@ -5,7 +5,6 @@ H query heads, K key/value heads, D head_dim, M model_dim, F this layer's FFN wi
 """
 
 import warnings
-from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -216,8 +215,3 @@ def parameter_shapes(config: OpenELMConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by name; nothing is allocated."""
     parameters = tree_flatten(OpenELM(config).parameters(), destination={})
     return {name: array.shape for name, array in dict(parameters).items()}
-
-
-def num_parameters(config: OpenELMConfig) -> int:
-    """How many numbers the model holds, tied ones counted once."""
-    return sum(prod(shape) for shape in parameter_shapes(config).values())

@@ -15,6 +15,8 @@ from .documents import Source
 from .errors import ConfigError, shorten
 from .loss import DEFAULT_CHUNK
 
+RECIPES = Path(__file__).parent / "recipes"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -83,6 +85,21 @@ class Recipe:
             raise ConfigError(
                 f"sequence_length is {self.sequence_length} and the model's context {self.model.max_context_length}"
             )
+
+    @classmethod
+    def named(cls, name: str) -> Path:
+        """The file of a recipe: one that is named, or one that comes with the package, as in `270M`.
+
+        Raises:
+            ConfigError: if there is neither.
+        """
+        path = Path(name)
+        if path.exists():
+            return path
+        packaged = {entry.stem: entry for entry in sorted(RECIPES.glob("*.yaml"))}
+        if name not in packaged:
+            raise ConfigError(f"{name} does not exist; recipes that come with the package are {', '.join(packaged)}")
+        return packaged[name]
 
     @classmethod
     def from_file(cls, path: Path, overrides: Mapping[str, str] | None = None, folder: Path | None = None) -> "Recipe":

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from mlx.utils import tree_map, tree_unflatten
 from .checkpoints import Checkpoint, checkpoint_folders, load_checkpoint, save_checkpoint
 from .data import Batches, Corpus, Rows, validation_rows
 from .device import DTYPES
-from .errors import TrainingError
+from .errors import OutputError, TrainingError
+from .generate import generate
 from .loss import token_losses
 from .model import OpenELM, parameter_shapes
 from .optimizer import Moments, Tensors, adamw, clipped, learning_rate
 from .recipe import Recipe, differences
 from .tokenizer import Tokenizer
+
+_SAMPLE_TOKENS = 60
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Metrics:
     tokens: int  # seen so far
     tokens_per_second: float
     validation_loss: float | None = None
+    sample: str | None = None  # what the model writes after the recipe's prompt, at each validation
 
 
 def initial_parameters(recipe: Recipe) -> Tensors:
@@ -234,13 +238,13 @@ def pretrain(
             is_last = trainer.step == recipe.steps
             if trainer.step % recipe.validate_every == 0 or is_last:
                 found = trainer.validation_loss()
-                metrics = Metrics(trainer.step, loss, z_loss, norm, rate, seen, speed, found)
                 best = min(best, (found, trainer.step))
+                sample = _sample(trainer, tokenizer) if writes and recipe.sample_prompt else None
+                metrics = replace(metrics, validation_loss=found, sample=sample)
             on_step(metrics)
             if trainer.step % recipe.log_every == 0 or metrics.validation_loss is not None:
                 if writes:
-                    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(metrics)) + "\n")
+                    _append_metrics(run / "metrics.jsonl", metrics)
                 yield metrics
             if trainer.step % recipe.checkpoint_every == 0 or is_last:
                 if writes:
@@ -270,6 +274,25 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> d
         trainer.step = checkpoint.state["step"]
         return checkpoint.state
     raise TrainingError(f"{run} holds no checkpoint that can be read; start without --resume")
+
+
+def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:
+    """The recipe's prompt and how the model goes on with it now."""
+    prompt = trainer.recipe.sample_prompt
+    room = trainer.recipe.model.max_context_length - len(tokenizer.encode(prompt))
+    model = trainer.current_model()
+    model.eval()
+    text = generate(model, tokenizer, prompt, max_tokens=min(_SAMPLE_TOKENS, room)) if room > 0 else ""
+    model.train()
+    return prompt + text
+
+
+def _append_metrics(path: Path, metrics: Metrics) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(metrics)) + "\n")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _cut_metrics(path: Path, step: int) -> None:

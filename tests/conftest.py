@@ -1,7 +1,10 @@
 """Small models and tokenizers that tests share; nothing here needs a network, a GPU or published weights."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -115,3 +118,24 @@ def tiny_model(tiny_config):
 @pytest.fixture
 def tiny_folder(tmp_path, tiny_model, tokenizer):
     return write_folder(tmp_path / "tiny", tiny_model, tokenizer)
+
+
+def run(*arguments, stdin=None, **environment):
+    """A command as people type it: exit status, stdout, stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_openelm", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **environment},
+        timeout=120,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def refused(*arguments, **options):
+    """The one line that a mistake gets."""
+    status, out, err = run(*arguments, **options)
+    assert (status, out) == (2, ""), (status, out, err)
+    assert err.startswith("openelm-mlx: error: ")
+    assert err.count("\n") == 1
+    return err

@@ -12,31 +12,10 @@ import time
 
 import pytest
 
-from conftest import GOLDEN
+from conftest import GOLDEN, refused, run
 from mlx_openelm import OpenELMConfig, SamplingConfig, __version__, convert, generate, load
 
 PROMPT = "Once upon a time"
-
-
-def run(*arguments, stdin=None, **environment):
-    """Exit status, stdout, stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mlx_openelm", *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **environment},
-        timeout=120,
-    )
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-def refused(*arguments, **options):
-    """The one line that a mistake gets."""
-    status, out, err = run(*arguments, **options)
-    assert (status, out) == (2, ""), (status, out, err)
-    assert err.startswith("openelm-mlx: error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from conftest import GOLDEN, GOLDEN_CASES
-from mlx_openelm import PRESETS, OpenELMConfig, OpenELMError, num_parameters
+from mlx_openelm import PRESETS, OpenELMConfig, OpenELMError
 from mlx_openelm.config import make_divisible
 from mlx_openelm.errors import ConfigError
 
@@ -14,7 +14,7 @@ PUBLISHED_PARAMETERS = {"270M": 271_527_168, "450M": 457_179_136, "1.1B": 1_079_
 
 @pytest.mark.parametrize(("size", "expected"), PUBLISHED_PARAMETERS.items())
 def test_presets_have_the_published_number_of_parameters(size, expected):
-    assert num_parameters(PRESETS[size]) == expected
+    assert PRESETS[size].num_parameters == expected
 
 
 def test_widths_follow_the_paper():

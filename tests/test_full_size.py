@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import GOLDEN
-from mlx_openelm import PRESETS, OpenELM, num_parameters
+from mlx_openelm import PRESETS, OpenELM
 from mlx_openelm.model import parameter_shapes
 
 REFERENCE = json.loads((GOLDEN / "full_size.json").read_text())
@@ -30,7 +30,7 @@ def recipe(name, shape, config):
 def test_published_sizes_compute_what_pytorch_computes(name):
     config = PRESETS[name.split("-")[-1].replace("_", ".")]
     expected = REFERENCE["models"][name]
-    assert num_parameters(config) == expected["num_parameters"]
+    assert config.num_parameters == expected["num_parameters"]
     model = OpenELM(config)
     model.load_weights([(key, recipe(key, shape, config)) for key, shape in parameter_shapes(config).items()])
     logits = model(mx.array([REFERENCE["input_ids"]]))[0]

@@ -1,11 +1,12 @@
 import json
 import math
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import pytest
 
 from conftest import assert_close
 from mlx_openelm import OpenELMConfig, load, train
-from mlx_openelm.checkpoints import checkpoint_folders
+from mlx_openelm.checkpoints import checkpoint_folders, load_checkpoint
 from mlx_openelm.data import Filters, prepare_corpus
 from mlx_openelm.documents import Source
-from mlx_openelm.errors import ConfigError, TrainingError
+from mlx_openelm.errors import ConfigError, OutputError, TrainingError
 from mlx_openelm.recipe import Recipe
 from mlx_openelm.train import Trainer, initial_parameters, pretrain
 
@@ -206,6 +207,40 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recipe, corpus, tokeni
     assert all(mx.all(mx.isfinite(a)).item() for f in folders for a in mx.load(str(f / "model.safetensors")).values())
 
 
+@pytest.mark.parametrize("where", ["checkpoint", "metrics"])
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
+    tmp_path, recipe, corpus, tokenizer, monkeypatch, where
+):
+    steps = pretrain(recipe, corpus, tokenizer, tmp_path / "run")
+    for _ in range(4):
+        next(steps)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    if where == "checkpoint":
+        monkeypatch.setattr(mx, "save_safetensors", full)
+    else:
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        (tmp_path / "run" / "metrics.jsonl").mkdir()
+    with pytest.raises(OutputError, match=r"(step-00000006|metrics\.jsonl) cannot be written"):
+        list(steps)
+    monkeypatch.undo()
+    folders = checkpoint_folders(tmp_path / "run")
+    assert "step-00000003" in [folder.name for folder in folders]
+    load_checkpoint(folders[-1])
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_samples_are_written_at_each_validation(tmp_path, whole_run, recipe, corpus, tokenizer):
+    recipe = replace(recipe, sample_prompt="The fox")
+    found = list(pretrain(recipe, corpus, tokenizer, tmp_path / "run"))
+    samples = [metrics.sample for metrics in found]
+    assert all(sample.startswith("The fox") for sample in (samples[5], samples[11]))
+    assert [step for step, sample in enumerate(samples, start=1) if sample] == [6, 12]
+    assert losses(tmp_path / "run") == losses(whole_run)
+
+
 def test_a_batch_that_the_processes_cannot_share_is_refused(recipe, corpus):
     class Three:
         def size(self):
@@ -247,22 +282,40 @@ class TestCommand:
     def train(self, files, run, *more, **options):
         return subprocess.run(self.command(files, run, *more, **options), capture_output=True, text=True, timeout=120)
 
-    def test_a_process_killed_at_any_step_goes_on_bit_for_bit(self, files):
-        assert self.train(files, files / "whole").returncode == 0
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_a_run_killed_at_any_step_goes_on_bit_for_bit(self, files, processes):
+        assert self.train(files, files / "whole", processes=processes).returncode == 0
         expected = losses(files / "whole")
         shutil.copytree(files / "whole" / "corpus", files / "killed" / "corpus")
         shutil.copy(files / "whole" / "tokenizer.model", files / "killed")
-        rng = random.Random(0)
-        for attempt in range(5):
-            has_any = bool(checkpoint_folders(files / "killed"))
-            process = subprocess.Popen(self.command(files, files / "killed", *(["--resume"] if has_any else [])))
-            time.sleep(rng.uniform(1.0, 2.5))
-            process.kill()
-            process.wait()
-            assert attempt < 5
-        last = self.train(files, files / "killed", *(["--resume"] if checkpoint_folders(files / "killed") else []))
-        assert last.returncode == 0, last.stderr
+        rng = random.Random(processes)
+        stops = set()
+        for _ in range(5):
+            last = rng.randrange(7) + (max(stops) if stops else 0)  # a step that it gets to before it is killed
+            stops.add(self.kill_at(files, files / "killed", min(last, 38), processes))
+        more = ["--resume"] if checkpoint_folders(files / "killed") else []
+        done = self.train(files, files / "killed", *more, processes=processes)
+        assert done.returncode == 0, done.stderr
         assert losses(files / "killed") == expected
+        assert len(stops) > 1
+
+    def kill_at(self, files, run, step, processes):
+        """Kill all processes of a run without warning once it wrote of a step; gives the step that it got to."""
+        more = ["--resume"] if checkpoint_folders(run) else []
+        process = subprocess.Popen(
+            self.command(files, run, *more, processes=processes),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        reached = 0
+        while reached < step:
+            found = re.search(r"step (\d+) of", process.stderr.readline())
+            reached = int(found[1]) if found else reached
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return reached
 
     @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
     def test_an_interrupt_saves_what_was_done(self, files, end):
@@ -289,6 +342,11 @@ class TestCommand:
         assert [step for step, *_ in two] == [step for step, *_ in one]
         assert [loss for _, loss, _, _ in two] == pytest.approx([loss for _, loss, _, _ in one], rel=1e-5)
 
+    def test_a_batch_that_the_processes_cannot_share_is_one_line(self, files):
+        done = self.train(files, files / "run", "--batch-size", "3", processes=2)
+        assert "error: a batch of 3 rows cannot be split over 2 processes" in done.stderr + done.stdout
+        assert "Traceback" not in done.stderr + done.stdout
+
     def test_fields_can_be_given(self, files):
         assert self.train(files, files / "run", "--steps", "3", "--batch-size=2").returncode == 0
         assert len(losses(files / "run")) == 3
@@ -307,8 +365,6 @@ class TestCommand:
         ],
     )
     def test_mistakes_are_one_line(self, files, more, said):
-        import re
-
         done = self.train(files, files / "run", *more)
         assert done.returncode == 2, done.stderr
         last = done.stderr.splitlines()[-1]

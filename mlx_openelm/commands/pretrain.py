@@ -1,11 +1,14 @@
-"""`openelm-mlx pretrain`."""
+"""`openelm-mlx pretrain` and `openelm-mlx plot`."""
 
+from __future__ import annotations
+
+import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,16 +16,37 @@ from ..errors import ConfigError
 from .options import examples
 from .terminal import INTERRUPTED, byte_bar, fail, say
 
+if TYPE_CHECKING:
+    from ..train import Metrics
+
 EXAMPLES = examples(
     'openelm-mlx pretrain --config recipe.yaml --data "stories/*.txt" --output runs/stories',
     "openelm-mlx pretrain --config recipe.yaml --output runs/stories --resume --steps 20000",
+    'openelm-mlx pretrain --config 270M --data "refinedweb/*.parquet" --output runs/270M',
     "mlx.launch -n 2 -- openelm-mlx pretrain --config recipe.yaml --output runs/stories",
 )
+PLOT_EXAMPLES = examples("openelm-mlx plot runs/stories", "openelm-mlx plot runs/stories --output run.svg")
+
+
+def plot(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Picture to write; RUN/metrics.png.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Draw a training run: loss, learning rate, gradient norm, tokens per second."""
+    from ..plot import plot_run
+
+    output = output or (run if run.is_dir() else run.parent) / "metrics.png"
+    plot_run(run, output)
+    typer.echo(output)
 
 
 def pretrain(
     context: typer.Context,
-    config: Annotated[Path, typer.Option(help="Recipe in YAML.", metavar="FILE")],
+    config: Annotated[
+        str, typer.Option(help="Recipe in YAML, or one of 270M, 450M, 1.1B, 3B, tiny.", metavar="FILE_OR_NAME")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.", metavar="RUN")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     data_folder: Annotated[
@@ -39,7 +63,9 @@ def pretrain(
     from ..train import pretrain
     from ..vocabulary import train_tokenizer
 
-    recipe = Recipe.from_file(config, _fields(context.args), data_folder)
+    recipe = Recipe.from_file(Recipe.named(config), _fields(context.args), data_folder)
+    if not recipe.data:
+        raise ConfigError('no data is named; give --data "stories/*.txt", or `data` in the recipe')
     group = mx.distributed.init()
     main = group.rank() == 0
     if recipe.train_tokenizer:
@@ -89,18 +115,26 @@ def _fields(arguments: list[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _progress(steps: int, main: bool) -> Iterator:
+def _progress(steps: int, main: bool) -> Iterator[Callable[[Metrics], None]]:
     """A bar with loss, speed and time left on a terminal; elsewhere a line now and then."""
 
-    def text(metrics) -> str:  # type: ignore[no-untyped-def]
-        held_out = f", held-out {metrics.validation_loss:.4f}" if metrics.validation_loss is not None else ""
+    def text(metrics: Metrics) -> str:
+        held_out = ""
+        if metrics.validation_loss is not None:
+            held_out = f", held-out {metrics.validation_loss:.4f} (perplexity {math.exp(metrics.validation_loss):,.1f})"
         return f"loss {metrics.loss:.4f}{held_out}, {metrics.tokens_per_second:,.0f} tokens/s"
 
     if not main:
         yield lambda metrics: None
         return
     if not sys.stderr.isatty():
-        yield lambda metrics: say(f"step {metrics.step:,} of {steps:,}: {text(metrics)}")
+
+        def show_line(metrics: Metrics) -> None:
+            say(f"step {metrics.step:,} of {steps:,}: {text(metrics)}")
+            if metrics.sample:
+                say(f"sample: {metrics.sample}")
+
+        yield show_line
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -108,4 +142,10 @@ def _progress(steps: int, main: bool) -> Iterator:
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=steps)
-        yield lambda metrics: progress.update(task, completed=metrics.step, description=text(metrics))
+
+        def show_bar(metrics: Metrics) -> None:
+            progress.update(task, completed=metrics.step, description=text(metrics))
+            if metrics.sample:
+                progress.console.print(metrics.sample, style="dim", markup=False)
+
+        yield show_bar

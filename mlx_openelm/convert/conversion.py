@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..config import OpenELMConfig
 from ..device import DTYPES
 from ..errors import ConfigError, WeightsError
-from ..model import num_parameters, parameter_shapes
+from ..model import parameter_shapes
 from ..quantize import PackedTensor, Quantization, pack
 from ..tensors import LazyTensor
 from ..tokenizer import Tokenizer
@@ -183,7 +183,7 @@ def _summary(
     packed = [tensor.quantization for tensor in tensors.values() if isinstance(tensor, PackedTensor)]
     plain = [name for name, tensor in tensors.items() if len(tensor.shape) == 2 and isinstance(tensor, LazyTensor)]
     output_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    parameters = num_parameters(source.config)
+    parameters = source.config.num_parameters
     warnings = []
     if dtype == mx.float16 and source.config.model_dim >= OpenELMConfig.preset("3B").model_dim:
         warnings.append("activations of the 3B model overflow float16, as Apple says itself; use --dtype bfloat16")

@@ -1,0 +1,123 @@
+"""`openelm-mlx design`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import OpenELMConfig
+from ..design import FFN_MULTIPLIERS, QKV_MULTIPLIERS, Design, design, fit, kv_bytes_per_layer
+from ..design import parse_count as count
+from ..design import parse_multipliers as multipliers
+from ..errors import ConfigError, OutputError
+from .options import Json, examples
+from .terminal import print_json, say
+
+HEAD_DIM = 64  # with --layers
+EXAMPLES = examples(
+    "openelm-mlx design --params 1.1B",
+    "openelm-mlx design --params 5M --vocab 4096 --plot widths.png",
+    "openelm-mlx design --layers 12 --model-dim 768 --head-dim 64 --save config.json",
+)
+
+
+def _ends(values: tuple[float, ...]) -> str:
+    return ":".join(str(value) for value in values)
+
+
+def design_command(
+    params: Annotated[
+        str | None, typer.Option(help="Number of parameters to find depth and width for.", metavar="COUNT")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Depth, instead of --params.", metavar="N")] = None,
+    model_dim: Annotated[int | None, typer.Option(help="Width, with --layers.", metavar="M")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Width of a head; by the model's width.", metavar="D")] = None,
+    qkv: Annotated[str, typer.Option(help="Queries over width, first to last layer.", metavar="FIRST:LAST")] = _ends(
+        QKV_MULTIPLIERS
+    ),
+    ffn: Annotated[str, typer.Option(help="FFN over width, first to last layer.", metavar="FIRST:LAST")] = _ends(
+        FFN_MULTIPLIERS
+    ),
+    gqa: Annotated[
+        int, typer.Option(help="Query heads that share a key/value head.", metavar="N")
+    ] = OpenELMConfig.num_gqa_groups,
+    vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.", metavar="V")] = OpenELMConfig.vocab_size,
+    context: Annotated[int, typer.Option(help="Tokens of context.", metavar="N")] = OpenELMConfig.max_context_length,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Save the uniform model of the same size.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw both models.", metavar="FILE")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write a configuration to train.", metavar="config.json")] = None,
+    as_json: Json = False,
+) -> None:
+    """Design a model: what layer-wise scaling gives each layer, beside the uniform model of the same size."""
+    if (params is None) == (layers is None) or (layers is None) != (model_dim is None):
+        raise ConfigError("give either --params, or --layers and --model-dim")
+    for name, value in {"--layers": layers, "--model-dim": model_dim, "--head-dim": head_dim, "--gqa": gqa}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it has to be positive")
+    ends: dict[str, Any] = {"qkv_multipliers": multipliers("--qkv", qkv), "ffn_multipliers": multipliers("--ffn", ffn)}
+    rest: dict[str, Any] = {"vocab_size": vocab, "max_context_length": context, "num_gqa_groups": gqa}
+    if layers is not None and model_dim is not None:
+        config = OpenELMConfig.layerwise(layers, model_dim, head_dim or HEAD_DIM, **ends, **rest)
+    else:
+        assert params is not None, "one of the two ways was checked above"
+        config = fit(count(params), head_dim=head_dim, **ends, **rest)
+    found = design(config)
+    if save is not None:
+        chosen = found.uniform if uniform else found.layerwise
+        try:
+            save.write_text(json.dumps(chosen.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{save} cannot be written: {error.strerror}") from error
+    if plot is not None:
+        from ..plot import plot_design
+
+        plot_design(found, plot)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _show(found, uniform)
+    for path in (save, plot):
+        if path is not None:
+            say(f"wrote {path}")
+
+
+def _show(found: Design, uniform: bool) -> None:
+    """The chosen model layer by layer with its total, and one line of the uniform model's equal layers with theirs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    config = found.uniform if uniform else found.layerwise
+    table = Table()
+    for heading in ("layer", "query heads", "kv heads", "FFN width", "parameters", "KV bytes"):
+        table.add_column(heading, justify="right")
+
+    def columns(config: OpenELMConfig) -> list[list[int]]:
+        heads = list(config.num_query_heads), list(config.num_kv_heads)
+        return [*heads, list(config.ffn_dims), list(config.layer_parameters), kv_bytes_per_layer(config)]
+
+    def add(name: str, numbers: list[int | None]) -> None:
+        table.add_row(name, *("" if number is None else f"{number:,}" for number in numbers))
+
+    def add_totals(name: str, config: OpenELMConfig) -> None:
+        add(name, [None if at == 2 else sum(values) for at, values in enumerate(columns(config))])
+
+    for layer in range(config.num_transformer_layers):
+        add(str(layer), [values[layer] for values in columns(config)])
+    table.add_section()
+    add_totals("total", config)
+    if not uniform:
+        table.add_section()
+        add("uniform", [values[0] for values in columns(found.uniform)])
+        add_totals("total", found.uniform)
+    Console().print(table)
+    shared = f"key/value heads shared by {config.num_gqa_groups}"
+    typer.echo(
+        "KV bytes are those of one token's keys and values in 16 bits; the uniform model's layers are all equal."
+    )
+    typer.echo(f"layers       {config.num_transformer_layers}")
+    typer.echo(f"width        {config.model_dim:,} in heads of {config.head_dim}, {shared}")
+    typer.echo(f"vocabulary   {config.vocab_size:,}, tied to the output")
+    typer.echo(f"parameters   {config.num_parameters:,} with the embedding")
+    if not uniform:
+        typer.echo(f"uniform      {found.uniform.num_parameters:,} with the embedding")

@@ -1,0 +1,132 @@
+"""Pictures: of a training run, and of a model's layers. Drawn with matplotlib, readable 800 pixels wide."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .config import OpenELMConfig
+from .design import Design
+from .errors import OutputError, TrainingError
+from .packages import optional_package
+
+_INCHES = (8.0, 6.4)
+_DOTS_PER_INCH = 100
+_LAYERWISE, _UNIFORM, _PALE = "#1f77b4", "#d95f02", "#b8cfe4"
+
+
+def plot_run(run: Path, path: Path) -> None:
+    """Loss, learning rate, gradient norm and speed over the steps of a run, from its `metrics.jsonl`.
+
+    Args:
+        path: picture to write; its ending says the kind.
+    Raises:
+        TrainingError: if the run has no metrics, or they are damaged.
+        OutputError: if the picture cannot be written.
+    """
+    lines = read_metrics(run)
+    steps = [line["step"] for line in lines]
+    held_out = [(line["step"], line["validation_loss"]) for line in lines if line["validation_loss"] is not None]
+    with _figure(path, 2, 2) as (figure, axes):
+        figure.suptitle(f"Training run {run.resolve().name}: {lines[-1]['tokens'] / 1e6:,.1f} million tokens")
+        loss, rate, norm, speed = axes.flat
+        loss.plot(steps, [line["loss"] for line in lines], color=_PALE, linewidth=0.8, label="training")
+        loss.plot(steps, _smooth([line["loss"] for line in lines]), color=_LAYERWISE, label="training, smoothed")
+        if held_out:
+            loss.plot(*zip(*held_out, strict=True), "o-", color=_UNIFORM, markersize=3, label="held-out")
+        loss.set(title="Loss", ylabel="nats per token")
+        loss.legend()
+        rate.plot(steps, [line["learning_rate"] for line in lines], color=_LAYERWISE)
+        rate.set(title="Learning rate", ylabel="learning rate")
+        norm.plot(steps, [line["gradient_norm"] for line in lines], color=_LAYERWISE, linewidth=0.8)
+        norm.set(title="Gradient norm, before clipping", ylabel="norm", yscale="log")
+        for axis in (norm.yaxis.set_major_formatter, norm.yaxis.set_minor_formatter):
+            axis("{x:g}")
+        speed.plot(steps, [line["tokens_per_second"] for line in lines], color=_LAYERWISE)
+        speed.set(title="Speed since the last start", ylabel="tokens per second", ylim=(0, None))
+        for axis in axes.flat:
+            axis.set_xlabel("step")
+
+
+def plot_design(design: Design, path: Path) -> None:
+    """Heads, FFN widths and parameters of each layer, layer-wise and uniform.
+
+    Raises:
+        OutputError: if the picture cannot be written.
+    """
+    layers = range(design.layerwise.num_transformer_layers)
+    with _figure(path, 3, 1) as (figure, axes):
+        figure.suptitle(
+            f"{design.layerwise.num_parameters / 1e6:,.1f} million parameters in {len(layers)} layers "
+            f"of width {design.layerwise.model_dim:,}"
+        )
+        titles = ("Query heads", "FFN width", "Million parameters")
+        for axis, title, values, uniform in zip(
+            axes, titles, _columns(design.layerwise), _columns(design.uniform), strict=True
+        ):
+            axis.bar(layers, values, color=_LAYERWISE, label="layer-wise")
+            axis.step(
+                [-0.5, *(layer + 0.5 for layer in layers)],
+                [uniform[0], *uniform],
+                color=_UNIFORM,
+                linewidth=2,
+                label=f"uniform, {design.uniform.num_parameters / 1e6:,.1f} million parameters",
+            )
+            axis.set(ylabel=title, xlim=(-0.7, len(layers) - 0.3))
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axes[0].legend(loc="upper left", fontsize="small")
+        axes[-1].set_xlabel("layer")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`.
+
+    Raises:
+        TrainingError: if there are none, or one is damaged.
+    """
+    path = run / "metrics.jsonl" if run.is_dir() else run
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        needed = {"step", "loss", "validation_loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second"}
+        if not all(needed <= set(line) for line in lines):
+            raise ValueError("figures are missing")
+    except OSError as error:
+        raise TrainingError(f"{run} is no training run: {path.name} cannot be read") from error
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"{path} is damaged: {error}") from error
+    if not lines:
+        raise TrainingError(f"{path} is empty: there is nothing to draw yet")
+    return lines
+
+
+def _columns(config: OpenELMConfig) -> tuple[list[float], ...]:
+    return (
+        list(config.num_query_heads),
+        list(config.ffn_dims),
+        [parameters / 1e6 for parameters in config.layer_parameters],
+    )
+
+
+@contextmanager
+def _figure(path: Path, rows: int, columns: int) -> Iterator[Any]:
+    """A figure and its axes, saved at the end; matplotlib's global state is left alone."""
+    figures = optional_package("matplotlib.figure", "pictures need", "plot")
+    figure = figures.Figure(figsize=_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots(rows, columns, sharex="col" if columns == 1 else False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+    yield figure, axes
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: an ending that is no kind of picture
+        reason = getattr(error, "strerror", None) or str(error).split(" (")[0]
+        raise OutputError(f"{path} cannot be written: {reason}") from error
+
+
+def _smooth(values: list[float], share: float = 0.05) -> list[float]:
+    """A running mean over the last `share` of the values that it is given."""
+    width = max(1, round(len(values) * share))
+    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(values))]

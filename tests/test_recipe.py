@@ -1,0 +1,35 @@
+import pytest
+
+from mlx_openelm import PRESETS
+from mlx_openelm.errors import ConfigError
+from mlx_openelm.recipe import RECIPES, Recipe
+
+# arXiv:2404.14619: the largest learning rate, and whether activations are recomputed.
+PUBLISHED = {"270M": (0.0053, False), "450M": (0.0039, True), "1.1B": (0.0024, True), "3B": (0.0012, True)}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_recipes_have_the_papers_numbers(size):
+    recipe = Recipe.from_file(Recipe.named(size))
+    assert (recipe.learning_rate, recipe.recompute_layers) == PUBLISHED[size]
+    assert recipe.model == PRESETS[size]
+    assert recipe.steps == 350_000
+    assert recipe.batch_size * recipe.sequence_length == 4_194_304
+    assert (recipe.warmup_steps, recipe.initial_learning_rate, recipe.final_learning_rate) == (5000, 1e-6, 0.1)
+    assert (recipe.beta1, recipe.beta2, recipe.eps, recipe.weight_decay, recipe.clip) == (0.9, 0.95, 1e-8, 0.1, 1.0)
+    assert (recipe.packing, recipe.min_characters, recipe.min_tokens, recipe.dtype) == ("rows", 200, 256, "bfloat16")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_packaged_recipes_read_back_equal(path):
+    recipe = Recipe.from_file(path)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.named("tiny") == RECIPES / "tiny.yaml"
+    (tmp_path / "tiny").write_text("model: 270M\n")
+    assert Recipe.from_file(Recipe.named("tiny")).model == PRESETS["270M"]
+    with pytest.raises(ConfigError, match=r"missing does not exist.*270M"):
+        Recipe.named("missing")
