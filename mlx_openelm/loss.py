@@ -12,7 +12,7 @@ import mlx.core as mx
 from .cpu import exponential
 from .model import OpenELM
 
-DEFAULT_CHUNK = 1024  # tokens
+DEFAULT_CHUNK = 256  # tokens
 
 
 class TokenLosses(NamedTuple):
@@ -55,17 +55,32 @@ def token_losses(
         cross_entropy, z_loss = cross_entropy + losses[0], z_loss + losses[1]
         weight_gradient = weight_gradient + of_weight
         hidden_gradients.append(of_rows)
-    # A sum whose gradient is the one found above; its own value is taken away again.
-    hidden_gradient = mx.concatenate(hidden_gradients)
-    lever = (flat.astype(mx.float32) * hidden_gradient).sum() + (weight.astype(mx.float32) * weight_gradient).sum()
-    total = cross_entropy + z_weight * z_loss + (lever - mx.stop_gradient(lever))
+    at_targets = mx.where(counted[:, None], -constant_hidden.astype(mx.float32), mx.zeros(()))
+    weight_gradient = weight_gradient.at[targets].add(at_targets)
+    total = _with_gradients(
+        cross_entropy + z_weight * z_loss, (flat, weight), (mx.concatenate(hidden_gradients), weight_gradient)
+    )
     return TokenLosses(cross_entropy, z_loss, total)
+
+
+def _with_gradients(value: mx.array, arguments: tuple[mx.array, ...], gradients: tuple[mx.array, ...]) -> mx.array:
+    """A value as a function of arguments by which its gradients are known already."""
+
+    @mx.custom_function
+    def known(*arguments: mx.array) -> mx.array:
+        return value
+
+    @known.vjp
+    def known_vjp(arguments, cotangent, output):  # type: ignore[no-untyped-def]
+        return tuple((cotangent * g).astype(a.dtype) for a, g in zip(arguments, gradients, strict=True))
+
+    return known(*arguments)  # type: ignore[return-value]
 
 
 def _chunk(
     hidden: mx.array, weight: mx.array, targets: mx.array, counted: mx.array, z_weight: float
 ) -> tuple[tuple[mx.array, mx.array], mx.array, mx.array]:
-    """Losses of T tokens, and the gradients of their weighted sum: float32 (T, M) and (V, M)."""
+    """Losses of T tokens, and the gradients of their weighted sum: float32 (T, M), and (V, M) without the targets."""
     counts = counted.astype(mx.float32)
     logits = (hidden @ weight.T).astype(mx.float32)  # (T, V)
     largest = logits.max(axis=-1, keepdims=True)
@@ -79,6 +94,5 @@ def _chunk(
     scale = (counts * (1 + 2 * z_weight * log_z) / total)[:, None]  # (T, 1)
     powers = powers.astype(hidden.dtype)
     of_hidden = scale * (powers @ weight).astype(mx.float32) - counts[:, None] * weight[targets].astype(mx.float32)
-    rows = hidden.astype(mx.float32)
-    of_weight = (powers.T @ (scale * rows).astype(hidden.dtype)).astype(mx.float32)
-    return losses, of_hidden, of_weight.at[targets].add(-counts[:, None] * rows)
+    of_weight = powers.T @ (scale * hidden.astype(mx.float32)).astype(hidden.dtype)
+    return losses, of_hidden, of_weight.astype(mx.float32)

@@ -187,7 +187,9 @@ def blockwise_attention(queries: mx.array, keys: mx.array, values: mx.array, mas
     for start in range(0, queries.shape[2], ATTENTION_BLOCK):
         end = start + ATTENTION_BLOCK
         seen = mask[..., start:end, :end] if mask is not None else None
-        blocks.append(whole_attention(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], seen))
+        blocks.append(
+            mx.checkpoint(whole_attention)(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], seen)
+        )
     return mx.concatenate(blocks, axis=2)
 
 
