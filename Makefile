@@ -18,13 +18,8 @@ $(BIN)/openelm-mlx: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	@rm -rf build/demo && mkdir -p build/demo
-	$(BIN)/python tests/demo_tokenizer.py build/demo
-	$(BIN)/openelm-mlx convert tests/golden/tied_gqa2/corenet_checkpoint.pt --quantize 8 --group-size 32 \
-		--tokenizer build/demo/tokenizer.model --output build/demo/model
-	$(BIN)/openelm-mlx info build/demo/model
-	$(BIN)/openelm-mlx generate --model build/demo/model --prompt "once upon a time" --max-tokens 24
-	@echo "(These weights are random: they show that the way from PyTorch to text works, not what a model can say.)"
+	$(BIN)/openelm-mlx generate --prompt "Once upon a time there was" --max-tokens 100
+	$(BIN)/openelm-mlx info
 
 test: install
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Folders of models: on this disk, or downloaded from the Hugging Face hub by name."""
+"""Folders of models: on this disk, in this package, or downloaded from the Hugging Face hub by name."""
 
 import re
 from collections.abc import Iterator
@@ -7,13 +7,18 @@ from pathlib import Path
 
 from .errors import SourceError
 
+BUILT_IN_MODEL = "openelm-tiny"  # comes with the package
+_BUILT_IN_FOLDER = Path(__file__).parent / "models" / BUILT_IN_MODEL
+
 # All that is needed of a repository; the rest (PyTorch copies, pictures, code) stays where it is.
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder that a path or a hub id means, downloaded if need be; a download that was cut off goes on.
+    """The folder that a path, the built-in model's name or a hub id means.
+
+    A hub's model is downloaded if need be; a download that was cut off goes on.
 
     Args:
         revision: branch, tag or commit of the hub's repository.
@@ -23,6 +28,8 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if str(name) == BUILT_IN_MODEL:
+        return _BUILT_IN_FOLDER
     if path.exists():
         raise SourceError(f"{name} is a file; a model is a folder (`convert` takes .pt files)")
     if isinstance(name, Path) or not _REPO_ID.fullmatch(name) or name.startswith("."):

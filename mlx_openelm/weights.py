@@ -10,6 +10,7 @@ from .convert.sources import open_source
 from .cpu import quantized_layers
 from .device import DTYPES, compute_dtype, on_cpu
 from .errors import ConfigError
+from .hub import BUILT_IN_MODEL
 from .model import OpenELM
 from .quantize import PackedTensor
 from .tokenizer import Tokenizer
@@ -17,7 +18,7 @@ from .tokenizer_files import find_tokenizer, has_tokenizer
 
 
 def load(
-    model: str | Path,
+    model: str | Path = BUILT_IN_MODEL,
     *,
     dtype: mx.Dtype | None = None,
     tokenizer: str | Path | None = None,
@@ -28,7 +29,7 @@ def load(
 
     Args:
         model: a folder or hub id: written by `convert`, from Apple, from the MLX community, or of Apple's MLX port; or
-            a CoreNet `.pt` file.
+            a CoreNet `.pt` file. By default the small model that comes with the package.
         dtype: to compute in; by default float32 on the CPU, where 16 bits are slow, and elsewhere the stored type.
         tokenizer: file, folder or hub id of another tokenizer; `"none"` looks for none.
         config: as for `convert`, where the source does not say it.

@@ -164,7 +164,6 @@ class TestGenerate:
             (["-m", "{p}/base", "-p", "x", "--system", "y"], "chat template"),
             (["-m", "{p}/bare", "-p", "x"], "without a tokenizer"),
             (["-m", "{p}/missing", "-p", "x"], "does not exist"),
-            (["-p", "x"], "no model is named"),
             (["-m", "{p}/base"], "--prompt"),
         ],
     )

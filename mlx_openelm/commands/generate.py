@@ -10,6 +10,7 @@ from ..chat import Chat
 from ..engine import MAX_TOKENS
 from ..errors import PromptError, TokenizerError
 from ..generate import Generation, Stats, stream_generate
+from ..hub import BUILT_IN_MODEL
 from ..model import OpenELM
 from ..sampling import SamplingConfig
 from ..tokenizer import Tokenizer
@@ -31,12 +32,12 @@ from .options import (
     TopK,
     TopP,
     examples,
-    model_name,
 )
 from .terminal import INTERRUPTED, mib, print_json, say
 
 EXAMPLES = examples(
-    'openelm-mlx generate -m OpenELM-1_1B --prompt "Once upon a time there was"',
+    'openelm-mlx generate --prompt "Once upon a time there was"',
+    'openelm-mlx generate -m OpenELM-1_1B --prompt "The capital of France is" --max-tokens 20',
     "openelm-mlx generate -m OpenELM-1_1B --prompt - --temperature 0.7 --repetition-penalty 1.2 < story.txt",
 )
 CHAT_EXAMPLES = examples('openelm-mlx chat -m OpenELM-1_1B-Instruct --system "Answer in one sentence."')
@@ -45,7 +46,7 @@ CHAT_MAX_TOKENS = 1024
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads it.", metavar="TEXT|-")],
-    model: Model = None,
+    model: Model = BUILT_IN_MODEL,
     max_tokens: MaxTokens = MAX_TOKENS,
     temperature: Temperature = SamplingConfig.temperature,
     top_p: TopP = SamplingConfig.top_p,
@@ -98,7 +99,7 @@ def generate(
 
 
 def chat(
-    model: Model = None,
+    model: Model = BUILT_IN_MODEL,
     system: System = None,
     max_tokens: MaxTokens = CHAT_MAX_TOKENS,
     temperature: Temperature = SamplingConfig.temperature,
@@ -148,12 +149,11 @@ def chat(
         _print_stats(stats)
 
 
-def _load(model: str | None, dtype: str, tokenizer: str | None, revision: str | None) -> tuple[OpenELM, Tokenizer]:
+def _load(model: str, dtype: str, tokenizer: str | None, revision: str | None) -> tuple[OpenELM, Tokenizer]:
     """Network and tokenizer; going without one is an error here, where there is text to read."""
-    name = model_name(model)
-    network, tokens = load(name, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision)
+    network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision)
     if tokens is None:
-        raise TokenizerError(f"{name} was converted without a tokenizer; give one with --tokenizer FILE_OR_REPO")
+        raise TokenizerError(f"{model} was converted without a tokenizer; give one with --tokenizer FILE_OR_REPO")
     return network, tokens
 
 

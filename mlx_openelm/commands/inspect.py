@@ -4,14 +4,17 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Revision, examples, model_name
+from ..hub import BUILT_IN_MODEL
+from .options import Json, Revision, examples
 from .terminal import mib, print_json
 
 EXAMPLES = examples("openelm-mlx info OpenELM-1_1B", "openelm-mlx info corenet.pt --config 270M --json")
 
 
 def info(
-    model: Annotated[str | None, typer.Argument(envvar="OPENELM_MLX_MODEL", help="Folder, hub id or .pt file.")] = None,
+    model: Annotated[
+        str, typer.Argument(envvar="OPENELM_MLX_MODEL", help="Folder, hub id, .pt file or built-in model.")
+    ] = BUILT_IN_MODEL,
     config: Annotated[str | None, typer.Option(help="Configuration of a .pt file.", metavar="FILE_OR_NAME")] = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -20,7 +23,7 @@ def info(
     from ..convert import open_source
     from ..info import describe
 
-    found = describe(open_source([model_name(model)], config=config, revision=revision))
+    found = describe(open_source([model], config=config, revision=revision))
     if as_json:
         print_json(found.to_dict())
         return

@@ -4,11 +4,9 @@ from typing import Annotated
 
 import typer
 
-from ..errors import SourceError
-
 Model = Annotated[
-    str | None,
-    typer.Option("--model", "-m", envvar="OPENELM_MLX_MODEL", help="Folder or hub id of the model.", metavar="M"),
+    str,
+    typer.Option("--model", "-m", envvar="OPENELM_MLX_MODEL", help="Folder, hub id or built-in model.", metavar="M"),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Stop after this many tokens.", metavar="N")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.", metavar="T")]
@@ -33,10 +31,3 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 def examples(*commands: str) -> str:
     """The end of a command's help: what to type, one to a line."""
     return "\n\n".join(["Examples:", *commands])
-
-
-def model_name(model: str | None) -> str:
-    """The model that was named, by a flag or by the environment."""
-    if not model:
-        raise SourceError("no model is named; give --model FOLDER_OR_HUB_ID or set OPENELM_MLX_MODEL")
-    return model

@@ -1,0 +1,157 @@
+"""Measure the built-in model and write its card: held-out loss beside a 5-gram model, widths, and prompts unedited.
+
+python benchmarks/tiny_card.py --run runs/tiny --full AVERAGED_MODEL --data CORPUS
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from common import RESULTS, machine
+from ngram import KneserNey
+
+import mlx_openelm
+from mlx_openelm import OpenELM, SamplingConfig, Tokenizer, generate, load
+from mlx_openelm.data import Filters, TokenFile, prepare_corpus, validation_rows
+from mlx_openelm.recipe import RECIPES, Recipe
+
+FOLDER = Path(mlx_openelm.__file__).parent / "models" / "openelm-tiny"
+SAMPLING = SamplingConfig(temperature=0.5, top_p=0.9, repetition_penalty=1.1, seed=0)
+PROMPT_TOKENS = 60
+
+# What the recipe's sources are, in its order.
+PARTS = {
+    "simple stories (TinyStories, African Storybook)": (0, 1),
+    "fairy tales, fables, children's classics": (2, 3, 4),
+    "longer children's books": (5,),
+}
+
+PROMPTS = (
+    "Once upon a time there was",
+    "Once upon a time, there was a little girl named",
+    "One day, a little dog",
+    "The cat sat on",
+    "Tom and Lily went to the park. They saw",
+    "The sun was shining and",
+    "There was once a king who had three",
+    "The old woman said to the fox,",
+    "Deep in the forest there lived",
+    'Mom said, "It is time to',
+    "The boy was very sad because",
+    "It was raining, so Anna",
+    "The lion and the mouse",
+    "In a small village near the river",
+    "The princess opened the door and saw",
+    '"Where are you going?" asked',
+    "Ben had a red ball. He liked to",
+    "The bird could not fly because",
+    "When the wolf came to the house,",
+    "At last they were home, and",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--full", type=Path, required=True, help="the model before it was quantized")
+    parser.add_argument("--data", type=Path, required=True)
+    arguments = parser.parse_args()
+    recipe = Recipe.from_file(RECIPES / "tiny.yaml", folder=arguments.data)
+    model, tokenizer = load(FOLDER)
+    assert tokenizer is not None, "the built-in model has a tokenizer"
+    corpus = prepare_corpus(recipe.data, tokenizer, Filters(), arguments.run / "corpus")
+
+    losses: dict[str, list[tuple[float, int]]] = {
+        "openelm-tiny, float32": network_losses(load(arguments.full)[0], recipe, corpus.validation),
+        "openelm-tiny, 8 bits": network_losses(model, recipe, corpus.validation),
+        "5-gram, modified Kneser-Ney": ngram_losses(recipe, corpus.train, corpus.validation),
+    }
+    num_bytes = [text_bytes(tokenizer, file) for file in corpus.validation]
+    figures: dict[str, Any] = {
+        "held_out": {name: by_part(found, num_bytes) for name, found in losses.items()},
+        "train_tokens": sum(file.num_tokens for file in corpus.train),
+        "held_out_tokens": sum(file.num_tokens for file in corpus.validation),
+        "parameters": recipe.model.num_parameters,
+        "machine": machine(),
+    }
+    (RESULTS / "tiny_card.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    answers = [generate(model, tokenizer, prompt, max_tokens=PROMPT_TOKENS, sampling=SAMPLING) for prompt in PROMPTS]
+    card = write_card(recipe, figures, answers)
+    (FOLDER / "README.md").write_text(card, encoding="utf-8")
+    print(card)
+
+
+def network_losses(model: OpenELM, recipe: Recipe, files: tuple[TokenFile, ...]) -> list[tuple[float, int]]:
+    """Sum of losses and number of tokens, for each source; a row sees nothing of the row before."""
+    found = []
+    for file in files:
+        total, count = 0.0, 0
+        only = mlx_openelm.data.Corpus((), (file,), (), "")
+        for rows in validation_rows(only, recipe.sequence_length, 0):
+            tokens, known = mx.array(rows.tokens), mx.array(rows.segments[:, 1:] >= 0)
+            logits = model(tokens[:, :-1]).astype(mx.float32)
+            picked = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+            losses = mx.where(known, mx.logsumexp(logits, axis=-1) - picked, mx.zeros(()))
+            total, count = total + float(np.array(losses.sum())), count + int(np.array(known.sum()))
+        found.append((total, count))
+    return found
+
+
+def ngram_losses(
+    recipe: Recipe, train: tuple[TokenFile, ...], held_out: tuple[TokenFile, ...]
+) -> list[tuple[float, int]]:
+    peer = KneserNey(np.concatenate([file.tokens for file in train]), recipe.model.vocab_size)
+    found = [peer.losses(np.asarray(file.tokens)) for file in held_out]
+    return [(float(losses.sum()), len(losses)) for losses in found]
+
+
+def text_bytes(tokenizer: Tokenizer, file: TokenFile) -> int:
+    documents = (file.document(number)[1:-1] for number in range(file.num_documents))
+    return sum(len(tokenizer.decode([int(token) for token in ids]).encode()) for ids in documents)
+
+
+def by_part(losses: list[tuple[float, int]], num_bytes: list[int]) -> dict[str, dict[str, float]]:
+    parts = {**PARTS, "all": tuple(range(len(losses)))}
+    found = {}
+    for name, numbers in parts.items():
+        total, count = (sum(losses[number][at] for number in numbers) for at in (0, 1))
+        bits = total / count / np.log(2) * sum(losses[number][1] for number in numbers)
+        found[name] = {
+            "nats_per_token": total / count,
+            "bits_per_byte": bits / sum(num_bytes[number] for number in numbers),
+            "tokens": count,
+        }
+    return found
+
+
+def write_card(recipe: Recipe, figures: dict[str, Any], answers: list[str]) -> str:
+    held_out = figures["held_out"]
+    names = list(held_out)
+    table = ["| held-out text | tokens | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    for part in held_out[names[0]]:
+        cells = [f"{held_out[n][part]['nats_per_token']:.3f} ({held_out[n][part]['bits_per_byte']:.3f})" for n in names]
+        table.append(f"| {part} | {held_out[names[0]][part]['tokens']:,} | {' | '.join(cells)} |")
+    texts = "\n".join(
+        f"| {number} | **{prompt}** {' '.join(answer.split())} |"
+        for number, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True), start=1)
+    )
+    template = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    return template.format(
+        parameters=figures["parameters"],
+        train_tokens=figures["train_tokens"],
+        seen=recipe.steps * recipe.batch_size * recipe.sequence_length,
+        steps=recipe.steps,
+        layers=recipe.model.num_transformer_layers,
+        width=recipe.model.model_dim,
+        table="\n".join(table),
+        texts=texts,
+        sampling=f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}, repetition penalty "
+        f"{SAMPLING.repetition_penalty}, seed {SAMPLING.seed}, {PROMPT_TOKENS} tokens",
+    )
+
+
+if __name__ == "__main__":
+    main()
