@@ -1,8 +1,8 @@
 """How much memory does a training step take, and what do the chunked loss and recomputed layers save?
 
 The peers are the same step with whole logits (MLX's own `cross_entropy` and its differentiation), and with nothing
-saved. Each step runs, compiled as in training, in a process of its own. The peak is that of MLX's arrays, with the weights;
-the growth of the process is recorded beside it.
+saved. Each step runs, compiled as in training, in a process of its own. The peak is that of MLX's arrays, with the
+weights; the growth of the process is recorded beside it.
 
 python benchmarks/train_memory.py [--vocab 32000] [--sequence 2048] [--rounds 3]
 """
