@@ -266,7 +266,7 @@ class TestCommand:
         (tmp_path / "recipe.yaml").write_text(
             "model: {num_transformer_layers: 2, model_dim: 32, head_dim: 8, num_gqa_groups: 2, ffn_dim_divisor: 16,\n"
             "        vocab_size: 300, max_context_length: 32}\n"
-            "data: [{path: a.txt}]\ntrain_tokenizer: 300\nsteps: 40\nbatch_size: 4\nsequence_length: 16\n"
+            "data: [{path: a.txt}]\ntrain_tokenizer: 300\nsteps: 50\nbatch_size: 4\nsequence_length: 16\n"
             "learning_rate: 1e-2\nwarmup_steps: 4\ndtype: float32\nlog_every: 1\n"
             "validate_every: 20\ncheckpoint_every: 5\n"
         )
