@@ -37,6 +37,7 @@ bench: install
 	$(BIN)/python benchmarks/cold_start.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/train_memory.py
 
 clean:
 	rm -rf build $(VENV) *.egg-info

@@ -17,12 +17,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from common import in_turn, report, run, summary
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_openelm import OpenELM, OpenELMConfig
+from mlx_openelm.backward import gradients_of
 from mlx_openelm.device import peak_memory_bytes
-from mlx_openelm.loss import DEFAULT_CHUNK, token_losses
+from mlx_openelm.recipe import Recipe
+from mlx_openelm.train import initial_parameters
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,14 @@ class Way:
     """How a step is computed."""
 
     recompute: bool
-    chunk: int  # tokens; 0: whole logits
+    chunked: bool  # this package's way; else whole logits, with MLX's own means
 
 
 WAYS = {
-    "recomputed layers, chunked loss": Way(True, DEFAULT_CHUNK),
-    "recomputed layers, whole logits": Way(True, 0),
-    "kept layers, chunked loss": Way(False, DEFAULT_CHUNK),
-    "kept layers, whole logits": Way(False, 0),
+    "recomputed layers, chunked loss": Way(True, True),
+    "recomputed layers, whole logits": Way(True, False),
+    "kept layers, chunked loss": Way(False, True),
+    "kept layers, whole logits": Way(False, False),
 }
 
 
@@ -84,7 +87,7 @@ def main() -> None:
 
 
 def one_step(arguments: argparse.Namespace, way: Way) -> None:
-    """Loss and gradients of one row, by way of one graph, as in training."""
+    """Loss and gradients of one row."""
     config = OpenELMConfig.layerwise(
         arguments.layers,
         arguments.model_dim,
@@ -92,36 +95,43 @@ def one_step(arguments: argparse.Namespace, way: Way) -> None:
         vocab_size=arguments.vocab,
         max_context_length=arguments.sequence,
     )
-    mx.random.seed(0)
+    recipe = Recipe(
+        config,
+        sequence_length=arguments.sequence,
+        dtype="float32",
+        recompute_layers=way.recompute,
+    )
     model = OpenELM(config)
-    model.transformer.recompute_layers = way.recompute
-    tokens = mx.random.randint(0, arguments.vocab, (1, arguments.sequence + 1))
-    counted = mx.ones((1, arguments.sequence), mx.bool_)
+    parameters = initial_parameters(recipe)
+    model.update(tree_unflatten(list(parameters.items())))
+    tokens = mx.random.randint(0, arguments.vocab, (1, arguments.sequence + 1), key=mx.random.key(0))
+    segments = mx.zeros(tokens.shape, mx.int32)
 
-    def loss(parameters: dict[str, mx.array]) -> mx.array:
+    def whole(parameters: dict[str, mx.array]) -> mx.array:
         model.update(tree_unflatten(list(parameters.items())))
-        hidden = model.transformer(tokens[:, :-1])
-        if way.chunk:
-            return token_losses(model, hidden, tokens[:, 1:], counted, z_weight=1e-4, chunk=way.chunk).total
-        logits = model.logits(hidden)
-        z_loss = 1e-4 * mx.square(mx.logsumexp(logits, axis=-1)).sum()
+        x = model.transformer.token_embeddings(tokens[:, :-1])
+        for layer in model.transformer.layers:
+            x = (nn.utils.checkpoint(layer) if way.recompute else layer)(x, None)
+        logits = model.logits(model.transformer.norm(x))
+        z_loss = recipe.z_loss * mx.square(mx.logsumexp(logits, axis=-1)).sum()
         return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="sum") + z_loss
 
-    parameters = dict(tree_flatten(model.parameters()))
-    step = mx.compile(mx.value_and_grad(loss))
+    ours, peer = gradients_of(model, recipe), mx.compile(mx.value_and_grad(whole))
     mx.eval(parameters, tokens)
     mx.reset_peak_memory()
     before = peak_memory_bytes()
     started = time.perf_counter()
-    value, gradients = step(parameters)
+    value, gradients = ours(parameters, tokens, segments) if way.chunked else peer(parameters)
     mx.eval(value, gradients)
+    values = np.array(value)
+    loss = float(values[0] + recipe.z_loss * values[1]) if way.chunked else float(values)
     print(
         json.dumps(
             {
                 "arrays_mib": mx.get_peak_memory() / 2**20,
                 "process_mib": (peak_memory_bytes() - before) / 2**20,
                 "seconds": time.perf_counter() - started,
-                "loss": value.item() / arguments.sequence,
+                "loss": loss / arguments.sequence,
             }
         )
     )

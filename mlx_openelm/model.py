@@ -74,7 +74,6 @@ class Transformer(nn.Module):
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = [Layer(config, layer) for layer in range(config.num_transformer_layers)]
         self.norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
-        self.recompute_layers = False  # in training: keep only what goes from layer to layer, at a third more work
 
     def __call__(self, tokens: mx.array, cache: KVCache | None = None, segments: mx.array | None = None) -> mx.array:
         offset = cache.offset if cache is not None else 0
@@ -82,8 +81,7 @@ class Transformer(nn.Module):
         x = self.token_embeddings(tokens)  # (B, L, M)
         mask = None if segments is None else segment_mask(segments)
         for layer in self.layers:
-            run = nn.utils.checkpoint(layer) if self.recompute_layers else layer
-            x = run(x, cache, mask)
+            x = layer(x, cache, mask)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)

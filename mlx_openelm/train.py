@@ -17,12 +17,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
+from .backward import batch_losses, gradients_of
 from .checkpoints import Checkpoint, checkpoint_folders, load_checkpoint, save_checkpoint
 from .data import Batches, Corpus, Rows, validation_rows
-from .device import DTYPES
 from .errors import OutputError, TrainingError
 from .generate import generate
-from .loss import token_losses
 from .model import OpenELM, parameter_shapes
 from .optimizer import Moments, Tensors, adamw, clipped, learning_rate
 from .recipe import Recipe, differences
@@ -77,15 +76,14 @@ class Trainer:
         if recipe.batch_size % world:
             raise TrainingError(f"a batch of {recipe.batch_size} rows cannot be split over {world} processes")
         self.model = OpenELM(recipe.model)
-        self.model.transformer.recompute_layers = recipe.recompute_layers
         self.parameters = initial_parameters(recipe)
         self.moments = Moments.zeros(self.parameters)
         self.step = 0
         self._own_rows = recipe.batch_size // world
         self._first_row = self.group.rank() * self._own_rows
         self._batches = Batches(corpus, recipe.batch_size, recipe.sequence_length, recipe.packing, recipe.seed)
-        self._gradients = mx.compile(partial(_gradients, self.model, recipe))
-        self._losses = mx.compile(partial(_losses, self.model, recipe))
+        self._gradients = gradients_of(self.model, recipe)
+        self._losses = mx.compile(partial(batch_losses, self.model, recipe))
         self._update = mx.compile(partial(_update, recipe))
 
     def take_step(self) -> tuple[float, float, float, int]:
@@ -138,34 +136,6 @@ class Trainer:
 
 def _arrays(rows: Rows, part: slice) -> tuple[mx.array, mx.array]:
     return mx.array(rows.tokens[part]), mx.array(rows.segments[part])
-
-
-def _losses(
-    model: OpenELM, recipe: Recipe, parameters: Tensors, tokens: mx.array, segments: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Sums of cross-entropy, log(Z)^2 and counted tokens, float32 (3,); and the weighted sum to differentiate, ()."""
-    dtype = DTYPES[recipe.dtype]
-    model.update(tree_unflatten([(name, p.astype(dtype)) for name, p in parameters.items()]))
-    within = segments[:, :-1] if recipe.packing == "documents" else None
-    hidden = model.transformer(tokens[:, :-1], segments=within)
-    counted = segments[:, 1:] >= 0
-    if recipe.packing == "documents":  # BOS of the next document does not follow from this one
-        counted = counted & (segments[:, 1:] == segments[:, :-1])
-    losses = token_losses(model, hidden, tokens[:, 1:], counted, z_weight=recipe.z_loss, chunk=recipe.loss_chunk)
-    return mx.stack([losses.cross_entropy, losses.z_loss, counted.sum().astype(mx.float32)]), losses.total
-
-
-def _gradients(
-    model: OpenELM, recipe: Recipe, parameters: Tensors, tokens: mx.array, segments: mx.array
-) -> tuple[mx.array, Tensors]:
-    """The sums of `_losses`, and the gradient of the weighted sum, float32."""
-
-    def total(parameters: Tensors) -> tuple[mx.array, mx.array]:
-        sums, total = _losses(model, recipe, parameters, tokens, segments)
-        return total, sums
-
-    (_, sums), gradients = mx.value_and_grad(total)(parameters)
-    return sums, gradients
 
 
 def _update(

@@ -90,8 +90,11 @@ def test_gradients_are_those_of_finite_differences(recipe, corpus, packing):
         assert computed == pytest.approx(measured, rel=0.02, abs=0.03), name
 
 
-@pytest.mark.parametrize("change", [{"loss_chunk": 5}, {"recompute_layers": True}])
-def test_memory_savers_change_no_gradient(recipe, corpus, change):
+@pytest.mark.parametrize("packing", ["stream", "documents", "rows"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("change", [{"loss_chunk": 5}, {"recompute_layers": True}], ids=["chunks", "layers"])
+def test_memory_savers_change_no_gradient(recipe, corpus, change, tied, packing):
+    recipe = replace(recipe, packing=packing, model=replace(recipe.model, share_input_output_layers=tied))
     sums, expected = gradients(recipe, corpus)
     other, found = gradients(replace(recipe, **change), corpus)
     assert other == pytest.approx(sums, rel=1e-5)
