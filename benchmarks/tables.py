@@ -85,8 +85,8 @@ def train_memory() -> str:
     shape = run["shape"]
     note = (
         f"Loss and gradients of {shape['sequence']:,} tokens in float32, vocabulary {shape['vocab']:,}, "
-        f"{shape['layers']} layers of\nwidth {shape['model_dim']}. Whole logits and kept layers are MLX's own means. With layers recomputed, the chunked loss\n"
-        f"takes **{run['ratio']:.2f}** of the memory of whole logits."
+        f"{shape['layers']} layers of\nwidth {shape['model_dim']}. Whole logits are computed with MLX's own means. "
+        f"With layers recomputed, the chunked\nloss takes **{run['ratio']:.2f}** of the memory of whole logits."
     )
     return f"## Memory of a training step\n\n{note}\n\n{text}\n\n{where(run)}\n"
 
