@@ -5,6 +5,7 @@ python benchmarks/tiny_card.py --run runs/tiny --full AVERAGED_MODEL --data CORP
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import numpy as np
 from common import RESULTS, machine
 from ngram import KneserNey
 
-import mlx_openelm
 from mlx_openelm import OpenELM, SamplingConfig, Tokenizer, generate, load
-from mlx_openelm.data import Filters, TokenFile, prepare_corpus, validation_rows
+from mlx_openelm.data import Corpus, Filters, TokenFile, prepare_corpus, validation_rows
+from mlx_openelm.hub import BUILT_IN_MODEL, model_folder
 from mlx_openelm.recipe import RECIPES, Recipe
 
-FOLDER = Path(mlx_openelm.__file__).parent / "models" / "openelm-tiny"
+FOLDER = model_folder(BUILT_IN_MODEL)
 SAMPLING = SamplingConfig(temperature=0.5, top_p=0.9, repetition_penalty=1.1, seed=0)
 PROMPT_TOKENS = 60
+LINE_BREAKS = re.compile(r"\s*\n\s*")  # a table holds one line
 
 # What the recipe's sources are, in its order.
 PARTS = {
@@ -89,7 +91,7 @@ def network_losses(model: OpenELM, recipe: Recipe, files: tuple[TokenFile, ...])
     found = []
     for file in files:
         total, count = 0.0, 0
-        only = mlx_openelm.data.Corpus((), (file,), (), "")
+        only = Corpus((), (file,), (), "")
         for rows in validation_rows(only, recipe.sequence_length, 0):
             tokens, known = mx.array(rows.tokens), mx.array(rows.segments[:, 1:] >= 0)
             logits = model(tokens[:, :-1]).astype(mx.float32)
@@ -118,10 +120,9 @@ def by_part(losses: list[tuple[float, int]], num_bytes: list[int]) -> dict[str, 
     found = {}
     for name, numbers in parts.items():
         total, count = (sum(losses[number][at] for number in numbers) for at in (0, 1))
-        bits = total / count / np.log(2) * sum(losses[number][1] for number in numbers)
         found[name] = {
             "nats_per_token": total / count,
-            "bits_per_byte": bits / sum(num_bytes[number] for number in numbers),
+            "bits_per_byte": total / np.log(2) / sum(num_bytes[number] for number in numbers),
             "tokens": count,
         }
     return found
@@ -135,7 +136,7 @@ def write_card(recipe: Recipe, figures: dict[str, Any], answers: list[str]) -> s
         cells = [f"{held_out[n][part]['nats_per_token']:.3f} ({held_out[n][part]['bits_per_byte']:.3f})" for n in names]
         table.append(f"| {part} | {held_out[names[0]][part]['tokens']:,} | {' | '.join(cells)} |")
     texts = "\n".join(
-        f"| {number} | **{prompt}** {' '.join(answer.split())} |"
+        f"| {number} | **{prompt}**{LINE_BREAKS.sub(' ', answer)} |"
         for number, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True), start=1)
     )
     template = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
