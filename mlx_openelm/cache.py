@@ -51,9 +51,14 @@ class KVCache:
         return sum(array.nbytes for array in self.arrays)
 
 
+def kv_bytes_per_layer(config: OpenELMConfig, dtype: mx.Dtype = mx.float16) -> tuple[int, ...]:
+    """Memory that each layer's keys and values of one token take, in bytes."""
+    return tuple(2 * heads * config.head_dim * dtype.size for heads in config.num_kv_heads)
+
+
 def kv_cache_bytes(config: OpenELMConfig, num_tokens: int, dtype: mx.Dtype = mx.float16) -> int:
     """Memory that cached keys and values of one sequence take, in bytes, without the room to grow."""
-    return 2 * sum(config.num_kv_heads) * config.head_dim * num_tokens * dtype.size
+    return sum(kv_bytes_per_layer(config, dtype)) * num_tokens
 
 
 def _with_room(kept: mx.array | None, used: int, end: int, like: mx.array) -> mx.array:

@@ -6,7 +6,6 @@ are multiplied by the matrix in full: BLAS makes good for unpacking it. Results 
 
 import math
 from collections.abc import Mapping
-from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -74,6 +73,6 @@ def _multiply_rows(layer: nn.Module, x: mx.array, rows: slice, stream: mx.Stream
     """The product with some rows of the matrix; slices of rows share its memory."""
     packed = layer.weight[rows], layer.scales[rows], layer.biases[rows] if "biases" in layer else None
     options = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "stream": stream}
-    if prod(x.shape[:-1]) < _MANY_INPUTS:
+    if math.prod(x.shape[:-1]) < _MANY_INPUTS:
         return mx.quantized_matmul(x, *packed, **options)
     return mx.matmul(x, mx.dequantize(*packed, **options, dtype=x.dtype).T, stream=stream)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .cache import kv_cache_bytes
+from .cache import kv_bytes_per_layer, kv_cache_bytes
 from .config import OpenELMConfig, make_divisible
 from .errors import ConfigError
 
@@ -142,12 +142,6 @@ def uniform_counterpart(config: OpenELMConfig) -> OpenELMConfig:
     one, two = (with_ffn(_UNIFORM_DIVISOR * count).num_parameters for count in (1, 2))
     wanted = 1 + (config.num_parameters - one) / (two - one)
     return with_ffn(max(_UNIFORM_DIVISOR, make_divisible(wanted * _UNIFORM_DIVISOR, _UNIFORM_DIVISOR)))
-
-
-def kv_bytes_per_layer(config: OpenELMConfig) -> list[int]:
-    """Bytes of keys and values that each layer keeps of a token, in 16 bits."""
-    total = kv_cache_bytes(config, 1)
-    return [total * heads // sum(config.num_kv_heads) for heads in config.num_kv_heads]
 
 
 def _figures(config: OpenELMConfig) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import mlx.core as mx
-
-from .cache import kv_cache_bytes
+from .cache import kv_bytes_per_layer, kv_cache_bytes
 from .convert.source import Source
 from .quantize import PackedTensor
 
@@ -63,7 +61,7 @@ def describe(source: Source) -> ModelInfo:
                 config.ffn_dims[layer],
                 config.layer_parameters[layer],
                 sum(tensor.nbytes for name, tensor in source.tensors.items() if name.startswith(prefix)),
-                2 * config.num_kv_heads[layer] * config.head_dim * mx.float16.size,
+                kv_bytes_per_layer(config)[layer],
             )
         )
     return ModelInfo(

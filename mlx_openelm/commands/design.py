@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..cache import kv_bytes_per_layer
 from ..config import OpenELMConfig
-from ..design import FFN_MULTIPLIERS, QKV_MULTIPLIERS, Design, design, fit, kv_bytes_per_layer
+from ..design import FFN_MULTIPLIERS, QKV_MULTIPLIERS, Design, design, fit
 from ..design import parse_count as count
 from ..design import parse_multipliers as multipliers
 from ..errors import ConfigError, OutputError
@@ -94,7 +95,7 @@ def _show(found: Design, uniform: bool) -> None:
 
     def columns(config: OpenELMConfig) -> list[list[int]]:
         heads = list(config.num_query_heads), list(config.num_kv_heads)
-        return [*heads, list(config.ffn_dims), list(config.layer_parameters), kv_bytes_per_layer(config)]
+        return [*heads, list(config.ffn_dims), list(config.layer_parameters), list(kv_bytes_per_layer(config))]
 
     def add(name: str, numbers: list[int | None]) -> None:
         table.add_row(name, *("" if number is None else f"{number:,}" for number in numbers))
