@@ -3,6 +3,7 @@
 from .cache import KVCache, kv_cache_bytes
 from .chat import Chat
 from .config import PRESETS, OpenELMConfig
+from .config_files import config_from_dict, read_config
 from .convert import Conversion, convert  # a function in place of the folder of its name, and below of the file
 from .engine import Step, generate_tokens
 from .errors import OpenELMError
@@ -30,10 +31,12 @@ __all__ = [
     "Step",
     "Tokenizer",
     "__version__",
+    "config_from_dict",
     "convert",
     "generate",
     "generate_tokens",
     "kv_cache_bytes",
     "load",
+    "read_config",
     "stream_generate",
 ]

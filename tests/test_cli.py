@@ -13,7 +13,7 @@ import time
 import pytest
 
 from conftest import GOLDEN, refused, run
-from mlx_openelm import OpenELMConfig, SamplingConfig, __version__, convert, generate, load
+from mlx_openelm import SamplingConfig, __version__, config_from_dict, convert, generate, load
 
 PROMPT = "Once upon a time"
 
@@ -43,7 +43,7 @@ class TestConvert:
         values = json.loads(out)
         assert status == 0
         assert values["quantization"] == {"bits": 4, "group_size": 32, "mode": "mxfp4"}
-        assert OpenELMConfig.from_dict(values["config"]) == load(tmp_path / "out")[0].config
+        assert config_from_dict(values["config"]) == load(tmp_path / "out")[0].config
 
     def test_output_is_named_after_the_source(self, folders, tmp_path):
         done = subprocess.run(

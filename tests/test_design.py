@@ -3,7 +3,7 @@ import json
 import pytest
 
 from conftest import refused, run
-from mlx_openelm import PRESETS, OpenELMConfig
+from mlx_openelm import PRESETS, config_from_dict, read_config
 from mlx_openelm.design import design, fit, parse_count, parse_multipliers, uniform_counterpart
 from mlx_openelm.errors import ConfigError, MissingPackageError, OutputError
 from mlx_openelm.model import parameter_shapes
@@ -27,7 +27,7 @@ def test_any_budget_is_met_with_usual_proportions(wanted, vocab_size):
 def test_parameters_are_counted_as_the_network_has_them(tiny_config, change, qk_norm):
     values = {**tiny_config.to_dict(), **change, "normalize_qk_projections": qk_norm}
     del values["tie_word_embeddings"]
-    config = OpenELMConfig.from_dict(values)
+    config = config_from_dict(values)
     shapes = parameter_shapes(config)
     sizes = {name: shape[0] * (shape[1] if len(shape) > 1 else 1) for name, shape in shapes.items()}
     assert config.num_parameters == sum(sizes.values())
@@ -41,7 +41,7 @@ def test_the_uniform_model_has_equal_layers_and_as_many_parameters(size):
     assert len(set(uniform.ffn_dims)) == len(set(uniform.num_query_heads)) == 1
     assert uniform.num_parameters == pytest.approx(PRESETS[size].num_parameters, rel=0.002)
     assert uniform.model_dim == PRESETS[size].model_dim
-    assert OpenELMConfig.from_dict(uniform.to_dict()) == uniform
+    assert config_from_dict(uniform.to_dict()) == uniform
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ class TestCommand:
         shape = ["--layers", 4, "--model-dim", 128, "--head-dim", 16, "--gqa", 2, "--vocab", 400]
         more = ["--uniform"] if uniform else []
         assert run("design", *shape, "--save", tmp_path / "config.json", *more)[0] == 0
-        config = OpenELMConfig.from_file(tmp_path / "config.json")
+        config = read_config(tmp_path / "config.json")
         assert (len(set(config.ffn_dims)) == 1) == uniform
         assert config.vocab_size == 400
 

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model
-from mlx_openelm import ContextLengthWarning, OpenELMConfig, generate_tokens, load
+from mlx_openelm import ContextLengthWarning, generate_tokens, load, read_config
 from mlx_openelm.convert import open_source
 from mlx_openelm.model import ATTENTION_BLOCK
 from mlx_openelm.weights import load_source
@@ -154,6 +154,6 @@ def test_16_bit_models_give_16_bit_logits(tiny_config):
 
 
 def test_untied_output_has_its_own_matrix():
-    config = OpenELMConfig.from_file(GOLDEN / "untied_mha_noglu" / "config.json")
+    config = read_config(GOLDEN / "untied_mha_noglu" / "config.json")
     assert not config.share_input_output_layers
     assert "lm_head.weight" in dict(tree_flatten(random_model(config).parameters()))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..config import OpenELMConfig
+from ..config_files import read_config_file
 from ..errors import ConfigError
 from ..tensors import LazyTensor, read_safetensors
 from .huggingface import read_json
@@ -26,7 +27,7 @@ def read_checkpoint(path: Path, config: OpenELMConfig | None = None) -> Source:
                 f"{path} does not say how wide its layers are; name --config 270M, 450M, 1.1B or 3B, "
                 "a CoreNet YAML file or a config.json"
             )
-        config = OpenELMConfig.from_file(path.parent / "config.json")
+        config = read_config_file(path.parent / "config.json")
     return make_source(
         config,
         _rename(read_torch_file(path)),
@@ -45,7 +46,7 @@ def read_apple_mlx(folder: Path, config: OpenELMConfig | None = None) -> Source:
     """
     written = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     return make_source(
-        config or OpenELMConfig.from_file(folder / "config.json"),
+        config or read_config_file(folder / "config.json"),
         _rename(read_safetensors(folder / "weights.safetensors")),
         written.get("quantization"),
         has_padding=True,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import OpenELMConfig
+from ..config_files import read_config_file
 from ..errors import ConfigError, SourceError, WeightsError
 from ..tensors import LazyTensor, read_safetensors
 from .source import Source, make_source
@@ -29,7 +30,7 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
     if quantization is not None and not isinstance(quantization, dict):
         raise ConfigError(f"{path}: quantization is {quantization!r}; a table expected")
     return make_source(
-        config or OpenELMConfig.from_file(path),
+        config or read_config_file(path),
         _read_shards(folder),
         quantization,
         name=folder.resolve().name,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import OpenELMConfig
+from ..config_files import read_config
 from ..errors import SourceError
 from ..hub import model_folder
 from .average import average
@@ -37,17 +37,3 @@ def open_source(
     if (folder / "weights.safetensors").exists() and not (folder / "model.safetensors").exists():
         return read_apple_mlx(folder, named)
     return read_huggingface(folder, named)
-
-
-def read_config(name: str | Path) -> OpenELMConfig:
-    """The configuration that `--config` names: a preset, a YAML file or a `config.json`, or a folder with one.
-
-    Raises:
-        ConfigError: if it is none of them.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return OpenELMConfig.from_file(path / "config.json")
-    if path.exists() or path.suffix in (".json", ".yaml", ".yml"):
-        return OpenELMConfig.from_file(path)
-    return OpenELMConfig.preset(str(name))
