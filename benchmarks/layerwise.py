@@ -21,7 +21,7 @@ from mlx_openelm import OpenELMConfig, load
 from mlx_openelm.data import Corpus, Filters, prepare_corpus
 from mlx_openelm.design import uniform_counterpart
 from mlx_openelm.documents import Source
-from mlx_openelm.recipe import Recipe
+from mlx_openelm.pretrain import PretrainRecipe, fresh_trainer
 
 SOURCES = ("tinystories_*.txt", "african_storybook_*.txt", "fairytales_*.txt", "fables_*.txt", "children_*.txt")
 LAYERWISE = OpenELMConfig.layerwise(
@@ -82,10 +82,10 @@ def command(arguments: argparse.Namespace, variant: str, seed: int, cache: str) 
     return [str(word) for word in [*words, "--one", variant, seed, cache]]
 
 
-def recipe_of(arguments: argparse.Namespace, variant: str, seed: int) -> Recipe:
+def recipe_of(arguments: argparse.Namespace, variant: str, seed: int) -> PretrainRecipe:
     config, packing = VARIANTS[variant]
-    return Recipe(
-        config,
+    return PretrainRecipe(
+        model=config,
         data=tuple(Source(str(arguments.data / name)) for name in SOURCES),
         steps=arguments.steps,
         batch_size=16,
@@ -99,23 +99,23 @@ def recipe_of(arguments: argparse.Namespace, variant: str, seed: int) -> Recipe:
     )
 
 
-def corpus_of(recipe: Recipe, cache: Path) -> Corpus:
+def corpus_of(recipe: PretrainRecipe, cache: Path) -> Corpus:
     _, tokenizer = load()
     assert tokenizer is not None, "the built-in model has a tokenizer"
     return prepare_corpus(recipe.data, tokenizer, Filters(), cache)
 
 
-def train(recipe: Recipe, cache: Path) -> float:
+def train(recipe: PretrainRecipe, cache: Path) -> float:
     """Held-out loss at the end; all variants are judged with attention inside documents."""
-    from mlx_openelm.train import Trainer
-
     corpus = corpus_of(recipe, cache)
-    trainer = Trainer(recipe, corpus)
+    trainer = fresh_trainer(recipe, corpus)
     while trainer.step < recipe.steps:
         trainer.take_step()
-    judge = Trainer(replace(recipe, packing="documents"), corpus)  # text as it is read: a document and nothing else
+    judge = fresh_trainer(
+        replace(recipe, packing="documents"), corpus
+    )  # text as it is read: a document and nothing else
     judge.parameters = trainer.parameters
-    return judge.validation_loss()
+    return judge.validation()["loss"]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ngram import KneserNey
 from mlx_openelm import OpenELM, SamplingConfig, Tokenizer, generate, load
 from mlx_openelm.data import Corpus, Filters, TokenFile, prepare_corpus, validation_rows
 from mlx_openelm.hub import BUILT_IN_MODEL, model_folder
-from mlx_openelm.recipe import RECIPES, Recipe
+from mlx_openelm.pretrain import RECIPES, PretrainRecipe
 
 FOLDER = model_folder(BUILT_IN_MODEL)
 SAMPLING = SamplingConfig(temperature=0.5, top_p=0.9, repetition_penalty=1.1, seed=0)
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--full", type=Path, required=True, help="the model before it was quantized")
     parser.add_argument("--data", type=Path, required=True)
     arguments = parser.parse_args()
-    recipe = Recipe.from_file(RECIPES / "tiny.yaml", folder=arguments.data)
+    recipe = PretrainRecipe.from_file(RECIPES / "tiny.yaml", folder=arguments.data)
     model, tokenizer = load(FOLDER)
     assert tokenizer is not None, "the built-in model has a tokenizer"
     corpus = prepare_corpus(recipe.data, tokenizer, Filters(), arguments.run / "corpus")
@@ -86,7 +86,7 @@ def main() -> None:
     print(card)
 
 
-def network_losses(model: OpenELM, recipe: Recipe, files: tuple[TokenFile, ...]) -> list[tuple[float, int]]:
+def network_losses(model: OpenELM, recipe: PretrainRecipe, files: tuple[TokenFile, ...]) -> list[tuple[float, int]]:
     """Sum of losses and number of tokens, for each source; a row sees nothing of the row before."""
     found = []
     for file in files:
@@ -103,7 +103,7 @@ def network_losses(model: OpenELM, recipe: Recipe, files: tuple[TokenFile, ...])
 
 
 def ngram_losses(
-    recipe: Recipe, train: tuple[TokenFile, ...], held_out: tuple[TokenFile, ...]
+    recipe: PretrainRecipe, train: tuple[TokenFile, ...], held_out: tuple[TokenFile, ...]
 ) -> list[tuple[float, int]]:
     peer = KneserNey(np.concatenate([file.tokens for file in train]), recipe.model.vocab_size)
     found = [peer.losses(np.asarray(file.tokens)) for file in held_out]
@@ -128,7 +128,7 @@ def by_part(losses: list[tuple[float, int]], num_bytes: list[int]) -> dict[str, 
     return found
 
 
-def write_card(recipe: Recipe, figures: dict[str, Any], answers: list[str]) -> str:
+def write_card(recipe: PretrainRecipe, figures: dict[str, Any], answers: list[str]) -> str:
     held_out = figures["held_out"]
     names = list(held_out)
     table = ["| held-out text | tokens | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]

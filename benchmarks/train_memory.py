@@ -23,9 +23,10 @@ from mlx.utils import tree_unflatten
 
 from mlx_openelm import OpenELM, OpenELMConfig
 from mlx_openelm.backward import gradients_of
+from mlx_openelm.batch import Rows, make_batch
 from mlx_openelm.device import peak_memory_bytes
-from mlx_openelm.recipe import Recipe
-from mlx_openelm.train import initial_parameters
+from mlx_openelm.loss import Likelihood
+from mlx_openelm.pretrain import PretrainRecipe, initial_parameters
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,13 @@ def one_step(arguments: argparse.Namespace, way: Way) -> None:
         vocab_size=arguments.vocab,
         max_context_length=arguments.sequence,
     )
-    recipe = Recipe(
-        config,
-        sequence_length=arguments.sequence,
-        dtype="float32",
-        recompute_layers=way.recompute,
-    )
+    recipe = PretrainRecipe(model=config, sequence_length=arguments.sequence)
     model = OpenELM(config)
     parameters = initial_parameters(recipe)
     model.update(tree_unflatten(list(parameters.items())))
     tokens = mx.random.randint(0, arguments.vocab, (1, arguments.sequence + 1), key=mx.random.key(0))
-    segments = mx.zeros(tokens.shape, mx.int32)
+    ids = np.array(tokens)
+    batch = make_batch(Rows(ids, np.zeros_like(ids), np.ones((1, arguments.sequence), bool)))
 
     def whole(parameters: dict[str, mx.array]) -> mx.array:
         model.update(tree_unflatten(list(parameters.items())))
@@ -116,12 +113,14 @@ def one_step(arguments: argparse.Namespace, way: Way) -> None:
         z_loss = recipe.z_loss * mx.square(mx.logsumexp(logits, axis=-1)).sum()
         return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="sum") + z_loss
 
-    ours, peer = gradients_of(model, recipe), mx.compile(mx.value_and_grad(whole))
-    mx.eval(parameters, tokens)
+    objective = Likelihood(recipe.z_loss, recipe.loss_chunk)
+    ours = gradients_of(model, objective, mx.float32, way.recompute)
+    peer = mx.compile(mx.value_and_grad(whole))
+    mx.eval(parameters, tokens, batch)
     mx.reset_peak_memory()
     before = peak_memory_bytes()
     started = time.perf_counter()
-    value, gradients = ours(parameters, tokens, segments) if way.chunked else peer(parameters)
+    value, gradients = ours(parameters, batch) if way.chunked else peer(parameters)
     mx.eval(value, gradients)
     values = np.array(value)
     loss = float(values[0] + recipe.z_loss * values[1]) if way.chunked else float(values)

@@ -4,6 +4,9 @@ Layer by layer, only what goes from layer to layer is kept, each layer is comput
 its gradients are evaluated before the next one's turn: no more than one layer's activations exist at a time.
 Checkpointing within one graph promises the same, but leaves the order to MLX, and recomputed activations wait there
 until weight gradients are evaluated.
+
+What is trained is a part of the network's parameters, given by name; the rest stays where it is in the network, in the
+type that it has, and no gradient is computed below the lowest layer that is trained.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,121 +16,155 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from .device import DTYPES
-from .loss import token_losses
+from .lora import MAGNITUDE, set_dropout_keys
+from .loss import Batch, Objective
 from .model import OpenELM, segment_mask
 from .optimizer import Tensors
-from .recipe import Recipe
 
-Gradients = Callable[[Tensors, mx.array, mx.array], tuple[mx.array, Tensors]]
+Gradients = Callable[[Tensors, Batch], tuple[mx.array, Tensors]]
 
 _LAYERS = "transformer.layers."
-_EMBEDDING = "transformer.token_embeddings.weight"
+_EMBEDDING = "transformer.token_embeddings."
 
 
-def gradients_of(model: OpenELM, recipe: Recipe) -> Gradients:
-    """A function of parameters (float32), ids (B, L + 1) and segments (B, L + 1), with a row's documents numbered.
+def gradients_of(model: OpenELM, objective: Objective, dtype: mx.Dtype, recompute_layers: bool) -> Gradients:
+    """A function of the trained parameters (float32) and a batch.
 
-    It gives the sums of cross-entropy, log(Z)^2 and counted tokens, float32 (3,), and the gradients of the sum that the
-    recipe trains, float32. Both ways of `recompute_layers` give the same.
+    It gives the sums of the objective, float32 (K,), and the gradients of the sum that it minimises, float32. A batch
+    may hold a random key as `dropout`. Both ways of `recompute_layers` give the same.
+
+    Args:
+        dtype: to compute in.
     """
-    return LayerwiseBackward(model, recipe) if recipe.recompute_layers else mx.compile(partial(_at_once, model, recipe))
+    if recompute_layers:
+        return LayerwiseBackward(model, objective, dtype)
+    return mx.compile(partial(_at_once, model, objective, dtype))
 
 
 def batch_losses(
-    model: OpenELM, recipe: Recipe, parameters: Tensors, tokens: mx.array, segments: mx.array
+    model: OpenELM, objective: Objective, dtype: mx.Dtype, parameters: Tensors, batch: Batch
 ) -> tuple[mx.array, mx.array]:
-    """The sums (3,), and the weighted sum to differentiate, ()."""
-    _set(model, recipe, parameters)
-    within = segments[:, :-1] if recipe.packing == "documents" else None
-    return _losses(model, recipe, model.transformer(tokens[:, :-1], segments=within), tokens, segments)
+    """The sums (K,), and the one to differentiate, ()."""
+    set_parameters(model, dtype, parameters)
+    layers = model.transformer.layers
+    keys = _dropout_keys(batch, len(layers))
+    for module, key in zip(
+        (*layers, model.transformer.token_embeddings), keys or [None] * (len(layers) + 1), strict=True
+    ):
+        set_dropout_keys(module, key)
+    hidden = model.transformer(batch["inputs"], segments=batch.get("segments"))
+    return objective(model, hidden, batch, _trains_output(model, parameters))
 
 
 class LayerwiseBackward:
     """The way back through a network, one layer at a time."""
 
-    def __init__(self, model: OpenELM, recipe: Recipe):
-        self._recipe = recipe
+    def __init__(self, model: OpenELM, objective: Objective, dtype: mx.Dtype):
         self._model = model
+        self._objective = objective
+        self._dtype = dtype
         self._layers = range(len(model.transformer.layers))
+        self._embed = mx.compile(self._run_embedding)
         self._forward = [mx.compile(partial(self._run_layer, layer)) for layer in self._layers]
         self._backward = [mx.compile(partial(self._layer_gradients, layer)) for layer in self._layers]
-        self._head = mx.compile(mx.value_and_grad(self._run_head, argnums=(0, 1)))
-        self._embedding_gradient = mx.compile(mx.grad(self._run_embedding))
+        self._head = mx.compile(self._head_gradients)
+        self._embedding_gradients = mx.compile(mx.grad(self._embedding_product))
 
-    def __call__(self, parameters: Tensors, tokens: mx.array, segments: mx.array) -> tuple[mx.array, Tensors]:
+    def __call__(self, parameters: Tensors, batch: Batch) -> tuple[mx.array, Tensors]:
         """Sums and gradients, evaluated; see `gradients_of`."""
-        masks = [segment_mask(segments[:, :-1])] if self._recipe.packing == "documents" else []
+        masks = [segment_mask(batch["segments"])] if "segments" in batch else []
+        keys = _dropout_keys(batch, len(self._layers))
         own = [_named(parameters, f"{_LAYERS}{layer}.") for layer in self._layers]
-        rest = {name: p for name, p in parameters.items() if not name.startswith(_LAYERS)}
+        of_embedding = _named(parameters, _EMBEDDING)
+        lowest = 0 if of_embedding else next((layer for layer in self._layers if own[layer]), len(self._layers))
 
-        x = parameters[_EMBEDDING].astype(DTYPES[self._recipe.dtype])[tokens[:, :-1]]
-        inputs = []
+        x = self._embed(of_embedding, batch["inputs"], keys[-1:])
+        inputs = {}
         for layer in self._layers:
-            inputs.append(x)
-            x = self._forward[layer](own[layer], x, masks)
+            if layer >= lowest:
+                inputs[layer] = x
+            x = self._forward[layer](own[layer], x, masks, keys[layer : layer + 1])
             mx.eval(x)
-        (_, sums), (of_rest, of_x) = self._head(rest, x, tokens, segments)
-        mx.eval(sums, of_rest, of_x)
-        found = dict(of_rest)
-        for layer in reversed(self._layers):
-            of_own, of_x = self._backward[layer](own[layer], inputs.pop(), masks, of_x)
+        rest = {name: p for name, p in parameters.items() if not name.startswith(_LAYERS)}
+        sums, found, of_x = self._head(rest, x, batch)
+        mx.eval(sums, found, of_x)
+        for layer in reversed(range(lowest, len(self._layers))):
+            of_own, of_x = self._backward[layer](own[layer], inputs.pop(layer), masks, keys[layer : layer + 1], of_x)
             mx.eval(of_own, of_x)
             found.update({f"{_LAYERS}{layer}.{name}": gradient for name, gradient in of_own.items()})
-        of_embedding = self._embedding_gradient(parameters[_EMBEDDING], tokens, of_x)
-        found[_EMBEDDING] = found[_EMBEDDING] + of_embedding
-        mx.eval(found[_EMBEDDING])
+        if of_embedding:
+            of_own = self._embedding_gradients(of_embedding, batch["inputs"], keys[-1:], of_x)
+            for name, gradient in of_own.items():
+                found[_EMBEDDING + name] = found[_EMBEDDING + name] + gradient
+                mx.eval(found[_EMBEDDING + name])
         return sums, {name: found[name] for name in parameters}
 
-    def _run_layer(self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array]) -> mx.array:
+    def _run_embedding(self, own: Tensors, inputs: mx.array, key: list[mx.array]) -> mx.array:
+        return self._embedded(own, inputs, key, self._dtype)
+
+    def _embedded(self, own: Tensors, inputs: mx.array, key: list[mx.array], dtype: mx.Dtype) -> mx.array:
+        module = self._model.transformer.token_embeddings
+        set_parameters(module, dtype, own)
+        set_dropout_keys(module, *key)
+        return module(inputs).astype(dtype)
+
+    def _embedding_product(self, own: Tensors, inputs: mx.array, key: list[mx.array], of_x: mx.array) -> mx.array:
+        """In float32: gradients of a frequent token's row are a sum over all its places."""
+        return (self._embedded(own, inputs, key, mx.float32) * of_x.astype(mx.float32)).sum()
+
+    def _run_layer(self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array]) -> mx.array:
         module = self._model.transformer.layers[layer]
-        _set(module, self._recipe, own)
+        set_parameters(module, self._dtype, own)
+        set_dropout_keys(module, *key)
         return module(x, None, *masks)
 
     def _layer_gradients(
-        self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], of_output: mx.array
+        self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array], of_output: mx.array
     ) -> tuple[Tensors, mx.array]:
         """Gradients of the layer's parameters and input, from that of its output."""
 
         def product(own: Tensors, x: mx.array) -> mx.array:
-            return (self._run_layer(layer, own, x, masks) * of_output).sum()
+            return (self._run_layer(layer, own, x, masks, key) * of_output).sum()
 
         return mx.grad(product, argnums=(0, 1))(own, x)
 
-    def _run_head(self, rest: Tensors, x: mx.array, tokens: mx.array, segments: mx.array) -> tuple[mx.array, mx.array]:
-        _set(self._model, self._recipe, rest)
-        sums, total = _losses(self._model, self._recipe, self._model.transformer.norm(x), tokens, segments)
-        return total, sums
+    def _head_gradients(self, rest: Tensors, x: mx.array, batch: Batch) -> tuple[mx.array, Tensors, mx.array]:
+        """Sums, and gradients of the parameters outside the layers and of the last layer's output."""
 
-    def _run_embedding(self, weight: mx.array, tokens: mx.array, of_x: mx.array) -> mx.array:
-        return (weight[tokens[:, :-1]] * of_x.astype(mx.float32)).sum()
+        def total(rest: Tensors, x: mx.array) -> tuple[mx.array, mx.array]:
+            set_parameters(self._model, self._dtype, rest)
+            hidden = self._model.transformer.norm(x)
+            sums, total = self._objective(self._model, hidden, batch, _trains_output(self._model, rest))
+            return total, sums
+
+        (_, sums), (of_rest, of_x) = mx.value_and_grad(total, argnums=(0, 1))(rest, x)
+        return sums, of_rest, of_x
+
+
+def set_parameters(module: Any, dtype: mx.Dtype, parameters: Mapping[str, mx.array]) -> None:
+    """Give a module parameters of its own, in the type to compute in; magnitudes of DoRA stay as they are."""
+    cast = [(name, p if name.endswith(MAGNITUDE) else p.astype(dtype)) for name, p in parameters.items()]
+    module.update(tree_unflatten(cast))
 
 
 def _at_once(
-    model: OpenELM, recipe: Recipe, parameters: Tensors, tokens: mx.array, segments: mx.array
+    model: OpenELM, objective: Objective, dtype: mx.Dtype, parameters: Tensors, batch: Batch
 ) -> tuple[mx.array, Tensors]:
     def total(parameters: Tensors) -> tuple[mx.array, mx.array]:
-        sums, total = batch_losses(model, recipe, parameters, tokens, segments)
+        sums, total = batch_losses(model, objective, dtype, parameters, batch)
         return total, sums
 
     (_, sums), gradients = mx.value_and_grad(total)(parameters)
     return sums, gradients
 
 
-def _losses(
-    model: OpenELM, recipe: Recipe, hidden: mx.array, tokens: mx.array, segments: mx.array
-) -> tuple[mx.array, mx.array]:
-    counted = segments[:, 1:] >= 0
-    if recipe.packing == "documents":  # BOS of the next document does not follow from this one
-        counted = counted & (segments[:, 1:] == segments[:, :-1])
-    losses = token_losses(model, hidden, tokens[:, 1:], counted, z_weight=recipe.z_loss, chunk=recipe.loss_chunk)
-    return mx.stack([losses.cross_entropy, losses.z_loss, counted.sum().astype(mx.float32)]), losses.total
+def _dropout_keys(batch: Batch, num_layers: int) -> list[mx.array]:
+    """One for each layer, and the embedding's as the last; none without dropout."""
+    return list(mx.random.split(batch["dropout"], num_layers + 1)) if "dropout" in batch else []
 
 
-def _set(module: Any, recipe: Recipe, parameters: Mapping[str, mx.array]) -> None:
-    """Give a module its parameters, in the type to compute in."""
-    dtype = DTYPES[recipe.dtype]
-    module.update(tree_unflatten([(name, p.astype(dtype)) for name, p in parameters.items()]))
+def _trains_output(model: OpenELM, parameters: Mapping[str, mx.array]) -> bool:
+    return model.output_name in parameters
 
 
 def _named(parameters: Tensors, prefix: str) -> Tensors:

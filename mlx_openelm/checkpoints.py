@@ -3,17 +3,18 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from .config import OpenELMConfig
 from .errors import OutputError, TrainingError
 from .optimizer import Moments, Tensors
-from .tokenizer import Tokenizer
-from .tokenizer_files import write_tokenizer
+
+PARAMETER_FILES = ("model.safetensors", "adapters.safetensors")
+WriteParameters = Callable[[Path, Tensors], None]
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -24,7 +25,12 @@ class Checkpoint:
 
     parameters: Tensors
     moments: Moments
-    state: dict[str, Any]  # step, recipe, fingerprint of the corpus, best validation loss
+    state: dict[str, Any]  # step, recipe, fingerprint of the data, best validation loss
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -32,24 +38,24 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
 
 
-def save_checkpoint(run: Path, config: OpenELMConfig, tokenizer: Tokenizer, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint, which is a model folder too, and remove the oldest but the last `keep` and the best.
+def save_checkpoint(run: Path, checkpoint: Checkpoint, write: WriteParameters, keep: int) -> Path:
+    """Write a checkpoint, and remove the oldest but the last `keep` and the best.
 
+    Args:
+        write: puts the parameters into a folder, in a form that they can be used in.
     Raises:
         OutputError: if it cannot be written; those before stay.
     """
-    folder = run / "checkpoints" / f"step-{checkpoint.state['step']:08d}"
+    folder = checkpoint_folder(run, checkpoint.state["step"])
     staging = folder.with_name(f".{folder.name}.partial")
     moments = {f"first.{name}": m for name, m in checkpoint.moments.first.items()}
     moments |= {f"second.{name}": m for name, m in checkpoint.moments.second.items()}
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        mx.save_safetensors(str(staging / "model.safetensors"), checkpoint.parameters, {"format": "mlx"})
+        write(staging, checkpoint.parameters)
         mx.save_safetensors(str(staging / "optimizer.safetensors"), {**moments, "steps": checkpoint.moments.steps})
-        (staging / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         (staging / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n")
-        write_tokenizer(tokenizer, staging)
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where the disk is full
@@ -57,7 +63,7 @@ def save_checkpoint(run: Path, config: OpenELMConfig, tokenizer: Tokenizer, chec
         raise OutputError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     best = checkpoint.state.get("best_step")
     for old in checkpoint_folders(run)[:-keep]:
-        if old.name != f"step-{best:08d}" if best is not None else True:
+        if best is None or old != checkpoint_folder(run, best):
             shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -70,7 +76,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         state = json.loads((folder / "state.json").read_text())
-        parameters: Any = mx.load(str(folder / "model.safetensors"))
+        name = next(name for name in PARAMETER_FILES if (folder / name).exists())
+        parameters: Any = mx.load(str(folder / name))
         saved: Any = mx.load(str(folder / "optimizer.safetensors"))
         moments = Moments(
             {name: saved[f"first.{name}"] for name in parameters},

@@ -6,6 +6,7 @@ are multiplied by the matrix in full: BLAS makes good for unpacking it. Results 
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,15 +28,32 @@ class CPUQuantizedLinear(nn.QuantizedLinear):
 
 
 class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
-    """`nn.QuantizedEmbedding` for the CPU."""
+    """`nn.QuantizedEmbedding` for the CPU, whose vectors have the type that the network computes in.
+
+    MLX's own gives bfloat16 in the floating-point modes, whose scales do not say what the type was.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: mx.Dtype, **options: Any):
+        super().__init__(rows, columns, **options)
+        self._dtype = dtype
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Ids (...) to (..., M)."""
+        packed = self.weight[tokens], self.scales[tokens], self.biases[tokens] if "biases" in self else None
+        options = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return mx.dequantize(*packed, **options, dtype=self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """(..., M) to (..., V)."""
         return _multiply(self, x)
 
 
-def quantized_layers(model: nn.Module, quantizations: Mapping[str, Quantization]) -> None:
-    """Put quantized layers for the CPU in the places of those named, as `nn.quantize` does; load weights afterwards."""
+def quantized_layers(model: nn.Module, quantizations: Mapping[str, Quantization], dtype: mx.Dtype) -> None:
+    """Put quantized layers for the CPU in the places of those named, as `nn.quantize` does; load weights afterwards.
+
+    Args:
+        dtype: that the network computes in.
+    """
 
     def replace(path: str, module: nn.Module) -> nn.Module:
         if path not in quantizations:
@@ -43,7 +61,7 @@ def quantized_layers(model: nn.Module, quantizations: Mapping[str, Quantization]
         options = quantizations[path].to_dict()
         rows, columns = module.weight.shape
         if isinstance(module, nn.Embedding):
-            return CPUQuantizedEmbedding(rows, columns, **options)
+            return CPUQuantizedEmbedding(rows, columns, dtype, **options)
         return CPUQuantizedLinear(columns, rows, bias=False, **options)
 
     modules = tree_map_with_path(replace, model.leaf_modules(), is_leaf=nn.Module.is_module)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .batch import Rows, counted_targets
 from .documents import Source, read_documents
 from .errors import DataError
 from .tokenizer import Tokenizer
@@ -162,17 +163,6 @@ def _ends(path: Path) -> str:
         return hashlib.sha256(head + file.read()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one step: ids (B, L + 1), and which documents they belong to, counted within the row.
-
-    Position i predicts position i + 1; where `segments` is negative there is only padding, which does not count.
-    """
-
-    tokens: np.ndarray  # int32
-    segments: np.ndarray  # int32
-
-
 class Batches:
     """The rows of every step of a run."""
 
@@ -192,8 +182,9 @@ class Batches:
     def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
         """Rows `first` to `first + count` of a step's `batch_size`; a process takes those that are its own."""
         numbers = range(step * self.batch_size + first, step * self.batch_size + first + (count or self.batch_size))
-        rows = [self._row(number) for number in numbers]
-        return Rows(np.stack([tokens for tokens, _ in rows]), np.stack([segments for _, segments in rows]))
+        tokens, segments = (np.stack(parts) for parts in zip(*map(self._row, numbers), strict=True))
+        isolated = self._packing == "documents"
+        return Rows(tokens, segments, counted_targets(segments, isolated), isolated)
 
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Row by number: its place in [0, 1) decides the source, and how many came before decides the place there."""
@@ -219,13 +210,14 @@ class Batches:
 
 
 def validation_rows(
-    corpus: Corpus, sequence_length: int, limit: int, first: int = 0, stride: int = 1
+    corpus: Corpus, sequence_length: int, limit: int, first: int = 0, stride: int = 1, isolated: bool = False
 ) -> Iterator[Rows]:
     """Held-out documents of all sources, one after another, in rows that overlap by one token.
 
     Args:
         limit: of more rows than this, so many spread evenly over all sources are taken; 0 takes all.
         first, stride: of those, a process takes the ones that are its own.
+        isolated: whether documents that share a row are kept from one another.
     """
     places = [
         (file, start) for file in corpus.validation for start in range(0, max(0, file.num_tokens - 1), sequence_length)
@@ -234,7 +226,7 @@ def validation_rows(
     for number in range(first, count, stride):
         file, start = places[number * len(places) // count]
         tokens, segments = _cut(file, None, start, sequence_length)
-        yield Rows(tokens[None], segments[None])
+        yield Rows(tokens[None], segments[None], counted_targets(segments[None], isolated), isolated)
 
 
 def _spread(number: int) -> float:

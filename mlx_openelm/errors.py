@@ -51,6 +51,10 @@ class TrainingError(OpenELMError):
     """A run that cannot start, go on, or be resumed."""
 
 
+class AdapterError(OpenELMError):
+    """An adapter that cannot be read, or that does not belong to its model."""
+
+
 class MissingPackageError(OpenELMError):
     """A feature whose package is not installed."""
 

@@ -53,6 +53,12 @@ class OpenELM(nn.Module):
         return self.lm_head(hidden)
 
     @property
+    def output_name(self) -> str:
+        """Name of the parameter behind `logits`."""
+        tied = self.config.share_input_output_layers
+        return "transformer.token_embeddings.weight" if tied else "lm_head.weight"
+
+    @property
     def output_weight(self) -> mx.array:
         """The matrix (V, M) behind `logits`, of a model that is not quantized."""
         return (self.transformer.token_embeddings if self.config.share_input_output_layers else self.lm_head).weight
@@ -78,7 +84,7 @@ class Transformer(nn.Module):
     def __call__(self, tokens: mx.array, cache: KVCache | None = None, segments: mx.array | None = None) -> mx.array:
         offset = cache.offset if cache is not None else 0
         self._warn_past_context(offset, tokens.shape[1])
-        x = self.token_embeddings(tokens)  # (B, L, M)
+        x = self.token_embeddings(tokens).astype(self.norm.weight.dtype)  # (B, L, M)
         mask = None if segments is None else segment_mask(segments)
         for layer in self.layers:
             x = layer(x, cache, mask)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .errors import ConfigError, QuantizationError
 from .tensors import LazyTensor
@@ -197,6 +198,19 @@ def join_packed(
             quantization = _recognise(name, parts, shapes.get(name, ()))
         joined[name] = PackedTensor(parts, quantization)
     return joined
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """Rows and columns of a layer's matrix, quantized or not."""
+    rows, columns = layer.weight.shape
+    return rows, columns * 32 // layer.bits if "scales" in layer else columns
+
+
+def dequantized(layer: nn.Module, dtype: mx.Dtype) -> mx.array:
+    """A layer's matrix (rows, columns) in full, quantized or not."""
+    if "scales" not in layer:
+        return layer.weight.astype(dtype)
+    return Quantization(layer.bits, layer.group_size, layer.mode).dequantize(layer, dtype)
 
 
 def _recognise(name: str, parts: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Quantization:

@@ -1,33 +1,48 @@
-"""Pre-training: the step, and the loop around it.
+"""The one training loop: pre-training, full fine-tuning, adapters and preferences differ in what they hand to it.
 
-Weights and optimizer are float32; the step computes in the recipe's type. A gradient is the sum over the counted tokens
-of all micro-batches and processes, divided by their number: how a batch is split changes nothing.
+What is trained and its optimizer are float32; the step computes in the recipe's type. A gradient is the sum over
+whatever counts in all micro-batches and processes, divided by its number: how a batch is split changes nothing.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
-from .backward import batch_losses, gradients_of
-from .checkpoints import Checkpoint, checkpoint_folders, load_checkpoint, save_checkpoint
-from .data import Batches, Corpus, Rows, validation_rows
+from .backward import batch_losses, gradients_of, set_parameters
+from .batch import Rows, make_batch
+from .checkpoints import Checkpoint, WriteParameters, checkpoint_folders, load_checkpoint, save_checkpoint
+from .device import DTYPES, peak_memory_bytes
 from .errors import OutputError, TrainingError
 from .generate import generate
-from .model import OpenELM, parameter_shapes
+from .loss import Batch, Objective
+from .model import OpenELM
 from .optimizer import Moments, Tensors, adamw, clipped, learning_rate
-from .recipe import Recipe, differences
+from .recipe import Recipe
 from .tokenizer import Tokenizer
 
 _SAMPLE_TOKENS = 60
+
+
+class TrainingData(Protocol):
+    """Rows to train on and to validate with, the same whenever they are asked for."""
+
+    rows_per_step: int
+    fingerprint: str  # of all that decides what the rows are
+
+    def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
+        """Rows `first` to `first + count` of a step's."""
+
+    def validation(self, first: int, stride: int) -> Iterable[Rows]:
+        """Every `stride`-th batch of held-out rows, from number `first` on."""
 
 
 @dataclass(frozen=True)
@@ -35,107 +50,130 @@ class Metrics:
     """Figures of a step; a line of `metrics.jsonl`."""
 
     step: int  # how many are done
-    loss: float  # cross-entropy, nats per token
-    z_loss: float  # log(Z)^2, before it is weighted
+    loss: float  # what the objective minimises: for text cross-entropy, nats per token
     gradient_norm: float  # before clipping
     learning_rate: float
-    tokens: int  # seen so far
+    tokens: int  # that counted so far; of preferences, pairs
     tokens_per_second: float
+    peak_memory_bytes: int
+    more: dict[str, float]  # further sums of the objective: z_loss; or margin and accuracy
     validation_loss: float | None = None
+    validation: dict[str, float] | None = None  # further sums there
     sample: str | None = None  # what the model writes after the recipe's prompt, at each validation
 
-
-def initial_parameters(recipe: Recipe) -> Tensors:
-    """Fresh weights, float32, by CoreNet's rule: see the table in the docstring of `_std`; norms are 1."""
-    keys = mx.random.split(mx.random.key(recipe.seed), 1 + len(parameter_shapes(recipe.model)))
-    parameters = {}
-    for key, (name, shape) in zip(keys[1:], parameter_shapes(recipe.model).items(), strict=True):
-        if len(shape) == 1:
-            parameters[name] = mx.ones(shape)
-        else:
-            parameters[name] = mx.random.normal(shape, key=key) * _std(recipe, name, shape)
-    mx.eval(parameters)
-    return parameters
-
-
-def _std(recipe: Recipe, name: str, shape: tuple[int, ...]) -> float:
-    """Embedding and output: model_dim^-0.5. qkv_proj, proj_1: in_features^-0.5. out_proj, proj_2: depth divides too."""
-    if name.endswith(("out_proj.weight", "proj_2.weight")):
-        return (2 * recipe.model.num_transformer_layers * recipe.model.model_dim) ** -0.5
-    return shape[1] ** -0.5
+    def to_dict(self) -> dict[str, Any]:
+        """All figures on one level."""
+        values = asdict(self)
+        values.update(values.pop("more"))
+        values.update({f"validation_{name}": figure for name, figure in (values.pop("validation") or {}).items()})
+        return values
 
 
 class Trainer:
-    """Parameters, optimizer and data of a run, and the step that moves them on."""
+    """Parameters, optimizer and data of a run, and the step that moves them on.
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, group: mx.distributed.Group | None = None):
+    Args:
+        model: the network, whose parameters that are not trained stay as they are.
+        parameters: what is trained, float32.
+        micro_batch_size: rows that one process computes at once; 0: all of its own.
+        prepare: adds to a batch what the objective needs beside it.
+    Raises:
+        TrainingError: if the batch cannot be split over the processes.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: OpenELM,
+        parameters: Tensors,
+        data: TrainingData,
+        objective: Objective,
+        *,
+        micro_batch_size: int = 0,
+        dropout: bool = False,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
+        group: mx.distributed.Group | None = None,
+    ):
         self.recipe = recipe
-        self.corpus = corpus
+        self.model = model
+        self.parameters = parameters
+        self.data = data
+        self.objective = objective
         self.group = group or mx.distributed.init()
         world = self.group.size()
-        if recipe.batch_size % world:
-            raise TrainingError(f"a batch of {recipe.batch_size} rows cannot be split over {world} processes")
-        self.model = OpenELM(recipe.model)
-        self.parameters = initial_parameters(recipe)
-        self.moments = Moments.zeros(self.parameters)
+        if data.rows_per_step % world:
+            raise TrainingError(f"a batch of {data.rows_per_step} rows cannot be split over {world} processes")
+        self.moments = Moments.zeros(parameters)
         self.step = 0
-        self._own_rows = recipe.batch_size // world
-        self._first_row = self.group.rank() * self._own_rows
-        self._batches = Batches(corpus, recipe.batch_size, recipe.sequence_length, recipe.packing, recipe.seed)
-        self._gradients = gradients_of(self.model, recipe)
-        self._losses = mx.compile(partial(batch_losses, self.model, recipe))
+        self._own_rows = data.rows_per_step // world
+        self._micro_batch = min(micro_batch_size or self._own_rows, self._own_rows)
+        self._dropout = dropout
+        self._prepare = prepare
+        dtype = DTYPES[recipe.dtype]
+        self._gradients = gradients_of(model, objective, dtype, recipe.recompute_layers)
+        self._losses = mx.compile(partial(batch_losses, model, objective, dtype))
         self._update = mx.compile(partial(_update, recipe))
+        model.train()
 
-    def take_step(self) -> tuple[float, float, float, int]:
-        """One step; gives cross-entropy, z-loss, the gradient's norm, and the tokens that counted.
+    def take_step(self) -> dict[str, float]:
+        """One step; gives the objective's figures, `gradient_norm`, and as `count` what they were divided by.
+
+        A step in which nothing counts changes nothing.
 
         Raises:
             TrainingError: if the loss is no number; parameters stay as they were.
         """
-        recipe = self.recipe
-        size = min(recipe.micro_batch_size or self._own_rows, self._own_rows)
-        rows = self._batches.step(self.step, self._first_row, self._own_rows)
-        sums: mx.array = mx.zeros((3,))
+        rows = self.data.step(self.step, self.group.rank() * self._own_rows, self._own_rows)
+        sums: mx.array = mx.zeros((len(self.objective.names) + 1,))
         gradients: Tensors | None = None
-        for start in range(0, self._own_rows, size):
-            tokens, segments = _arrays(rows, slice(start, start + size))
-            more, new = self._gradients(self.parameters, tokens, segments)
+        for start in range(0, self._own_rows, self._micro_batch):
+            part = rows.part(start, start + self._micro_batch)
+            if gradients is not None and not part.counted.any():
+                continue
+            batch = self._prepare(make_batch(part))
+            if self._dropout:
+                place = self.step * self.data.rows_per_step + self.group.rank() * self._own_rows + start
+                batch["dropout"] = mx.random.key((self.recipe.seed + 1 << 32) + place)
+            more, new = self._gradients(self.parameters, batch)
             sums = sums + more
             gradients = new if gradients is None else {name: g + new[name] for name, g in gradients.items()}
             mx.eval(sums, gradients)
         assert gradients is not None
         if self.group.size() > 1:
             sums, gradients = mx.distributed.all_sum(sums), tree_map(mx.distributed.all_sum, gradients)
-        rate = mx.array(learning_rate(recipe, self.step))
-        parameters, moments, norm, total = self._update(rate, self.parameters, gradients, self.moments, sums[2])
-        mx.eval(parameters, moments, norm, total)
-        cross_entropy, z_loss, count, length = (float(number) for number in (*np.array(sums), np.array(norm)))
-        if not all(math.isfinite(number) for number in (cross_entropy, length, float(np.array(total)))):
-            raise TrainingError(f"the loss is no number at step {self.step + 1}; try a lower --learning-rate")
+        *figures, count = np.array(sums).tolist()
+        if not count:
+            self.step += 1
+            return {**dict.fromkeys(self.objective.names, 0.0), "gradient_norm": 0.0, "count": 0}
+        rate = learning_rate(self.recipe, self.step)
+        found = self._update(mx.array(rate), self.parameters, gradients, self.moments, sums[-1])
+        mx.eval(found)
+        parameters, moments, norm, total = found
+        if not all(math.isfinite(number) for number in (*figures, norm.item(), total.item())):
+            raise TrainingError(
+                f"the loss is no number at step {self.step + 1} (learning rate {rate:.3g}, gradient norm "
+                f"{norm.item():.3g}); try a lower --learning-rate"
+            )
         self.parameters, self.moments = parameters, Moments(*moments)
         self.step += 1
-        return cross_entropy / count, z_loss / count, length, int(count)
+        means = dict(zip(self.objective.names, (figure / count for figure in figures), strict=True))
+        return {**means, "gradient_norm": norm.item(), "count": int(count)}
 
-    def validation_loss(self) -> float:
-        """Cross-entropy on the held-out documents, nats per token."""
-        total = mx.zeros((3,))
-        share = self.group.rank(), self.group.size()
-        for rows in validation_rows(self.corpus, self.recipe.sequence_length, self.recipe.validation_rows, *share):
-            total = total + self._losses(self.parameters, *_arrays(rows, slice(None)))[0]
+    def validation(self) -> dict[str, float]:
+        """The objective's figures on all held-out rows; not a number where there are none."""
+        total = mx.zeros((len(self.objective.names) + 1,))
+        for rows in self.data.validation(self.group.rank(), self.group.size()):
+            total = total + self._losses(self.parameters, self._prepare(make_batch(rows)))[0]
             mx.eval(total)
         if self.group.size() > 1:
             total = mx.distributed.all_sum(total)
-        cross_entropy, _, count = (float(number) for number in np.array(total))
-        return cross_entropy / count if count else float("nan")
+        *figures, count = np.array(total).tolist()
+        return {n: f / count if count else math.nan for n, f in zip(self.objective.names, figures, strict=True)}
 
     def current_model(self) -> OpenELM:
         """The network with the present weights, to generate with."""
-        self.model.update(tree_unflatten(list(self.parameters.items())))
+        set_parameters(self.model, DTYPES[self.recipe.dtype], self.parameters)
         return self.model
-
-
-def _arrays(rows: Rows, part: slice) -> tuple[mx.array, mx.array]:
-    return mx.array(rows.tokens[part]), mx.array(rows.segments[part])
 
 
 def _update(
@@ -148,14 +186,13 @@ def _update(
     return parameters, moments, norm, sum((p.sum() for p in parameters.values()), mx.zeros(()))
 
 
-def pretrain(
-    recipe: Recipe,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
+def train(
+    trainer: Trainer,
+    tokenizer: Tokenizer | None,
     run: Path,
+    write: WriteParameters,
     *,
     resume: bool = False,
-    group: mx.distributed.Group | None = None,
     on_step: Callable[[Metrics], None] = lambda metrics: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Generator[Metrics, None, None]:
@@ -165,19 +202,23 @@ def pretrain(
     it, saves a checkpoint first. Only the first process writes.
 
     Args:
+        tokenizer: for samples; without it there are none.
+        write: puts parameters into the folder of a checkpoint.
         resume: go on from the last checkpoint that can be read.
         on_step: called with every step's figures.
         on_message: called with what a person should know.
     Raises:
         TrainingError: if the run cannot start or go on; the last good checkpoint stays.
     """
-    trainer = Trainer(recipe, corpus, group)
+    recipe = trainer.recipe
     writes = trainer.group.rank() == 0
     seen = 0
     best: tuple[float, int | None] = math.inf, None
+    worse = 0  # validations in a row that were no better
     if resume:
         state = _resume(trainer, run, on_message)
-        seen, best = state["tokens"], (state["best_loss"] or math.inf, state["best_step"])
+        seen, worse = state["tokens"], state.get("worse", 0)
+        best = math.inf if state["best_loss"] is None else state["best_loss"], state["best_step"]
     elif checkpoint_folders(run):
         raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
     if writes:
@@ -190,33 +231,52 @@ def pretrain(
             "tokens": seen,
             "best_loss": best[0] if math.isfinite(best[0]) else None,
             "best_step": best[1],
-            "corpus": corpus.fingerprint,
+            "worse": worse,
+            "data": trainer.data.fingerprint,
             "recipe": recipe.to_dict(),
         }
         checkpoint = Checkpoint(trainer.parameters, trainer.moments, state)
-        save_checkpoint(run, recipe.model, tokenizer, checkpoint, recipe.keep_checkpoints)
+        save_checkpoint(run, checkpoint, write, recipe.keep_checkpoints)
 
     saved = trainer.step
     started, started_at = time.perf_counter(), seen
     try:
-        while trainer.step < recipe.steps:
+        while trainer.step < recipe.steps and not (recipe.early_stop and worse >= recipe.early_stop):
             rate = learning_rate(recipe, trainer.step)
-            loss, z_loss, norm, count = trainer.take_step()
-            seen += count
+            figures = trainer.take_step()
+            seen += int(figures["count"])
             speed = (seen - started_at) / (time.perf_counter() - started)
-            metrics = Metrics(trainer.step, loss, z_loss, norm, rate, seen, speed)
+            loss, *more = trainer.objective.names
+            metrics = Metrics(
+                trainer.step,
+                figures[loss],
+                figures["gradient_norm"],
+                rate,
+                seen,
+                speed,
+                peak_memory_bytes(),
+                {name: figures[name] for name in more},
+            )
             is_last = trainer.step == recipe.steps
+            is_better = False
             if trainer.step % recipe.validate_every == 0 or is_last:
-                found = trainer.validation_loss()
-                best = min(best, (found, trainer.step))
-                sample = _sample(trainer, tokenizer) if writes and recipe.sample_prompt else None
-                metrics = replace(metrics, validation_loss=found, sample=sample)
+                found = trainer.validation()
+                is_better = found[loss] < best[0]
+                worse = 0 if is_better or not math.isfinite(found[loss]) else worse + 1
+                best = (found[loss], trainer.step) if is_better else best
+                sample = _sample(trainer, tokenizer) if writes and tokenizer and recipe.sample_prompt else None
+                metrics = replace(
+                    metrics,
+                    validation_loss=found[loss] if math.isfinite(found[loss]) else None,
+                    validation={name: found[name] for name in more} if math.isfinite(found[loss]) else None,
+                    sample=sample,
+                )
             on_step(metrics)
             if trainer.step % recipe.log_every == 0 or metrics.validation_loss is not None:
                 if writes:
                     _append_metrics(run / "metrics.jsonl", metrics)
                 yield metrics
-            if trainer.step % recipe.checkpoint_every == 0 or is_last:
+            if trainer.step % recipe.checkpoint_every == 0 or is_last or is_better:
                 if writes:
                     save()
                 saved = trainer.step
@@ -233,9 +293,9 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> d
         except TrainingError as error:
             on_message(f"{error}; going back to the one before")
             continue
-        found = differences(checkpoint.state["recipe"], json.loads(json.dumps(trainer.recipe.to_dict())))
-        if checkpoint.state["corpus"] != trainer.corpus.fingerprint:
-            found.append("the files of the corpus, their vocabulary or the filters")
+        found = trainer.recipe.differences(checkpoint.state["recipe"])
+        if checkpoint.state["data"] != trainer.data.fingerprint:
+            found.append("the files of the data, their vocabulary or the filters")
         if found:
             raise TrainingError(f"{run} was trained otherwise: {'; '.join(found)}")
         # In the order of the network: the gradient's norm is a sum over it, and a file has an order of its own.
@@ -249,7 +309,7 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> d
 def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:
     """The recipe's prompt and how the model goes on with it now."""
     prompt = trainer.recipe.sample_prompt
-    room = trainer.recipe.model.max_context_length - len(tokenizer.encode(prompt))
+    room = trainer.model.config.max_context_length - len(tokenizer.encode(prompt))
     model = trainer.current_model()
     model.eval()
     text = generate(model, tokenizer, prompt, max_tokens=min(_SAMPLE_TOKENS, room)) if room > 0 else ""
@@ -260,7 +320,7 @@ def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:
 def _append_metrics(path: Path, metrics: Metrics) -> None:
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
+            file.write(json.dumps(metrics.to_dict()) + "\n")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 

@@ -9,7 +9,7 @@ import mlx_openelm
 from conftest import run
 from mlx_openelm import SamplingConfig, generate, load
 from mlx_openelm.hub import BUILT_IN_MODEL, model_folder
-from mlx_openelm.recipe import RECIPES, Recipe
+from mlx_openelm.pretrain import RECIPES, PretrainRecipe
 
 FOLDER = model_folder(BUILT_IN_MODEL)
 
@@ -25,7 +25,7 @@ def test_it_is_small_enough_for_a_wheel():
 
 def test_it_is_what_its_recipe_says(built_in):
     model, tokenizer = built_in
-    recipe = Recipe.from_file(RECIPES / "tiny.yaml")
+    recipe = PretrainRecipe.from_file(RECIPES / "tiny.yaml")
     assert model.config == recipe.model
     assert tokenizer.vocab_size == recipe.train_tokenizer == 4096
     lines = [json.loads(line) for line in (FOLDER / "metrics.jsonl").read_text().splitlines()]

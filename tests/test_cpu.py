@@ -31,7 +31,7 @@ def test_products_are_those_of_mlxs_own_layers(cores, quantization, inputs):
         ours.load_weights(tree_flatten(stock.parameters()))
         assert_close(ours(x), stock(x), 2e-5)
         stock = nn.QuantizedEmbedding.from_embedding(nn.Embedding(50, 128), **options)
-        ours = CPUQuantizedEmbedding(50, 128, **options)
+        ours = CPUQuantizedEmbedding(50, 128, mx.float32, **options)
         ours.load_weights(tree_flatten(stock.parameters()))
         assert_close(ours.as_linear(x), stock.as_linear(x), 2e-5)
         assert_close(ours(mx.array([3, 49])), stock(mx.array([3, 49])), 0)
@@ -39,7 +39,7 @@ def test_products_are_those_of_mlxs_own_layers(cores, quantization, inputs):
 
 def test_layers_that_are_not_named_stay(tiny_config):
     model = random_model(tiny_config)
-    quantized_layers(model, {"transformer.layers.1.ffn.proj_2": EVERY_QUANTIZATION[0]})
+    quantized_layers(model, {"transformer.layers.1.ffn.proj_2": EVERY_QUANTIZATION[0]}, mx.float32)
     quantized = [path for path, module in model.named_modules() if isinstance(module, nn.QuantizedLinear)]
     assert quantized == ["transformer.layers.1.ffn.proj_2"]
 
@@ -50,3 +50,10 @@ def test_gradients_reach_the_input(cores):
     found = mx.grad(lambda x: layer(x).sum())(x)
     expected = mx.dequantize(layer.weight, layer.scales, layer.biases).sum(0)
     assert_close(found, mx.stack([expected] * 2), 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_vectors_of_floating_point_modes_have_the_type_of_the_network(mode):
+    ours = CPUQuantizedEmbedding(8, 64, mx.float32, mode=mode, group_size=16 if mode == "nvfp4" else 32,
+                                 bits=8 if mode == "mxfp8" else 4)  # fmt: skip
+    assert ours(mx.array([3])).dtype == mx.float32

@@ -6,14 +6,21 @@ import pytest
 
 from conftest import assert_close
 from mlx_openelm.optimizer import Moments, adamw, clipped, learning_rate
-from mlx_openelm.recipe import Recipe
+from mlx_openelm.pretrain import PretrainRecipe
 
 
 @pytest.fixture
 def recipe(tiny_config):
-    return Recipe(
-        tiny_config, steps=110, warmup_steps=10, learning_rate=1.0, initial_learning_rate=0.0, sequence_length=8
+    return PretrainRecipe(
+        model=tiny_config, steps=110, warmup_steps=10, learning_rate=1.0, initial_learning_rate=0.0, sequence_length=8
     )
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("linear", 0.1 + 0.9 * 0.75), ("constant", 1.0)])
+def test_other_schedules_by_hand(recipe, schedule, expected):
+    recipe = replace(recipe, schedule=schedule)
+    assert learning_rate(recipe, 5) == pytest.approx(0.5)
+    assert learning_rate(recipe, 35) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

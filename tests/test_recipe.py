@@ -2,7 +2,7 @@ import pytest
 
 from mlx_openelm import PRESETS
 from mlx_openelm.errors import ConfigError
-from mlx_openelm.recipe import RECIPES, Recipe
+from mlx_openelm.pretrain import RECIPES, PretrainRecipe
 
 # arXiv:2404.14619: the largest learning rate, and whether activations are recomputed.
 PUBLISHED = {"270M": (0.0053, False), "450M": (0.0039, True), "1.1B": (0.0024, True), "3B": (0.0012, True)}
@@ -10,7 +10,7 @@ PUBLISHED = {"270M": (0.0053, False), "450M": (0.0039, True), "1.1B": (0.0024, T
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_recipes_have_the_papers_numbers(size):
-    recipe = Recipe.from_file(Recipe.named(size))
+    recipe = PretrainRecipe.from_file(PretrainRecipe.named(size))
     assert (recipe.learning_rate, recipe.recompute_layers) == PUBLISHED[size]
     assert recipe.model == PRESETS[size]
     assert recipe.steps == 350_000
@@ -22,14 +22,14 @@ def test_published_recipes_have_the_papers_numbers(size):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_packaged_recipes_read_back_equal(path):
-    recipe = Recipe.from_file(path)
-    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    recipe = PretrainRecipe.from_file(path)
+    assert PretrainRecipe.from_dict(recipe.to_dict()) == recipe
 
 
 def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Recipe.named("tiny") == RECIPES / "tiny.yaml"
+    assert PretrainRecipe.named("tiny") == RECIPES / "tiny.yaml"
     (tmp_path / "tiny").write_text("model: 270M\n")
-    assert Recipe.from_file(Recipe.named("tiny")).model == PRESETS["270M"]
+    assert PretrainRecipe.from_file(PretrainRecipe.named("tiny")).model == PRESETS["270M"]
     with pytest.raises(ConfigError, match=r"missing does not exist.*270M"):
-        Recipe.named("missing")
+        PretrainRecipe.named("missing")

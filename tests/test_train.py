@@ -16,12 +16,12 @@ import pytest
 
 from conftest import assert_close
 from mlx_openelm import OpenELMConfig, load, train
+from mlx_openelm.batch import make_batch
 from mlx_openelm.checkpoints import checkpoint_folders, load_checkpoint
 from mlx_openelm.data import Filters, prepare_corpus
 from mlx_openelm.documents import Source
 from mlx_openelm.errors import ConfigError, OutputError, TrainingError
-from mlx_openelm.recipe import Recipe
-from mlx_openelm.train import Trainer, initial_parameters, pretrain
+from mlx_openelm.pretrain import PretrainRecipe, fresh_trainer, initial_parameters, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def corpus(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def recipe(config):
-    return Recipe(
-        config,
+    return PretrainRecipe(
+        model=config,
         steps=12,
         batch_size=4,
         sequence_length=16,
@@ -63,21 +63,19 @@ def recipe(config):
 
 
 def gradients(recipe, corpus):
-    trainer = Trainer(recipe, corpus)
-    rows = trainer._batches.step(0)
-    sums, found = trainer._gradients(trainer.parameters, mx.array(rows.tokens), mx.array(rows.segments))
+    trainer = fresh_trainer(recipe, corpus)
+    sums, found = trainer._gradients(trainer.parameters, make_batch(trainer.data.step(0)))
     return np.array(sums), found
 
 
 @pytest.mark.parametrize("packing", ["stream", "documents", "rows"])
 def test_gradients_are_those_of_finite_differences(recipe, corpus, packing):
-    trainer = Trainer(replace(recipe, packing=packing, z_loss=0.01), corpus)
-    rows = trainer._batches.step(0)
-    arrays = mx.array(rows.tokens), mx.array(rows.segments)
-    _, found = trainer._gradients(trainer.parameters, *arrays)
+    trainer = fresh_trainer(replace(recipe, packing=packing, z_loss=0.01), corpus)
+    batch = make_batch(trainer.data.step(0))
+    _, found = trainer._gradients(trainer.parameters, batch)
 
     def total(parameters):
-        sums = trainer._losses(parameters, *arrays)[0].tolist()
+        sums = trainer._losses(parameters, batch)[0].tolist()
         return sums[0] + 0.01 * sums[1]
 
     for number, (name, parameter) in enumerate(trainer.parameters.items()):
@@ -104,14 +102,14 @@ def test_memory_savers_change_no_gradient(recipe, corpus, change, tied, packing)
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_make_the_same_step(recipe, corpus, size):
-    whole, parts = Trainer(recipe, corpus), Trainer(replace(recipe, micro_batch_size=size), corpus)
+    whole, parts = fresh_trainer(recipe, corpus), fresh_trainer(replace(recipe, micro_batch_size=size), corpus)
     assert parts.take_step() == pytest.approx(whole.take_step(), rel=1e-4)
     for name, p in whole.parameters.items():
         assert_close(parts.parameters[name], p, 1e-4)
 
 
 def test_documents_that_share_a_row_do_not_see_each_other(recipe, corpus):
-    trainer = Trainer(replace(recipe, packing="documents"), corpus)
+    trainer = fresh_trainer(replace(recipe, packing="documents"), corpus)
     model = trainer.current_model()
     tokens = mx.array([[1, 50, 60, 2, 1, 70, 80, 2]])
     shared = model.transformer(tokens, segments=mx.array([[0, 0, 0, 0, 1, 1, 1, 1]]))
@@ -190,7 +188,7 @@ def test_another_recipe_cannot_go_on(whole_run, recipe, corpus, tokenizer, chang
 
 
 def test_another_corpus_cannot_go_on(whole_run, recipe, corpus, tokenizer):
-    with pytest.raises(TrainingError, match="files of the corpus"):
+    with pytest.raises(TrainingError, match="files of the data"):
         next(pretrain(recipe, replace(corpus, fingerprint="other"), tokenizer, whole_run, resume=True))
 
 
@@ -253,12 +251,12 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(recipe, corpus):
             return 0
 
     with pytest.raises(TrainingError, match="4 rows cannot be split over 3"):
-        Trainer(recipe, corpus, Three())
+        fresh_trainer(recipe, corpus, Three())
 
 
 def test_a_sequence_longer_than_the_context_is_refused(config):
     with pytest.raises(ConfigError, match="33 and the model's context 32"):
-        Recipe(config, sequence_length=33)
+        PretrainRecipe(model=config, sequence_length=33)
 
 
 class TestCommand:

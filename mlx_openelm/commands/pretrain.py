@@ -57,13 +57,12 @@ def pretrain(
     import mlx.core as mx
 
     from ..data import Filters, prepare_corpus
-    from ..recipe import Recipe
+    from ..pretrain import PretrainRecipe, pretrain
     from ..tokenizer import Tokenizer
     from ..tokenizer_files import find_tokenizer
-    from ..train import pretrain
     from ..vocabulary import train_tokenizer
 
-    recipe = Recipe.from_file(Recipe.named(config), _fields(context.args), data_folder)
+    recipe = PretrainRecipe.from_file(PretrainRecipe.named(config), _fields(context.args), data_folder)
     if not recipe.data:
         raise ConfigError('no data is named; give --data "stories/*.txt", or `data` in the recipe')
     group = mx.distributed.init()
