@@ -5,17 +5,20 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from .errors import DataError
 from .packages import optional_package
 
 SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a .txt file
 _NUMBERED = re.compile(r"\{file_id(:0\d+d)?\}")
+_MAX_BROKEN = 10
+_UTF8 = "utf-8-sig"  # some editors and spreadsheets put a mark in front, which is no text
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Source:
         return found
 
 
-def read_documents(path: Path, text_key: str = "text", max_broken: int = 10) -> Iterator[str]:
+def read_documents(path: Path, text_key: str = "text", max_broken: int = _MAX_BROKEN) -> Iterator[str]:
     """Texts of a `.txt`, `.jsonl`, `.jsonl.gz`, `.jsonl.zst` or `.parquet` file.
 
     The documents of a `.txt` file are separated by lines of `<|endoftext|>`; without any it is one document.
@@ -63,29 +66,83 @@ def read_documents(path: Path, text_key: str = "text", max_broken: int = 10) -> 
     Raises:
         DataError: if the file cannot be read, or more lines are broken; with the file and the line.
     """
-    try:
-        if path.suffix == ".parquet":
-            yield from _parquet(path, text_key)
-            return
-        with _open(path) as file:
-            is_json = ".jsonl" in path.suffixes or path.suffix == ".json"
-            yield from _json_lines(file, path, text_key, max_broken) if is_json else _plain(file)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if path.suffix == ".parquet":
+        yield from (row[text_key] for row in parquet_rows(path, [text_key]) if isinstance(row[text_key], str))
+        return
+    with open_text(path) as file:
+        is_json = ".jsonl" in path.suffixes or path.suffix == ".json"
+        yield from _json_lines(file, text_key, BrokenLines(path, max_broken)) if is_json else _plain(file)
+
+
+class BrokenLines:
+    """Lines of a file that are passed over, up to a limit.
+
+    Attributes:
+        count: how many there were so far.
+    """
+
+    def __init__(self, path: Path, limit: int = _MAX_BROKEN):
+        self.count = 0
+        self._path = path
+        self._limit = limit
+
+    def skip(self, number: int, reason: str) -> None:
+        """Pass over one line.
+
+        Raises:
+            DataError: if it is one too many.
+        """
+        if self.count == self._limit:
+            raise DataError(f"{self._path}, line {number}: {reason}, and {self.count} lines before it were broken too")
+        self.count += 1
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[TextIO]:
-    if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as text:
-            yield text
-    elif path.suffix == ".zst":
-        zstandard = optional_package("zstandard", "Zstandard files need", "train")
-        with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as raw:
-            yield io.TextIOWrapper(raw, encoding="utf-8")
-    else:
-        with open(path, encoding="utf-8") as plain:
-            yield plain
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A file of UTF-8, unpacked where its name ends in `.gz` or `.zst`.
+
+    Raises:
+        DataError: for what cannot be read, here or later within the block.
+    """
+    broken: tuple[type[Exception], ...] = (OSError, EOFError, UnicodeDecodeError, zlib.error)
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding=_UTF8) as text:
+                yield text
+        elif path.suffix == ".zst":
+            zstandard = optional_package("zstandard", "Zstandard files need", "train")
+            broken += (zstandard.ZstdError,)
+            unpack = zstandard.ZstdDecompressor().stream_reader
+            with open(path, "rb") as file, unpack(file, read_across_frames=True) as raw:
+                yield io.TextIOWrapper(raw, encoding=_UTF8)
+        else:
+            with open(path, encoding=_UTF8) as plain:
+                yield plain
+    except broken as error:
+        raise _unreadable(path, error) from error
+
+
+def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file by the names of its columns, all or some of them.
+
+    Raises:
+        DataError: if the file cannot be read or lacks a column.
+    """
+    parquet = optional_package("pyarrow.parquet", "Parquet files need", "train")
+    try:
+        file = parquet.ParquetFile(path)
+        for name in columns or ():
+            if name not in file.schema_arrow.names:
+                raise DataError(f"{path} has no column {name!r}; it has {', '.join(file.schema_arrow.names)}")
+        for batch in file.iter_batches(columns=columns):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return DataError(f"{path} cannot be read: {reason}")
 
 
 def _plain(file: TextIO) -> Iterator[str]:
@@ -99,8 +156,7 @@ def _plain(file: TextIO) -> Iterator[str]:
     yield "".join(lines).strip("\n")
 
 
-def _json_lines(file: TextIO, path: Path, text_key: str, max_broken: int) -> Iterator[str]:
-    broken = 0
+def _json_lines(file: TextIO, text_key: str, broken: BrokenLines) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -109,22 +165,6 @@ def _json_lines(file: TextIO, path: Path, text_key: str, max_broken: int) -> Ite
             if not isinstance(text, str):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
-            broken += 1
-            if broken > max_broken:
-                raise DataError(
-                    f"{path}, line {number}: no JSON with a text under {text_key!r}, and {broken - 1} lines before it "
-                    "were broken too"
-                ) from None
+            broken.skip(number, f"no JSON with a text under {text_key!r}")
             continue
         yield text
-
-
-def _parquet(path: Path, text_key: str) -> Iterator[str]:
-    pyarrow_parquet = optional_package("pyarrow.parquet", "Parquet files need", "train")
-    file = pyarrow_parquet.ParquetFile(path)
-    if text_key not in file.schema_arrow.names:
-        raise DataError(f"{path} has no column {text_key!r}; it has {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(columns=[text_key]):
-        for text in batch.column(0).to_pylist():
-            if isinstance(text, str):
-                yield text

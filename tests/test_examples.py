@@ -1,0 +1,194 @@
+import json
+
+import numpy as np
+import pytest
+
+from mlx_openelm.errors import DataError
+from mlx_openelm.examples import ExampleOptions, marked, read_examples, read_splits
+from mlx_openelm.kinds import Example
+
+
+def write(path, records):
+    path.write_text("".join(record if isinstance(record, str) else json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def completions(count, begin=0):
+    return [{"prompt": f"Number {n}:", "completion": f" {n}"} for n in range(begin, begin + count)]
+
+
+def texts(examples, tokenizer):
+    return [tokenizer.decode(example.tokens.tolist()) for example in examples.examples]
+
+
+def test_examples_are_those_of_the_file_in_its_order(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [*completions(2), "broken\n", *completions(1, 2)])
+    examples = read_examples(path, tokenizer)
+    assert texts(examples, tokenizer) == ["Number 0: 0", "Number 1: 1", "Number 2: 2"]
+    assert (examples.kind, examples.path, examples.num_broken) == ("completion", path, 1)
+    assert (examples.num_cut, examples.num_dropped) == (0, 0)
+
+
+def test_long_examples_are_cut_or_dropped(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": " b" * 30}])
+    before = len(tokenizer.encode("a"))
+    cut = read_examples(path, tokenizer, ExampleOptions(max_length=10))
+    assert [len(example.tokens) for example in cut.examples] == [before + 2, 10]
+    assert cut.examples[1].answer.tolist() == [False] * before + [True] * (10 - before)
+    assert cut.examples[1].tokens[-1] != tokenizer.eos_token_id  # the text goes on there
+    assert (cut.num_cut, cut.num_dropped) == (1, 0)
+    dropped = read_examples(path, tokenizer, ExampleOptions(max_length=10, too_long="drop"))
+    assert (len(dropped.examples), dropped.num_cut, dropped.num_dropped) == (1, 0, 1)
+
+
+def test_examples_without_an_answer_are_dropped(tmp_path, tokenizer):
+    records = [{"prompt": "a", "completion": " b"}, {"prompt": "a " * 30, "completion": " b"}]
+    path = write(tmp_path / "a.jsonl", [*records, {"prompt": "a", "completion": ""}])
+    examples = read_examples(path, tokenizer, ExampleOptions(max_length=10))
+    assert (len(examples.examples), examples.num_cut, examples.num_dropped) == (1, 0, 2)
+    with pytest.raises(DataError, match=r"a\.jsonl leaves no example to train on: 1 are too long or hold no answer"):
+        read_examples(write(tmp_path / "a.jsonl", records[1:]), tokenizer, ExampleOptions(max_length=10))
+    with pytest.raises(DataError, match=r"a\.jsonl leaves no example to train on$"):
+        read_examples(write(tmp_path / "a.jsonl", []), tokenizer)
+
+
+def test_all_tokens_behind_bos_can_be_trained_on(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", completions(1))
+    (example,) = read_examples(path, tokenizer, ExampleOptions(train_on="all")).examples
+    assert example.answer.tolist() == [False] + [True] * (len(example.tokens) - 1)
+
+
+def test_pairs_of_equal_answers_are_dropped(tmp_path, tokenizer):
+    records = [{"prompt": "a", "chosen": " b", "rejected": end} for end in (" b", " c", "")]
+    examples = read_examples(write(tmp_path / "a.jsonl", records), tokenizer, ExampleOptions(train_on="all"))
+    assert (examples.kind, len(examples.examples), examples.num_dropped) == ("preference", 1, 2)
+    before = len(tokenizer.encode("a"))
+    for side in examples.examples[0].sides:  # the prompt says nothing about which is better
+        assert side.answer.tolist() == [False] * before + [True] * (len(side.tokens) - before)
+
+
+def test_fields_may_go_by_other_names(tmp_path, tokenizer):
+    record = {"question": "2 + 2 =", "answer": " 4", "text": "unrelated", "instruction": "x", "output": "y"}
+    path = write(tmp_path / "a.jsonl", [record])
+    named = ExampleOptions(columns={"prompt": "question", "completion": "answer"})
+    assert texts(read_examples(path, tokenizer, named), tokenizer) == ["2 + 2 = 4"]
+    with pytest.raises(DataError, match=r"record 1: there is no 'frage'; there are question, answer"):
+        read_examples(path, tokenizer, ExampleOptions(columns={"prompt": "frage"}))
+    with pytest.raises(DataError, match="'question' is not a field of any kind"):
+        ExampleOptions(columns={"question": "prompt"})
+
+
+def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):
+    record = {"instruction": "Add.", "input": None, "output": "3", "messages": None}
+    assert read_examples(write(tmp_path / "a.jsonl", [record]), tokenizer).kind == "instruction"
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        ([{"prompt": "a", "completion": " b"}, {"text": "a"}], r"record 2: of the kind text, and .* kind completion"),
+        (["{\n", {"text": "a"}, {"prompt": "a", "reply": "b"}], r"record 3: the fields prompt, reply are of no kind"),
+        ([{"text": "a"}, {"text": 3}], r"record 2: text is int"),
+        ([{"text": "half \ud83d"}], r"record 1: the text holds a lone surrogate"),
+        ([{"messages": [{"role": "user", "content": "Hi"}]}], r"record 1: conversations need a chat template"),
+    ],
+)
+def test_records_that_cannot_be_used_are_named(tmp_path, tokenizer, records, reason):
+    with pytest.raises(DataError, match=rf"a\.jsonl, {reason}"):
+        read_examples(write(tmp_path / "a.jsonl", records), tokenizer)
+
+
+def test_a_message_of_an_unknown_role_is_named(tmp_path, chat_tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "robot", "content": "Hi"}]}])
+    with pytest.raises(DataError, match=r"a\.jsonl, record 1: a message has the role 'robot'"):
+        read_examples(path, chat_tokenizer)
+
+
+def test_the_fingerprint_is_of_ids_and_answers(tmp_path, tokenizer):
+    def fingerprint(records, **options):
+        return read_examples(write(tmp_path / "a.jsonl", records), tokenizer, ExampleOptions(**options)).fingerprint
+
+    one = fingerprint(completions(3))
+    assert one == fingerprint([*completions(2), {"completion": " 2", "prompt": "Number 2:", "id": 1}])
+    others = [
+        fingerprint(completions(2)),
+        fingerprint(completions(3)[::-1]),
+        fingerprint(completions(3), train_on="all"),
+    ]
+    assert len({one, *others}) == 4
+
+
+def test_a_folder_has_its_files_for_each_use(tmp_path, tokenizer):
+    write(tmp_path / "train.jsonl", completions(3))
+    train, valid, test = read_splits(tmp_path, tokenizer)
+    assert (len(train.examples), valid, test) == (3, None, None)
+    (tmp_path / "val.json").write_text(json.dumps(completions(2)))
+    (tmp_path / "test.csv").write_text("prompt,completion\na, b\n")
+    train, valid, test = read_splits(tmp_path, tokenizer, validation=0.5)  # there is a file
+    assert [len(part.examples) for part in (train, valid, test)] == [3, 2, 1]
+    other = write(tmp_path / "other.jsonl", completions(4))
+    assert len(read_splits(tmp_path, tokenizer, validation=str(other))[1].examples) == 4
+    write(tmp_path / "valid.jsonl", completions(2))
+    with pytest.raises(DataError, match=r"valid\.jsonl and val\.json are both there"):
+        read_splits(tmp_path, tokenizer)
+
+
+def test_folders_that_cannot_be_trained_on(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="holds no file to train on"):
+        read_splits(tmp_path, tokenizer)
+    write(tmp_path / "train.jsonl", completions(3))
+    write(tmp_path / "dev.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match=r"dev\.jsonl is of the kind text, and .*train\.jsonl of the kind completion"):
+        read_splits(tmp_path, tokenizer)
+
+
+def test_a_share_is_held_out_by_content(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", completions(50) + completions(50) + ["broken\n"])
+
+    def held_out(seed, share=0.2):
+        train, valid, test = read_splits(path, tokenizer, validation=share, seed=seed)
+        assert test is None
+        assert (train.num_broken, valid.num_broken) == (1, 0)  # the file's is told once
+        assert len(train.examples) + len(valid.examples) == 100
+        assert not set(texts(train, tokenizer)) & set(texts(valid, tokenizer))  # copies stand on the same side
+        return texts(valid, tokenizer)
+
+    assert len(held_out(0)) == 20
+    assert held_out(0) == held_out(0) != held_out(1)
+    assert len(held_out(0, share=0.0001)) == 2  # one at least, and its copy
+    with pytest.raises(DataError, match=r"share of 1\.5 cannot be held out"):
+        held_out(0, share=1.5)
+    write(path, completions(1))
+    with pytest.raises(DataError, match="leaves no example to train on once"):
+        read_splits(path, tokenizer, validation=0.5)
+
+
+def test_an_example_as_the_model_sees_it(tmp_path, tokenizer, chat_tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "She said:", "completion": " é 🎉"}])
+    assert marked(read_examples(path, tokenizer).examples[0], tokenizer) == [("She said:", False), (" é 🎉", True)]
+    write(path, [{"text": "A fox"}])
+    assert marked(read_examples(path, tokenizer).examples[0], tokenizer) == [("A fox", True)]
+    messages = [("user", "Hi"), ("assistant", "Hello."), ("user", "Who?"), ("assistant", "A fox.")]
+    write(path, [{"messages": [{"role": role, "content": text} for role, text in messages]}])
+    (example,) = read_examples(path, chat_tokenizer).examples
+    stretches = marked(example, chat_tokenizer)
+    assert "".join(text for text, _ in stretches) == chat_tokenizer.decode(example.tokens.tolist())
+    assert [text for text, is_answer in stretches if is_answer] == ["Hello.", "A fox."]
+
+
+def test_characters_whose_bytes_are_cut_apart_come_back_whole(tokenizer):
+    ids = tokenizer.encode("a 🎉")
+    half = Example(np.array(ids), np.arange(len(ids)) >= len(ids) - 2)
+    assert marked(half, tokenizer) == [("a ", False), ("🎉", True)]
+    cut = Example(np.array(ids[:-1]), np.arange(len(ids) - 1) < 0)
+    assert marked(cut, tokenizer) == [("a \ufffd", False)]
+    assert marked(Example(np.array([1]), np.array([False])), tokenizer) == []
+
+
+def test_a_long_prompt_keeps_bos_and_its_end(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", [{"prompt": "The old fox ran to the river", "completion": " and slept."}])
+    (whole,) = read_examples(tmp_path / "a.jsonl", tokenizer).examples
+    begin = int(whole.answer.argmax())
+    (short,) = read_examples(tmp_path / "a.jsonl", tokenizer, ExampleOptions(max_prompt=4)).examples
+    assert short.tokens.tolist() == [1, *whole.tokens[begin - 3 :].tolist()]
+    assert short.answer.tolist() == [False] * 4 + whole.answer[begin:].tolist()
