@@ -39,9 +39,9 @@ class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Ids (...) to (..., M)."""
-        packed = self.weight[tokens], self.scales[tokens], self.biases[tokens] if "biases" in self else None
+        biases = self["biases"][tokens] if "biases" in self else None
         options = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        return mx.dequantize(*packed, **options, dtype=self._dtype)
+        return mx.dequantize(self.weight[tokens], self.scales[tokens], biases, **options, dtype=self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """(..., M) to (..., V)."""

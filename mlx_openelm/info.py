@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .adapters import SavedAdapter, check_adapter
 from .cache import kv_bytes_per_layer, kv_cache_bytes
 from .convert.source import Source
 from .quantize import PackedTensor
@@ -77,6 +78,37 @@ def describe(source: Source) -> ModelInfo:
         nbytes=source.nbytes,
         kv_bytes_per_token=kv_cache_bytes(config, 1),
         weights=dict(Counter(_kind(tensor) for tensor in source.tensors.values())),
+    )
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter consists of."""
+
+    method: str
+    rank: int  # the largest; 0 of what was trained in full
+    scale: float
+    parameters: int
+    matrices: dict[str, int]  # name within a layer: how many of them have an adapter
+
+
+def describe_adapter(source: Source, adapter: SavedAdapter) -> AdapterInfo:
+    """Figures about an adapter of a model that was found.
+
+    Raises:
+        AdapterError: if it was made for another model.
+    """
+    paths = [name.rpartition(".")[0] for name in adapter.tensors]
+    if adapter.method != "full":
+        paths = list(adapter.ranks)
+        tensors = source.tensors.items()
+        check_adapter(adapter, {name.removesuffix(".weight"): t.shape for name, t in tensors if len(t.shape) == 2})
+    return AdapterInfo(
+        adapter.method,
+        max((rank for rank, _ in adapter.ranks.values()), default=0),
+        adapter.scale,
+        sum(tensor.size for tensor in adapter.tensors.values()),
+        dict(Counter(path.split(".")[-1] for path in paths)),
     )
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from .adapters import apply_adapter
+from .convert.adapters import open_adapter
 from .convert.source import Source
 from .convert.sources import open_source
 from .cpu import quantized_layers
@@ -24,6 +26,7 @@ def load(
     tokenizer: str | Path | None = None,
     config: str | Path | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[OpenELM, Tokenizer | None]:
     """A model ready to use and its tokenizer.
 
@@ -34,6 +37,7 @@ def load(
         tokenizer: file, folder or hub id of another tokenizer; `"none"` looks for none.
         config: as for `convert`, where the source does not say it.
         revision: branch, tag or commit on the hub.
+        adapter: folder of an adapter to put on it: of `tune`, mlx-lm or PEFT, or a CoreNet `.pt` file.
 
     Returns:
         The network, and `None` for the tokenizer of a folder that was converted with `--tokenizer none`.
@@ -45,7 +49,11 @@ def load(
     text = _tokenizer(source, tokenizer)
     if source.named_vocab_size:
         source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
-    return load_source(source, dtype), text
+    network = load_source(source, dtype)
+    if adapter is not None:
+        apply_adapter(network, open_adapter(adapter, vocab_size=network.config.vocab_size))
+        network.eval()
+    return network, text
 
 
 def dtype_named(name: str) -> mx.Dtype | None:
@@ -73,7 +81,7 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
         if isinstance(tensor, PackedTensor)
     }
     if packed and on_cpu():
-        quantized_layers(model, packed)
+        quantized_layers(model, packed, dtype)
     elif packed:
         nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
     arrays: dict[str, mx.array] = {}

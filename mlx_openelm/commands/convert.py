@@ -12,6 +12,8 @@ EXAMPLES = examples(
     "openelm-mlx convert apple/OpenELM-1_1B-Instruct --quantize 4",
     "openelm-mlx convert corenet.pt --config 270M --output my-270M",
     "openelm-mlx convert a.pt b.pt c.pt --config 3B --output my-3B",
+    "openelm-mlx convert openelm_lora_270M.pt --config 270M --output arc-270M",
+    "openelm-mlx convert --adapter arc-270M/adapter --to peft --output arc-peft",
 )
 
 
@@ -31,8 +33,9 @@ def average(
 
 def convert(
     sources: Annotated[
-        list[str], typer.Argument(help="Folder, hub id or CoreNet .pt file; several are averaged.", metavar="SOURCE...")
-    ],
+        list[str] | None,
+        typer.Argument(help="Folder, hub id or CoreNet .pt file; several are averaged.", metavar="SOURCE..."),
+    ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder to write; the source's name by default.", metavar="DIR")
     ] = None,
@@ -55,12 +58,38 @@ def convert(
     keep_padding: Annotated[
         bool, typer.Option("--keep-padding", help="Keep the rows that fill up CoreNet's vocabulary.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a model at the output.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace what is at the output.")] = False,
     revision: Revision = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Of the adapter in a CoreNet checkpoint; by default its rank.", metavar="A")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="Convert an adapter instead of a model.", metavar="ADAPTER")
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="Form of it: peft, mlx-lm or openelm-mlx.", metavar="FORM")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the MLX folder of an OpenELM from whatever form its weights are in."""
+    """Write the MLX folder of an OpenELM from whatever form its weights are in; or an adapter in another form."""
     from ..convert import convert as run
+
+    if adapter is not None or to is not None:
+        others = {
+            "SOURCE": sources,
+            "--quantize": quantize,
+            "--group-size": group_size,
+            "--mode": mode,
+            "--dequantize": dequantize,
+            "--dtype": dtype != "auto",
+            "--config": config,
+            "--tokenizer": tokenizer,
+            "--keep-padding": keep_padding,
+            "--revision": revision,
+            "--alpha": alpha,
+        }
+        _convert_adapter(adapter, to, output, [name for name, value in others.items() if value], force, as_json)
+        return
+    if not sources:
+        fail("nothing to convert; name a SOURCE, or an adapter with --adapter")
 
     at, done_bytes, total_bytes = "", 0, 0
     with byte_bar("writing") as update:
@@ -84,6 +113,7 @@ def convert(
                 keep_padding=keep_padding,
                 force=force,
                 revision=revision,
+                alpha=alpha,
                 on_progress=on_progress,
             )
         except KeyboardInterrupt:
@@ -104,3 +134,23 @@ def convert(
     if result.not_quantized:
         typer.echo(f"not quantized, because the group does not divide the width: {', '.join(result.not_quantized)}")
     typer.echo(f"tokenizer: {result.tokenizer or 'none'}")
+    if result.adapter:
+        typer.echo(f"adapter: {result.adapter}")
+
+
+def _convert_adapter(
+    adapter: str | None, to: str | None, output: str | None, others: list[str], force: bool, as_json: bool
+) -> None:
+    from ..convert import convert_adapter
+
+    if adapter is None or to is None or output is None:
+        fail("an adapter is converted with --adapter ADAPTER --to FORM --output DIR; one of them is missing")
+    if others:
+        fail(f"{', '.join(others)} cannot stand beside --adapter")
+    result = convert_adapter(adapter, output, to=to, force=force)
+    for warning in result.warnings:
+        say(f"warning: {warning}")
+    if as_json:
+        print_json({**asdict(result), "folder": str(result.folder)})
+        return
+    typer.echo(f"{result.folder}: {result.method} on {result.num_matrices} matrices, for {result.form}")

@@ -16,6 +16,7 @@ from ..sampling import SamplingConfig
 from ..tokenizer import Tokenizer
 from ..weights import dtype_named, load
 from .options import (
+    Adapter,
     Dtype,
     Json,
     MaxTokens,
@@ -64,6 +65,7 @@ def generate(
     system: System = None,
     dtype: Dtype = "auto",
     tokenizer: TokenizerOption = None,
+    adapter: Adapter = None,
     revision: Revision = None,
 ) -> None:
     """Continue a prompt, or answer it if the model is an Instruct model."""
@@ -71,7 +73,7 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     if not text:
         raise PromptError("the prompt is empty; there is nothing to continue")
-    network, tokens = _load(model, dtype, tokenizer, revision)
+    network, tokens = _load(model, dtype, tokenizer, revision, adapter)
     chat = tokens.has_chat_template if chat is None else chat
     if system is not None and not chat:
         raise PromptError("--system needs a model with a chat template, and no --raw")
@@ -112,11 +114,12 @@ def chat(
     seed: Seed = SamplingConfig.seed,
     dtype: Dtype = "auto",
     tokenizer: TokenizerOption = None,
+    adapter: Adapter = None,
     revision: Revision = None,
 ) -> None:
     """Talk with an Instruct model. /reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer."""
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
-    network, tokens = _load(model, dtype, tokenizer, revision)
+    network, tokens = _load(model, dtype, tokenizer, revision, adapter)
     talk = Chat(network, tokens, system=system, sampling=sampling, max_tokens=max_tokens, stop=stop or ())
     with suppress(ImportError):
         import readline  # noqa: F401, gives input() its line editing
@@ -149,9 +152,11 @@ def chat(
         _print_stats(stats)
 
 
-def _load(model: str, dtype: str, tokenizer: str | None, revision: str | None) -> tuple[OpenELM, Tokenizer]:
+def _load(
+    model: str, dtype: str, tokenizer: str | None, revision: str | None, adapter: str | None
+) -> tuple[OpenELM, Tokenizer]:
     """Network and tokenizer; going without one is an error here, where there is text to read."""
-    network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision)
+    network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     if tokens is None:
         raise TokenizerError(f"{model} was converted without a tokenizer; give one with --tokenizer FILE_OR_REPO")
     return network, tokens

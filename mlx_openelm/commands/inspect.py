@@ -1,11 +1,12 @@
 """`openelm-mlx info` and `openelm-mlx doctor`."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from ..hub import BUILT_IN_MODEL
-from .options import Json, Revision, examples
+from .options import Adapter, Json, Revision, examples
 from .terminal import mib, print_json
 
 EXAMPLES = examples("openelm-mlx info OpenELM-1_1B", "openelm-mlx info corenet.pt --config 270M --json")
@@ -16,16 +17,20 @@ def info(
         str, typer.Argument(envvar="OPENELM_MLX_MODEL", help="Folder, hub id, .pt file or built-in model.")
     ] = BUILT_IN_MODEL,
     config: Annotated[str | None, typer.Option(help="Configuration of a .pt file.", metavar="FILE_OR_NAME")] = None,
+    adapter: Adapter = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Show a model layer by layer: heads, FFN widths, parameters, bytes."""
     from ..convert import open_source
-    from ..info import describe
+    from ..convert.adapters import open_adapter
+    from ..info import describe, describe_adapter
 
-    found = describe(open_source([model], config=config, revision=revision))
+    source = open_source([model], config=config, revision=revision)
+    found = describe(source)
+    on_top = describe_adapter(source, open_adapter(adapter, vocab_size=source.config.vocab_size)) if adapter else None
     if as_json:
-        print_json(found.to_dict())
+        print_json({**found.to_dict(), **({"adapter": asdict(on_top)} if on_top else {})})
         return
     from rich.console import Console
     from rich.table import Table
@@ -62,6 +67,9 @@ def info(
     typer.echo(f"context      {found.max_context_length:,} tokens, {mib(kv_bytes)} of keys and values in 16 bits")
     typer.echo(f"on disk      {mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight")
     typer.echo(f"tensors      {', '.join(f'{count} {kind}' for kind, count in found.weights.items())}")
+    if on_top is not None:
+        typer.echo(f"adapter      {on_top.method} on {', '.join(f'{n} {name}' for name, n in on_top.matrices.items())}")
+        typer.echo(f"             {on_top.parameters:,} parameters, rank {on_top.rank}, scale {on_top.scale:g}")
 
 
 def doctor(as_json: Json = False) -> None:

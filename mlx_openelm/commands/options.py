@@ -24,6 +24,10 @@ Dtype = Annotated[
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="File, folder or hub id; none goes without.", metavar="FILE_OR_REPO")
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", "-a", help="Adapter on the model: of tune, mlx-lm or PEFT, or a .pt.", metavar="A"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="R")]
 

@@ -2,11 +2,12 @@
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
+from ..adapters import about_base, check_adapter, write_adapter
 from ..config import OpenELMConfig
 from ..device import DTYPES
 from ..errors import ConfigError, WeightsError
@@ -15,10 +16,13 @@ from ..quantize import PackedTensor, Quantization, pack
 from ..tensors import LazyTensor
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import find_tokenizer, has_tokenizer, write_tokenizer
+from .adapter_tensors import with_vocabulary
 from .card import model_card
 from .output import check_target, write_model
 from .source import Source, Tensor
-from .sources import TORCH_SUFFIXES, open_source
+from .sources import TORCH_SUFFIXES, open_with_adapter
+
+ADAPTER_FOLDER = "adapter"  # within the folder of its model
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Conversion:
     not_quantized: tuple[str, ...]  # matrices whose width is no multiple of the group
     tokenizer: str | None  # where it came from
     warnings: tuple[str, ...]
+    adapter: Path | None = None  # folder of the adapter that was in the source
 
 
 def convert(
@@ -52,6 +57,7 @@ def convert(
     keep_padding: bool = False,
     force: bool = False,
     revision: str | None = None,
+    alpha: float | None = None,
     on_progress: Callable[[str, int, int], None] = lambda name, done_bytes, total_bytes: None,
 ) -> Conversion:
     """Write the MLX folder of an OpenELM, whatever form its weights are in.
@@ -60,7 +66,8 @@ def convert(
 
     Args:
         source: a folder or hub id (Hugging Face, MLX community, Apple's MLX port, written by this function), or a
-            CoreNet `.pt` file, or several, which are averaged.
+            CoreNet `.pt` file, or several, which are averaged. The adapter in a fine-tuning checkpoint of CoreNet
+            becomes a folder of its own, `adapter` in the model's.
         output: where to write; by default the source's name in the current folder.
         quantize: bits; with neither `quantize` nor `mode`, a quantized source stays as it is.
         group_size: values that share a scale; 64 by default in the affine mode.
@@ -72,6 +79,7 @@ def convert(
         keep_padding: keep the rows that fill up CoreNet's vocabulary.
         force: replace a model folder at `output`.
         revision: branch, tag or commit on the hub.
+        alpha: of the adapter in a fine-tuning checkpoint, if not what `config` says, or the rank.
         on_progress: called with a tensor's name, the bytes written so far and all bytes.
     Raises:
         OpenELMError: of the kind that fits; nothing is written then.
@@ -83,10 +91,15 @@ def convert(
     folder = Path(output).expanduser() if output is not None else _default_output(sources)
     check_target(folder, force)
 
-    found = open_source(sources, config=config, revision=revision)
+    found, adapter = open_with_adapter(sources, config=config, revision=revision, alpha=alpha)
     text, tokenizer_origin = _tokenizer_of(found, tokenizer, revision)
     if found.named_vocab_size and not keep_padding:
         found = found.with_vocabulary(text.vocab_size if text else found.named_vocab_size)
+
+    if adapter is not None:
+        adapter = replace(with_vocabulary(adapter, found.config.vocab_size), base=about_base(folder.name, found.config))
+        shapes = parameter_shapes(found.config)
+        check_adapter(adapter, {name.removesuffix(".weight"): shape for name, shape in shapes.items()})
 
     target_dtype = _target_dtype(dtype, found)
     tensors = {
@@ -94,12 +107,17 @@ def convert(
         for name in parameter_shapes(found.config)  # the same order, and so the same file, from every source
     }
     result = _summary(folder, found, tensors, target_dtype, tokenizer_origin)
-    command = _command(sources, quantize, group_size, mode, dequantize, dtype, config)
+    if adapter is not None:
+        result = replace(result, adapter=folder / ADAPTER_FOLDER)
+    command = _command(sources, quantize, group_size, mode, dequantize, dtype, config, alpha)
 
     def add_files(staging: Path) -> None:
         (staging / "README.md").write_text(model_card(result, found, command), encoding="utf-8")
         if text is not None:
             write_tokenizer(text, staging)
+        if adapter is not None:
+            (staging / ADAPTER_FOLDER).mkdir()
+            write_adapter(staging / ADAPTER_FOLDER, adapter)
 
     done_bytes = 0
 
@@ -210,6 +228,7 @@ def _command(
     dequantize: bool,
     dtype: str,
     config: str | Path | None,
+    alpha: float | None,
 ) -> str:
     """The command line that does the same, without folders of the machine it ran on."""
     words = ["openelm-mlx", "convert", *(str(s) if not Path(s).exists() else Path(s).name for s in sources)]
@@ -219,4 +238,5 @@ def _command(
     words += ["--dequantize"] if dequantize else []
     words += [] if dtype == "auto" else ["--dtype", dtype]
     words += [] if config is None else ["--config", Path(config).name]
+    words += [] if alpha is None else ["--alpha", f"{alpha:g}"]
     return shlex.join(words)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..config import OpenELMConfig
 from ..config_files import read_config_file
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError
 from ..tensors import LazyTensor, read_safetensors
 from .huggingface import read_json
 from .source import Source, make_source
@@ -19,8 +19,30 @@ def read_checkpoint(path: Path, config: OpenELMConfig | None = None) -> Source:
         config: what the checkpoint was trained as; without it a `config.json` has to lie beside the file.
     Raises:
         ConfigError: if nothing says what the configuration is.
+        AdapterError: if there is an adapter beside the model, which is not to get lost.
         TorchFileError, WeightsError: if the file is damaged or does not belong to its configuration.
     """
+    tensors = checkpoint_tensors(path)
+    if holds_adapter(tensors):
+        raise AdapterError(
+            f"{path} holds a model and an adapter; `openelm-mlx convert {path.name}` takes them apart, and no other "
+            "command reads it as a model"
+        )
+    return checkpoint_source(path, tensors, config)
+
+
+def checkpoint_tensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a CoreNet `.pt` file, under the paths of the Hugging Face checkpoints."""
+    return _rename(read_torch_file(path))
+
+
+def holds_adapter(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether a checkpoint is one of fine-tuning with LoRA or DoRA."""
+    return any(".lora_" in name for name in tensors)
+
+
+def checkpoint_source(path: Path, tensors: Mapping[str, LazyTensor], config: OpenELMConfig | None) -> Source:
+    """The model of a checkpoint, which holds no adapter or not any more; see `read_checkpoint`."""
     if config is None:
         if not (path.parent / "config.json").exists():
             raise ConfigError(
@@ -30,7 +52,7 @@ def read_checkpoint(path: Path, config: OpenELMConfig | None = None) -> Source:
         config = read_config_file(path.parent / "config.json")
     return make_source(
         config,
-        _rename(read_torch_file(path)),
+        tensors,
         has_padding=True,
         name=path.name,
         folder=path.parent,

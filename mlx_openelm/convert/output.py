@@ -26,7 +26,7 @@ def check_target(folder: Path, force: bool) -> None:
         OutputExistsError: if it exists and `force` is not given.
         OutputError: if what exists is no model folder: that is never replaced.
     """
-    _clean_up(folder)
+    clean_up(folder)
     if not folder.exists():
         return
     if not force:
@@ -69,14 +69,14 @@ def write_model(
         _write_json(staging / "config.json", {**config.to_dict(), **_about(tensors)})
         _write_json(staging / "generation_config.json", _generation_config(config))
         add_files(staging)
-        _put_in_place(staging, folder)
+        put_in_place(staging, folder)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _clean_up(folder: Path) -> None:
+def clean_up(folder: Path) -> None:
     """Remove what a killed process left beside `folder`, and bring back what it was about to replace."""
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.(partial|replaced)-(\d+)")
     for path in folder.parent.glob(f".{folder.name}.*"):
@@ -99,7 +99,8 @@ def _is_running(process: int) -> bool:
     return process != os.getpid()
 
 
-def _put_in_place(staging: Path, folder: Path) -> None:
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Rename `staging` to `folder`, in place of what may be there."""
     if not folder.exists():
         staging.rename(folder)
         return

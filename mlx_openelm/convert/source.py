@@ -18,7 +18,7 @@ from ..tensors import LazyTensor
 Tensor = LazyTensor | PackedTensor
 
 _VOCABULARY = ("transformer.token_embeddings.weight", "lm_head.weight")
-_LARGEST_PADDING = 512  # rows; CoreNet fills a vocabulary up to a multiple of 128
+LARGEST_PADDING = 512  # rows; CoreNet fills a vocabulary up to a multiple of 128
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Source:
             ConfigError: if so many rows would go that they cannot be padding.
         """
         rows = self.config.vocab_size
-        if not 0 <= rows - vocab_size < _LARGEST_PADDING:
+        if not 0 <= rows - vocab_size < LARGEST_PADDING:
             raise ConfigError(
                 f"{self.name} has a vocabulary of {rows:,} entries and the tokenizer one of {vocab_size:,}"
             )

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..adapters import SavedAdapter
 from ..config_files import read_config
-from ..errors import SourceError
+from ..errors import ConfigError, SourceError
 from ..hub import model_folder
 from .average import average
-from .corenet import read_apple_mlx, read_checkpoint
+from .corenet import checkpoint_tensors, holds_adapter, read_apple_mlx, read_checkpoint
+from .corenet_adapter import read_fine_tuned
 from .huggingface import read_huggingface
 from .source import Source
 
@@ -37,3 +39,25 @@ def open_source(
     if (folder / "weights.safetensors").exists() and not (folder / "model.safetensors").exists():
         return read_apple_mlx(folder, named)
     return read_huggingface(folder, named)
+
+
+def open_with_adapter(
+    sources: Sequence[str | Path],
+    *,
+    config: str | Path | None = None,
+    revision: str | None = None,
+    alpha: float | None = None,
+) -> tuple[Source, SavedAdapter | None]:
+    """A model in any form, and of a CoreNet fine-tuning checkpoint the adapter beside it.
+
+    Args:
+        alpha: of that adapter.
+    Raises:
+        OpenELMError: as for `open_source`.
+    """
+    path = Path(sources[0]).expanduser() if len(sources) == 1 else Path()
+    if path.suffix in TORCH_SUFFIXES and path.is_file() and holds_adapter(checkpoint_tensors(path)):
+        return read_fine_tuned(path, config, alpha)
+    if alpha is not None:
+        raise ConfigError("--alpha belongs to a fine-tuning checkpoint of CoreNet, and no adapter is in this source")
+    return open_source(sources, config=config, revision=revision), None

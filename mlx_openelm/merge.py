@@ -1,0 +1,228 @@
+"""Adapters merged into the weights of their model: exactly, row by row, and written as a model folder.
+
+A merged matrix is w + s A B, of DoRA each row at its learned length. An adapter on a tied embedding changes only what
+goes in; so that merging it does not change what comes out, an output matrix of its own with the base embedding is
+written. Quantized matrices are merged in full: quantizing the result again loses small changes, and how much is
+measured.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .adapters import SavedAdapter, apply_adapter, check_adapter
+from .convert.adapters import open_adapter
+from .convert.output import check_target, write_model
+from .convert.source import Source, Tensor
+from .convert.sources import open_source
+from .engine import generate_tokens
+from .errors import AdapterError
+from .lora import EMBEDDING_TARGET, MAGNITUDE
+from .model import OpenELM, parameter_shapes
+from .quantize import PackedTensor, Quantization, pack
+from .sampling import SamplingConfig
+from .tensors import LazyTensor
+from .tokenizer_files import find_tokenizer, has_tokenizer, write_tokenizer
+from .weights import dtype_named, load_source
+
+_EMBEDDING, _OUTPUT = f"transformer.{EMBEDDING_TARGET}", "lm_head"
+_SAMPLES, _SAMPLE_TOKENS = 8, 64
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What a merge wrote."""
+
+    folder: Path
+    num_merged: int  # matrices
+    unties: bool  # the output got a matrix of its own
+    dequantized: bool  # the base was quantized and the result is not
+    output_bytes: int
+    divergence: float | None = None  # of the quantized result from the model with its adapter, nats per token
+    adapter_divergence: float | None = None  # of the model with its adapter from the model without
+
+
+def merge_folder(
+    model: str | Path,
+    adapter: str | Path,
+    folder: Path,
+    *,
+    quantization: Quantization | None = None,
+    dtype: str = "auto",
+    force: bool = False,
+    revision: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+) -> Merge:
+    """Merge an adapter into a model, and write that with its tokenizer and a card.
+
+    Args:
+        model: folder, hub id or built-in model.
+        adapter: see `open_adapter`.
+        quantization: to quantize the result again; what that costs is measured.
+        dtype: of the result: `auto` keeps that of the model.
+        force: replace a model folder at `folder`.
+        on_progress: called with the bytes written so far, and all.
+    Raises:
+        OpenELMError: of the kind that fits; nothing is written then.
+    """
+    check_target(folder, force)
+    source = open_source([model], revision=revision)
+    found = open_adapter(adapter, vocab_size=source.config.vocab_size)
+    text = (
+        find_tokenizer(None, source.folder, source.config.vocab_size, chat=source.is_chat)[0]
+        if has_tokenizer(source.folder)
+        else None
+    )
+
+    def add_files(staging: Path) -> None:
+        (staging / "README.md").write_text(_card(source, adapter, found, quantization), encoding="utf-8")
+        if text is not None:
+            write_tokenizer(text, staging)
+
+    done = 0
+
+    def on_written(name: str, nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        on_progress(done, source.nbytes)
+
+    result = merge(
+        source,
+        found,
+        folder,
+        quantization=quantization,
+        dtype=dtype_named(dtype),
+        add_files=add_files,
+        force=force,
+        on_written=on_written,
+    )
+    if quantization is None:
+        return result
+    base, adapted, merged = load_source(source), load_source(source), load_source(open_source([folder]))
+    apply_adapter(adapted, found)
+    return replace(result, divergence=divergence(adapted, merged), adapter_divergence=divergence(adapted, base))
+
+
+def _card(source: Source, adapter: str | Path, found: SavedAdapter, quantization: Quantization | None) -> str:
+    kind = f", quantized to {quantization.bits} bits" if quantization else ""
+    return (
+        f"# {source.name} with {Path(adapter).name}\n\n{source.name}, into which the adapter {Path(adapter).name} "
+        f"({found.method}) was merged by `openelm-mlx merge`{kind}. The licence of {source.name} goes on to hold.\n"
+    )
+
+
+def merged_source(source: Source, adapter: SavedAdapter, dtype: mx.Dtype | None = None) -> Source:
+    """A model with an adapter merged into it, still on disk: rows are merged when they are read.
+
+    Args:
+        dtype: of the result; by default that of the model.
+    Raises:
+        AdapterError: if the adapter was made for another model.
+    """
+    dtype = dtype or source.tensors["transformer.norm.weight"].dtype
+    tensors = {name: _in_full(tensor, dtype) for name, tensor in source.tensors.items()}
+    config = source.config
+    if adapter.method == "full":
+        for name, tensor in adapter.tensors.items():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                raise AdapterError(f"the adapter is for another model: {name} of shape {tensor.shape} is not there")
+            tensors[name] = _of_array(tensor.astype(dtype))
+        return replace(source, tensors=dict(tensors))
+    check_adapter(adapter, {name.removesuffix(".weight"): t.shape for name, t in tensors.items() if len(t.shape) == 2})
+    if _EMBEDDING in adapter.ranks and config.share_input_output_layers:
+        config = replace(config, share_input_output_layers=False)
+        tensors[f"{_OUTPUT}.weight"] = tensors[f"{_EMBEDDING}.weight"]
+    for path in adapter.ranks:
+        tensors[f"{path}.weight"] = _merged(path, tensors[f"{path}.weight"], adapter, dtype)
+    return replace(source, config=config, tensors=dict(tensors))
+
+
+def merge(
+    source: Source,
+    adapter: SavedAdapter,
+    folder: Path,
+    *,
+    quantization: Quantization | None = None,
+    dtype: mx.Dtype | None = None,
+    add_files: Callable[[Path], object] = lambda staging: None,
+    force: bool = False,
+    on_written: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> Merge:
+    """Write a model with an adapter merged into it.
+
+    Args:
+        quantization: to quantize the result again; see `divergence`.
+        dtype: of the result; by default that of the model.
+        add_files, force, on_written: as for `write_model`.
+    Raises:
+        AdapterError: if the adapter was made for another model.
+        OutputError: if the folder exists or cannot be written.
+    """
+    check_target(folder, force)
+    merged = merged_source(source, adapter, dtype)
+    tensors: dict[str, Tensor] = {name: merged.tensors[name] for name in parameter_shapes(merged.config)}
+    if quantization is not None:
+        tensors = {
+            name: pack(tensor, quantization) if quantization.fits(tensor.shape) else tensor  # type: ignore[arg-type]
+            for name, tensor in tensors.items()
+        }
+    write_model(folder, merged.config, tensors, add_files=add_files, force=force, on_written=on_written)
+    return Merge(
+        folder,
+        len(adapter.ranks) or len(adapter.tensors),
+        merged.config != source.config,
+        quantization is None and any(isinstance(tensor, PackedTensor) for tensor in source.tensors.values()),
+        sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def divergence(exact: OpenELM, approximate: OpenELM, seed: int = 0) -> float:
+    """How far the predictions of one model are from those of another: KL divergence, nats per token.
+
+    Measured on texts that the exact one writes by itself.
+    """
+    total = count = 0.0
+    for number in range(_SAMPLES):
+        sampling = SamplingConfig(temperature=1.0, seed=seed + number)
+        steps = generate_tokens(exact, [exact.config.bos_token_id], max_tokens=_SAMPLE_TOKENS, sampling=sampling)
+        tokens = mx.array([[exact.config.bos_token_id, *(step.token for step in steps)]])
+        p, q = (_log_softmax(model(tokens)) for model in (exact, approximate))
+        total += float(np.array((mx.exp(p) * (p - q)).sum()))
+        count += tokens.size
+    return total / count
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _in_full(tensor: Tensor, dtype: mx.Dtype) -> LazyTensor:
+    full = tensor.dequantize() if isinstance(tensor, PackedTensor) else tensor
+    return full if full.dtype == dtype else full.map(lambda rows: rows.astype(dtype), dtype)
+
+
+def _of_array(array: mx.array) -> LazyTensor:
+    return LazyTensor(array.shape, array.dtype, lambda start, stop: array[start:stop] if array.ndim else array)
+
+
+def _merged(path: str, base: LazyTensor, adapter: SavedAdapter, dtype: mx.Dtype) -> LazyTensor:
+    """The matrix of a path; one of its rows needs no other row."""
+    parts: Mapping[str, mx.array] = {
+        name: adapter.tensors[f"{path}.{name}"].astype(mx.float32)
+        for name in ("lora_a", "lora_b", MAGNITUDE)
+        if f"{path}.{name}" in adapter.tensors
+    }
+    a, b = parts["lora_a"], parts["lora_b"]
+    left, right = (a, b) if path == _EMBEDDING else (b.T, a.T)  # (rows, rank), (rank, columns)
+
+    def read_rows(start: int, stop: int) -> mx.array:
+        rows = base.read_rows(start, stop).astype(mx.float32) + adapter.scale * (left[start:stop] @ right)
+        if MAGNITUDE in parts:
+            rows = rows * (parts[MAGNITUDE][start:stop, None] / mx.linalg.norm(rows, axis=1, keepdims=True))
+        return rows.astype(dtype)
+
+    return LazyTensor(base.shape, dtype, read_rows)

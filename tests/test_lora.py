@@ -1,0 +1,300 @@
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from conftest import assert_close, random_model, write_folder
+from mlx_openelm import OpenELMConfig, load
+from mlx_openelm.adapters import about_base, save_adapter
+from mlx_openelm.backward import gradients_of
+from mlx_openelm.batch import Rows, counted_targets, make_batch
+from mlx_openelm.convert import convert, open_source
+from mlx_openelm.convert.adapters import open_adapter
+from mlx_openelm.errors import AdapterError, ConfigError
+from mlx_openelm.lora import (
+    EMBEDDING_TARGET,
+    LINEAR_TARGETS,
+    AdapterConfig,
+    adapter_parameters,
+    adapter_paths,
+    add_adapter,
+    settle,
+)
+from mlx_openelm.loss import Likelihood
+from mlx_openelm.merge import merge
+from mlx_openelm.pretrain import PretrainRecipe
+from mlx_openelm.train import Trainer
+
+CONFIG = OpenELMConfig.layerwise(
+    num_transformer_layers=2,
+    model_dim=64,
+    head_dim=32,
+    qkv_multipliers=(1.0, 2.0),
+    num_gqa_groups=2,
+    ffn_multipliers=(1.0, 2.0),
+    ffn_dim_divisor=64,
+    vocab_size=96,
+    max_context_length=64,
+)
+TOKENS = np.random.default_rng(0).integers(3, 96, (2, 17)).astype(np.int32)
+BASES = ["float32", "bfloat16", 2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4"]
+METHODS = {
+    "lora": AdapterConfig("lora", 4, 8.0),
+    "rslora": AdapterConfig("lora", 4, 8.0, rank_stabilised=True),
+    "dora": AdapterConfig("dora", 4, 8.0),
+}
+
+
+class OneBatch:
+    """Data of one batch, again and again."""
+
+    rows_per_step = 2
+    fingerprint = "one"
+
+    def step(self, step, first=0, count=None):
+        segments = np.zeros_like(TOKENS)
+        return Rows(TOKENS, segments, counted_targets(segments, False))
+
+    def validation(self, first, stride):
+        return [self.step(0)]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Model folders of one network in every form."""
+    root = tmp_path_factory.mktemp("bases")
+    whole = write_folder(root / "whole", random_model(CONFIG))
+    folders = {}
+    for kind in BASES:
+        folder = root / str(kind)
+        options = {"dtype": "float32"}
+        if kind == "bfloat16":
+            options = {"dtype": kind}
+        elif isinstance(kind, int):
+            options |= {"quantize": kind, "group_size": 32}
+        elif kind != "float32":
+            options |= {"mode": kind}
+        convert(whole, folder, tokenizer="none", **options)
+        folders[kind] = folder
+    return folders
+
+
+def trainer_of(model, config, dtype="float32", learning_rate=0.01, dropout=0.0):
+    recipe = PretrainRecipe(model=CONFIG, steps=8, batch_size=2, sequence_length=16, warmup_steps=0,
+                            learning_rate=learning_rate, weight_decay=0.0, dtype=dtype, z_loss=0.0)  # fmt: skip
+    return Trainer(recipe, model, adapter_parameters(model), OneBatch(), Likelihood(), dropout=dropout > 0)
+
+
+def dtype_of(kind):
+    return mx.bfloat16 if kind == "bfloat16" else mx.float32
+
+
+@pytest.mark.parametrize("where", ["linear", "embedding"])
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_adapter_on_every_base_learns_is_kept_and_merges(bases, tmp_path, method, kind, where):
+    targets = LINEAR_TARGETS if where == "linear" else (EMBEDDING_TARGET,)
+    config = replace(METHODS[method], targets=targets)
+    model, _ = load(bases[kind], dtype=dtype_of(kind))
+    tokens = mx.array(TOKENS)
+    plain = model(tokens)
+    add_adapter(model, config)
+    model.eval()
+    assert mx.array_equal(model(tokens), plain)  # a fresh adapter changes nothing
+
+    trainer = trainer_of(model, config, "bfloat16" if kind == "bfloat16" else "float32")
+    before = trainer.validation()["loss"]
+    for _ in range(3):
+        trainer.take_step()
+    assert trainer.validation()["loss"] < before - 0.01
+
+    base_name = str(bases[kind])
+    save_adapter(tmp_path, trainer.parameters, config.method, config, about_base(base_name, CONFIG))
+    tuned = trainer.current_model().eval()(tokens)
+    loaded, _ = load(bases[kind], dtype=dtype_of(kind), adapter=tmp_path)
+    tolerance = 0.03 * mx.abs(plain).max().item() if kind == "bfloat16" else 2e-5
+    assert_close(loaded(tokens), tuned, tolerance)
+    assert mx.abs(tuned - plain).max().item() > 10 * tolerance or kind == "bfloat16"
+
+    merge(open_source([bases[kind]]), open_adapter(tmp_path), tmp_path / "merged")
+    merged, _ = load(tmp_path / "merged", dtype=dtype_of(kind), tokenizer="none")
+    assert_close(merged(tokens), tuned, tolerance)
+    assert merged.config.share_input_output_layers == (where == "linear")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["at once", "layers"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_gradients_are_those_of_finite_differences(bases, method, recompute, bits):
+    """Of DoRA in the direction of its magnitudes alone: the length of the sum counts as a constant."""
+    model, _ = load(bases[bits or "float32"])
+    add_adapter(model, replace(METHODS[method], targets=(*LINEAR_TARGETS, EMBEDDING_TARGET)))
+    parameters = {
+        name: p + 0.1 * mx.random.normal(p.shape, key=mx.random.key(number))
+        for number, (name, p) in enumerate(adapter_parameters(model).items())
+    }
+    model.train()
+    batch = make_batch(OneBatch().step(0))
+    gradients = gradients_of(model, Likelihood(), mx.float32, recompute)
+    _, found = gradients(parameters, batch)
+    for number, (name, p) in enumerate(parameters.items()):
+        if method == "dora" and not name.endswith(".m"):
+            continue
+        direction = mx.random.normal(p.shape, key=mx.random.key(100 + number))
+        direction = direction / mx.linalg.norm(direction)
+        step = 0.02
+        values = [gradients({**parameters, name: p + sign * step * direction}, batch)[0][0].item() for sign in (1, -1)]
+        measured = (values[0] - values[1]) / (2 * step)
+        assert mx.sum(found[name] * direction).item() == pytest.approx(measured, rel=0.02, abs=0.02), name
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_memory_savers_change_no_gradient(bases, method, dropout):
+    model, _ = load(bases[4])
+    config = replace(METHODS[method], dropout=dropout, targets=(*LINEAR_TARGETS, EMBEDDING_TARGET))
+    add_adapter(model, config)
+    parameters = {name: p + 0.1 for name, p in adapter_parameters(model).items()}
+    model.train()
+    batch = make_batch(OneBatch().step(0)) | ({"dropout": mx.random.key(1)} if dropout else {})
+    (sums, expected), (other, found) = (
+        gradients_of(model, Likelihood(), mx.float32, recompute)(parameters, batch) for recompute in (False, True)
+    )
+    assert np.array(other) == pytest.approx(np.array(sums), rel=1e-5)
+    for name in parameters:
+        largest = mx.abs(expected[name]).max().item()
+        assert largest > 0
+        assert_close(found[name], expected[name], 1e-4 * max(1.0, largest))
+
+
+def test_dora_by_hand():
+    """One output of weights (3, 4) with m = 10: the row keeps its direction and has the length 10."""
+    linear = nn.Linear(2, 1, bias=False)
+    linear.weight = mx.array([[3.0, 4.0]])
+    from mlx_openelm.lora import LoRALinear
+
+    layer = LoRALinear(linear, 1, 2.0, magnitude=True)
+    assert layer.m.tolist() == [5.0]
+    layer.m = mx.array([10.0])
+    assert_close(layer(mx.array([[1.0, 1.0]])), mx.array([[14.0]]), 1e-6)
+    layer.lora_a, layer.lora_b = mx.array([[1.0], [2.0]]), mx.array([[2.5]])  # w + 2 * 2.5 * (1, 2) = (8, 14)
+    assert_close(layer(mx.array([[1.0, 1.0]])), mx.array([[10 * 22 / (8**2 + 14**2) ** 0.5]]), 1e-5)
+    layer.settle()
+    assert_close(layer.eval()(mx.array([[1.0, 1.0]])), mx.array([[10 * 22 / (8**2 + 14**2) ** 0.5]]), 1e-5)
+
+
+def test_scale_follows_from_alpha_and_rank():
+    assert AdapterConfig(rank=8, alpha=32.0).scale == 4.0
+    assert AdapterConfig(rank=16, alpha=32.0, rank_stabilised=True).scale == 8.0
+
+
+def test_dropout_differs_by_step_and_repeats_with_the_seed(bases):
+    def losses(seed):
+        model, _ = load(bases["float32"])
+        config = replace(METHODS["lora"], dropout=0.5)
+        add_adapter(model, config)
+        model.update(tree_unflatten([(n, p + 0.1) for n, p in adapter_parameters(model).items()]))
+        trainer = trainer_of(model, config, learning_rate=1e-9, dropout=0.5)
+        trainer.recipe = replace(trainer.recipe, seed=seed)
+        return [trainer.take_step()["loss"] for _ in range(3)]
+
+    first = losses(0)
+    assert len(set(first)) == 3
+    assert losses(0) == first
+    assert losses(1) != first
+
+
+def test_only_the_last_layers_get_an_adapter():
+    model = random_model(CONFIG)
+    assert adapter_paths(model, ("qkv_proj", "proj_2"), 1) == [
+        "transformer.layers.1.attn.qkv_proj",
+        "transformer.layers.1.ffn.proj_2",
+    ]
+    assert len(adapter_paths(model, LINEAR_TARGETS)) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"targets": ("q_proj",)}, "q_proj matches no matrix; there are qkv_proj, out_proj, proj_1, proj_2, token_emb"),
+        ({"targets": ()}, "no target matches no matrix"),
+        ({"layers": 3}, "3 layers are to be trained and the model has 2"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused(change, said):
+    with pytest.raises(AdapterError, match=said):
+        add_adapter(random_model(CONFIG), replace(AdapterConfig(), **change))
+
+
+@pytest.mark.parametrize("change", [{"rank": 0}, {"dropout": 1.0}, {"layers": -1}, {"method": "other"}])
+def test_impossible_settings_are_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        replace(AdapterConfig(), **change)
+
+
+class TestSaved:
+    @pytest.fixture
+    def adapter(self, tmp_path):
+        model = random_model(CONFIG)
+        add_adapter(model, METHODS["dora"])
+        (tmp_path / "adapter").mkdir()
+        tensors = adapter_parameters(model)
+        save_adapter(tmp_path / "adapter", tensors, "dora", METHODS["dora"], about_base("base", CONFIG))
+        return tmp_path / "adapter"
+
+    def test_for_another_model_names_the_widths(self, adapter, tmp_path):
+        wider = random_model(replace(CONFIG, ffn_multipliers=(1.0, 4.0)))
+        folder = write_folder(tmp_path / "wider", wider)
+        said = r"another model: transformer.layers.1.ffn.proj_1.lora_b .* \(4, 256\), and \(4, 512\).*2 layers"
+        with pytest.raises(AdapterError, match=said):
+            load(folder, tokenizer="none", adapter=adapter)
+        with pytest.raises(AdapterError, match=said):
+            merge(open_source([folder]), open_adapter(adapter), tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+
+    def test_incomplete_or_damaged(self, adapter, tmp_path):
+        folder = write_folder(tmp_path / "base", random_model(CONFIG))
+        tensors = mx.load(str(adapter / "adapters.safetensors"))
+        name = "transformer.layers.0.attn.qkv_proj.lora_b"
+        mx.save_safetensors(str(adapter / "adapters.safetensors"), {n: t for n, t in tensors.items() if n != name})
+        with pytest.raises(AdapterError, match=f"{name} is missing"):
+            load(folder, tokenizer="none", adapter=adapter)
+        (adapter / "adapters.safetensors").write_bytes(b"damaged")
+        with pytest.raises(AdapterError, match="damaged"):
+            load(folder, tokenizer="none", adapter=adapter)
+        (adapter / "adapter_config.json").unlink()
+        with pytest.raises(AdapterError, match="is no adapter"):
+            load(folder, tokenizer="none", adapter=adapter)
+        with pytest.raises(AdapterError):
+            load(folder, tokenizer="none", adapter=Path("missing"))
+
+
+def test_full_tensors_take_the_places_of_the_models_own(tmp_path):
+    model = random_model(CONFIG)
+    folder = write_folder(tmp_path / "base", model)
+    other = dict(tree_flatten(random_model(CONFIG, seed=1).parameters()))
+    tensors = {name: a for name, a in other.items() if name.startswith("transformer.layers.1.")}
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", tensors, "full", None, about_base("base", CONFIG))
+    expected = random_model(CONFIG)
+    expected.update(tree_unflatten(list(tensors.items())))
+    tokens = mx.array(TOKENS)
+    loaded, _ = load(folder, tokenizer="none", adapter=tmp_path / "adapter", dtype=mx.float32)
+    assert_close(loaded(tokens), expected(tokens), 1e-6)
+    merge(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    assert_close(load(tmp_path / "merged", tokenizer="none")[0](tokens), expected(tokens), 1e-6)
+
+
+def test_a_settled_adapter_gives_the_same(bases):
+    model, _ = load(bases[4])
+    add_adapter(model, replace(METHODS["dora"], targets=(*LINEAR_TARGETS, EMBEDDING_TARGET)))
+    model.update(tree_unflatten([(n, p + 0.05) for n, p in adapter_parameters(model).items()]))
+    model.eval()
+    tokens = mx.array(TOKENS)
+    before = model(tokens)
+    settle(model)
+    assert_close(model(tokens), before, 2e-5)
