@@ -48,10 +48,8 @@ def batch_losses(
     set_parameters(model, dtype, parameters)
     layers = model.transformer.layers
     keys = _dropout_keys(batch, len(layers))
-    for module, key in zip(
-        (*layers, model.transformer.token_embeddings), keys or [None] * (len(layers) + 1), strict=True
-    ):
-        set_dropout_keys(module, key)
+    for place, module in enumerate((*layers, model.transformer.token_embeddings)):
+        set_dropout_keys(module, *keys[place : place + 1])
     hidden = model.transformer(batch["inputs"], segments=batch.get("segments"))
     return objective(model, hidden, batch, _trains_output(model, parameters))
 

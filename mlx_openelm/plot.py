@@ -26,8 +26,9 @@ def plot_run(run: Path, path: Path) -> None:
         OutputError: if the picture cannot be written.
     """
     lines = read_metrics(run)
-    steps = [line["step"] for line in lines]
     held_out = [(line["step"], line["validation_loss"]) for line in lines if line["validation_loss"] is not None]
+    lines = [line for line in lines if line["loss"] is not None] or lines
+    steps = [line["step"] for line in lines]
     with _figure(path, 2, 2) as (figure, axes):
         figure.suptitle(f"Training run {run.resolve().name}: {lines[-1]['tokens'] / 1e6:,.1f} million tokens")
         loss, rate, norm, speed = axes.flat

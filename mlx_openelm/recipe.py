@@ -45,6 +45,7 @@ class Recipe:
     loss_chunk: int = DEFAULT_CHUNK  # tokens whose logits stand in memory at once
     seed: int = 0
     log_every: int = 10
+    validate_first: bool = False  # before the first step too
     validate_every: int = 1000
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
@@ -54,8 +55,8 @@ class Recipe:
     folder: ClassVar[Path]  # of the recipes that come with the package
     # Fields that change how a run is watched, kept and computed, but not what it computes.
     free: ClassVar[frozenset[str]] = frozenset(
-        {"log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "sample_prompt", "early_stop"}
-        | {"steps", "recompute_layers", "loss_chunk"}
+        {"log_every", "validate_every", "validate_first", "checkpoint_every", "keep_checkpoints", "sample_prompt"}
+        | {"early_stop", "steps", "recompute_layers", "loss_chunk"}
     )
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"schedule": SCHEDULES}
     _positive: ClassVar[tuple[str, ...]] = (
@@ -131,7 +132,11 @@ class Recipe:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ConfigError(f"{shorten(unknown)} is not a field of a recipe; there are {', '.join(known)}")
-        missing = [name for name, entry in known.items() if entry.default is MISSING and name not in values]
+        missing = [
+            name
+            for name, entry in known.items()
+            if entry.default is MISSING and entry.default_factory is MISSING and name not in values
+        ]
         if missing:
             raise ConfigError(f"{shorten(missing)} is missing")
         return cls(**{name: cls._read(name, value, known[name].default, folder) for name, value in values.items()})

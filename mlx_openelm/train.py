@@ -50,7 +50,7 @@ class Metrics:
     """Figures of a step; a line of `metrics.jsonl`."""
 
     step: int  # how many are done
-    loss: float  # what the objective minimises: for text cross-entropy, nats per token
+    loss: float | None  # what the objective minimises: for text cross-entropy, nats per token; none before the first
     gradient_norm: float  # before clipping
     learning_rate: float
     tokens: int  # that counted so far; of preferences, pairs
@@ -213,7 +213,7 @@ def train(
     recipe = trainer.recipe
     writes = trainer.group.rank() == 0
     seen = 0
-    best: tuple[float, int | None] = math.inf, None
+    best: tuple[float, int | None] = math.inf, None  # loss on held-out rows, and its step
     worse = 0  # validations in a row that were no better
     if resume:
         state = _resume(trainer, run, on_message)
@@ -238,45 +238,53 @@ def train(
         checkpoint = Checkpoint(trainer.parameters, trainer.moments, state)
         save_checkpoint(run, checkpoint, write, recipe.keep_checkpoints)
 
+    loss, *more = trainer.objective.names
+
+    def validated(metrics: Metrics) -> Metrics:
+        nonlocal best, worse
+        found = trainer.validation()
+        sample = _sample(trainer, tokenizer) if writes and tokenizer and recipe.sample_prompt else None
+        if not math.isfinite(found[loss]):
+            return replace(metrics, sample=sample)
+        worse = 0 if found[loss] < best[0] else worse + 1
+        best = min(best, (found[loss], trainer.step), key=lambda pair: pair[0])
+        further = {name: found[name] for name in more}
+        return replace(metrics, validation_loss=found[loss], validation=further, sample=sample)
+
     saved = trainer.step
     started, started_at = time.perf_counter(), seen
     try:
+        if recipe.validate_first and trainer.step == 0:
+            metrics = validated(Metrics(0, None, 0.0, learning_rate(recipe, 0), 0, 0.0, peak_memory_bytes(), {}))
+            best, worse = (math.inf, None), 0  # of what is trained
+            if metrics.validation_loss is not None:
+                if writes:
+                    _append_metrics(run / "metrics.jsonl", metrics)
+                yield metrics
+            started = time.perf_counter()
         while trainer.step < recipe.steps and not (recipe.early_stop and worse >= recipe.early_stop):
             rate = learning_rate(recipe, trainer.step)
             figures = trainer.take_step()
             seen += int(figures["count"])
-            speed = (seen - started_at) / (time.perf_counter() - started)
-            loss, *more = trainer.objective.names
             metrics = Metrics(
                 trainer.step,
                 figures[loss],
                 figures["gradient_norm"],
                 rate,
                 seen,
-                speed,
+                (seen - started_at) / (time.perf_counter() - started),
                 peak_memory_bytes(),
                 {name: figures[name] for name in more},
             )
             is_last = trainer.step == recipe.steps
-            is_better = False
             if trainer.step % recipe.validate_every == 0 or is_last:
-                found = trainer.validation()
-                is_better = found[loss] < best[0]
-                worse = 0 if is_better or not math.isfinite(found[loss]) else worse + 1
-                best = (found[loss], trainer.step) if is_better else best
-                sample = _sample(trainer, tokenizer) if writes and tokenizer and recipe.sample_prompt else None
-                metrics = replace(
-                    metrics,
-                    validation_loss=found[loss] if math.isfinite(found[loss]) else None,
-                    validation={name: found[name] for name in more} if math.isfinite(found[loss]) else None,
-                    sample=sample,
-                )
+                metrics = validated(metrics)
             on_step(metrics)
             if trainer.step % recipe.log_every == 0 or metrics.validation_loss is not None:
                 if writes:
                     _append_metrics(run / "metrics.jsonl", metrics)
                 yield metrics
-            if trainer.step % recipe.checkpoint_every == 0 or is_last or is_better:
+            if trainer.step % recipe.checkpoint_every == 0 or is_last or best[1] == trainer.step:
                 if writes:
                     save()
                 saved = trainer.step
@@ -329,5 +337,6 @@ def _cut_metrics(path: Path, step: int) -> None:
     """Drop the lines of steps that will be taken again."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+    lines = path.read_text(encoding="utf-8").splitlines() if step else []
+    lines = [line for line in lines if json.loads(line)["step"] <= step]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

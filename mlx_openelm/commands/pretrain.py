@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import ConfigError
 from .options import examples
+from .progress import training_progress
 from .terminal import INTERRUPTED, byte_bar, fail, say
-
-if TYPE_CHECKING:
-    from ..train import Metrics
 
 EXAMPLES = examples(
     'openelm-mlx pretrain --config recipe.yaml --data "stories/*.txt" --output runs/stories',
@@ -89,7 +83,7 @@ def pretrain(
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
     try:
-        with _progress(recipe.steps, main) as show:
+        with training_progress(recipe.steps, main) as show:
             for metrics in steps:
                 show(metrics)
     except KeyboardInterrupt:
@@ -111,40 +105,3 @@ def _fields(arguments: list[str]) -> dict[str, str]:
             value = rest.pop(0)
         fields[name.removeprefix("--").replace("-", "_")] = value
     return fields
-
-
-@contextmanager
-def _progress(steps: int, main: bool) -> Iterator[Callable[[Metrics], None]]:
-    """A bar with loss, speed and time left on a terminal; elsewhere a line now and then."""
-
-    def text(metrics: Metrics) -> str:
-        held_out = ""
-        if metrics.validation_loss is not None:
-            held_out = f", held-out {metrics.validation_loss:.4f} (perplexity {math.exp(metrics.validation_loss):,.1f})"
-        return f"loss {metrics.loss:.4f}{held_out}, {metrics.tokens_per_second:,.0f} tokens/s"
-
-    if not main:
-        yield lambda metrics: None
-        return
-    if not sys.stderr.isatty():
-
-        def show_line(metrics: Metrics) -> None:
-            say(f"step {metrics.step:,} of {steps:,}: {text(metrics)}")
-            if metrics.sample:
-                say(f"sample: {metrics.sample}")
-
-        yield show_line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=steps)
-
-        def show_bar(metrics: Metrics) -> None:
-            progress.update(task, completed=metrics.step, description=text(metrics))
-            if metrics.sample:
-                progress.console.print(metrics.sample, style="dim", markup=False)
-
-        yield show_bar

@@ -1,0 +1,86 @@
+"""Does tuning teach the built-in model the answers of ARC-Easy, in minutes?
+
+Tunes openelm-tiny with LoRA on the answers of the training questions, in the paper's prompt form, and follows the loss
+on the answers of the test questions. What an answer costs when its form is known and the choice among the four is
+not, is told beside it. The curve is kept beside the figures.
+
+python benchmarks/tune_arc.py --data FOLDER     # with train.json and test.json
+"""
+
+import argparse
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from common import RESULTS, report
+
+from mlx_openelm.plot import plot_run
+from mlx_openelm.tune import prepare_tuning, tune
+from mlx_openelm.tune_recipe import TuneRecipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.json and test.json")
+    parser.add_argument("--epochs", type=float, default=2.0)
+    arguments = parser.parse_args()
+    recipe = TuneRecipe(
+        data=str(arguments.data),
+        validation=str(arguments.data / "test.json"),
+        rank=16,
+        alpha=32.0,
+        batch_size=16,
+        epochs=arguments.epochs,
+        learning_rate=2e-3,
+        validate_every=70,
+        dtype="float32",
+    )
+    tuning = prepare_tuning(recipe)
+    with tempfile.TemporaryDirectory() as place:
+        run = Path(place) / "openelm-tiny on ARC-Easy"
+        started = time.perf_counter()
+        metrics = []
+        for figures in tune(tuning, run):
+            metrics.append(figures)
+            print(figures.step, figures.loss, figures.validation_loss, flush=True)
+        seconds = time.perf_counter() - started
+        shutil.copy(run / "metrics.jsonl", RESULTS / "tune_arc.jsonl")
+        plot_run(run, RESULTS / "tune_arc.png")
+    held_out = [(m.step, m.validation_loss) for m in metrics if m.validation_loss is not None]
+    choice = choice_nats(arguments.data / "test.json", tuning)
+    rows = [
+        ["", "loss on the answers of the test questions, nats per token"],
+        ["untuned", f"{held_out[0][1]:.4f}"],
+        ["tuned", f"{held_out[-1][1]:.4f}"],
+        ["form known, choice unknown", f"{choice:.4f}"],
+    ]
+    report(
+        "tune_arc",
+        rows,
+        {
+            "steps": tuning.recipe.steps,
+            "trained_parameters": tuning.num_parameters,
+            "examples": len(tuning.train.examples),
+            "test_examples": len(tuning.held_out.examples) if tuning.held_out else 0,
+            "seconds": seconds,
+            "held_out": held_out,
+            "choice_nats": choice,
+        },
+    )
+
+
+def choice_nats(path: Path, tuning) -> float:  # type: ignore[no-untyped-def]
+    """Entropy of which answer is right, over the tokens of an answer."""
+    records = json.loads(path.read_text(encoding="utf-8"))
+    counts = Counter(record["answer"] for record in records)
+    entropy = -sum(n * math.log(n / len(records)) for n in counts.values()) / len(records)
+    held_out = tuning.held_out.examples
+    return entropy / (sum(int(example.answer.sum()) for example in held_out) / len(held_out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""`openelm-mlx tune` and `openelm-mlx merge`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Option
+
+from ..hub import BUILT_IN_MODEL
+from ..tune_recipe import TuneRecipe
+from .options import Dtype, Json, Model, Revision, TokenizerOption, examples
+from .progress import training_progress
+from .terminal import INTERRUPTED, byte_bar, fail, mib, print_json, say
+
+if TYPE_CHECKING:
+    from ..examples import Example, ExampleSet
+    from ..tokenizer import Tokenizer
+    from ..tune import Tuning
+
+EXAMPLES = examples(
+    "openelm-mlx tune --data answers.jsonl --validation 0.05 --output my-adapter",
+    "openelm-mlx tune -m OpenELM-270M --data ARC-Easy --method dora --rank 16 --gradient-checkpointing -o arc",
+    "openelm-mlx tune -m OpenELM-270M --config commonsense --data commonsense_170k.json -o commonsense",
+    "openelm-mlx tune -m OpenELM-1_1B --method dpo --data pairs.jsonl --dry-run -o polite",
+)
+MERGE_EXAMPLES = examples(
+    "openelm-mlx merge -m OpenELM-270M --adapter arc --output OpenELM-270M-arc",
+    "openelm-mlx merge -m OpenELM-270M-4bit --adapter arc --output OpenELM-270M-arc-4bit --quantize 4",
+)
+
+
+def tune(
+    context: typer.Context,
+    output: Annotated[Path, Option("--output", "-o", help="Folder of the adapter and its run.", metavar="DIR")],
+    config: Annotated[
+        str | None, Option(help="Recipe in YAML, or one from the package, as commonsense.", metavar="FILE_OR_NAME")
+    ] = None,
+    model: Model = TuneRecipe.model,
+    data: Annotated[
+        str, Option("--data", "-d", help="File, or folder with train and valid files.", metavar="FILE_OR_DIR")
+    ] = TuneRecipe.data,
+    method: Annotated[
+        str, Option(help="lora, dora or full; dpo: lora on pairs, as also dora+dpo and full+dpo.", metavar="M")
+    ] = TuneRecipe.method,
+    rank: Annotated[int, Option(help="Rank of the adapter.", metavar="R")] = TuneRecipe.rank,
+    alpha: Annotated[float, Option(help="The adapter counts alpha / rank times.", metavar="A")] = TuneRecipe.alpha,
+    rank_stabilised: Annotated[bool, Option("--rank-stabilised", help="alpha / sqrt(rank) instead.")] = False,
+    dropout: Annotated[
+        float, Option(help="Share of the adapter's inputs that is dropped.", metavar="P")
+    ] = TuneRecipe.dropout,
+    targets: Annotated[
+        str, Option(help="Matrices that get an adapter; token_embeddings is one more.", metavar="NAMES")
+    ] = ",".join(TuneRecipe.targets),
+    layers: Annotated[int, Option(help="Train that many of the last layers; 0: all.", metavar="N")] = TuneRecipe.layers,
+    epochs: Annotated[float, Option(help="How often each example is seen.", metavar="E")] = TuneRecipe.epochs,
+    steps: Annotated[int, Option(help="Steps, in place of epochs.", metavar="N")] = TuneRecipe.steps,
+    batch_size: Annotated[
+        int, Option("--batch-size", "-b", help="Examples that are computed at once.", metavar="B")
+    ] = TuneRecipe.batch_size,
+    accumulate: Annotated[int, Option(help="Batches in a step.", metavar="K")] = TuneRecipe.accumulate,
+    learning_rate: Annotated[float, Option(help="Largest learning rate.", metavar="L")] = TuneRecipe.learning_rate,
+    schedule: Annotated[
+        str, Option(help="cosine, linear or constant, after the warm-up.", metavar="S")
+    ] = TuneRecipe.schedule,
+    warmup_steps: Annotated[
+        int, Option(help="Steps until the largest rate; 0: 3 % of all.", metavar="N")
+    ] = TuneRecipe.warmup_steps,
+    weight_decay: Annotated[float, Option(help="Decay of matrices.", metavar="W")] = TuneRecipe.weight_decay,
+    max_length: Annotated[
+        int, Option(help="Tokens of an example; 0: the model's context.", metavar="T")
+    ] = TuneRecipe.max_length,
+    max_prompt: Annotated[
+        int, Option(help="Tokens before the answer, of which the last are kept; 0: all.", metavar="T")
+    ] = TuneRecipe.max_prompt,
+    too_long: Annotated[
+        str, Option(help="What happens to longer ones: cut or drop.", metavar="W")
+    ] = TuneRecipe.too_long,
+    pack: Annotated[bool, Option("--pack", help="Several examples in a row, which do not see one another.")] = False,
+    train_on: Annotated[
+        str, Option(help="completion: learn answers; all: every token.", metavar="WHAT")
+    ] = TuneRecipe.train_on,
+    columns: Annotated[str, Option(help="Names in the data: prompt=question,completion=answer.", metavar="NAMES")] = "",
+    validation: Annotated[
+        str, Option(help="File to validate with, or a share of the examples.", metavar="FILE|SHARE")
+    ] = TuneRecipe.validation,
+    validate_every: Annotated[int, Option(help="Steps between validations.", metavar="N")] = TuneRecipe.validate_every,
+    early_stop: Annotated[
+        int, Option(help="End after N validations without a better loss; 0: never.", metavar="N")
+    ] = TuneRecipe.early_stop,
+    gradient_checkpointing: Annotated[
+        bool, Option("--gradient-checkpointing", help="Compute each layer twice: less memory, more time.")
+    ] = False,
+    beta: Annotated[float, Option(help="Of dpo: how far preferences may go.", metavar="B")] = TuneRecipe.beta,
+    preference_loss: Annotated[str, Option(help="Of dpo: sigmoid or hinge.", metavar="L")] = TuneRecipe.preference_loss,
+    sample_prompt: Annotated[
+        str, Option(help="Text that is continued at each validation.", metavar="TEXT")
+    ] = TuneRecipe.sample_prompt,
+    dtype: Dtype = TuneRecipe.dtype,
+    tokenizer: TokenizerOption = None,
+    seed: Annotated[int, Option(help="Order of the examples, fresh adapter, dropout.", metavar="N")] = TuneRecipe.seed,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show examples, steps and memory, and end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model: LoRA, DoRA, in full, or on pairs of answers. The result is an adapter."""
+    recipe = _recipe(config, _given(context), gradient_checkpointing)
+
+    import mlx.core as mx
+
+    from ..memory import tuning_memory
+    from ..tune import prepare_tuning
+    from ..tune import tune as run
+
+    group = mx.distributed.init()
+    main = group.rank() == 0
+    tuning = prepare_tuning(recipe)
+    memory = tuning_memory(tuning, group.size())
+    if main and not as_json:
+        _show(tuning, group.size())
+        say(f"memory: about {mib(memory.peak_bytes)}, and this machine has {mib(memory.limit_bytes)} for it")
+    if main and not memory.fits:
+        say("warning: it does not fit; try --gradient-checkpointing, a smaller --batch-size or --max-length")
+    if dry_run:
+        if as_json and main:
+            print_json({"recipe": tuning.recipe.to_dict(), "memory": memory.to_dict(), **_counts(tuning)})
+        return
+
+    run_steps = run(tuning, output, resume=resume, group=group, on_message=say if main else lambda message: None)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
+    last = first = None
+    try:
+        with training_progress(tuning.recipe.steps, main) as show:
+            for metrics in run_steps:
+                show(metrics)
+                last = metrics
+                first = metrics.validation_loss if metrics.step == 0 else first
+    except KeyboardInterrupt:
+        run_steps.close()
+        fail(f"interrupted; --resume goes on from {output}", INTERRUPTED)
+    if main:
+        _report(tuning, output, first, last, as_json)
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """Fields of the recipe that stood on the command line: only they change what a file says."""
+    known = {entry.name for entry in fields(TuneRecipe)}
+    sources = {name: context.get_parameter_source(name) for name in context.params if name in known}
+    return {name: context.params[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
+
+
+def _recipe(config: str | None, given: dict[str, Any], recompute_layers: bool) -> TuneRecipe:
+    """The recipe of a file with what was given beside it."""
+    if recompute_layers:
+        given["recompute_layers"] = True
+    if "method" in given:
+        kinds = given["method"].split("+")
+        given["objective"] = "dpo" if "dpo" in kinds else "likelihood"
+        given["method"] = "+".join(kind for kind in kinds if kind != "dpo") or TuneRecipe.method
+    changes = TuneRecipe.from_dict(given)
+    if config is None:
+        return changes
+    return replace(TuneRecipe.from_file(TuneRecipe.named(config)), **{name: getattr(changes, name) for name in given})
+
+
+def _counts(tuning: Tuning) -> dict[str, Any]:
+    return {
+        "kind": tuning.train.kind,
+        "examples": len(tuning.train.examples),
+        "held_out": len(tuning.held_out.examples) if tuning.held_out else 0,
+        "cut": tuning.train.num_cut,
+        "dropped": tuning.train.num_dropped,
+        "broken": tuning.train.num_broken,
+        "trained_parameters": tuning.num_parameters,
+    }
+
+
+def _show(tuning: Tuning, processes: int) -> None:
+    """What is about to be done, with one example as the model will see it."""
+    recipe, counts = tuning.recipe, _counts(tuning)
+    say(f"{_described(tuning.train)}, {counts['held_out']:,} held out; the first, with what is learnt marked:")
+    for side in tuning.train.examples[0].sides:
+        typer.echo(_marked(side, tuning.tokenizer), err=True)
+    total = tuning.model.config.num_parameters
+    kind = f"{recipe.method}, rank {recipe.rank}, scale {recipe.adapter.scale:g}" if recipe.adapter else "full"
+    say(f"trains {tuning.num_parameters:,} numbers beside {total:,} of the model ({kind}), {recipe.objective}")
+    rows = recipe.batch_size * recipe.accumulate
+    shared = f" on {processes} processes" if processes > 1 else ""
+    say(f"{recipe.steps:,} steps of {rows:,} examples{shared}; an epoch has {tuning.rows.steps_per_epoch:,}")
+
+
+def _described(found: ExampleSet) -> str:
+    more = [
+        f"{count:,} {what}"
+        for count, what in (
+            (found.num_cut, "cut"),
+            (found.num_dropped, "dropped"),
+            (found.num_broken, "broken lines passed over"),
+        )
+        if count
+    ]
+    return f"{len(found.examples):,} examples of the kind {found.kind}" + (f" ({', '.join(more)})" if more else "")
+
+
+def _marked(example: Example, tokenizer: Tokenizer) -> str:
+    from ..examples import marked
+
+    if sys.stderr.isatty():
+        styles: dict[bool, dict[str, Any]] = {True: {"fg": "green", "bold": True}, False: {"dim": True}}
+        stretches = [typer.style(text, **styles[answer]) for text, answer in marked(example, tokenizer)]
+    else:
+        stretches = [f"[[{text}]]" if answer else text for text, answer in marked(example, tokenizer)]
+    return "".join(stretches)
+
+
+def _report(tuning: Tuning, output: Path, first: float | None, last: Any, as_json: bool) -> None:
+    from ..tune import best_checkpoint
+
+    best = best_checkpoint(output)
+    step = int(best.name.split("-")[1]) if best is not None else None
+    if as_json:
+        print_json(
+            {
+                "adapter": str(output),
+                "step": step,
+                "held_out_loss_before": first,
+                "last": last.to_dict() if last else None,
+                **_counts(tuning),
+            }
+        )
+        return
+    typer.echo(
+        f"{output}: the adapter of step {step:,}" if step is not None else f"{output}: nothing was left to train"
+    )
+    if first is not None and last is not None and last.validation_loss is not None:
+        typer.echo(f"held-out loss {first:.4f} before and {last.validation_loss:.4f} at the end")
+    typer.echo(f"try it: openelm-mlx generate -m {tuning.recipe.model} --adapter {output} --prompt ...")
+
+
+def merge(
+    adapter: Annotated[
+        str, Option("--adapter", "-a", help="Folder of the adapter, or CoreNet .pt file.", metavar="ADAPTER")
+    ],
+    output: Annotated[Path, Option("--output", "-o", help="Folder to write.", metavar="DIR")],
+    model: Model = BUILT_IN_MODEL,
+    quantize: Annotated[
+        int | None,
+        Option("--quantize", "-q", help="Quantize the result, and say what that costs.", metavar="BITS"),
+    ] = None,
+    group_size: Annotated[int | None, Option(help="Values that share a scale.", metavar="N")] = None,
+    mode: Annotated[str | None, Option(help="affine, mxfp4, mxfp8 or nvfp4.", metavar="MODE")] = None,
+    dequantize: Annotated[
+        bool, Option("--dequantize", help="Write it in full, as is done without --quantize.")
+    ] = False,
+    dtype: Annotated[str, Option(help="auto, float16, bfloat16 or float32.", metavar="D")] = "auto",
+    force: Annotated[bool, Option("--force", "-f", help="Replace a model at the output.")] = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its model, and write that as a model of its own."""
+    from ..errors import ConfigError
+    from ..merge import merge_folder
+    from ..quantize import Quantization
+
+    if dequantize and (quantize or mode):
+        raise ConfigError("--quantize and --dequantize contradict one another")
+    quantization = Quantization.of(quantize, group_size, mode) if quantize or mode else None
+    with byte_bar("merging") as update:
+        result = merge_folder(
+            model,
+            adapter,
+            output,
+            quantization=quantization,
+            dtype=dtype,
+            force=force,
+            revision=revision,
+            on_progress=update,
+        )
+    if as_json:
+        print_json({**asdict(result), "folder": str(result.folder)})
+        return
+    typer.echo(f"{result.folder}: {result.num_merged} matrices merged, {mib(result.output_bytes)}")
+    if result.unties:
+        typer.echo("the output has a matrix of its own now: the adapter changes only what goes in")
+    if result.dequantized:
+        typer.echo(
+            "written in full, because quantizing again loses small changes; --quantize does it and says how many"
+        )
+    if result.divergence is not None:
+        typer.echo(
+            f"quantizing the result costs {result.divergence:.4f} nats per token (KL divergence from the model with "
+            f"its adapter); the adapter itself moved it by {result.adapter_divergence:.4f}"
+        )

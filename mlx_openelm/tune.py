@@ -1,0 +1,267 @@
+"""Fine-tuning: what of a model is trained and on what, and the run.
+
+LoRA, DoRA and full fine-tuning differ in which parameters are trained, likelihood and preferences in the objective.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
+from .batch import Rows
+from .checkpoints import checkpoint_folder, checkpoint_folders
+from .device import DTYPES
+from .errors import AdapterError, ConfigError, DataError, TokenizerError, TrainingError
+from .example_rows import ExampleBatches, all_rows
+from .examples import ExampleOptions, ExampleSet, read_splits
+from .lora import adapter_parameters, add_adapter
+from .loss import Batch, Likelihood, Objective
+from .model import OpenELM
+from .optimizer import Tensors
+from .preference import Preference, reference_logprobs
+from .tokenizer import Tokenizer
+from .train import Metrics, Trainer, train
+from .tune_recipe import TuneRecipe
+from .weights import dtype_named, load
+
+
+class ExampleRows:
+    """The rows of examples that a recipe asks for, to train on and to validate with."""
+
+    def __init__(self, recipe: TuneRecipe, examples: ExampleSet, held_out: ExampleSet | None, fingerprint: str):
+        self._recipe = recipe
+        self._held_out = held_out
+        self._batches = ExampleBatches(
+            examples.examples,
+            recipe.batch_size * recipe.accumulate,
+            max_length=recipe.max_length,
+            pack=recipe.pack,
+            seed=recipe.seed,
+        )
+        self.rows_per_entry = self._batches.rows_per_entry
+        self.rows_per_step = recipe.batch_size * recipe.accumulate * self.rows_per_entry
+        self.steps_per_epoch = self._batches.steps_per_epoch
+        marks = [fingerprint, examples.fingerprint, held_out.fingerprint if held_out else ""]
+        self.fingerprint = hashlib.sha256("".join(marks).encode()).hexdigest()
+
+    def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
+        """Rows `first` to `first + count` of a step's; the two of a pair stay together.
+
+        Raises:
+            TrainingError: if that is not possible.
+        """
+        share = None if count is None else count // self.rows_per_entry
+        if count is not None and count % self.rows_per_entry:
+            raise TrainingError(f"{self.rows_per_step // 2} pairs cannot be shared evenly by the processes")
+        return self._batches.step(step, first // self.rows_per_entry, share)
+
+    def validation(self, first: int, stride: int) -> Iterator[Rows]:
+        """Every `stride`-th batch of held-out examples."""
+        if self._held_out is not None:
+            yield from all_rows(self._held_out.examples, self._recipe.batch_size, first, stride)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A model and examples, ready to be tuned.
+
+    Attributes:
+        recipe: with everything found out that it left open: steps, warm-up, length, type.
+        parameters: what is trained, float32, by name.
+        num_parameters: how many numbers that is.
+    """
+
+    recipe: TuneRecipe
+    model: OpenELM
+    tokenizer: Tokenizer
+    train: ExampleSet
+    held_out: ExampleSet | None
+    test: ExampleSet | None
+    rows: ExampleRows
+    parameters: Tensors
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.size for p in self.parameters.values())
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What an adapter remembers of its model."""
+        return about_base(Path(self.recipe.model).name, self.model.config)
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        if self.recipe.objective == "dpo":
+            return Preference(self.recipe.beta, self.recipe.preference_loss, self.recipe.loss_chunk)
+        return Likelihood(self.recipe.z_loss, self.recipe.loss_chunk)
+
+
+def prepare_tuning(recipe: TuneRecipe) -> Tuning:
+    """Load the model, read the examples, and find out what the recipe leaves open.
+
+    Raises:
+        OpenELMError: of the kind that fits, if anything is missing or contradictory.
+    """
+    if not recipe.data:
+        raise DataError("no data is named; give --data FILE_OR_DIR, or `data` in the recipe")
+    model, tokenizer = load(recipe.model, dtype=dtype_named(recipe.dtype), tokenizer=recipe.tokenizer or None)
+    if tokenizer is None:
+        raise TokenizerError(f"{recipe.model} was converted without a tokenizer; give one with --tokenizer")
+    context = model.config.max_context_length
+    if recipe.max_length > context:
+        raise ConfigError(f"max_length is {recipe.max_length} and the model's context {context}")
+    dtype = str(model.transformer.norm.weight.dtype).removeprefix("mlx.core.")
+    recipe = replace(recipe, max_length=recipe.max_length or context, dtype=dtype)
+
+    options = ExampleOptions(
+        max_length=recipe.max_length,
+        max_prompt=recipe.max_prompt,
+        too_long=recipe.too_long,
+        train_on=recipe.train_on,
+        columns=recipe.columns,
+        indent=recipe.indent,
+    )
+    validation = _share(recipe.validation) or recipe.validation or None
+    examples, held_out, test = read_splits(Path(recipe.data), tokenizer, options, validation, recipe.seed)
+    if (examples.kind == "preference") != (recipe.objective == "dpo"):
+        needed = (
+            "prompt, chosen and rejected"
+            if recipe.objective == "dpo"
+            else "a text or an answer; --method dpo takes pairs"
+        )
+        raise DataError(f"{examples.path} holds examples of the kind {examples.kind}; this method needs {needed}")
+    rows = ExampleRows(recipe, examples, held_out, _fingerprint(model))
+    parameters = _trained(model, recipe)
+    steps = recipe.steps or max(1, round(recipe.epochs * rows.steps_per_epoch))
+    warmup = recipe.warmup_steps or round(recipe.warmup_share * steps)
+    recipe = replace(recipe, steps=steps, warmup_steps=warmup)
+    return Tuning(recipe, model, tokenizer, examples, held_out, test, rows, parameters)
+
+
+def tune(
+    tuning: Tuning,
+    output: Path,
+    *,
+    resume: bool = False,
+    group: mx.distributed.Group | None = None,
+    on_step: Callable[[Metrics], None] = lambda metrics: None,
+    on_message: Callable[[str], None] = lambda message: None,
+) -> Generator[Metrics, None, None]:
+    """Train to the recipe's last step; see `train`. A checkpoint is an adapter.
+
+    At the end, or when it is interrupted, `output` itself is the adapter with the best loss on held-out examples, or
+    where there are none, the last one.
+
+    Raises:
+        TrainingError: if the run cannot start or go on; the last good adapter stays.
+    """
+    trainer = make_trainer(tuning, group)
+
+    def write(folder: Path, parameters: Tensors) -> None:
+        save_adapter(folder, parameters, tuning.recipe.method, tuning.recipe.adapter, tuning.base)
+
+    try:
+        yield from train(
+            trainer, tuning.tokenizer, output, write, resume=resume, on_step=on_step, on_message=on_message
+        )
+    finally:
+        if trainer.group.rank() == 0:
+            _publish(output)
+
+
+def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> Trainer:
+    """The trainer of what is to be tuned.
+
+    Raises:
+        TrainingError: if the batch cannot be split over the processes.
+    """
+    recipe, group = tuning.recipe, group or mx.distributed.init()
+    rows = max(1, recipe.batch_size // group.size()) * tuning.rows.rows_per_entry
+    prepare: Callable[[Batch], Batch] = _unchanged
+    if recipe.objective == "dpo":
+        reference = mx.compile(partial(reference_logprobs, tuning.model, DTYPES[recipe.dtype], dict(tuning.parameters)))
+
+        def prepare(batch: Batch) -> Batch:
+            found = {**batch, "reference": reference(batch)}
+            mx.eval(found)
+            return found
+
+    return Trainer(
+        recipe,
+        tuning.model,
+        tuning.parameters,
+        tuning.rows,
+        tuning.objective,
+        micro_batch_size=rows,
+        dropout=recipe.adapter is not None and recipe.dropout > 0,
+        prepare=prepare,
+        group=group,
+    )
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the best loss on held-out examples; where none was measured, the last."""
+    folders = checkpoint_folders(run)
+    if not folders:
+        return None
+    best = json.loads((folders[-1] / "state.json").read_text())["best_step"]
+    return checkpoint_folder(run, best) if best is not None else folders[-1]
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def _publish(run: Path) -> None:
+    folder = best_checkpoint(run)
+    if folder is None:
+        return
+    for name in (TENSOR_FILE, CONFIG_FILE):
+        shutil.copyfile(folder / name, run / f".{name}")
+        (run / f".{name}").replace(run / name)
+
+
+def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
+    """What is trained of a model, float32; an adapter is put on it."""
+    if recipe.adapter is not None:
+        add_adapter(model, recipe.adapter, recipe.seed)
+        return adapter_parameters(model)
+    own = dict(tree_flatten(model.parameters()))
+    if any(name.endswith(".scales") for name in own):
+        raise AdapterError(
+            f"{recipe.model} is quantized and cannot be trained in full; convert it with --dequantize, or use lora"
+        )
+    count = model.config.num_transformer_layers
+    if recipe.layers > count:
+        raise AdapterError(f"{recipe.layers} layers are to be trained and the model has {count}")
+    layers = tuple(f"transformer.layers.{layer}." for layer in range(count - recipe.layers, count))
+    names = [name for name in own if not recipe.layers or name.startswith(layers)]
+    trained = {name: own[name].astype(mx.float32) for name in names}
+    mx.eval(trained)
+    return trained
+
+
+def _fingerprint(model: OpenELM) -> str:
+    """A hash of the configuration and of the norms: enough to tell models apart."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, array in dict(tree_flatten(model.parameters())).items():
+        if array.ndim == 1:
+            digest.update(name.encode() + bytes(memoryview(array.astype(mx.float32))))
+    return digest.hexdigest()
+
+
+def _share(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None

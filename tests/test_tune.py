@@ -1,0 +1,467 @@
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from conftest import assert_close, random_model, refused, run, write_folder
+from mlx_openelm import OpenELMConfig, load, train
+from mlx_openelm.checkpoints import checkpoint_folders
+from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingError
+from mlx_openelm.memory import tuning_memory
+from mlx_openelm.tune import make_trainer, prepare_tuning, tune
+from mlx_openelm.tune_recipe import RECIPES, TuneRecipe
+
+CONFIG = OpenELMConfig.layerwise(
+    num_transformer_layers=2,
+    model_dim=32,
+    head_dim=8,
+    num_gqa_groups=2,
+    ffn_dim_divisor=16,
+    vocab_size=400,
+    max_context_length=64,
+)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tokenizer):
+    """A model, and examples of three kinds."""
+    root = tmp_path_factory.mktemp("tune")
+    write_folder(root / "model", random_model(CONFIG), tokenizer)
+    places = ["river", "garden", "house", "fence"]
+    answers = [{"prompt": f"The fox {n % 7} ran", "completion": f" to the {places[n % 4]}."} for n in range(24)]
+    write_lines(root / "answers.jsonl", answers)
+    write_lines(root / "valid.jsonl", answers[:6])
+    pairs = [{"prompt": "The fox", "chosen": f" ran to {n % 4}.", "rejected": f" was {n % 3} gone."} for n in range(16)]
+    write_lines(root / "pairs.jsonl", pairs)
+    return root
+
+
+@pytest.fixture(scope="module")
+def recipe(files):
+    return TuneRecipe(
+        model=str(files / "model"),
+        data=str(files / "answers.jsonl"),
+        validation=str(files / "valid.jsonl"),
+        rank=4,
+        steps=12,
+        batch_size=4,
+        learning_rate=0.02,
+        dropout=0.1,
+        dtype="float32",
+        log_every=1,
+        validate_every=6,
+        checkpoint_every=3,
+    )
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["gradient_norm"], line["validation_loss"]) for line in lines]
+
+
+def tuned(recipe, run, **options):
+    return list(tune(prepare_tuning(recipe), run, **options))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, recipe):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    tuned(recipe, folder)
+    return folder
+
+
+def test_a_run_learns_and_leaves_an_adapter(whole_run, files):
+    found = losses(whole_run)
+    assert [step for step, *_ in found] == list(range(13))
+    assert found[0][1] is None
+    assert found[0][3] > found[6][3] > found[12][3]
+    model, _ = load(files / "model", adapter=whole_run)
+    plain, _ = load(files / "model")
+    tokens = mx.array([[1, 20, 30]])
+    assert mx.abs(model(tokens) - plain(tokens)).max().item() > 0.1
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("objective", ["likelihood", "dpo"])
+def test_every_method_and_objective_learns(tmp_path, recipe, files, method, objective):
+    recipe = replace(recipe, method=method, objective=objective, beta=0.1)
+    if objective == "dpo":
+        recipe = replace(recipe, data=str(files / "pairs.jsonl"), validation="0.25")
+    found = tuned(recipe, tmp_path / "run")
+    assert found[-1].validation_loss < found[0].validation_loss - 0.02
+    if objective == "dpo":
+        assert found[0].validation == {"margin": pytest.approx(0, abs=1e-5), "accuracy": pytest.approx(0, abs=1)}
+        assert found[-1].validation["margin"] > 0.05
+    model, _ = load(files / "model", adapter=tmp_path / "run")
+    assert mx.all(mx.isfinite(model(mx.array([[1, 2, 3]])))).item()
+
+
+def test_the_reference_is_the_model_as_it_was(recipe, files):
+    recipe = replace(recipe, objective="dpo", data=str(files / "pairs.jsonl"), validation="", learning_rate=0.05)
+    trainer = make_trainer(prepare_tuning(recipe))
+    rows = trainer.data.step(0)
+    from mlx_openelm.batch import make_batch
+
+    before = trainer._prepare(make_batch(rows))["reference"]
+    plain, _ = load(files / "model")
+    logits = plain(mx.array(rows.tokens[:, :-1]))
+    logprobs = mx.take_along_axis(logits - mx.logsumexp(logits, axis=-1, keepdims=True),
+                                  mx.array(rows.tokens[:, 1:, None]), axis=-1)[..., 0]  # fmt: skip
+    assert_close(before, (logprobs * mx.array(rows.counted)).sum(axis=1), 1e-4)
+    for _ in range(4):
+        trainer.take_step()
+    assert_close(trainer._prepare(make_batch(rows))["reference"], before, 1e-5)
+
+
+def test_only_the_last_layers_are_trained_in_full(recipe):
+    tuning = prepare_tuning(replace(recipe, method="full", layers=1))
+    assert {name.split(".")[2] for name in tuning.parameters} == {"1"}
+    before = dict(tree_flatten(tuning.model.parameters()))
+    trainer = make_trainer(tuning)
+    trainer.take_step()
+    after = dict(tree_flatten(trainer.current_model().parameters()))
+    for name, array in before.items():
+        assert mx.array_equal(after[name], array) == (not name.startswith("transformer.layers.1.")), name
+
+
+@pytest.mark.parametrize("stop", [2, 5, 9])
+def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, recipe, stop):
+    steps = tune(prepare_tuning(recipe), tmp_path / "run")
+    for _ in range(stop):
+        next(steps)
+    steps.close()
+    tuned(recipe, tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(whole_run)
+    ours, theirs = (mx.load(str(folder / "adapters.safetensors")) for folder in (tmp_path / "run", whole_run))
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"rank": 8}, "rank: 4 and 8"), ({"seed": 5}, "seed: 0 and 5"), ({"dropout": 0.0}, "dropout: 0.1 and 0.0")],
+)
+def test_another_recipe_cannot_go_on(whole_run, recipe, change, named):
+    with pytest.raises(TrainingError, match=named):
+        tuned(replace(recipe, **change), whole_run, resume=True)
+
+
+def test_other_examples_cannot_go_on(tmp_path, whole_run, recipe):
+    shutil.copytree(whole_run, tmp_path / "run")
+    data = tmp_path / "answers.jsonl"
+    shutil.copy(recipe.data, data)
+    with pytest.raises(TrainingError, match=r"data: .*answers.jsonl"):
+        tuned(replace(recipe, data=str(data)), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_accumulated_batches_make_the_step_of_one_large_one(recipe, method):
+    recipe = replace(recipe, dropout=0.0, method=method)
+    one = make_trainer(prepare_tuning(recipe))
+    two = make_trainer(prepare_tuning(replace(recipe, batch_size=1, accumulate=4)))
+    for _ in range(2):
+        assert two.take_step() == pytest.approx(one.take_step(), rel=1e-4)
+    for name, p in one.parameters.items():
+        assert_close(two.parameters[name], p, 1e-3)
+
+
+def test_layer_by_layer_makes_the_same_run(tmp_path, whole_run, recipe):
+    tuned(replace(recipe, recompute_layers=True), tmp_path / "run")
+    one, other = losses(tmp_path / "run"), losses(whole_run)
+    for step in (6, 12):
+        assert one[step][3] == pytest.approx(other[step][3], rel=1e-3)
+
+
+def test_packed_rows_learn_the_same_examples(recipe):
+    """Each packed row is a batch of examples on their own: the summed losses agree."""
+    recipe = replace(recipe, dropout=0.0, learning_rate=1e-9, batch_size=24)
+    alone = make_trainer(prepare_tuning(recipe))
+    packed = make_trainer(prepare_tuning(replace(recipe, pack=True, max_length=64, batch_size=12)))
+    assert packed.data.steps_per_epoch == 1
+    one, other = alone.take_step(), packed.take_step()
+    assert other["count"] == one["count"]
+    assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_the_loss_is_that_of_answers_alone(recipe, files):
+    """By hand: the mean over answer tokens, EOS among them, of all examples of a step."""
+    trainer = make_trainer(prepare_tuning(replace(recipe, dropout=0.0)))
+    rows = trainer.data.step(0)
+    plain, _ = load(files / "model")
+    logits = np.array(plain(mx.array(rows.tokens[:, :-1])))
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    picked = np.take_along_axis(logprobs, rows.tokens[:, 1:, None], axis=-1)[..., 0]
+    figures = trainer.take_step()
+    assert figures["count"] == rows.counted.sum()
+    assert figures["loss"] == pytest.approx(-picked[rows.counted].mean(), rel=1e-4)
+
+
+def test_a_step_without_a_target_changes_nothing(recipe):
+    trainer = make_trainer(prepare_tuning(recipe))
+    rows = trainer.data.step(0)
+    trainer.data.step = lambda *arguments: replace(rows, counted=np.zeros_like(rows.counted))
+    before = dict(trainer.parameters)
+    assert trainer.take_step()["count"] == 0
+    assert trainer.step == 1
+    assert all(mx.array_equal(trainer.parameters[name], p) for name, p in before.items())
+
+
+def test_the_adapter_that_is_kept_is_the_best(tmp_path, recipe, monkeypatch):
+    found = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7])
+    monkeypatch.setattr(train.Trainer, "validation", lambda trainer: {"loss": next(found), "z_loss": 0.0})
+    recipe = replace(recipe, validate_every=1, early_stop=2, keep_checkpoints=1)
+    metrics = tuned(recipe, tmp_path / "run")
+    assert [m.validation_loss for m in metrics] == [5.0, 4.0, 3.0, 3.5, 3.6]  # two in a row were no better
+    folders = checkpoint_folders(tmp_path / "run")
+    assert [folder.name for folder in folders] == ["step-00000002", "step-00000004"]
+    kept = mx.load(str(tmp_path / "run" / "adapters.safetensors"))
+    best = mx.load(str(folders[0] / "adapters.safetensors"))
+    assert all(mx.array_equal(kept[name], best[name]) for name in best)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recipe, files, monkeypatch):
+    steps = tune(prepare_tuning(recipe), tmp_path / "run")
+    for _ in range(5):
+        next(steps)
+    monkeypatch.setattr(train, "learning_rate", lambda recipe, step: float("inf"))
+    with pytest.raises(TrainingError, match=r"no number at step 5 \(learning rate inf, gradient norm [\d.]+\)"):
+        list(steps)
+    model, _ = load(files / "model", adapter=tmp_path / "run")
+    assert mx.all(mx.isfinite(model(mx.array([[1, 2, 3]])))).item()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_packaged_recipes_are_read(name):
+    recipe = TuneRecipe.from_file(TuneRecipe.named(name))
+    assert TuneRecipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_packaged_recipes_have_apples_numbers():
+    published = {
+        "270M": (5, 2e-5, "hinge"),
+        "450M": (8, 3e-5, "hinge"),
+        "1.1B": (5, 5e-5, "sigmoid"),
+        "3B": (10, 1e-4, "hinge"),
+    }
+    for size, numbers in published.items():
+        recipe = TuneRecipe.from_file(TuneRecipe.named(f"instruct-{size}"))
+        assert (recipe.epochs, recipe.learning_rate, recipe.preference_loss) == numbers
+        assert (recipe.objective, recipe.beta, recipe.max_length, recipe.max_prompt) == ("dpo", 0.01, 1024, 512)
+        assert (recipe.batch_size * recipe.accumulate, recipe.warmup_share, recipe.schedule) == (16, 0.1, "cosine")
+    recipe = TuneRecipe.from_file(TuneRecipe.named("commonsense"))
+    assert (recipe.rank, recipe.alpha, recipe.dropout, recipe.weight_decay) == (32, 32, 0.1, 0)
+    assert set(recipe.targets) == {"token_embeddings", "qkv_proj", "out_proj", "proj_1", "proj_2"}
+    assert (recipe.steps, recipe.warmup_steps, recipe.batch_size * recipe.accumulate) == (4375, 1000, 16)
+    assert recipe.learning_rate * recipe.final_learning_rate == pytest.approx(3e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"method": "full", "quantized": True}, AdapterError, "quantized and cannot be trained in full"),
+        ({"layers": 3}, AdapterError, "3 layers are to be trained and the model has 2"),
+        ({"layers": 3, "method": "full"}, AdapterError, "3 layers are to be trained and the model has 2"),
+        ({"targets": ("q_proj",)}, AdapterError, "q_proj matches no matrix; there are qkv_proj"),
+        ({"max_length": 65}, ConfigError, "65 and the model's context 64"),
+        ({"objective": "dpo"}, DataError, "of the kind completion; this method needs prompt, chosen and rejected"),
+        (
+            {"data": "pairs.jsonl", "validation": ""},
+            DataError,
+            "of the kind preference; this method needs a text or an answer",
+        ),
+        ({"data": ""}, DataError, "no data is named"),
+        ({"data": "missing.jsonl"}, DataError, "missing.jsonl"),
+        ({"validation": "1.5"}, DataError, "a share of 1.5"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(recipe, files, tmp_path, change, error, said):
+    change = dict(change)
+    if change.pop("quantized", False):
+        model = random_model(replace(CONFIG, ffn_dim_divisor=64))
+        write_folder(tmp_path / "m", model)
+        from mlx_openelm.convert import convert
+
+        convert(tmp_path / "m", tmp_path / "q", quantize=4, group_size=32, tokenizer="none")
+        change |= {"model": str(tmp_path / "q"), "tokenizer": str(files / "model" / "tokenizer.model")}
+    if change.get("data"):
+        change["data"] = str(files / change["data"])
+    with pytest.raises(error, match=said):
+        prepare_tuning(replace(recipe, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"method": "other"}, "method is 'other'; there are lora, dora, full"),
+        ({"schedule": "step"}, "schedule is 'step'"),
+        ({"pack": True, "objective": "dpo"}, "contradict"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"columns": 3}, "columns"),
+        ({"targets": 3}, "targets is 3"),
+    ],
+)
+def test_impossible_settings_are_refused(change, said):
+    with pytest.raises(ConfigError, match=said):
+        TuneRecipe.from_dict(change)
+
+
+def test_memory_is_predicted_from_shapes(recipe):
+    """Twice the rows, nearly twice the activations; checkpointing needs less; DoRA more. (How well: benchmarks.)"""
+    small = tuning_memory(prepare_tuning(recipe))
+    large = tuning_memory(prepare_tuning(replace(recipe, batch_size=8)))
+    assert small.fits
+    assert 1.5 < large.activation_bytes / small.activation_bytes < 2.1
+    assert tuning_memory(prepare_tuning(replace(recipe, recompute_layers=True))).peak_bytes < small.peak_bytes
+    assert tuning_memory(prepare_tuning(replace(recipe, method="dora"))).peak_bytes > small.peak_bytes
+    assert tuning_memory(prepare_tuning(replace(recipe, batch_size=8)), processes=2) == small
+
+
+class TestCommand:
+    def words(self, files, run, *more, processes=1):
+        words = [sys.executable, "-m", "mlx_openelm", "tune", "-m", files / "model", "-d", files / "answers.jsonl"]
+        words += ["--validation", files / "valid.jsonl", "-o", run, "--config", files / "recipe.yaml", *more]
+        if processes > 1:
+            words = [Path(sys.executable).with_name("mlx.launch"), "-n", processes, "--backend", "ring", "--", *words]
+        return [str(word) for word in words]
+
+    @pytest.fixture(autouse=True)
+    def written_recipe(self, files):
+        (files / "recipe.yaml").write_text(
+            "steps: 40\nbatch_size: 4\nrank: 4\nlearning_rate: 1e-2\ndropout: 0.1\ndtype: float32\nlog_every: 1\n"
+            "validate_every: 20\ncheckpoint_every: 5\n"
+        )
+
+    def tune(self, files, run, *more, **options):
+        return subprocess.run(self.words(files, run, *more, **options), capture_output=True, text=True, timeout=120)
+
+    def test_shows_what_it_does(self, files, tmp_path):
+        done = self.tune(files, tmp_path / "run", "--steps", "3", "--sample-prompt", "The fox")
+        assert done.returncode == 0, done.stderr
+        assert "24 examples of the kind completion, 6 held out" in done.stderr
+        assert re.search(r"The fox 0 ran\[\[ to the \w+\.\]\]", done.stderr)
+        assert "trains 4,352 numbers" in done.stderr or "numbers beside" in done.stderr
+        assert "memory: about" in done.stderr
+        assert "sample: The fox" in done.stderr
+        assert "the adapter of step 3" in done.stdout
+        status, text, _ = run("generate", "-m", files / "model", "-a", tmp_path / "run", "-p", "The fox", "-n", "4")
+        assert (status, bool(text.strip())) == (0, True)
+        status, _, _ = run("merge", "-m", files / "model", "-a", tmp_path / "run", "-o", tmp_path / "merged")
+        assert status == 0
+        _, merged, _ = run("generate", "-m", tmp_path / "merged", "-p", "The fox", "-n", "4")
+        assert merged == text
+        assert run("plot", tmp_path / "run")[0] == 0
+
+    def test_a_dry_run_writes_nothing(self, files, tmp_path):
+        done = self.tune(files, tmp_path / "run", "--dry-run", "--json", "--rank", "8")
+        found = json.loads(done.stdout)
+        assert (found["examples"], found["held_out"], found["recipe"]["rank"]) == (24, 6, 8)
+        assert found["recipe"]["learning_rate"] == 0.01  # of the file
+        assert found["memory"]["fits"]
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_a_run_killed_at_any_step_goes_on_bit_for_bit(self, files, tmp_path, processes):
+        assert self.tune(files, tmp_path / "whole", processes=processes).returncode == 0
+        rng = random.Random(processes)
+        stops = set()
+        for _ in range(3):
+            last = rng.randrange(9) + (max(stops) if stops else 0)
+            stops.add(self.kill_at(files, tmp_path / "killed", min(last, 32), processes))
+        more = ["--resume"] if checkpoint_folders(tmp_path / "killed") else []
+        done = self.tune(files, tmp_path / "killed", *more, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+    def kill_at(self, files, run, step, processes):
+        more = ["--resume"] if checkpoint_folders(run) else []
+        process = subprocess.Popen(
+            self.words(files, run, *more, processes=processes),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        reached = 0
+        while reached < step:
+            line = process.stderr.readline()
+            assert line, "the run ended before it was killed"
+            found = re.search(r"step (\d+) of", line)
+            reached = int(found[1]) if found else reached
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return reached
+
+    def test_two_processes_make_the_same_run(self, files, tmp_path):
+        more = ["--dropout", "0"]
+        assert self.tune(files, tmp_path / "one", *more).returncode == 0
+        done = self.tune(files, tmp_path / "two", *more, processes=2)
+        assert done.returncode == 0, done.stderr
+        one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+        assert [loss for _, loss, _, _ in two[1:]] == pytest.approx([loss for _, loss, _, _ in one[1:]], rel=1e-3)
+        assert [found for *_, found in two if found] == pytest.approx([found for *_, found in one if found], rel=1e-3)
+
+    def test_an_interrupt_keeps_the_adapter(self, files, tmp_path):
+        process = subprocess.Popen(
+            self.words(files, tmp_path / "run", "--steps", "100000"),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        said = ""
+        while "step 3 of" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        process.send_signal(signal.SIGINT)
+        said += process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+        assert "--resume goes on" in said.splitlines()[-1]
+        assert (tmp_path / "run" / "adapters.safetensors").exists()
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (["--method", "qlora"], "method is 'qlora'"),
+            (["--data", "missing.jsonl"], "missing.jsonl"),
+            (["--targets", "q_proj,qkv_proj"], "q_proj matches no matrix; there are qkv_proj, out_proj"),
+            (["--columns", "prompt=question"], "there is no 'question'; there are prompt, completion"),
+            (["--config", "other"], "recipes that come with the package are commonsense"),
+            (["--resume"], "no checkpoint"),
+            (["--max-length", "3", "--too-long", "drop"], "no example to train on: 24 are too long"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, files, tmp_path, more, said):
+        done = self.tune(files, tmp_path / "run", *more)
+        assert done.returncode == 2, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("openelm-mlx: error: ")
+        assert said in last
+
+    def test_a_merge_says_what_it_costs(self, files, tmp_path):
+        assert self.tune(files, tmp_path / "run", "--steps", "3").returncode == 0
+        out = tmp_path / "q"
+        status, said, err = run(
+            "merge", "-m", files / "model", "-a", tmp_path / "run", "-o", out, "-q", "8", "--group-size", "32"
+        )
+        assert status == 0, err
+        assert re.search(r"quantizing the result costs \d\.\d{4} nats per token", said)
+        assert "exists already" in refused("merge", "-m", files / "model", "-a", tmp_path / "run", "-o", out)
+        assert "holds no adapter" in refused(
+            "merge", "-m", files / "model", "-a", files / "model", "-o", tmp_path / "r"
+        )
