@@ -38,6 +38,8 @@ bench: install
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/train_memory.py
+	$(BIN)/python benchmarks/tune.py
+	$(BIN)/python benchmarks/tune_memory.py
 
 clean:
 	rm -rf build $(VENV) *.egg-info

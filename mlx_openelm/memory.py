@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .config import OpenELMConfig
-from .device import DTYPES, memory_limit_bytes, on_cpu
+from .device import DTYPES, memory_limit_bytes
 from .example_rows import row_width
 from .loss import DEFAULT_CHUNK
 from .tune import Tuning
@@ -141,8 +141,7 @@ def _at_work(widths: tuple[int, int, int], shape: StepShape) -> float:
     first, of_qkv, last = _ATTENTION
     of_qkv = max(of_qkv, _LONG_ATTENTION[0] + _LONG_ATTENTION[1] * shape.length)
     attention = first * model_dim + of_qkv * qkv + last * ffn_dim
-    halves = _outputs(widths) if shape.is_quantized and on_cpu() else 0  # each core's share, before they are joined
-    return tokens * (max(feed_forward, attention) + halves + _of_magnitudes(widths, shape))
+    return tokens * (max(feed_forward, attention) + _of_magnitudes(widths, shape))
 
 
 def _saved(widths: tuple[int, int, int], shape: StepShape) -> float:
@@ -153,10 +152,5 @@ def _saved(widths: tuple[int, int, int], shape: StepShape) -> float:
 
 
 def _of_magnitudes(widths: tuple[int, int, int], shape: StepShape) -> float:
-    return _MAGNITUDES * _outputs(widths) if shape.method == "dora" else 0.0
-
-
-def _outputs(widths: tuple[int, int, int]) -> int:
-    """Numbers that the linear parts of a layer give, per token."""
     model_dim, qkv, ffn_dim = widths
-    return 2 * model_dim + qkv + 2 * ffn_dim
+    return _MAGNITUDES * (2 * model_dim + qkv + 2 * ffn_dim) if shape.method == "dora" else 0.0
