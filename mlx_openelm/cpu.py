@@ -96,18 +96,20 @@ def _multiply_rows(layer: nn.Module, x: mx.array, rows: slice, stream: mx.Stream
     return _multiply_unpacked(x, packed, options)
 
 
-def _multiply_unpacked(x: mx.array, packed: tuple[mx.array, ...], options: dict[str, Any]) -> mx.array:
+def _multiply_unpacked(x: mx.array, packed: tuple[mx.array, mx.array, mx.array | None], options: Any) -> mx.array:
     """The product with a matrix in full, which is unpacked anew on the way back: it does not wait in memory for it."""
+    words, scales, biases = packed
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        return mx.matmul(x, mx.dequantize(*packed, **options, dtype=x.dtype).T, stream=options["stream"])
+        matrix = mx.dequantize(words, scales, biases, **options, dtype=x.dtype)
+        return mx.matmul(x, matrix.T, stream=options["stream"])
 
     @product.vjp
     def product_vjp(x, cotangent, output):  # type: ignore[no-untyped-def]
         # Only with the cotangent: a compiled step would take the same matrix twice for one, and keep it.
-        (words,) = mx.depends([packed[0]], [cotangent])
-        matrix = mx.dequantize(words, *packed[1:], **options, dtype=cotangent.dtype)
+        (later,) = mx.depends([words], [cotangent])
+        matrix = mx.dequantize(later, scales, biases, **options, dtype=cotangent.dtype)
         return mx.matmul(cotangent, matrix, stream=options["stream"])
 
-    return product(x)
+    return product(x)  # type: ignore[return-value]
