@@ -26,7 +26,7 @@ from mlx_openelm.tune_recipe import TuneRecipe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with train.json and test.json")
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--epochs", type=float, default=1.0)
     arguments = parser.parse_args()
     recipe = TuneRecipe(
         data=str(arguments.data),
@@ -36,7 +36,7 @@ def main() -> None:
         batch_size=16,
         epochs=arguments.epochs,
         learning_rate=2e-3,
-        validate_every=70,
+        validate_every=47,
         dtype="float32",
     )
     tuning = prepare_tuning(recipe)

@@ -40,6 +40,25 @@ class KVCache:
         assert 0 <= num_tokens <= self.offset, f"cannot forget {num_tokens} of {self.offset} tokens"
         self.offset -= num_tokens
 
+    def lend(self, num_tokens: int) -> tuple[list[mx.array], list[mx.array]]:
+        """The buffers of all layers, with room for so many more tokens, to one who gives them back by `put_back`.
+
+        They are not kept meanwhile: what is computed of them may take their memory.
+        """
+        end = self.offset + num_tokens
+        keys, values = (
+            [_with_room(kept, self.offset, end, kept) for kept in buffers if kept is not None]
+            for buffers in (self._keys, self._values)
+        )
+        assert len(keys) == len(self._keys), "a cache without a token has no buffers yet"
+        self._keys, self._values = [None] * len(keys), [None] * len(keys)
+        return keys, values
+
+    def put_back(self, keys: list[mx.array], values: list[mx.array], num_tokens: int) -> None:
+        """Take the buffers of all layers again, in which so many more tokens stand."""
+        self._keys, self._values = list(keys), list(values)
+        self.offset += num_tokens
+
     @property
     def arrays(self) -> list[mx.array]:
         """The buffers that exist, to evaluate or to count."""
@@ -49,6 +68,30 @@ class KVCache:
     def nbytes(self) -> int:
         """Memory that the buffers take, in bytes."""
         return sum(array.nbytes for array in self.arrays)
+
+
+class StepCache:
+    """Stands for a `KVCache` within a compiled step: the position is an array, the buffers keep their length.
+
+    Attributes:
+        offset: where the next token goes, () int32. As a number it would be a constant of the compiled step.
+        keys, values: buffers of all layers, (B, K, S, D).
+    """
+
+    def __init__(self, offset: mx.array, keys: list[mx.array], values: list[mx.array]):
+        self.offset = offset
+        self.keys = list(keys)
+        self.values = list(values)
+
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Keep a layer's keys and values of L new tokens, each (B, K, L, D); get the whole buffers."""
+        self.keys[layer] = mx.slice_update(self.keys[layer], keys, self.offset, axes=(2,))
+        self.values[layer] = mx.slice_update(self.values[layer], values, self.offset, axes=(2,))
+        return self.keys[layer], self.values[layer]
+
+    def mask(self) -> mx.array:
+        """Which places of the buffers hold the text through the next token, bool (S,)."""
+        return mx.arange(self.keys[0].shape[2]) <= self.offset
 
 
 def kv_bytes_per_layer(config: OpenELMConfig, dtype: mx.Dtype = mx.float16) -> tuple[int, ...]:

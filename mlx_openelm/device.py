@@ -11,6 +11,8 @@ import mlx.core as mx
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _LARGEST_TEAM = 8  # cores; more of them only wait for memory
+_COMPILED_ON_CPU = 2048  # tokens
+_COMPILED_ON_GPU = 32
 _CPU_SHARE = 0.9  # of physical memory; the rest belongs to the system
 
 
@@ -38,6 +40,14 @@ def compute_streams() -> tuple[mx.Stream, ...]:
     default = mx.default_stream(mx.default_device())
     team = min(os.cpu_count() or 1, _LARGEST_TEAM) if on_cpu() else 1
     return default, *(mx.new_stream(mx.cpu) for _ in range(team - 1))
+
+
+def pays_to_compile(num_tokens: int) -> bool:
+    """Whether compiling the step of decoding brings more than it costs, for an answer of at most so many tokens.
+
+    On the CPU MLX starts a C++ compiler, once for each kernel: some seconds, for 2 to 3 ms a token.
+    """
+    return num_tokens >= (_COMPILED_ON_CPU if on_cpu() else _COMPILED_ON_GPU)
 
 
 def memory_limit_bytes() -> int:

@@ -5,12 +5,13 @@ This stands below text (no tokenizer, no stop strings) and above the model.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
-from .cache import KVCache, kv_cache_bytes
-from .device import memory_limit_bytes
+from .cache import KVCache, StepCache, kv_cache_bytes
+from .device import memory_limit_bytes, pays_to_compile
 from .errors import MemoryLimitError, PromptError
 from .model import OpenELM
 from .sampling import Sampler, SamplingConfig
@@ -35,6 +36,7 @@ def generate_tokens(
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
     cache: KVCache | None = None,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
+    compiled: bool | None = None,
 ) -> Iterator[Step]:
     """Continue a prompt, one `Step` at a time, through the end of the text and beyond: stopping is the caller's.
 
@@ -46,6 +48,7 @@ def generate_tokens(
         cache: what came before the prompt; afterwards it holds the prompt and all generated tokens whose successor was
             computed, which is at most one more than were taken.
         on_prefill: called with the number of prompt tokens done and their total.
+        compiled: whether the step from token to token is compiled whole; by default where that pays.
 
     Raises:
         PromptError: if there are no tokens, or ids outside the vocabulary.
@@ -62,13 +65,56 @@ def generate_tokens(
     token, logprob = sampler(model.logits(hidden)[0, -1])
     mx.async_eval(token, logprob)
     on_prefill(prompt.size, prompt.size)
+    compiled = pays_to_compile(max_tokens) if compiled is None else compiled
+    step = CompiledStep(model, sampler) if compiled else partial(_step, model, sampler)
     for remaining in range(max_tokens - 1, -1, -1):
         if remaining:
-            following = sampler(model(token[None, None], cache=cache)[0, -1])
+            following = step(token, cache)
             mx.async_eval(*following)
         yield Step(token.item(), logprob.item())  # type: ignore[arg-type]
         if remaining:
             token, logprob = following
+
+
+class CompiledStep:
+    """The step from one token to the next, with its sampling, as one compiled function.
+
+    Keys and values stand in buffers that grow now and then; for each length the step is traced once. The weights are
+    constants of it, so it lives no longer than a generation.
+    """
+
+    def __init__(self, model: OpenELM, sampler: Sampler):
+        self._model = model
+        self._sampler = sampler
+        self._compiled = mx.compile(self._run)
+
+    def __call__(self, token: mx.array, cache: KVCache) -> tuple[mx.array, mx.array]:
+        """The token after this one, (), and its log-probability; the cache then holds this one."""
+        position = mx.array(cache.offset, mx.int32)
+        keys, values = cache.lend(1)
+        token, logprob, self._sampler.state, keys, values = self._compiled(
+            token, position, keys, values, self._sampler.state
+        )
+        cache.put_back(keys, values, 1)
+        return token, logprob
+
+    def _run(
+        self,
+        token: mx.array,
+        position: mx.array,
+        keys: list[mx.array],
+        values: list[mx.array],
+        state: tuple[mx.array, mx.array],
+    ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array], list[mx.array], list[mx.array]]:
+        cache = StepCache(position, keys, values)
+        hidden = self._model.transformer.run(token[None, None], cache, cache.mask())
+        token, logprob, state = self._sampler.choose(self._model.logits(hidden)[0, -1], state)
+        return token, logprob, state, cache.keys, cache.values
+
+
+def _step(model: OpenELM, sampler: Sampler, token: mx.array, cache: KVCache) -> tuple[mx.array, mx.array]:
+    """As `CompiledStep`, one operation after another."""
+    return sampler(model(token[None, None], cache=cache)[0, -1])
 
 
 def prefill(model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Callable[[int, int], None]) -> mx.array:

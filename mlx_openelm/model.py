@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .cache import KVCache
+from .cache import KVCache, StepCache
 from .config import OpenELMConfig
 
 NORM_EPS = 1e-6
@@ -84,12 +84,16 @@ class Transformer(nn.Module):
     def __call__(self, tokens: mx.array, cache: KVCache | None = None, segments: mx.array | None = None) -> mx.array:
         offset = cache.offset if cache is not None else 0
         self._warn_past_context(offset, tokens.shape[1])
-        x = self.token_embeddings(tokens).astype(self.norm.weight.dtype)  # (B, L, M)
-        mask = None if segments is None else segment_mask(segments)
-        for layer in self.layers:
-            x = layer(x, cache, mask)
+        hidden = self.run(tokens, cache, None if segments is None else segment_mask(segments))
         if cache is not None:
             cache.advance(tokens.shape[1])
+        return hidden
+
+    def run(self, tokens: mx.array, cache: KVCache | StepCache | None, mask: mx.array | None) -> mx.array:
+        """The pass itself; `cache` is not advanced."""
+        x = self.token_embeddings(tokens).astype(self.norm.weight.dtype)  # (B, L, M)
+        for layer in self.layers:
+            x = layer(x, cache, mask)
         return self.norm(x)
 
     def _warn_past_context(self, offset: int, num_new: int) -> None:
@@ -111,7 +115,7 @@ class Layer(nn.Module):
         self.attn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
         self.ffn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
 
-    def __call__(self, x: mx.array, cache: KVCache | None, mask: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, cache: KVCache | StepCache | None, mask: mx.array | None = None) -> mx.array:
         x = x + self.attn(self.attn_norm(x), cache, mask)
         return x + self.ffn(self.ffn_norm(x))
 
@@ -135,7 +139,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
 
-    def __call__(self, x: mx.array, cache: KVCache | None, mask: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, cache: KVCache | StepCache | None, mask: mx.array | None = None) -> mx.array:
         B, L, _ = x.shape
         H, K = self.num_query_heads, self.num_kv_heads
         qkv = self.qkv_proj(x).reshape(B, L, H + 2 * K, self.head_dim).transpose(0, 2, 1, 3)  # (B, H + 2K, L, D)
@@ -152,7 +156,7 @@ class Attention(nn.Module):
         heads = attend(queries, keys, values, mask)
         return self.out_proj(heads.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
-    def _rope(self, x: mx.array, offset: int) -> mx.array:
+    def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """Rotate each head's two halves against one another by the positions from `offset` on."""
         return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_base, scale=1.0, offset=offset)
 

@@ -40,36 +40,47 @@ class Sampler:
     """
 
     def __init__(self, config: SamplingConfig, prompt: mx.array):
-        """Start after the tokens (L,) of a prompt, which count for the repetition penalty."""
+        """Start after the tokens (L,) of a prompt, at least one, which count for the repetition penalty."""
         self.config = config
-        self._key = mx.random.key(config.seed if config.seed is not None else _fresh_seed())
-        self._recent = prompt[-config.repetition_context :].astype(mx.uint32)  # what argmax and categorical give
+        recent = prompt[-config.repetition_context :].astype(mx.uint32)  # what argmax and categorical give
+        if recent.size < config.repetition_context:  # always as many, so that a compiled step stays the same
+            room = config.repetition_context - recent.size
+            recent = mx.concatenate([mx.repeat(recent[:1], room), recent])  # the oldest once more changes nothing
+        self.state = (mx.random.key(config.seed if config.seed is not None else _fresh_seed()), recent)
 
     def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """The next token, () int, and its log-probability, () float32, from logits (V,).
+        """The next token, () uint32, and its log-probability, () float32, from logits (V,).
 
         The log-probability is what the model itself gives, before penalty, temperature and cuts.
         """
+        token, logprob, self.state = self.choose(logits, self.state)
+        return token, logprob
+
+    def choose(
+        self, logits: mx.array, state: tuple[mx.array, mx.array]
+    ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array]]:
+        """As a call, with the random key and the recent tokens before and after: a function that can be compiled."""
+        key, recent = state
         logits = logits.astype(mx.float32)
         logprobs = logits - mx.logsumexp(logits)
-        scores = self._penalize(logits)
+        scores = self._penalize(logits, recent)
         if self.config.temperature == 0:
             token = mx.argmax(scores)
         else:
             scores = restrict(scores / self.config.temperature, self.config)
-            self._key, key = mx.random.split(self._key)
-            token = mx.random.categorical(scores, key=key)
+            key, own = mx.random.split(key)
+            token = mx.random.categorical(scores, key=own)
         if self.config.repetition_penalty != 1:
-            self._recent = mx.concatenate([self._recent, token[None]])[-self.config.repetition_context :]
-        return token, logprobs[token]
+            recent = mx.concatenate([recent[1:], token[None]])
+        return token, logprobs[token], (key, recent)
 
-    def _penalize(self, logits: mx.array) -> mx.array:
+    def _penalize(self, logits: mx.array, recent: mx.array) -> mx.array:
         """Logits with those of recent tokens made smaller (Keskar et al., arXiv:1909.05858)."""
         penalty = self.config.repetition_penalty
-        if penalty == 1 or self._recent.size == 0:
+        if penalty == 1:
             return logits
-        recent = logits[self._recent]
-        return mx.put_along_axis(logits, self._recent, mx.where(recent > 0, recent / penalty, recent * penalty), axis=0)
+        found = logits[recent]
+        return mx.put_along_axis(logits, recent, mx.where(found > 0, found / penalty, found * penalty), axis=0)
 
 
 def restrict(scores: mx.array, config: SamplingConfig) -> mx.array:

@@ -2,8 +2,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from conftest import assert_close
+from conftest import assert_close, random_model
 from mlx_openelm import SamplingConfig, engine, generate_tokens
+from mlx_openelm import cache as cache_module
 from mlx_openelm.engine import prefill
 from mlx_openelm.errors import MemoryLimitError, PromptError
 
@@ -81,3 +82,50 @@ def test_a_prompt_longer_than_memory_is_refused_before_it_is_computed(tiny_model
     monkeypatch.setattr(engine, "memory_limit_bytes", lambda: 1_000_000)
     with pytest.raises(MemoryLimitError, match="shorten the prompt"):
         next(generate_tokens(tiny_model, PROMPT * 500))
+
+
+class TestCompiled:
+    @pytest.mark.parametrize(
+        "sampling",
+        [
+            SamplingConfig(),
+            SamplingConfig(temperature=0.8, top_p=0.9, top_k=50, min_p=0.01, seed=3),
+            SamplingConfig(repetition_penalty=1.3, repetition_context=20),
+        ],
+        ids=["greedy", "sampling", "penalty"],
+    )
+    def test_the_same_tokens_over_several_lengths_of_buffer(self, tiny_model, monkeypatch, sampling):
+        monkeypatch.setattr(cache_module, "GROWTH_STEP", 16)
+        plain, compiled = (
+            list(generate_tokens(tiny_model, PROMPT, max_tokens=50, sampling=sampling, compiled=compiled))
+            for compiled in (False, True)
+        )
+        assert [step.token for step in compiled] == [step.token for step in plain]
+        assert np.allclose([step.logprob for step in compiled], [step.logprob for step in plain], atol=1e-4)
+
+    def test_it_is_traced_once_for_each_length_of_buffer(self, tiny_model, monkeypatch):
+        monkeypatch.setattr(cache_module, "GROWTH_STEP", 16)
+        traced = []
+        original = engine.CompiledStep._run
+        monkeypatch.setattr(engine.CompiledStep, "_run", lambda *parts: (traced.append(1), original(*parts))[1])
+        list(generate_tokens(tiny_model, PROMPT, max_tokens=50, compiled=True))  # 58 tokens in buffers of 16 to 64
+        assert len(traced) == 4
+
+    def test_a_cache_goes_on_as_it_does_without(self, tiny_model):
+        def continued(compiled):
+            cache = tiny_model.make_cache()
+            first = generate_tokens(tiny_model, PROMPT, max_tokens=6, cache=cache, compiled=compiled)
+            tokens = [step.token for step in first]
+            cache.trim(2)
+            more = generate_tokens(tiny_model, [7, 8], max_tokens=6, cache=cache, compiled=compiled)
+            return tokens, [step.token for step in more], cache.offset
+
+        assert continued(True) == continued(False)
+
+    def test_tuned_weights_are_seen_by_the_next_generation(self, tiny_config):
+        model = random_model(tiny_config)
+        first = [step.token for step in generate_tokens(model, PROMPT, max_tokens=8, compiled=True)]
+        model.update(random_model(tiny_config, seed=1).parameters())
+        second = [step.token for step in generate_tokens(model, PROMPT, max_tokens=8, compiled=True)]
+        assert second == [step.token for step in generate_tokens(model, PROMPT, max_tokens=8, compiled=False)]
+        assert second != first

@@ -89,7 +89,7 @@ class TestRepetitionPenalty:
         """Positive logits are divided, negative ones multiplied, each token once however often it came."""
         logits = mx.array([2.0, -1.0, 1.9, 0.5])
         sampler = Sampler(SamplingConfig(repetition_penalty=2.0), mx.array([0, 1, 0]))
-        assert_close(sampler._penalize(logits), mx.array([1.0, -2.0, 1.9, 0.5]), 1e-6)
+        assert_close(sampler._penalize(logits, sampler.state[1]), mx.array([1.0, -2.0, 1.9, 0.5]), 1e-6)
         assert sampler(logits)[0].item() == 2
 
     def test_generated_tokens_count(self):
@@ -101,9 +101,10 @@ class TestRepetitionPenalty:
         config = SamplingConfig(repetition_penalty=1.5, repetition_context=1)
         assert draw(config, 4, logits, prompt=(0, 3)) == [0, 1, 0, 1]
 
-    def test_an_empty_prompt_has_nothing_to_repeat(self):
-        sampler = Sampler(SamplingConfig(repetition_penalty=1.5), mx.array([], dtype=mx.int32))
-        assert sampler(mx.array([2.0, 1.8]))[0].item() == 0
+    def test_a_window_longer_than_the_prompt_fills_up_and_then_forgets(self):
+        logits = mx.array([2.0, 1.8, 1.6, 0.0])
+        config = SamplingConfig(repetition_penalty=1.5, repetition_context=3)
+        assert draw(config, 5, logits, prompt=(0,)) == [1, 2, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
