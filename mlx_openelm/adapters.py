@@ -119,8 +119,14 @@ def read_adapter(folder: Path) -> SavedAdapter:
     if method not in METHODS:
         raise AdapterError(f"{folder / CONFIG_FILE}: fine_tune_type is {method!r}; there are {', '.join(METHODS)}")
     lora = values.get("lora_parameters") or {}
-    if method != "full" and not isinstance(lora.get("scale"), int | float):
-        raise AdapterError(f"{folder / CONFIG_FILE} has no number as lora_parameters.scale")
+    if not isinstance(lora, dict) or (method != "full" and "scale" not in lora):
+        raise AdapterError(f"{folder / CONFIG_FILE} has no table lora_parameters with a scale")
+    for name, value in (
+        *((name, lora.get(name, 0.0)) for name in ("scale", "dropout")),
+        ("alpha", values.get("alpha")),
+    ):
+        if type(value) not in (int, float) and not (name == "alpha" and value is None):
+            raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {value!r}; a number is expected")
     return SavedAdapter(
         method,
         float(lora.get("scale", 1.0)),
@@ -225,10 +231,12 @@ def _check_full(model: OpenELM, adapter: SavedAdapter) -> None:
     own = dict(tree_flatten(model.parameters()))
     for name, tensor in adapter.tensors.items():
         if name not in own or own[name].shape != tensor.shape:
-            here = f"{own[name].shape} is needed here" if name in own else "which is not there"
-            quantized = name.removesuffix("weight") + "scales" in own
-            why = "that is trained in full, and the model is quantized" if quantized else "for another model"
-            raise AdapterError(f"the adapter is {why}: {name} of shape {tensor.shape}, {here}{_made_for(adapter)}")
+            if name.removesuffix("weight") + "scales" in own:
+                raise AdapterError(f"the model is quantized, and {name} was trained in full; use the model in full too")
+            here = f"and {own[name].shape} is needed here" if name in own else "which is not there"
+            raise AdapterError(
+                f"the adapter is for another model: {name} has the shape {tensor.shape}, {here}{_made_for(adapter)}"
+            )
 
 
 def _made_for(adapter: SavedAdapter) -> str:

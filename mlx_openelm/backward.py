@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from .lora import MAGNITUDE, set_dropout_keys
+from .lora import MAGNITUDE, set_dropout_keys, unsettle
 from .loss import Batch, Objective
 from .model import OpenELM, segment_mask
 from .optimizer import Tensors
@@ -141,8 +141,9 @@ class LayerwiseBackward:
 
 def set_parameters(module: Any, dtype: mx.Dtype, parameters: Mapping[str, mx.array]) -> None:
     """Give a module parameters of its own, in the type to compute in; magnitudes of DoRA stay as they are."""
-    cast = [(name, p if name.endswith(MAGNITUDE) else p.astype(dtype)) for name, p in parameters.items()]
+    cast = [(name, p if name.endswith(f".{MAGNITUDE}") else p.astype(dtype)) for name, p in parameters.items()]
     module.update(tree_unflatten(cast))
+    unsettle(module)
 
 
 def _at_once(

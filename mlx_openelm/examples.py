@@ -171,8 +171,8 @@ def read_splits(
 
     Args:
         path: a file, or a folder with files that are called train, valid (validation, val, dev) and test.
-        validation: a file, which goes before that of the folder; or the share of the examples of `path` that is held
-            out where there is no file. Equal examples stand on the same side.
+        validation: a file, or the share of the examples to train on that is held out, where equal examples stand on the
+            same side; either goes before a file of the folder.
         seed: another one holds out other examples.
     Raises:
         DataError: as `read_examples` does; if there is nothing to train on, or kinds differ.
@@ -185,6 +185,8 @@ def read_splits(
         raise DataError(f"{path} holds no file to train on; it would be called train.jsonl, or end in another way")
     if isinstance(validation, str | Path):
         valid_path, validation = Path(validation), None
+    elif validation is not None:
+        valid_path = None
     train = read_examples(train_path, tokenizer, options)
     valid, test = (read_examples(other, tokenizer, options) if other else None for other in (valid_path, test_path))
     for held_out in (valid, test):
@@ -192,7 +194,7 @@ def read_splits(
             raise DataError(
                 f"{held_out.path} is of the kind {held_out.kind}, and {train.path} of the kind {train.kind}"
             )
-    if valid is None and validation:
+    if validation is not None:
         train, valid = _held_out(train, validation, seed)
     return train, valid, test
 

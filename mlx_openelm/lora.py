@@ -128,7 +128,7 @@ class LoRALinear(Adapter):
         through_base = self.linear(mx.stop_gradient(self.lora_a).T).astype(mx.float32)  # (rank, outputs)
         a, b = (mx.stop_gradient(matrix).astype(mx.float32) for matrix in (self.lora_a, self.lora_b))
         cross, own = (b * through_base).sum(axis=0), (b * (a.T @ a @ b)).sum(axis=0)
-        return self.m / mx.sqrt(self._base_squared + 2 * self.scale * cross + self.scale**2 * own)
+        return _over_length(self.m, self._base_squared + 2 * self.scale * cross + self.scale**2 * own)
 
 
 class LoRAEmbedding(Adapter):
@@ -147,7 +147,7 @@ class LoRAEmbedding(Adapter):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Ids (...) to (..., width)."""
-        y = self.embedding(tokens)
+        y = self.embedding(tokens).astype(self.lora_a.dtype)  # MLX's own gives bfloat16 for some bases
         added = self.scale * (self._dropped(self.lora_a[tokens]) @ self.lora_b)
         if MAGNITUDE not in self:
             return y + added.astype(y.dtype)
@@ -166,7 +166,7 @@ class LoRAEmbedding(Adapter):
         a, b = (mx.stop_gradient(matrix).astype(mx.float32) for matrix in (self.lora_a, self.lora_b))
         added = self.scale * (a[tokens] @ b)
         squared = self._base_squared[tokens] + (2 * base * added + added * added).sum(axis=-1)
-        return self.m[tokens] / mx.sqrt(squared)
+        return _over_length(self.m[tokens], squared)
 
 
 def add_adapter(model: OpenELM, config: AdapterConfig, seed: int = 0) -> None:
@@ -246,6 +246,12 @@ def settle(model: OpenELM) -> None:
         module.settle()
 
 
+def unsettle(module: nn.Module) -> None:
+    """Forget what `settle` computed: parameters have changed."""
+    for _, adapter in adapters(module):
+        adapter._settled = None
+
+
 def set_dropout_keys(module: nn.Module, key: mx.array | None = None) -> None:
     """Give each adapter within a module a random key of its own, made of this one; without it nothing is dropped."""
     found = [adapter for _, adapter in adapters(module)]
@@ -257,6 +263,11 @@ def set_dropout_keys(module: nn.Module, key: mx.array | None = None) -> None:
 def base_name(name: str) -> str:
     """The name of a base parameter under an adapter as it is without one."""
     return name.replace(".linear.", ".").replace(".embedding.", ".")
+
+
+def _over_length(magnitude: mx.array, squared: mx.array) -> mx.array:
+    """Learned over present length; 1 for a row of zeros, which has no direction."""
+    return mx.where(squared > 0, magnitude / mx.sqrt(mx.maximum(squared, 1e-30)), 1.0)
 
 
 def _times(y: mx.array, ratio: mx.array) -> mx.array:

@@ -13,20 +13,20 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .adapters import SavedAdapter, apply_adapter, check_adapter
+from .adapters import SavedAdapter, check_adapter
 from .convert.adapters import open_adapter
 from .convert.output import check_target, write_model
 from .convert.source import Source, Tensor
 from .convert.sources import open_source
 from .engine import generate_tokens
-from .errors import AdapterError
+from .errors import AdapterError, OutputError
 from .lora import EMBEDDING_TARGET, MAGNITUDE
 from .model import OpenELM, parameter_shapes
 from .quantize import PackedTensor, Quantization, pack
 from .sampling import SamplingConfig
-from .tensors import LazyTensor
-from .tokenizer_files import find_tokenizer, has_tokenizer, write_tokenizer
-from .weights import dtype_named, load_source
+from .tensors import LazyTensor, checked_cast
+from .tokenizer_files import write_tokenizer
+from .weights import dtype_named, load_source, open_model
 
 _EMBEDDING, _OUTPUT = f"transformer.{EMBEDDING_TARGET}", "lm_head"
 _SAMPLES, _SAMPLE_TOKENS = 8, 64
@@ -52,6 +52,8 @@ def merge_folder(
     *,
     quantization: Quantization | None = None,
     dtype: str = "auto",
+    tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
     force: bool = False,
     revision: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
@@ -63,19 +65,17 @@ def merge_folder(
         adapter: see `open_adapter`.
         quantization: to quantize the result again; what that costs is measured.
         dtype: of the result: `auto` keeps that of the model.
+        tokenizer, config, revision: as for `load`.
         force: replace a model folder at `folder`.
         on_progress: called with the bytes written so far, and all.
     Raises:
         OpenELMError: of the kind that fits; nothing is written then.
     """
     check_target(folder, force)
-    source = open_source([model], revision=revision)
+    source, text = open_model(model, tokenizer=tokenizer, config=config, revision=revision)
+    if source.folder is not None and source.folder.resolve() == folder.resolve():
+        raise OutputError(f"{folder} is the model itself; name another --output")
     found = open_adapter(adapter, vocab_size=source.config.vocab_size)
-    text = (
-        find_tokenizer(None, source.folder, source.config.vocab_size, chat=source.is_chat)[0]
-        if has_tokenizer(source.folder)
-        else None
-    )
 
     def add_files(staging: Path) -> None:
         (staging / "README.md").write_text(_card(source, adapter, found, quantization), encoding="utf-8")
@@ -101,9 +101,9 @@ def merge_folder(
     )
     if quantization is None:
         return result
-    base, adapted, merged = load_source(source), load_source(source), load_source(open_source([folder]))
-    apply_adapter(adapted, found)
-    return replace(result, divergence=divergence(adapted, merged), adapter_divergence=divergence(adapted, base))
+    base, merged = load_source(source), load_source(open_source([folder]))
+    exact = load_source(merged_source(source, found))
+    return replace(result, divergence=divergence(exact, merged), adapter_divergence=divergence(exact, base))
 
 
 def _card(source: Source, adapter: str | Path, found: SavedAdapter, quantization: Quantization | None) -> str:
@@ -123,13 +123,13 @@ def merged_source(source: Source, adapter: SavedAdapter, dtype: mx.Dtype | None 
         AdapterError: if the adapter was made for another model.
     """
     dtype = dtype or source.tensors["transformer.norm.weight"].dtype
-    tensors = {name: _in_full(tensor, dtype) for name, tensor in source.tensors.items()}
+    tensors = {name: _in_full(name, tensor, dtype) for name, tensor in source.tensors.items()}
     config = source.config
     if adapter.method == "full":
         for name, tensor in adapter.tensors.items():
             if name not in tensors or tensors[name].shape != tensor.shape:
                 raise AdapterError(f"the adapter is for another model: {name} of shape {tensor.shape} is not there")
-            tensors[name] = _of_array(tensor.astype(dtype))
+            tensors[name] = _of_array(checked_cast(name, tensor, dtype))
         return replace(source, tensors=dict(tensors))
     check_adapter(adapter, {name.removesuffix(".weight"): t.shape for name, t in tensors.items() if len(t.shape) == 2})
     if _EMBEDDING in adapter.ranks and config.share_input_output_layers:
@@ -200,9 +200,9 @@ def _log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _in_full(tensor: Tensor, dtype: mx.Dtype) -> LazyTensor:
+def _in_full(name: str, tensor: Tensor, dtype: mx.Dtype) -> LazyTensor:
     full = tensor.dequantize() if isinstance(tensor, PackedTensor) else tensor
-    return full if full.dtype == dtype else full.map(lambda rows: rows.astype(dtype), dtype)
+    return full if full.dtype == dtype else full.map(lambda rows: checked_cast(name, rows, dtype), dtype)
 
 
 def _of_array(array: mx.array) -> LazyTensor:
@@ -222,7 +222,8 @@ def _merged(path: str, base: LazyTensor, adapter: SavedAdapter, dtype: mx.Dtype)
     def read_rows(start: int, stop: int) -> mx.array:
         rows = base.read_rows(start, stop).astype(mx.float32) + adapter.scale * (left[start:stop] @ right)
         if MAGNITUDE in parts:
-            rows = rows * (parts[MAGNITUDE][start:stop, None] / mx.linalg.norm(rows, axis=1, keepdims=True))
-        return rows.astype(dtype)
+            length = mx.linalg.norm(rows, axis=1, keepdims=True)
+            rows = mx.where(length > 0, rows * (parts[MAGNITUDE][start:stop, None] / length), rows)
+        return checked_cast(path, rows, dtype)
 
     return LazyTensor(base.shape, dtype, read_rows)

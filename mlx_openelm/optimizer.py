@@ -30,10 +30,10 @@ class Moments(NamedTuple):
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Rate of a step, counted from 0: a linear warm-up, then down to the final rate as the schedule says."""
     largest = recipe.learning_rate
-    if step < recipe.warmup_steps:
-        return recipe.initial_learning_rate + (largest - recipe.initial_learning_rate) * step / recipe.warmup_steps
+    if step < recipe.warmup:
+        return recipe.initial_learning_rate + (largest - recipe.initial_learning_rate) * step / recipe.warmup
     last = largest * recipe.final_learning_rate
-    progress = min(1.0, (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps))
+    progress = min(1.0, (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
     share = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}
     return last + (largest - last) * share[recipe.schedule]
 

@@ -118,6 +118,7 @@ class CorpusRows:
         self._batches = Batches(corpus, recipe.batch_size, recipe.sequence_length, recipe.packing, recipe.seed)
         self.step = self._batches.step
         self.rows_per_step = recipe.batch_size
+        self.rows_per_entry = 1
         self.fingerprint = corpus.fingerprint
 
     def validation(self, first: int, stride: int) -> Iterator[Rows]:

@@ -52,6 +52,11 @@ class Recipe:
     early_stop: int = 0  # validations in a row without a better loss that end the run; 0: never
     sample_prompt: str = ""  # continued at each validation
 
+    @property
+    def warmup(self) -> int:
+        """Steps until the largest learning rate."""
+        return self.warmup_steps
+
     folder: ClassVar[Path]  # of the recipes that come with the package
     # Fields that change how a run is watched, kept and computed, but not what it computes.
     free: ClassVar[frozenset[str]] = frozenset(
@@ -63,7 +68,7 @@ class Recipe:
         *("steps", "batch_size", "learning_rate", "log_every", "validate_every", "checkpoint_every"),
         *("keep_checkpoints", "loss_chunk"),
     )
-    _not_negative: ClassVar[tuple[str, ...]] = ("warmup_steps", "clip", "z_loss", "weight_decay", "early_stop")
+    _not_negative: ClassVar[tuple[str, ...]] = ("warmup_steps", "clip", "z_loss", "weight_decay", "early_stop", "seed")
     _shares: ClassVar[tuple[str, ...]] = ("beta1", "beta2")
 
     def __post_init__(self) -> None:
@@ -153,6 +158,9 @@ class Recipe:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields in which another recipe, as `to_dict` gave it, would train another model: its value and this one's."""
         own = json.loads(json.dumps(self.to_dict()))
+        # A field that an older recipe did not have has its default there.
+        defaults = {e.name: e.default for e in fields(self) if e.default is not MISSING}
+        other = {**json.loads(json.dumps(defaults)), **other}
         names = sorted((set(own) | set(other)) - self.free)
         return [f"{n}: {other.get(n)!r} and {own.get(n)!r}" for n in names if own.get(n) != other.get(n)]
 

@@ -121,6 +121,18 @@ def from_numpy(values: np.ndarray, dtype: mx.Dtype, name: str) -> mx.array:
     return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
 
 
+def checked_cast(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Values in another type.
+
+    Raises:
+        WeightsError: naming the tensor, if float16 cannot hold them.
+    """
+    result = array.astype(dtype)
+    if dtype == mx.float16 and array.dtype != dtype and not mx.all(mx.isfinite(result)).item():
+        raise WeightsError(f"{name} holds values beyond the range of float16; use --dtype bfloat16")
+    return result
+
+
 def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype, int]]:
     """Shape, type and place in the file of each tensor."""
 

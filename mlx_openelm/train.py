@@ -6,12 +6,13 @@ whatever counts in all micro-batches and processes, divided by its number: how a
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -21,8 +22,9 @@ from .backward import batch_losses, gradients_of, set_parameters
 from .batch import Rows, make_batch
 from .checkpoints import Checkpoint, WriteParameters, checkpoint_folders, load_checkpoint, save_checkpoint
 from .device import DTYPES, peak_memory_bytes
-from .errors import OutputError, TrainingError
+from .errors import OpenELMError, OutputError, TrainingError
 from .generate import generate
+from .lora import set_dropout_keys
 from .loss import Batch, Objective
 from .model import OpenELM
 from .optimizer import Moments, Tensors, adamw, clipped, learning_rate
@@ -36,6 +38,7 @@ class TrainingData(Protocol):
     """Rows to train on and to validate with, the same whenever they are asked for."""
 
     rows_per_step: int
+    rows_per_entry: int  # rows that stay together: 2 for pairs
     fingerprint: str  # of all that decides what the rows are
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
@@ -103,6 +106,9 @@ class Trainer:
         world = self.group.size()
         if data.rows_per_step % world:
             raise TrainingError(f"a batch of {data.rows_per_step} rows cannot be split over {world} processes")
+        if data.rows_per_step // world % data.rows_per_entry:
+            pairs = data.rows_per_step // data.rows_per_entry
+            raise TrainingError(f"{pairs} pairs of answers cannot be split over {world} processes")
         self.moments = Moments.zeros(parameters)
         self.step = 0
         self._own_rows = data.rows_per_step // world
@@ -153,6 +159,7 @@ class Trainer:
             raise TrainingError(
                 f"the loss is no number at step {self.step + 1} (learning rate {rate:.3g}, gradient norm "
                 f"{norm.item():.3g}); try a lower --learning-rate"
+                + (", or --dtype bfloat16" if self.recipe.dtype == "float16" else "")
             )
         self.parameters, self.moments = parameters, Moments(*moments)
         self.step += 1
@@ -173,6 +180,7 @@ class Trainer:
     def current_model(self) -> OpenELM:
         """The network with the present weights, to generate with."""
         set_parameters(self.model, DTYPES[self.recipe.dtype], self.parameters)
+        set_dropout_keys(self.model)
         return self.model
 
 
@@ -212,105 +220,160 @@ def train(
     """
     recipe = trainer.recipe
     writes = trainer.group.rank() == 0
-    seen = 0
-    best: tuple[float, int | None] = math.inf, None  # loss on held-out rows, and its step
-    worse = 0  # validations in a row that were no better
+    progress = _Progress()
     if resume:
-        state = _resume(trainer, run, on_message)
-        seen, worse = state["tokens"], state.get("worse", 0)
-        best = math.inf if state["best_loss"] is None else state["best_loss"], state["best_step"]
-    elif checkpoint_folders(run):
-        raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
+        progress = _together(trainer.group, lambda: _resume(trainer, run, on_message))
+    else:
+        _together(trainer.group, lambda: _check_fresh(run))
     if writes:
-        run.mkdir(parents=True, exist_ok=True)
-        _cut_metrics(run / "metrics.jsonl", trainer.step)
+        _together(trainer.group, lambda: _cut_metrics(run, trainer.step))
+    else:
+        _together(trainer.group, lambda: None)
+
+    saved = trainer.step
+    started, started_at = time.perf_counter(), progress.tokens
 
     def save() -> None:
         state = {
+            **asdict(progress),
             "step": trainer.step,
-            "tokens": seen,
-            "best_loss": best[0] if math.isfinite(best[0]) else None,
-            "best_step": best[1],
-            "worse": worse,
             "data": trainer.data.fingerprint,
             "recipe": recipe.to_dict(),
         }
-        checkpoint = Checkpoint(trainer.parameters, trainer.moments, state)
-        save_checkpoint(run, checkpoint, write, recipe.keep_checkpoints)
+        save_checkpoint(run, Checkpoint(trainer.parameters, trainer.moments, state), write, recipe.keep_checkpoints)
+
+    def save_together() -> None:
+        nonlocal saved
+        _together(trainer.group, save if writes else lambda: None)
+        saved = trainer.step
 
     loss, *more = trainer.objective.names
 
     def validated(metrics: Metrics) -> Metrics:
-        nonlocal best, worse
+        nonlocal started
+        paused = time.perf_counter()
         found = trainer.validation()
         sample = _sample(trainer, tokenizer) if writes and tokenizer and recipe.sample_prompt else None
+        started += time.perf_counter() - paused  # the speed is that of training
         if not math.isfinite(found[loss]):
             return replace(metrics, sample=sample)
-        worse = 0 if found[loss] < best[0] else worse + 1
-        best = min(best, (found[loss], trainer.step), key=lambda pair: pair[0])
+        if metrics.step:  # what is kept has to have been trained
+            progress.add(found[loss], metrics.step)
         further = {name: found[name] for name in more}
         return replace(metrics, validation_loss=found[loss], validation=further, sample=sample)
 
-    saved = trainer.step
-    started, started_at = time.perf_counter(), seen
+    def finish(metrics: Metrics) -> Generator[Metrics, None, None]:
+        """Validate after a step, tell of it and save, as it is due."""
+        is_last = metrics.step == recipe.steps
+        if metrics.step % recipe.validate_every == 0 or is_last:
+            metrics = validated(metrics)
+        progress.pending = None
+        on_step(metrics)
+        if metrics.step % recipe.log_every == 0 or metrics.validation_loss is not None or is_last:
+            _together(trainer.group, lambda: _append_metrics(run, metrics) if writes else None)
+            yield metrics
+        if metrics.step % recipe.checkpoint_every == 0 or is_last or progress.best_step == metrics.step:
+            save_together()
+
     try:
         if recipe.validate_first and trainer.step == 0:
             metrics = validated(Metrics(0, None, 0.0, learning_rate(recipe, 0), 0, 0.0, peak_memory_bytes(), {}))
-            best, worse = (math.inf, None), 0  # of what is trained
             if metrics.validation_loss is not None:
-                if writes:
-                    _append_metrics(run / "metrics.jsonl", metrics)
+                _together(trainer.group, lambda: _append_metrics(run, metrics) if writes else None)
                 yield metrics
-            started = time.perf_counter()
-        while trainer.step < recipe.steps and not (recipe.early_stop and worse >= recipe.early_stop):
+        if progress.pending is not None:
+            yield from finish(Metrics(**progress.pending))
+        while trainer.step < recipe.steps and not (recipe.early_stop and progress.worse >= recipe.early_stop):
             rate = learning_rate(recipe, trainer.step)
             figures = trainer.take_step()
-            seen += int(figures["count"])
+            progress.tokens += int(figures["count"])
             metrics = Metrics(
                 trainer.step,
                 figures[loss],
                 figures["gradient_norm"],
                 rate,
-                seen,
-                (seen - started_at) / (time.perf_counter() - started),
+                progress.tokens,
+                (progress.tokens - started_at) / (time.perf_counter() - started),
                 peak_memory_bytes(),
                 {name: figures[name] for name in more},
             )
-            is_last = trainer.step == recipe.steps
-            if trainer.step % recipe.validate_every == 0 or is_last:
-                metrics = validated(metrics)
-            on_step(metrics)
-            if trainer.step % recipe.log_every == 0 or metrics.validation_loss is not None:
-                if writes:
-                    _append_metrics(run / "metrics.jsonl", metrics)
-                yield metrics
-            if trainer.step % recipe.checkpoint_every == 0 or is_last or best[1] == trainer.step:
-                if writes:
-                    save()
-                saved = trainer.step
+            progress.pending = asdict(metrics)
+            yield from finish(metrics)
     finally:
         if writes and trainer.step > saved:
             save()
 
 
-def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> dict[str, Any]:
-    folders = checkpoint_folders(run)
-    for folder in reversed(folders):
+@dataclass
+class _Progress:
+    """What a run knows beside its parameters; a part of each checkpoint's state."""
+
+    tokens: int = 0
+    best_loss: float | None = None  # on held-out rows
+    best_step: int | None = None
+    worse: int = 0  # validations in a row that were no better
+    pending: dict[str, Any] | None = None  # figures of a step that was taken, but not yet validated and told of
+
+    def add(self, loss: float, step: int) -> None:
+        """Take in the loss on held-out rows after a step."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step, self.worse = loss, step, 0
+        else:
+            self.worse += 1
+
+
+_T = TypeVar("_T")
+
+
+def _together(group: mx.distributed.Group, action: Callable[[], _T]) -> _T:
+    """Do what can fail in one process; if it does, the others end too, instead of waiting for it.
+
+    Raises:
+        OpenELMError: the process's own, or a `TrainingError` in the others.
+    """
+    failure: OpenELMError | None = None
+    try:
+        result = action()
+    except OpenELMError as error:
+        failure = error
+    if group.size() > 1:
+        failed = mx.distributed.all_sum(mx.array(float(failure is not None)))
+        if failure is None and float(np.array(failed)):
+            raise TrainingError("another process of the run could not go on; it says why")
+        mx.eval(failed)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _check_fresh(run: Path) -> None:
+    if checkpoint_folders(run):
+        raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
+
+
+def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _Progress:
+    damaged: list[Path] = []
+    for folder in reversed(checkpoint_folders(run)):
         try:
             checkpoint = load_checkpoint(folder)
         except TrainingError as error:
             on_message(f"{error}; going back to the one before")
+            damaged.append(folder)
             continue
-        found = trainer.recipe.differences(checkpoint.state["recipe"])
-        if checkpoint.state["data"] != trainer.data.fingerprint:
-            found.append("the files of the data, their vocabulary or the filters")
+        state = checkpoint.state
+        found = trainer.recipe.differences(state["recipe"])
+        if state.get("data", state.get("corpus")) != trainer.data.fingerprint:
+            found.append("the model, the files of the data, their vocabulary or the filters")
         if found:
             raise TrainingError(f"{run} was trained otherwise: {'; '.join(found)}")
         # In the order of the network: the gradient's norm is a sum over it, and a file has an order of its own.
         trainer.parameters = {name: checkpoint.parameters[name] for name in trainer.parameters}
         trainer.moments = checkpoint.moments
-        trainer.step = checkpoint.state["step"]
-        return checkpoint.state
+        trainer.step = state["step"]
+        if trainer.group.rank() == 0:
+            for later in damaged:  # else they would count as the last ones
+                shutil.rmtree(later, ignore_errors=True)
+        return _Progress(**{e.name: state[e.name] for e in fields(_Progress) if e.name in state})
     raise TrainingError(f"{run} holds no checkpoint that can be read; start without --resume")
 
 
@@ -325,7 +388,8 @@ def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:
     return prompt + text
 
 
-def _append_metrics(path: Path, metrics: Metrics) -> None:
+def _append_metrics(run: Path, metrics: Metrics) -> None:
+    path = run / "metrics.jsonl"
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics.to_dict()) + "\n")
@@ -333,10 +397,14 @@ def _append_metrics(path: Path, metrics: Metrics) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be taken again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines() if step else []
-    lines = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def _cut_metrics(run: Path, step: int) -> None:
+    """Make the folder, and drop the lines of steps that will be taken again, or that were not written to the end."""
+    path = run / "metrics.jsonl"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        if lines or path.exists():
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error

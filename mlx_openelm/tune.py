@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,15 @@ from .adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
 from .batch import Rows
 from .checkpoints import checkpoint_folder, checkpoint_folders
 from .device import DTYPES
-from .errors import AdapterError, ConfigError, DataError, TokenizerError, TrainingError
+from .errors import AdapterError, ConfigError, DataError, OutputError, TokenizerError, TrainingError
 from .example_rows import ExampleBatches, all_rows
 from .examples import ExampleOptions, ExampleSet, read_splits
-from .lora import adapter_parameters, add_adapter
+from .lora import MAGNITUDE, adapter_parameters, add_adapter
 from .loss import Batch, Likelihood, Objective
 from .model import OpenELM
 from .optimizer import Tensors
 from .preference import Preference, reference_logprobs
+from .tensors import as_bytes
 from .tokenizer import Tokenizer
 from .train import Metrics, Trainer, train
 from .tune_recipe import TuneRecipe
@@ -53,14 +55,8 @@ class ExampleRows:
         self.fingerprint = hashlib.sha256("".join(marks).encode()).hexdigest()
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
-        """Rows `first` to `first + count` of a step's; the two of a pair stay together.
-
-        Raises:
-            TrainingError: if that is not possible.
-        """
+        """Rows `first` to `first + count` of a step's, in whole entries."""
         share = None if count is None else count // self.rows_per_entry
-        if count is not None and count % self.rows_per_entry:
-            raise TrainingError(f"{self.rows_per_step // 2} pairs cannot be shared evenly by the processes")
         return self._batches.step(step, first // self.rows_per_entry, share)
 
     def validation(self, first: int, stride: int) -> Iterator[Rows]:
@@ -75,7 +71,7 @@ class Tuning:
 
     Attributes:
         recipe: with everything found out that it left open: steps, warm-up, length, type.
-        parameters: what is trained, float32, by name.
+        parameters: what is trained, float32, by name; a trainer takes them over.
         num_parameters: how many numbers that is.
     """
 
@@ -87,11 +83,7 @@ class Tuning:
     test: ExampleSet | None
     rows: ExampleRows
     parameters: Tensors
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers are trained."""
-        return sum(p.size for p in self.parameters.values())
+    num_parameters: int
 
     @property
     def base(self) -> dict[str, Any]:
@@ -131,7 +123,9 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
         columns=recipe.columns,
         indent=recipe.indent,
     )
-    validation = _share(recipe.validation) or recipe.validation or None
+    share = _share(recipe.validation)
+    validation = share if share is not None else recipe.validation or None
+    _check_paths(recipe)
     examples, held_out, test = read_splits(Path(recipe.data), tokenizer, options, validation, recipe.seed)
     if (examples.kind == "preference") != (recipe.objective == "dpo"):
         needed = (
@@ -140,12 +134,20 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
             else "a text or an answer; --method dpo takes pairs"
         )
         raise DataError(f"{examples.path} holds examples of the kind {examples.kind}; this method needs {needed}")
+    if recipe.early_stop and held_out is None:
+        raise DataError("early_stop needs examples to validate with; give --validation FILE or a share like 0.05")
     rows = ExampleRows(recipe, examples, held_out, _fingerprint(model))
     parameters = _trained(model, recipe)
     steps = recipe.steps or max(1, round(recipe.epochs * rows.steps_per_epoch))
-    warmup = recipe.warmup_steps or round(recipe.warmup_share * steps)
-    recipe = replace(recipe, steps=steps, warmup_steps=warmup)
-    return Tuning(recipe, model, tokenizer, examples, held_out, test, rows, parameters)
+    recipe = replace(recipe, steps=steps)
+    count = sum(p.size for p in parameters.values())
+    return Tuning(recipe, model, tokenizer, examples, held_out, test, rows, parameters, count)
+
+
+def _check_paths(recipe: TuneRecipe) -> None:
+    data = Path(recipe.data)
+    if not data.exists():
+        raise DataError(f"{data} does not exist")
 
 
 def tune(
@@ -174,9 +176,29 @@ def tune(
         yield from train(
             trainer, tuning.tokenizer, output, write, resume=resume, on_step=on_step, on_message=on_message
         )
-    finally:
-        if trainer.group.rank() == 0:
-            _publish(output)
+    except BaseException:
+        with suppress(OutputError):  # what ended the run is told
+            _publish(trainer, output)
+        raise
+    _publish(trainer, output)
+
+
+def check_output(run: Path, resume: bool) -> None:
+    """Make sure that a run may be kept in this folder, before anything is loaded.
+
+    Raises:
+        TrainingError: if another run is there, or none to go on with.
+        OutputError: if it is something else, as a model.
+    """
+    if run.exists() and not run.is_dir():
+        raise OutputError(f"{run} is a file; a run is kept in a folder")
+    if (run / "config.json").exists():
+        raise OutputError(f"{run} is a model folder; name another --output")
+    found = bool(checkpoint_folders(run))
+    if found and not resume:
+        raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
+    if resume and not found:
+        raise TrainingError(f"{run} holds no checkpoint to go on with; start without --resume")
 
 
 def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> Trainer:
@@ -186,10 +208,14 @@ def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> T
         TrainingError: if the batch cannot be split over the processes.
     """
     recipe, group = tuning.recipe, group or mx.distributed.init()
+    parameters = dict(tuning.parameters)
+    tuning.parameters.clear()  # else what was trained first would stay in memory
     rows = max(1, recipe.batch_size // group.size()) * tuning.rows.rows_per_entry
     prepare: Callable[[Batch], Batch] = _unchanged
     if recipe.objective == "dpo":
-        reference = mx.compile(partial(reference_logprobs, tuning.model, DTYPES[recipe.dtype], dict(tuning.parameters)))
+        dtype = DTYPES[recipe.dtype]
+        before = {name: p if name.endswith(f".{MAGNITUDE}") else p.astype(dtype) for name, p in parameters.items()}
+        reference = mx.compile(partial(reference_logprobs, tuning.model, dtype, before))
 
         def prepare(batch: Batch) -> Batch:
             found = {**batch, "reference": reference(batch)}
@@ -199,7 +225,7 @@ def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> T
     return Trainer(
         recipe,
         tuning.model,
-        tuning.parameters,
+        parameters,
         tuning.rows,
         tuning.objective,
         micro_batch_size=rows,
@@ -214,21 +240,26 @@ def best_checkpoint(run: Path) -> Path | None:
     folders = checkpoint_folders(run)
     if not folders:
         return None
-    best = json.loads((folders[-1] / "state.json").read_text())["best_step"]
-    return checkpoint_folder(run, best) if best is not None else folders[-1]
+    best = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))["best_step"]
+    named = checkpoint_folder(run, best) if best is not None else folders[-1]
+    return named if named in folders else folders[-1]
 
 
 def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _publish(run: Path) -> None:
-    folder = best_checkpoint(run)
+def _publish(trainer: Trainer, run: Path) -> None:
+    """Copy the best adapter to where people look for it."""
+    folder = best_checkpoint(run) if trainer.group.rank() == 0 else None
     if folder is None:
         return
-    for name in (TENSOR_FILE, CONFIG_FILE):
-        shutil.copyfile(folder / name, run / f".{name}")
-        (run / f".{name}").replace(run / name)
+    try:
+        for name in (TENSOR_FILE, CONFIG_FILE):
+            shutil.copyfile(folder / name, run / f".{name}")
+            (run / f".{name}").replace(run / name)
+    except OSError as error:
+        raise OutputError(f"{run} cannot be written: {error.strerror}; the adapter is in {folder}") from error
 
 
 def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
@@ -252,11 +283,10 @@ def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
 
 
 def _fingerprint(model: OpenELM) -> str:
-    """A hash of the configuration and of the norms: enough to tell models apart."""
+    """A hash of the configuration and of the first row of every tensor: enough to tell models apart."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, array in dict(tree_flatten(model.parameters())).items():
-        if array.ndim == 1:
-            digest.update(name.encode() + bytes(memoryview(array.astype(mx.float32))))
+        digest.update(name.encode() + bytes(as_bytes(array[0] if array.ndim > 1 else array)))
     return digest.hexdigest()
 
 

@@ -60,7 +60,8 @@ class TuneRecipe(Recipe):
     checkpoint_every: int = 100
 
     folder: ClassVar[Path] = RECIPES
-    free: ClassVar[frozenset[str]] = Recipe.free | {"epochs"}
+    # What the model and the examples are is told by their fingerprints, wherever they lie.
+    free: ClassVar[frozenset[str]] = Recipe.free | {"epochs", "data", "validation", "model", "tokenizer"}
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
         **Recipe._choices,
         "dtype": ("auto", *DTYPES),
@@ -82,6 +83,8 @@ class TuneRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_length == 1:
+            raise ConfigError("max_length is 1; an example has a token to learn behind its first")
         if self.pack and self.objective == "dpo":
             raise ConfigError("pack and dpo contradict one another: the two answers of a pair are rows of their own")
 
@@ -103,6 +106,11 @@ class TuneRecipe(Recipe):
         if name in ("data", "model", "tokenizer", "validation") and value and (folder / str(value)).exists():
             return str(folder / value)
         return super()._read(name, value, default, folder)
+
+    @property
+    def warmup(self) -> int:
+        """Steps until the largest learning rate."""
+        return self.warmup_steps or round(self.warmup_share * self.steps)
 
     @property
     def adapter(self) -> AdapterConfig | None:

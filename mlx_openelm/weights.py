@@ -45,15 +45,27 @@ def load(
     Raises:
         OpenELMError: of the kind that fits, if anything is missing, damaged or contradictory.
     """
-    source = open_source([model], config=config, revision=revision)
-    text = _tokenizer(source, tokenizer)
-    if source.named_vocab_size:
-        source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
+    source, text = open_model(model, tokenizer=tokenizer, config=config, revision=revision)
     network = load_source(source, dtype)
     if adapter is not None:
         apply_adapter(network, open_adapter(adapter, vocab_size=network.config.vocab_size))
         network.eval()
     return network, text
+
+
+def open_model(
+    model: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
+    revision: str | None = None,
+) -> tuple[Source, Tokenizer | None]:
+    """A model that is still on disk, without rows that only fill its vocabulary up, and its tokenizer; see `load`."""
+    source = open_source([model], config=config, revision=revision)
+    text = _tokenizer(source, tokenizer)
+    if source.named_vocab_size:
+        source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
+    return source, text
 
 
 def dtype_named(name: str) -> mx.Dtype | None:

@@ -124,8 +124,8 @@ def test_a_folder_has_its_files_for_each_use(tmp_path, tokenizer):
     assert (len(train.examples), valid, test) == (3, None, None)
     (tmp_path / "val.json").write_text(json.dumps(completions(2)))
     (tmp_path / "test.csv").write_text("prompt,completion\na, b\n")
-    train, valid, test = read_splits(tmp_path, tokenizer, validation=0.5)  # there is a file
-    assert [len(part.examples) for part in (train, valid, test)] == [3, 2, 1]
+    train, valid, test = read_splits(tmp_path, tokenizer, validation=0.5)  # goes before the file
+    assert [len(part.examples) for part in (train, valid, test)] == [1, 2, 1]
     other = write(tmp_path / "other.jsonl", completions(4))
     assert len(read_splits(tmp_path, tokenizer, validation=str(other))[1].examples) == 4
     write(tmp_path / "valid.jsonl", completions(2))

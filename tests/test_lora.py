@@ -21,6 +21,7 @@ from mlx_openelm.lora import (
     AdapterConfig,
     adapter_parameters,
     adapter_paths,
+    adapters,
     add_adapter,
     settle,
 )
@@ -53,6 +54,7 @@ class OneBatch:
     """Data of one batch, again and again."""
 
     rows_per_step = 2
+    rows_per_entry = 1
     fingerprint = "one"
 
     def step(self, step, first=0, count=None):
@@ -298,3 +300,36 @@ def test_a_settled_adapter_gives_the_same(bases):
     before = model(tokens)
     settle(model)
     assert_close(model(tokens), before, 2e-5)
+
+
+@pytest.mark.parametrize("where", ["linear", "embedding"])
+def test_a_row_of_zeros_stays_one(tmp_path, where):
+    model = random_model(CONFIG)
+    path = "transformer.layers.0.attn.qkv_proj" if where == "linear" else "transformer.token_embeddings"
+    weight = dict(tree_flatten(model.parameters()))[f"{path}.weight"]
+    model.update(tree_unflatten([(f"{path}.weight", mx.where(mx.arange(weight.shape[0])[:, None] == 5, 0, weight))]))
+    folder = write_folder(tmp_path / "base", model)
+    tokens = mx.array([[1, 5, 7]])
+    plain = model(tokens)
+    config = replace(METHODS["dora"], targets=LINEAR_TARGETS if where == "linear" else (EMBEDDING_TARGET,))
+    add_adapter(model, config)
+    assert mx.array_equal(model.eval()(tokens), plain)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", adapter_parameters(model), "dora", config, {})
+    merge(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    assert_close(load(tmp_path / "merged", tokenizer="none")[0](tokens), plain, 2e-5)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
+def test_vectors_of_stock_quantized_embeddings_are_not_rounded(bases, mode, monkeypatch):
+    """As on a GPU, where MLX's own layers are used: they give bfloat16 in these modes."""
+    import mlx_openelm.weights as weights
+
+    monkeypatch.setattr(weights, "on_cpu", lambda: False)
+    model, _ = load(bases[mode], dtype=mx.float32)
+    add_adapter(model, replace(METHODS["dora"], targets=(EMBEDDING_TARGET,)))
+    (_, adapter), *_ = adapters(model)
+    adapter.lora_b = adapter.lora_b + 0.123456789
+    found = adapter.eval()(mx.array([3]))
+    assert found.dtype == mx.float32
+    assert not mx.array_equal(found.astype(mx.bfloat16).astype(mx.float32), found)

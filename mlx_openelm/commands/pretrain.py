@@ -10,7 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .options import examples
-from .progress import training_progress
+from .progress import training_view
 from .terminal import INTERRUPTED, byte_bar, fail, say
 
 EXAMPLES = examples(
@@ -78,16 +78,19 @@ def pretrain(
     mx.eval(mx.distributed.all_sum(mx.zeros(1)))
     corpus = corpus or prepare_corpus(recipe.data, tokenizer, filters, output / "corpus")
 
-    steps = pretrain(
-        recipe, corpus, tokenizer, output, resume=resume, group=group, on_message=say if main else lambda message: None
-    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
     try:
-        with training_progress(recipe.steps, main) as show:
-            for metrics in steps:
-                show(metrics)
+        with training_view(recipe.steps, main) as view:
+            on_message = say if main else lambda message: None
+            steps = pretrain(
+                recipe, corpus, tokenizer, output, resume=resume, group=group, on_step=view.moved, on_message=on_message
+            )
+            try:
+                for metrics in steps:
+                    view.show(metrics)
+            finally:
+                steps.close()
     except KeyboardInterrupt:
-        steps.close()
         fail(f"interrupted; --resume goes on from {output}", INTERRUPTED)
 
 

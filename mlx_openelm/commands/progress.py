@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .terminal import mib, say
 
@@ -14,34 +14,62 @@ if TYPE_CHECKING:
     from ..train import Metrics
 
 
+class TrainingView:
+    """Where nobody looks: nothing."""
+
+    def moved(self, metrics: Metrics) -> None:
+        """After every step."""
+
+    def show(self, metrics: Metrics) -> None:
+        """Figures to keep before the eyes."""
+
+
+class _Lines(TrainingView):
+    """Lines on stderr, for a file or a pipe."""
+
+    def __init__(self, steps: int, unit: str):
+        self._steps = steps
+        self._unit = unit
+
+    def show(self, metrics: Metrics) -> None:
+        say(f"step {metrics.step:,} of {self._steps:,}: {_text(metrics, self._unit)}")
+        if metrics.sample:
+            say(f"sample: {metrics.sample}")
+
+
+class _Bar(TrainingView):
+    """Lines above a bar with the time left, for a terminal."""
+
+    def __init__(self, progress: Any, steps: int, unit: str):
+        self._progress = progress
+        self._task = progress.add_task("", total=steps)
+        self._unit = unit
+
+    def moved(self, metrics: Metrics) -> None:
+        self._progress.update(self._task, completed=metrics.step)
+
+    def show(self, metrics: Metrics) -> None:
+        self.moved(metrics)
+        line = f"step {metrics.step:,}: {_text(metrics, self._unit)}"
+        self._progress.console.print(line, markup=False, highlight=False)
+        if metrics.sample:
+            self._progress.console.print(metrics.sample, style="dim", markup=False)
+
+
 @contextmanager
-def training_progress(steps: int, main: bool, unit: str = "tokens") -> Iterator[Callable[[Metrics], None]]:
-    """A bar with loss, speed and time left on a terminal; elsewhere a line now and then."""
+def training_view(steps: int, main: bool, unit: str = "tokens") -> Iterator[TrainingView]:
+    """What shows a run while it goes on: a bar on a terminal, lines elsewhere, nothing in other processes."""
     if not main:
-        yield lambda metrics: None
+        yield TrainingView()
         return
     if not sys.stderr.isatty():
-
-        def show_line(metrics: Metrics) -> None:
-            say(f"step {metrics.step:,} of {steps:,}: {_text(metrics, unit)}")
-            if metrics.sample:
-                say(f"sample: {metrics.sample}")
-
-        yield show_line
+        yield _Lines(steps, unit)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=steps)
-
-        def show_bar(metrics: Metrics) -> None:
-            progress.update(task, completed=metrics.step, description=_text(metrics, unit))
-            if metrics.sample:
-                progress.console.print(metrics.sample, style="dim", markup=False)
-
-        yield show_bar
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        yield _Bar(progress, steps, unit)
 
 
 def _text(metrics: Metrics, unit: str) -> str:

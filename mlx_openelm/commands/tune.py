@@ -14,7 +14,7 @@ from typer import Option
 from ..hub import BUILT_IN_MODEL
 from ..tune_recipe import TuneRecipe
 from .options import Dtype, Json, Model, Revision, TokenizerOption, examples
-from .progress import training_progress
+from .progress import training_view
 from .terminal import INTERRUPTED, byte_bar, fail, mib, print_json, say
 
 if TYPE_CHECKING:
@@ -108,21 +108,24 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model: LoRA, DoRA, in full, or on pairs of answers. The result is an adapter."""
-    recipe = _recipe(config, _given(context), gradient_checkpointing)
+    recipe = _recipe(config, _given(context, config), gradient_checkpointing)
 
     import mlx.core as mx
 
     from ..memory import tuning_memory
-    from ..tune import prepare_tuning
+    from ..tune import best_checkpoint, check_output, prepare_tuning
     from ..tune import tune as run
 
     group = mx.distributed.init()
     main = group.rank() == 0
+    if not dry_run:
+        check_output(output, resume)
     tuning = prepare_tuning(recipe)
     memory = tuning_memory(tuning, group.size())
     if main and not as_json:
         _show(tuning, group.size())
-        say(f"memory: about {mib(memory.peak_bytes)}, and this machine has {mib(memory.limit_bytes)} for it")
+        needed, limit = mib(memory.peak_bytes), mib(memory.limit_bytes)
+        say(f"memory: about {needed} beside what Python and MLX take themselves; this machine has {limit}")
     if main and not memory.fits:
         say("warning: it does not fit; try --gradient-checkpointing, a smaller --batch-size or --max-length")
     if dry_run:
@@ -130,27 +133,32 @@ def tune(
             print_json({"recipe": tuning.recipe.to_dict(), "memory": memory.to_dict(), **_counts(tuning)})
         return
 
-    run_steps = run(tuning, output, resume=resume, group=group, on_message=say if main else lambda message: None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
     last = first = None
     try:
-        with training_progress(tuning.recipe.steps, main) as show:
-            for metrics in run_steps:
-                show(metrics)
-                last = metrics
-                first = metrics.validation_loss if metrics.step == 0 else first
+        with training_view(tuning.recipe.steps, main, "pairs" if recipe.objective == "dpo" else "tokens") as view:
+            on_message = say if main else lambda message: None
+            run_steps = run(tuning, output, resume=resume, group=group, on_step=view.moved, on_message=on_message)
+            try:
+                for metrics in run_steps:
+                    view.show(metrics)
+                    last = metrics
+                    first = metrics.validation_loss if metrics.step == 0 else first
+            finally:
+                run_steps.close()
     except KeyboardInterrupt:
-        run_steps.close()
-        fail(f"interrupted; --resume goes on from {output}", INTERRUPTED)
+        saved = best_checkpoint(output) is not None
+        fail(f"interrupted; --resume goes on from {output}" if saved else "interrupted before a step", INTERRUPTED)
     if main:
         _report(tuning, output, first, last, as_json)
 
 
-def _given(context: typer.Context) -> dict[str, Any]:
+def _given(context: typer.Context, config: str | None) -> dict[str, Any]:
     """Fields of the recipe that stood on the command line: only they change what a file says."""
+    kinds = {"COMMANDLINE"} if config else {"COMMANDLINE", "ENVIRONMENT"}
     known = {entry.name for entry in fields(TuneRecipe)}
     sources = {name: context.get_parameter_source(name) for name in context.params if name in known}
-    return {name: context.params[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
+    return {name: context.params[name] for name, source in sources.items() if source and source.name in kinds}
 
 
 def _recipe(config: str | None, given: dict[str, Any], recompute_layers: bool) -> TuneRecipe:
@@ -161,6 +169,8 @@ def _recipe(config: str | None, given: dict[str, Any], recompute_layers: bool) -
         kinds = given["method"].split("+")
         given["objective"] = "dpo" if "dpo" in kinds else "likelihood"
         given["method"] = "+".join(kind for kind in kinds if kind != "dpo") or TuneRecipe.method
+    if "epochs" in given and "steps" not in given:
+        given["steps"] = 0  # else those of the file would hold
     changes = TuneRecipe.from_dict(given)
     if config is None:
         return changes
@@ -218,26 +228,36 @@ def _marked(example: Example, tokenizer: Tokenizer) -> str:
 
 
 def _report(tuning: Tuning, output: Path, first: float | None, last: Any, as_json: bool) -> None:
+    import json
+
     from ..tune import best_checkpoint
 
     best = best_checkpoint(output)
-    step = int(best.name.split("-")[1]) if best is not None else None
+    state = json.loads((best / "state.json").read_text(encoding="utf-8")) if best is not None else {}
+    step, kept = state.get("step"), state.get("best_loss")
     if as_json:
         print_json(
             {
                 "adapter": str(output),
                 "step": step,
                 "held_out_loss_before": first,
+                "held_out_loss": kept,
                 "last": last.to_dict() if last else None,
                 **_counts(tuning),
             }
         )
         return
-    typer.echo(
-        f"{output}: the adapter of step {step:,}" if step is not None else f"{output}: nothing was left to train"
-    )
-    if first is not None and last is not None and last.validation_loss is not None:
-        typer.echo(f"held-out loss {first:.4f} before and {last.validation_loss:.4f} at the end")
+    if last is not None and last.step < tuning.recipe.steps:
+        typer.echo(f"stopped after step {last.step:,}: the held-out loss did not get better any more")
+    if last is None:
+        typer.echo(f"{output}: nothing was left to train")
+    if step is not None and kept is not None:
+        before = f", {first:.4f} before tuning" if first is not None else ""
+        typer.echo(f"{output}: the adapter of step {step:,}, the best on held-out examples: loss {kept:.4f}{before}")
+        if first is not None and kept >= first:
+            say("warning: the model without the adapter is no worse; try a lower --learning-rate")
+    elif step is not None:
+        typer.echo(f"{output}: the adapter of step {step:,}")
     typer.echo(f"try it: openelm-mlx generate -m {tuning.recipe.model} --adapter {output} --prompt ...")
 
 
@@ -257,6 +277,8 @@ def merge(
         bool, Option("--dequantize", help="Write it in full, as is done without --quantize.")
     ] = False,
     dtype: Annotated[str, Option(help="auto, float16, bfloat16 or float32.", metavar="D")] = "auto",
+    config: Annotated[str | None, Option(help="Configuration of a .pt file.", metavar="FILE_OR_NAME")] = None,
+    tokenizer: TokenizerOption = None,
     force: Annotated[bool, Option("--force", "-f", help="Replace a model at the output.")] = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -266,9 +288,12 @@ def merge(
     from ..merge import merge_folder
     from ..quantize import Quantization
 
-    if dequantize and (quantize or mode):
+    wanted = quantize is not None or mode is not None
+    if dequantize and wanted:
         raise ConfigError("--quantize and --dequantize contradict one another")
-    quantization = Quantization.of(quantize, group_size, mode) if quantize or mode else None
+    if group_size is not None and not wanted:
+        raise ConfigError("--group-size belongs to --quantize, which is missing")
+    quantization = Quantization.of(quantize, group_size, mode) if wanted else None
     with byte_bar("merging") as update:
         result = merge_folder(
             model,
@@ -276,6 +301,8 @@ def merge(
             output,
             quantization=quantization,
             dtype=dtype,
+            tokenizer=tokenizer,
+            config=config,
             force=force,
             revision=revision,
             on_progress=update,

@@ -72,7 +72,8 @@ def convert_adapter(
     """
     if to not in FORMS:
         raise ConfigError(f"{to!r} is not a form of adapters; there are {', '.join(FORMS)}")
-    if Path(adapter).is_file() and Path(adapter).suffix in TORCH_SUFFIXES:
+    path = Path(adapter).expanduser()
+    if path.is_file() and path.suffix in TORCH_SUFFIXES:
         raise AdapterError(
             f"{adapter} is a checkpoint, which is converted with its model: `openelm-mlx convert {Path(adapter).name} "
             "--output DIR` writes the adapter to DIR/adapter"

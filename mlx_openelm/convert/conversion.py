@@ -10,10 +10,10 @@ import mlx.core as mx
 from ..adapters import about_base, check_adapter, write_adapter
 from ..config import OpenELMConfig
 from ..device import DTYPES
-from ..errors import ConfigError, WeightsError
+from ..errors import ConfigError
 from ..model import parameter_shapes
 from ..quantize import PackedTensor, Quantization, pack
-from ..tensors import LazyTensor
+from ..tensors import LazyTensor, checked_cast
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import find_tokenizer, has_tokenizer, write_tokenizer
 from .adapter_tensors import with_vocabulary
@@ -186,13 +186,7 @@ def _cast(name: str, tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
     if tensor.dtype in (mx.uint32, mx.uint8):
         return tensor
 
-    def cast(array: mx.array) -> mx.array:
-        result = array.astype(dtype)
-        if dtype == mx.float16 and array.dtype != dtype and not mx.all(mx.isfinite(result)).item():
-            raise WeightsError(f"{name} holds values beyond the range of float16; use --dtype bfloat16")
-        return result
-
-    return tensor.map(cast, dtype)
+    return tensor.map(lambda array: checked_cast(name, array, dtype), dtype)
 
 
 def _summary(
