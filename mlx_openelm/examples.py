@@ -109,7 +109,7 @@ def read_examples(
             num_cut += too_long
             examples.append(example)
     if not examples:
-        dropped = f": {num_dropped:,} are too long or hold no answer" if num_dropped else ""
+        dropped = f": {num_dropped:,} are too long, hold no answer, or are pairs of equal ones" if num_dropped else ""
         raise DataError(f"{path} leaves no example to train on{dropped}")
     return ExampleSet(kind, tuple(examples), path, num_cut, num_dropped, broken.count)
 

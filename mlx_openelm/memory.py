@@ -121,16 +121,17 @@ def _activation_bytes(shape: StepShape) -> float:
     weights = config.model_dim * (largest[1] * 5 // 3 + 3 * largest[2])  # about those of the largest layer
     vocabulary = config.vocab_size * config.model_dim
     # A layer is computed while what is kept of those before it waits; or the logits of a chunk, when all do.
-    layer, head = max(sum(saved[:number]) + work for number, work in enumerate(at_work)), sum(saved)
+    layer, head = [sum(saved[:number]) + work for number, work in enumerate(at_work)], sum(saved)
     if shape.is_quantized:
-        layer += 1.6 * weights
+        layer = [numbers + 1.6 * weights for numbers in layer]
         head += 1.6 * weights + vocabulary
-    if shape.method == "full":
-        layer += 3.7 * weights
-        head += 3.7 * weights + 2.5 * vocabulary
     size = shape.dtype.size
     logits = _LOGITS * min(shape.loss_chunk, shape.counted) * config.vocab_size + 2 * shape.counted * config.model_dim
-    return max(layer * size, head * size + logits * mx.float32.size)
+    stages = [*(numbers * size for numbers in layer), head * size + logits * mx.float32.size]
+    if shape.method == "full" and shape.recompute_layers:  # gradients of the layers before are still to come
+        to_come = [mx.float32.size * sum(config.layer_parameters[:number]) for number in range(len(stages))]
+        stages = [nbytes - gradients for nbytes, gradients in zip(stages, to_come, strict=True)]
+    return max(stages)
 
 
 def _at_work(widths: tuple[int, int, int], shape: StepShape) -> float:

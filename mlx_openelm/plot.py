@@ -30,22 +30,30 @@ def plot_run(run: Path, path: Path) -> None:
     lines = [line for line in lines if line["loss"] is not None] or lines
     steps = [line["step"] for line in lines]
     with _figure(path, 2, 2) as (figure, axes):
-        figure.suptitle(f"Training run {run.resolve().name}: {lines[-1]['tokens'] / 1e6:,.1f} million tokens")
+        pairs = "accuracy" in lines[-1]
+        counted = f"{lines[-1]['tokens']:,} {'pairs' if pairs else 'tokens'} learnt"
+        figure.suptitle(f"Training run {run.resolve().name}: {counted}")
         loss, rate, norm, speed = axes.flat
-        loss.plot(steps, [line["loss"] for line in lines], color=_PALE, linewidth=0.8, label="training")
+        loss.plot(
+            steps, [line["loss"] for line in lines], ".-", color=_PALE, markersize=2, linewidth=0.8, label="training"
+        )
         loss.plot(steps, _smooth([line["loss"] for line in lines]), color=_LAYERWISE, label="training, smoothed")
         if held_out:
             loss.plot(*zip(*held_out, strict=True), "o-", color=_UNIFORM, markersize=3, label="held-out")
-        loss.set(title="Loss", ylabel="nats per token")
+        loss.set(title="Loss", ylabel="preference loss" if pairs else "nats per token")
         loss.legend()
         rate.plot(steps, [line["learning_rate"] for line in lines], color=_LAYERWISE)
         rate.set(title="Learning rate", ylabel="learning rate")
         norm.plot(steps, [line["gradient_norm"] for line in lines], color=_LAYERWISE, linewidth=0.8)
         norm.set(title="Gradient norm, before clipping", ylabel="norm", yscale="log")
-        for axis in (norm.yaxis.set_major_formatter, norm.yaxis.set_minor_formatter):
-            axis("{x:g}")
+        norm.yaxis.set_major_formatter("{x:g}")
+        norms = [line["gradient_norm"] for line in lines if line["gradient_norm"] > 0]
+        within_a_decade = not norms or max(norms) < 10 * min(norms)
+        norm.yaxis.set_minor_formatter("{x:g}" if within_a_decade else "")
         speed.plot(steps, [line["tokens_per_second"] for line in lines], color=_LAYERWISE)
-        speed.set(title="Speed since the last start", ylabel="tokens per second", ylim=(0, None))
+        speed.set(
+            title="Speed since the last start", ylabel=f"{'pairs' if pairs else 'tokens'} per second", ylim=(0, None)
+        )
         for axis in axes.flat:
             axis.set_xlabel("step")
 

@@ -162,7 +162,7 @@ class Recipe:
         defaults = {e.name: e.default for e in fields(self) if e.default is not MISSING}
         other = {**json.loads(json.dumps(defaults)), **other}
         names = sorted((set(own) | set(other)) - self.free)
-        return [f"{n}: {other.get(n)!r} and {own.get(n)!r}" for n in names if own.get(n) != other.get(n)]
+        return [f"{n} was {other.get(n)!r} and is {own.get(n)!r}" for n in names if own.get(n) != other.get(n)]
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:

@@ -363,9 +363,9 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
         state = checkpoint.state
         found = trainer.recipe.differences(state["recipe"])
         if state.get("data", state.get("corpus")) != trainer.data.fingerprint:
-            found.append("the model, the files of the data, their vocabulary or the filters")
+            found.append("the model, the data or how it is read")
         if found:
-            raise TrainingError(f"{run} was trained otherwise: {'; '.join(found)}")
+            raise TrainingError(f"{run} was trained otherwise: {'; '.join(found)}; name another --output to begin anew")
         # In the order of the network: the gradient's norm is a sum over it, and a file has an order of its own.
         trainer.parameters = {name: checkpoint.parameters[name] for name in trainer.parameters}
         trainer.moments = checkpoint.moments

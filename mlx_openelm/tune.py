@@ -80,7 +80,6 @@ class Tuning:
     tokenizer: Tokenizer
     train: ExampleSet
     held_out: ExampleSet | None
-    test: ExampleSet | None
     rows: ExampleRows
     parameters: Tensors
     num_parameters: int
@@ -126,7 +125,7 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     share = _share(recipe.validation)
     validation = share if share is not None else recipe.validation or None
     _check_paths(recipe)
-    examples, held_out, test = read_splits(Path(recipe.data), tokenizer, options, validation, recipe.seed)
+    examples, held_out, _ = read_splits(Path(recipe.data), tokenizer, options, validation, recipe.seed)
     if (examples.kind == "preference") != (recipe.objective == "dpo"):
         needed = (
             "prompt, chosen and rejected"
@@ -141,7 +140,7 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     steps = recipe.steps or max(1, round(recipe.epochs * rows.steps_per_epoch))
     recipe = replace(recipe, steps=steps)
     count = sum(p.size for p in parameters.values())
-    return Tuning(recipe, model, tokenizer, examples, held_out, test, rows, parameters, count)
+    return Tuning(recipe, model, tokenizer, examples, held_out, rows, parameters, count)
 
 
 def _check_paths(recipe: TuneRecipe) -> None:

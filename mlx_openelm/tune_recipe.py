@@ -94,7 +94,7 @@ class TuneRecipe(Recipe):
             names = value.split(",") if isinstance(value, str) else value
             if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
                 raise ConfigError(f"targets is {value!r}; names like qkv_proj are expected")
-            return tuple(n.strip() for n in names)
+            return tuple(n.strip().split(".")[-1] for n in names)  # mlx-lm says attn.qkv_proj
         if name == "columns":
             if isinstance(value, str) and "=" in value:
                 value = dict(pair.split("=", 1) for pair in value.split(",") if "=" in pair)

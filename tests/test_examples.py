@@ -46,7 +46,7 @@ def test_examples_without_an_answer_are_dropped(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [*records, {"prompt": "a", "completion": ""}])
     examples = read_examples(path, tokenizer, ExampleOptions(max_length=10))
     assert (len(examples.examples), examples.num_cut, examples.num_dropped) == (1, 0, 2)
-    with pytest.raises(DataError, match=r"a\.jsonl leaves no example to train on: 1 are too long or hold no answer"):
+    with pytest.raises(DataError, match=r"a\.jsonl leaves no example to train on: 1 are too long, hold no answer"):
         read_examples(write(tmp_path / "a.jsonl", records[1:]), tokenizer, ExampleOptions(max_length=10))
     with pytest.raises(DataError, match=r"a\.jsonl leaves no example to train on$"):
         read_examples(write(tmp_path / "a.jsonl", []), tokenizer)

@@ -154,7 +154,11 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, rec
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"rank": 8}, "rank: 4 and 8"), ({"seed": 5}, "seed: 0 and 5"), ({"dropout": 0.0}, "dropout: 0.1 and 0.0")],
+    [
+        ({"rank": 8}, "rank was 4 and is 8"),
+        ({"seed": 5}, "seed was 0 and is 5"),
+        ({"dropout": 0.0}, "dropout was 0.1 and is 0.0"),
+    ],
 )
 def test_another_recipe_cannot_go_on(whole_run, recipe, change, named):
     with pytest.raises(TrainingError, match=named):
@@ -165,7 +169,7 @@ def test_other_examples_cannot_go_on(tmp_path, whole_run, recipe):
     shutil.copytree(whole_run, tmp_path / "run")
     data = tmp_path / "answers.jsonl"
     data.write_text(Path(recipe.data).read_text().replace("river", "woods"))
-    with pytest.raises(TrainingError, match="the model, the files of the data"):
+    with pytest.raises(TrainingError, match="the model, the data"):
         tuned(replace(recipe, data=str(data)), tmp_path / "run", resume=True)
 
 
@@ -181,7 +185,7 @@ def test_another_model_of_the_same_widths_cannot_go_on(tmp_path, whole_run, reci
     norms = {n: a for n, a in tree_flatten(random_model(CONFIG).parameters()) if a.ndim == 1}
     other.update(tree_unflatten(list(norms.items())))
     write_folder(tmp_path / "other", other, tokenizer)
-    with pytest.raises(TrainingError, match="the model, the files"):
+    with pytest.raises(TrainingError, match="the model, the data"):
         tuned(replace(recipe, model=str(tmp_path / "other")), whole_run, resume=True)
 
 

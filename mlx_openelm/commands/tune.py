@@ -38,7 +38,8 @@ def tune(
     context: typer.Context,
     output: Annotated[Path, Option("--output", "-o", help="Folder of the adapter and its run.", metavar="DIR")],
     config: Annotated[
-        str | None, Option(help="Recipe in YAML, or one from the package, as commonsense.", metavar="FILE_OR_NAME")
+        str | None,
+        Option(help="Recipe in YAML, or commonsense, instruct-270M, -450M, -1.1B, -3B.", metavar="FILE_OR_NAME"),
     ] = None,
     model: Model = TuneRecipe.model,
     data: Annotated[
@@ -71,6 +72,7 @@ def tune(
         int, Option(help="Steps until the largest rate; 0: 3 % of all.", metavar="N")
     ] = TuneRecipe.warmup_steps,
     weight_decay: Annotated[float, Option(help="Decay of matrices.", metavar="W")] = TuneRecipe.weight_decay,
+    clip: Annotated[float, Option(help="Largest norm of the gradient; 0: none.", metavar="C")] = TuneRecipe.clip,
     max_length: Annotated[
         int, Option(help="Tokens of an example; 0: the model's context.", metavar="T")
     ] = TuneRecipe.max_length,
@@ -89,6 +91,10 @@ def tune(
         str, Option(help="File to validate with, or a share of the examples.", metavar="FILE|SHARE")
     ] = TuneRecipe.validation,
     validate_every: Annotated[int, Option(help="Steps between validations.", metavar="N")] = TuneRecipe.validate_every,
+    log_every: Annotated[int, Option(help="Steps between figures.", metavar="N")] = TuneRecipe.log_every,
+    checkpoint_every: Annotated[
+        int, Option(help="Steps between checkpoints.", metavar="N")
+    ] = TuneRecipe.checkpoint_every,
     early_stop: Annotated[
         int, Option(help="End after N validations without a better loss; 0: never.", metavar="N")
     ] = TuneRecipe.early_stop,
@@ -107,7 +113,10 @@ def tune(
     dry_run: Annotated[bool, Option("--dry-run", help="Show examples, steps and memory, and end.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model: LoRA, DoRA, in full, or on pairs of answers. The result is an adapter."""
+    """Fine-tune a model: LoRA, DoRA, in full, or on pairs of answers.
+
+    The result is an adapter: of all that were validated, the best. Other fields of a recipe go into a --config file.
+    """
     recipe = _recipe(config, _given(context, config), gradient_checkpointing)
 
     import mlx.core as mx
@@ -197,7 +206,8 @@ def _show(tuning: Tuning, processes: int) -> None:
         typer.echo(_marked(side, tuning.tokenizer), err=True)
     total = tuning.model.config.num_parameters
     kind = f"{recipe.method}, rank {recipe.rank}, scale {recipe.adapter.scale:g}" if recipe.adapter else "full"
-    say(f"trains {tuning.num_parameters:,} numbers beside {total:,} of the model ({kind}), {recipe.objective}")
+    beside = f"of {total:,} parameters" if recipe.method == "full" else f"parameters beside {total:,} of the model"
+    say(f"trains {tuning.num_parameters:,} {beside} ({kind}), {recipe.objective}")
     rows = recipe.batch_size * recipe.accumulate
     shared = f" on {processes} processes" if processes > 1 else ""
     say(f"{recipe.steps:,} steps of {rows:,} examples{shared}; an epoch has {tuning.rows.steps_per_epoch:,}")
@@ -208,7 +218,7 @@ def _described(found: ExampleSet) -> str:
         f"{count:,} {what}"
         for count, what in (
             (found.num_cut, "cut"),
-            (found.num_dropped, "dropped"),
+            (found.num_dropped, "dropped: too long or without an answer; --max-prompt shortens prompts"),
             (found.num_broken, "broken lines passed over"),
         )
         if count
@@ -320,5 +330,9 @@ def merge(
     if result.divergence is not None:
         typer.echo(
             f"quantizing the result costs {result.divergence:.4f} nats per token (KL divergence from the model with "
-            f"its adapter); the adapter itself moved it by {result.adapter_divergence:.4f}"
+            f"its adapter, on texts that it writes itself); the adapter moved it by {result.adapter_divergence:.4f}"
         )
+        if result.divergence > (result.adapter_divergence or 0):
+            say(
+                "warning: quantizing costs more than the adapter changed; keep the result in full, or the adapter apart"
+            )
