@@ -26,7 +26,7 @@ from mlx_openelm.backward import set_parameters
 from mlx_openelm.batch import Rows
 from mlx_openelm.lora import adapter_parameters, add_adapter
 from mlx_openelm.loss import Likelihood
-from mlx_openelm.train import Trainer
+from mlx_openelm.trainer import Trainer
 from mlx_openelm.tune_recipe import TuneRecipe
 
 RECIPE = TuneRecipe(

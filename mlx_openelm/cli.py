@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mlx_openelm.commands import convert, design, generate, inspect, pretrain, tune
+from mlx_openelm.commands import convert, design, generate, inspect, merge, pretrain, tune
 from mlx_openelm.commands.terminal import INTERRUPTED, fail, say
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.version import __version__
@@ -52,7 +52,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(pretrain.pretrain)
 app.command("tune", epilog=tune.EXAMPLES)(tune.tune)
-app.command("merge", epilog=tune.MERGE_EXAMPLES)(tune.merge)
+app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
 app.command("plot", epilog=pretrain.PLOT_EXAMPLES)(pretrain.plot)
 app.command("info", epilog=inspect.EXAMPLES)(inspect.info)
 app.command("doctor")(inspect.doctor)

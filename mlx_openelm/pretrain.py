@@ -23,7 +23,8 @@ from .optimizer import Tensors
 from .recipe import Recipe
 from .tokenizer import Tokenizer
 from .tokenizer_files import write_tokenizer
-from .train import Metrics, Trainer, train
+from .train import Metrics, train
+from .trainer import Trainer
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -30,7 +30,8 @@ from .optimizer import Tensors
 from .preference import Preference, reference_logprobs
 from .tensors import as_bytes
 from .tokenizer import Tokenizer
-from .train import Metrics, Trainer, train
+from .train import Metrics, train
+from .trainer import Trainer
 from .tune_recipe import TuneRecipe
 from .weights import dtype_named, load
 

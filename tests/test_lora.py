@@ -28,7 +28,7 @@ from mlx_openelm.lora import (
 from mlx_openelm.loss import Likelihood
 from mlx_openelm.merge import merge
 from mlx_openelm.pretrain import PretrainRecipe
-from mlx_openelm.train import Trainer
+from mlx_openelm.trainer import Trainer
 
 CONFIG = OpenELMConfig.layerwise(
     num_transformer_layers=2,

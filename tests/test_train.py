@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from conftest import assert_close
-from mlx_openelm import OpenELMConfig, load, train
+from mlx_openelm import OpenELMConfig, load
+from mlx_openelm import trainer as trainer_module
 from mlx_openelm.batch import make_batch
 from mlx_openelm.checkpoints import checkpoint_folders, load_checkpoint
 from mlx_openelm.data import Filters, prepare_corpus
@@ -202,7 +203,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recipe, corpus, tokeni
     steps = pretrain(recipe, corpus, tokenizer, tmp_path / "run")
     for _ in range(4):
         next(steps)
-    monkeypatch.setattr(train, "learning_rate", lambda recipe, step: math.inf)
+    monkeypatch.setattr(trainer_module, "learning_rate", lambda recipe, step: math.inf)
     with pytest.raises(TrainingError, match="no number at step"):
         list(steps)
     folders = checkpoint_folders(tmp_path / "run")

@@ -15,7 +15,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from conftest import assert_close, random_model, refused, run, write_folder
-from mlx_openelm import OpenELMConfig, load, train
+from mlx_openelm import OpenELMConfig, load
+from mlx_openelm import trainer as trainer_module
 from mlx_openelm.checkpoints import checkpoint_folders
 from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingError
 from mlx_openelm.memory import tuning_memory
@@ -190,14 +191,14 @@ def test_another_model_of_the_same_widths_cannot_go_on(tmp_path, whole_run, reci
 
 
 def test_an_interrupt_within_a_validation_loses_nothing(tmp_path, whole_run, recipe, monkeypatch):
-    original = train.Trainer.validation
+    original = trainer_module.Trainer.validation
 
     def interrupted(trainer):
         if trainer.step == 6:
             raise KeyboardInterrupt
         return original(trainer)
 
-    monkeypatch.setattr(train.Trainer, "validation", interrupted)
+    monkeypatch.setattr(trainer_module.Trainer, "validation", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tuned(recipe, tmp_path / "run")
     monkeypatch.undo()
@@ -280,7 +281,7 @@ def test_a_step_without_a_target_changes_nothing(recipe):
 
 def test_the_adapter_that_is_kept_is_the_best(tmp_path, recipe, monkeypatch):
     found = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7])
-    monkeypatch.setattr(train.Trainer, "validation", lambda trainer: {"loss": next(found), "z_loss": 0.0})
+    monkeypatch.setattr(trainer_module.Trainer, "validation", lambda trainer: {"loss": next(found), "z_loss": 0.0})
     recipe = replace(recipe, validate_every=1, early_stop=2, keep_checkpoints=1)
     metrics = tuned(recipe, tmp_path / "run")
     assert [m.validation_loss for m in metrics] == [5.0, 4.0, 3.0, 3.5, 3.6]  # two in a row were no better
@@ -295,7 +296,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recipe, files, monkeyp
     steps = tune(prepare_tuning(recipe), tmp_path / "run")
     for _ in range(5):
         next(steps)
-    monkeypatch.setattr(train, "learning_rate", lambda recipe, step: float("inf"))
+    monkeypatch.setattr(trainer_module, "learning_rate", lambda recipe, step: float("inf"))
     with pytest.raises(TrainingError, match=r"no number at step 5 \(learning rate inf, gradient norm [\d.]+\)"):
         list(steps)
     model, _ = load(files / "model", adapter=tmp_path / "run")

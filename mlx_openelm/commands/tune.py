@@ -1,21 +1,20 @@
-"""`openelm-mlx tune` and `openelm-mlx merge`."""
+"""`openelm-mlx tune`."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
 
-from ..hub import BUILT_IN_MODEL
 from ..tune_recipe import TuneRecipe
-from .options import Dtype, Json, Model, Revision, TokenizerOption, examples
+from .options import Dtype, Json, Model, TokenizerOption, examples
 from .progress import training_view
-from .terminal import INTERRUPTED, byte_bar, fail, mib, print_json, say
+from .terminal import INTERRUPTED, fail, mib, print_json, say
 
 if TYPE_CHECKING:
     from ..examples import Example, ExampleSet
@@ -27,10 +26,6 @@ EXAMPLES = examples(
     "openelm-mlx tune -m OpenELM-270M --data ARC-Easy --method dora --rank 16 --gradient-checkpointing -o arc",
     "openelm-mlx tune -m OpenELM-270M --config commonsense --data commonsense_170k.json -o commonsense",
     "openelm-mlx tune -m OpenELM-1_1B --method dpo --data pairs.jsonl --dry-run -o polite",
-)
-MERGE_EXAMPLES = examples(
-    "openelm-mlx merge -m OpenELM-270M --adapter arc --output OpenELM-270M-arc",
-    "openelm-mlx merge -m OpenELM-270M-4bit --adapter arc --output OpenELM-270M-arc-4bit --quantize 4",
 )
 
 
@@ -269,70 +264,3 @@ def _report(tuning: Tuning, output: Path, first: float | None, last: Any, as_jso
     elif step is not None:
         typer.echo(f"{output}: the adapter of step {step:,}")
     typer.echo(f"try it: openelm-mlx generate -m {tuning.recipe.model} --adapter {output} --prompt ...")
-
-
-def merge(
-    adapter: Annotated[
-        str, Option("--adapter", "-a", help="Folder of the adapter, or CoreNet .pt file.", metavar="ADAPTER")
-    ],
-    output: Annotated[Path, Option("--output", "-o", help="Folder to write.", metavar="DIR")],
-    model: Model = BUILT_IN_MODEL,
-    quantize: Annotated[
-        int | None,
-        Option("--quantize", "-q", help="Quantize the result, and say what that costs.", metavar="BITS"),
-    ] = None,
-    group_size: Annotated[int | None, Option(help="Values that share a scale.", metavar="N")] = None,
-    mode: Annotated[str | None, Option(help="affine, mxfp4, mxfp8 or nvfp4.", metavar="MODE")] = None,
-    dequantize: Annotated[
-        bool, Option("--dequantize", help="Write it in full, as is done without --quantize.")
-    ] = False,
-    dtype: Annotated[str, Option(help="auto, float16, bfloat16 or float32.", metavar="D")] = "auto",
-    config: Annotated[str | None, Option(help="Configuration of a .pt file.", metavar="FILE_OR_NAME")] = None,
-    tokenizer: TokenizerOption = None,
-    force: Annotated[bool, Option("--force", "-f", help="Replace a model at the output.")] = False,
-    revision: Revision = None,
-    as_json: Json = False,
-) -> None:
-    """Merge an adapter into its model, and write that as a model of its own."""
-    from ..errors import ConfigError
-    from ..merge import merge_folder
-    from ..quantize import Quantization
-
-    wanted = quantize is not None or mode is not None
-    if dequantize and wanted:
-        raise ConfigError("--quantize and --dequantize contradict one another")
-    if group_size is not None and not wanted:
-        raise ConfigError("--group-size belongs to --quantize, which is missing")
-    quantization = Quantization.of(quantize, group_size, mode) if wanted else None
-    with byte_bar("merging") as update:
-        result = merge_folder(
-            model,
-            adapter,
-            output,
-            quantization=quantization,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            config=config,
-            force=force,
-            revision=revision,
-            on_progress=update,
-        )
-    if as_json:
-        print_json({**asdict(result), "folder": str(result.folder)})
-        return
-    typer.echo(f"{result.folder}: {result.num_merged} matrices merged, {mib(result.output_bytes)}")
-    if result.unties:
-        typer.echo("the output has a matrix of its own now: the adapter changes only what goes in")
-    if result.dequantized:
-        typer.echo(
-            "written in full, because quantizing again loses small changes; --quantize does it and says how many"
-        )
-    if result.divergence is not None:
-        typer.echo(
-            f"quantizing the result costs {result.divergence:.4f} nats per token (KL divergence from the model with "
-            f"its adapter, on texts that it writes itself); the adapter moved it by {result.adapter_divergence:.4f}"
-        )
-        if result.divergence > (result.adapter_divergence or 0):
-            say(
-                "warning: quantizing costs more than the adapter changed; keep the result in full, or the adapter apart"
-            )
