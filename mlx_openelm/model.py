@@ -143,18 +143,22 @@ class Attention(nn.Module):
         B, L, _ = x.shape
         H, K = self.num_query_heads, self.num_kv_heads
         qkv = self.qkv_proj(x).reshape(B, L, H + 2 * K, self.head_dim).transpose(0, 2, 1, 3)  # (B, H + 2K, L, D)
-        queries, keys, values = mx.split(qkv, [H, H + K], axis=1)
+        heads, values = mx.split(qkv, [H + K], axis=1)
         if self.normalize_qk:  # before RoPE: the checkpoints were trained in this order
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-
-        offset = cache.offset if cache is not None else 0
-        queries, keys = self._rope(queries, offset), self._rope(keys, offset)
+            heads = self._normalized(heads)
+        queries, keys = mx.split(self._rope(heads, cache.offset if cache is not None else 0), [H], axis=1)
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)  # (B, K, S, D)
 
         attend = blockwise_attention if self.training and cache is None else whole_attention
-        heads = attend(queries, keys, values, mask)
-        return self.out_proj(heads.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        read = attend(queries, keys, values, mask)
+        return self.out_proj(read.transpose(0, 2, 1, 3).reshape(B, L, -1))
+
+    def _normalized(self, heads: mx.array) -> mx.array:
+        """Queries and keys (B, H + K, L, D), each by its own norm but in one operation."""
+        counts = (self.num_query_heads, self.q_norm.weight), (self.num_kv_heads, self.k_norm.weight)
+        weight = mx.concatenate([mx.broadcast_to(w, (count, 1, self.head_dim)) for count, w in counts])
+        return mx.fast.rms_norm(heads, None, NORM_EPS) * weight
 
     def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """Rotate each head's two halves against one another by the positions from `offset` on."""
