@@ -36,6 +36,7 @@ slow: install
 bench: install
 	$(BIN)/python benchmarks/cold_start.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/decode_host.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/train_memory.py
 	$(BIN)/python benchmarks/tune.py
