@@ -16,13 +16,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .config import OpenELMConfig
 from .errors import AdapterError, OpenELMError, shorten
 from .lora import EMBEDDING_TARGET, LINEAR_TARGETS, MAGNITUDE, AdapterConfig, adapters, settle, wrap
+from .lora import METHODS as ADAPTER_METHODS
 from .model import OpenELM
 from .quantize import matrix_shape
 from .tensors import read_safetensors
 from .version import __version__
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapters.safetensors"
-METHODS = ("lora", "dora", "full")
+METHODS = (*ADAPTER_METHODS, "full")
 
 
 @dataclass(frozen=True)

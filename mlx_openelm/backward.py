@@ -62,7 +62,7 @@ class LayerwiseBackward:
         self._objective = objective
         self._dtype = dtype
         self._layers = range(len(model.transformer.layers))
-        self._embed = mx.compile(self._run_embedding)
+        self._embed = mx.compile(partial(self._embedded, dtype))
         self._forward = [mx.compile(partial(self._run_layer, layer)) for layer in self._layers]
         self._backward = [mx.compile(partial(self._layer_gradients, layer)) for layer in self._layers]
         self._head = mx.compile(self._head_gradients)
@@ -97,10 +97,7 @@ class LayerwiseBackward:
                 mx.eval(found[_EMBEDDING + name])
         return sums, {name: found[name] for name in parameters}
 
-    def _run_embedding(self, own: Tensors, inputs: mx.array, key: list[mx.array]) -> mx.array:
-        return self._embedded(own, inputs, key, self._dtype)
-
-    def _embedded(self, own: Tensors, inputs: mx.array, key: list[mx.array], dtype: mx.Dtype) -> mx.array:
+    def _embedded(self, dtype: mx.Dtype, own: Tensors, inputs: mx.array, key: list[mx.array]) -> mx.array:
         module = self._model.transformer.token_embeddings
         set_parameters(module, dtype, own)
         set_dropout_keys(module, *key)
@@ -108,7 +105,7 @@ class LayerwiseBackward:
 
     def _embedding_product(self, own: Tensors, inputs: mx.array, key: list[mx.array], of_x: mx.array) -> mx.array:
         """In float32: gradients of a frequent token's row are a sum over all its places."""
-        return (self._embedded(own, inputs, key, mx.float32) * of_x.astype(mx.float32)).sum()
+        return (self._embedded(mx.float32, own, inputs, key) * of_x.astype(mx.float32)).sum()
 
     def _run_layer(self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array]) -> mx.array:
         module = self._model.transformer.layers[layer]

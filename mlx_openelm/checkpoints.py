@@ -38,6 +38,16 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
 
 
+def check_fresh(run: Path) -> None:
+    """Make sure that a run may begin in this folder.
+
+    Raises:
+        TrainingError: if another one has left checkpoints there.
+    """
+    if checkpoint_folders(run):
+        raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
+
+
 def save_checkpoint(run: Path, checkpoint: Checkpoint, write: WriteParameters, keep: int) -> Path:
     """Write a checkpoint, and remove the oldest but the last `keep` and the best.
 

@@ -24,6 +24,7 @@ METHODS = ("lora", "dora")
 MAGNITUDE = "m"  # the last part of its name
 LINEAR_TARGETS = ("qkv_proj", "out_proj", "proj_1", "proj_2")
 EMBEDDING_TARGET = "token_embeddings"
+EMBEDDING = f"transformer.{EMBEDDING_TARGET}"  # its path
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def adapter_paths(model: OpenELM, targets: Sequence[str], layers: int = 0) -> li
 
     Args:
         targets: last parts of paths, as in `qkv_proj`.
-        layers: only that many of the last layers, and then not the embedding; 0: all.
+        layers: only that many of the last layers; 0: all.
     Raises:
         AdapterError: if a target matches nothing; it lists what exists.
     """
@@ -211,17 +212,25 @@ def adapter_paths(model: OpenELM, targets: Sequence[str], layers: int = 0) -> li
     if unknown or not targets:
         known = ", ".join((*LINEAR_TARGETS, EMBEDDING_TARGET))
         raise AdapterError(f"{shorten(unknown) or 'no target'} matches no matrix; there are {known}")
-    count = model.config.num_transformer_layers
-    if layers > count:
-        raise AdapterError(f"{layers} layers are to be trained and the model has {count}")
-    first = count - (layers or count)
-    paths = [f"transformer.{EMBEDDING_TARGET}"] if EMBEDDING_TARGET in targets else []
-    for layer in range(first, count):
+    paths = [EMBEDDING] if EMBEDDING_TARGET in targets else []
+    for layer in last_layers(model, layers):
         for target in LINEAR_TARGETS:
             if target in targets:
                 part = "attn" if target in ("qkv_proj", "out_proj") else "ffn"
                 paths.append(f"transformer.layers.{layer}.{part}.{target}")
     return paths
+
+
+def last_layers(model: OpenELM, layers: int) -> range:
+    """Numbers of the last so many layers; 0: of all.
+
+    Raises:
+        AdapterError: if the model has fewer.
+    """
+    count = model.config.num_transformer_layers
+    if layers > count:
+        raise AdapterError(f"{layers} layers are to be trained and the model has {count}")
+    return range(count - (layers or count), count)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
@@ -258,11 +267,6 @@ def set_dropout_keys(module: nn.Module, key: mx.array | None = None) -> None:
     keys = [None] * len(found) if key is None or not found else list(mx.random.split(key, len(found)))
     for adapter, own in zip(found, keys, strict=True):
         adapter._dropout_key = own
-
-
-def base_name(name: str) -> str:
-    """The name of a base parameter under an adapter as it is without one."""
-    return name.replace(".linear.", ".").replace(".embedding.", ".")
 
 
 def _over_length(magnitude: mx.array, squared: mx.array) -> mx.array:

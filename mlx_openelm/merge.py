@@ -6,7 +6,7 @@ written. Quantized matrices are merged in full: quantizing the result again lose
 measured.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .convert.source import Source, Tensor
 from .convert.sources import open_source
 from .engine import generate_tokens
 from .errors import AdapterError, OutputError
-from .lora import EMBEDDING_TARGET, MAGNITUDE
+from .lora import EMBEDDING, MAGNITUDE
 from .model import OpenELM, parameter_shapes
 from .quantize import PackedTensor, Quantization, pack
 from .sampling import SamplingConfig
@@ -28,7 +28,7 @@ from .tensors import LazyTensor, checked_cast
 from .tokenizer_files import write_tokenizer
 from .weights import dtype_named, load_source, open_model
 
-_EMBEDDING, _OUTPUT = f"transformer.{EMBEDDING_TARGET}", "lm_head"
+_OUTPUT = "lm_head"
 _SAMPLES, _SAMPLE_TOKENS = 8, 64
 
 
@@ -103,7 +103,8 @@ def merge_folder(
         return result
     base, merged = load_source(source), load_source(open_source([folder]))
     exact = load_source(merged_source(source, found))
-    return replace(result, divergence=divergence(exact, merged), adapter_divergence=divergence(exact, base))
+    of_merged, of_base = divergences(exact, [merged, base])
+    return replace(result, divergence=of_merged, adapter_divergence=of_base)
 
 
 def _card(source: Source, adapter: str | Path, found: SavedAdapter, quantization: Quantization | None) -> str:
@@ -132,9 +133,9 @@ def merged_source(source: Source, adapter: SavedAdapter, dtype: mx.Dtype | None 
             tensors[name] = _of_array(checked_cast(name, tensor, dtype))
         return replace(source, tensors=dict(tensors))
     check_adapter(adapter, {name.removesuffix(".weight"): t.shape for name, t in tensors.items() if len(t.shape) == 2})
-    if _EMBEDDING in adapter.ranks and config.share_input_output_layers:
+    if EMBEDDING in adapter.ranks and config.share_input_output_layers:
         config = replace(config, share_input_output_layers=False)
-        tensors[f"{_OUTPUT}.weight"] = tensors[f"{_EMBEDDING}.weight"]
+        tensors[f"{_OUTPUT}.weight"] = tensors[f"{EMBEDDING}.weight"]
     for path in adapter.ranks:
         tensors[f"{path}.weight"] = _merged(path, tensors[f"{path}.weight"], adapter, dtype)
     return replace(source, config=config, tensors=dict(tensors))
@@ -154,7 +155,7 @@ def merge(
     """Write a model with an adapter merged into it.
 
     Args:
-        quantization: to quantize the result again; see `divergence`.
+        quantization: to quantize the result again; see `divergences`.
         dtype: of the result; by default that of the model.
         add_files, force, on_written: as for `write_model`.
     Raises:
@@ -179,20 +180,21 @@ def merge(
     )
 
 
-def divergence(exact: OpenELM, approximate: OpenELM, seed: int = 0) -> float:
-    """How far the predictions of one model are from those of another: KL divergence, nats per token.
+def divergences(exact: OpenELM, others: Sequence[OpenELM], seed: int = 0) -> list[float]:
+    """How far the predictions of other models are from those of one: KL divergence, nats per token.
 
     Measured on texts that the exact one writes by itself.
     """
-    total = count = 0.0
+    totals, count = [0.0] * len(others), 0
     for number in range(_SAMPLES):
         sampling = SamplingConfig(temperature=1.0, seed=seed + number)
         steps = generate_tokens(exact, [exact.config.bos_token_id], max_tokens=_SAMPLE_TOKENS, sampling=sampling)
         tokens = mx.array([[exact.config.bos_token_id, *(step.token for step in steps)]])
-        p, q = (_log_softmax(model(tokens)) for model in (exact, approximate))
-        total += float(np.array((mx.exp(p) * (p - q)).sum()))
+        p = _log_softmax(exact(tokens))
+        for place, other in enumerate(others):
+            totals[place] += float(np.array((mx.exp(p) * (p - _log_softmax(other(tokens)))).sum()))
         count += tokens.size
-    return total / count
+    return [total / count for total in totals]
 
 
 def _log_softmax(logits: mx.array) -> mx.array:
@@ -217,7 +219,7 @@ def _merged(path: str, base: LazyTensor, adapter: SavedAdapter, dtype: mx.Dtype)
         if f"{path}.{name}" in adapter.tensors
     }
     a, b = parts["lora_a"], parts["lora_b"]
-    left, right = (a, b) if path == _EMBEDDING else (b.T, a.T)  # (rows, rank), (rank, columns)
+    left, right = (a, b) if path == EMBEDDING else (b.T, a.T)  # (rows, rank), (rank, columns)
 
     def read_rows(start: int, stop: int) -> mx.array:
         rows = base.read_rows(start, stop).astype(mx.float32) + adapter.scale * (left[start:stop] @ right)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from .checkpoints import Checkpoint, WriteParameters, checkpoint_folders, load_checkpoint, save_checkpoint
+from .checkpoints import Checkpoint, WriteParameters, check_fresh, checkpoint_folders, load_checkpoint, save_checkpoint
 from .device import peak_memory_bytes
 from .errors import OpenELMError, OutputError, TrainingError
 from .generate import generate
@@ -80,7 +80,7 @@ def train(
     if resume:
         progress = _together(trainer.group, lambda: _resume(trainer, run, on_message))
     else:
-        _together(trainer.group, lambda: _check_fresh(run))
+        _together(trainer.group, lambda: check_fresh(run))
     _together(trainer.group, lambda: _cut_metrics(run, trainer.step) if writes else None)
 
     saved = trainer.step
@@ -199,11 +199,6 @@ def _together(group: mx.distributed.Group, action: Callable[[], _T]) -> _T:
     if failure is not None:
         raise failure
     return result
-
-
-def _check_fresh(run: Path) -> None:
-    if checkpoint_folders(run):
-        raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
 
 
 def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _Progress:

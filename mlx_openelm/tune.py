@@ -18,12 +18,12 @@ from mlx.utils import tree_flatten
 
 from .adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
 from .batch import Rows
-from .checkpoints import checkpoint_folder, checkpoint_folders
+from .checkpoints import check_fresh, checkpoint_folder, checkpoint_folders
 from .device import DTYPES
 from .errors import AdapterError, ConfigError, DataError, OutputError, TokenizerError, TrainingError
 from .example_rows import ExampleBatches, all_rows
 from .examples import ExampleOptions, ExampleSet, read_splits
-from .lora import MAGNITUDE, adapter_parameters, add_adapter
+from .lora import MAGNITUDE, adapter_parameters, add_adapter, last_layers
 from .loss import Batch, Likelihood, Objective
 from .model import OpenELM
 from .optimizer import Tensors
@@ -125,7 +125,8 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     )
     share = _share(recipe.validation)
     validation = share if share is not None else recipe.validation or None
-    _check_paths(recipe)
+    if not Path(recipe.data).exists():
+        raise DataError(f"{recipe.data} does not exist")
     examples, held_out, _ = read_splits(Path(recipe.data), tokenizer, options, validation, recipe.seed)
     if (examples.kind == "preference") != (recipe.objective == "dpo"):
         needed = (
@@ -142,12 +143,6 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     recipe = replace(recipe, steps=steps)
     count = sum(p.size for p in parameters.values())
     return Tuning(recipe, model, tokenizer, examples, held_out, rows, parameters, count)
-
-
-def _check_paths(recipe: TuneRecipe) -> None:
-    data = Path(recipe.data)
-    if not data.exists():
-        raise DataError(f"{data} does not exist")
 
 
 def tune(
@@ -194,10 +189,9 @@ def check_output(run: Path, resume: bool) -> None:
         raise OutputError(f"{run} is a file; a run is kept in a folder")
     if (run / "config.json").exists():
         raise OutputError(f"{run} is a model folder; name another --output")
-    found = bool(checkpoint_folders(run))
-    if found and not resume:
-        raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
-    if resume and not found:
+    if not resume:
+        check_fresh(run)
+    elif not checkpoint_folders(run):
         raise TrainingError(f"{run} holds no checkpoint to go on with; start without --resume")
 
 
@@ -272,10 +266,7 @@ def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
         raise AdapterError(
             f"{recipe.model} is quantized and cannot be trained in full; convert it with --dequantize, or use lora"
         )
-    count = model.config.num_transformer_layers
-    if recipe.layers > count:
-        raise AdapterError(f"{recipe.layers} layers are to be trained and the model has {count}")
-    layers = tuple(f"transformer.layers.{layer}." for layer in range(count - recipe.layers, count))
+    layers = tuple(f"transformer.layers.{layer}." for layer in last_layers(model, recipe.layers))
     names = [name for name in own if not recipe.layers or name.startswith(layers)]
     trained = {name: own[name].astype(mx.float32) for name in names}
     mx.eval(trained)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .adapters import METHODS
 from .device import DTYPES
 from .errors import ConfigError
 from .hub import BUILT_IN_MODEL
@@ -11,7 +12,6 @@ from .lora import LINEAR_TARGETS, AdapterConfig
 from .preference import PREFERENCE_LOSSES
 from .recipe import Recipe
 
-METHODS = ("lora", "dora", "full")
 OBJECTIVES = ("likelihood", "dpo")
 RECIPES = Path(__file__).parent / "recipes" / "tune"
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +132,22 @@ def run(*arguments, stdin=None, **environment):
         timeout=120,
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def killed_at(words, step):
+    """Kill all processes of a run without warning once it wrote of a step; gives the step that it got to."""
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    reached = 0
+    while reached < step:
+        line = process.stderr.readline()
+        assert line, "the run ended before it was killed"
+        found = re.search(r"step (\d+) of", line)
+        reached = int(found[1]) if found else reached
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return reached
 
 
 def refused(*arguments, **options):

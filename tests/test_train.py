@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -14,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from conftest import assert_close
+from conftest import assert_close, killed_at
 from mlx_openelm import OpenELMConfig, load
 from mlx_openelm import trainer as trainer_module
 from mlx_openelm.batch import make_batch
@@ -303,22 +302,8 @@ class TestCommand:
         assert len(stops) > 1
 
     def kill_at(self, files, run, step, processes):
-        """Kill all processes of a run without warning once it wrote of a step; gives the step that it got to."""
         more = ["--resume"] if checkpoint_folders(run) else []
-        process = subprocess.Popen(
-            self.command(files, run, *more, processes=processes),
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        reached = 0
-        while reached < step:
-            found = re.search(r"step (\d+) of", process.stderr.readline())
-            reached = int(found[1]) if found else reached
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return reached
+        return killed_at(self.command(files, run, *more, processes=processes), step)
 
     @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
     def test_an_interrupt_saves_what_was_done(self, files, end):

@@ -1,5 +1,4 @@
 import json
-import os
 import random
 import re
 import shutil
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from conftest import assert_close, random_model, refused, run, write_folder
+from conftest import assert_close, killed_at, random_model, refused, run, write_folder
 from mlx_openelm import OpenELMConfig, load
 from mlx_openelm import trainer as trainer_module
 from mlx_openelm.checkpoints import checkpoint_folders
@@ -452,22 +451,7 @@ class TestCommand:
 
     def kill_at(self, files, run, step, processes):
         more = ["--resume"] if checkpoint_folders(run) else []
-        process = subprocess.Popen(
-            self.words(files, run, *more, processes=processes),
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        reached = 0
-        while reached < step:
-            line = process.stderr.readline()
-            assert line, "the run ended before it was killed"
-            found = re.search(r"step (\d+) of", line)
-            reached = int(found[1]) if found else reached
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return reached
+        return killed_at(self.words(files, run, *more, processes=processes), step)
 
     def test_two_processes_make_the_same_run(self, files, tmp_path):
         more = ["--dropout", "0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -85,11 +86,9 @@ def pretrain(
             steps = pretrain(
                 recipe, corpus, tokenizer, output, resume=resume, group=group, on_step=view.moved, on_message=on_message
             )
-            try:
+            with closing(steps):
                 for metrics in steps:
                     view.show(metrics)
-            finally:
-                steps.close()
     except KeyboardInterrupt:
         fail(f"interrupted; --resume goes on from {output}", INTERRUPTED)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -142,14 +143,12 @@ def tune(
     try:
         with training_view(tuning.recipe.steps, main, "pairs" if recipe.objective == "dpo" else "tokens") as view:
             on_message = say if main else lambda message: None
-            run_steps = run(tuning, output, resume=resume, group=group, on_step=view.moved, on_message=on_message)
-            try:
-                for metrics in run_steps:
+            figures = run(tuning, output, resume=resume, group=group, on_step=view.moved, on_message=on_message)
+            with closing(figures):
+                for metrics in figures:
                     view.show(metrics)
                     last = metrics
                     first = metrics.validation_loss if metrics.step == 0 else first
-            finally:
-                run_steps.close()
     except KeyboardInterrupt:
         saved = best_checkpoint(output) is not None
         fail(f"interrupted; --resume goes on from {output}" if saved else "interrupted before a step", INTERRUPTED)

@@ -10,10 +10,9 @@ import mlx.core as mx
 
 from ..adapters import SavedAdapter
 from ..errors import AdapterError
-from ..lora import EMBEDDING_TARGET
+from ..lora import EMBEDDING, EMBEDDING_TARGET
 from .source import LARGEST_PADDING
 
-EMBEDDING = f"transformer.{EMBEDDING_TARGET}"
 _PATH = re.compile(rf"transformer\.({EMBEDDING_TARGET}|layers\.\d+\.(attn\.(qkv_proj|out_proj)|ffn\.proj_[12]))")
 
 

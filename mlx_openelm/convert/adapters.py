@@ -1,8 +1,5 @@
 """Adapters in any form: those of this package and of mlx-lm, those of PEFT, and CoreNet's fine-tuning checkpoints."""
 
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,11 +7,11 @@ import mlx.core as mx
 
 from ..adapters import CONFIG_FILE, TENSOR_FILE, SavedAdapter, read_adapter, write_adapter
 from ..errors import AdapterError, ConfigError, OutputError, OutputExistsError
-from ..lora import EMBEDDING_TARGET
+from ..lora import EMBEDDING, EMBEDDING_TARGET
 from . import peft
-from .adapter_tensors import EMBEDDING, with_vocabulary
+from .adapter_tensors import with_vocabulary
 from .corenet_adapter import read_corenet_adapter
-from .output import clean_up, put_in_place
+from .output import clean_up, staged
 from .sources import TORCH_SUFFIXES
 
 FORMS = ("peft", "mlx-lm", "openelm-mlx")
@@ -85,7 +82,8 @@ def convert_adapter(
     if to == "mlx-lm":
         found, warnings = _for_mlx_lm(found)
     write = peft.write_peft if to == "peft" else write_adapter
-    _write_folder(folder, lambda staging: write(staging, found))
+    with staged(folder) as staging:
+        write(staging, found)
     return AdapterConversion(folder, to, found.method, len(found.ranks) or len(found.tensors), warnings)
 
 
@@ -128,16 +126,3 @@ def _check_target(folder: Path, force: bool) -> None:
         raise OutputError(
             f"{folder} holds more than an adapter, which --force would not replace; choose another --output"
         )
-
-
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    folder = folder.absolute()
-    staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        staging.mkdir(parents=True)
-        write(staging)
-        put_in_place(staging, folder)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -17,9 +17,9 @@ import mlx.core as mx
 from ..adapters import SavedAdapter
 from ..config_files import read_config
 from ..errors import AdapterError, shorten
-from ..lora import MAGNITUDE
+from ..lora import EMBEDDING, MAGNITUDE
 from ..tensors import LazyTensor
-from .adapter_tensors import EMBEDDING, check_number, check_pairs, check_path, with_one_scale
+from .adapter_tensors import check_number, check_pairs, check_path, with_one_scale
 from .corenet import checkpoint_source, checkpoint_tensors, holds_adapter
 from .source import Source
 

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,28 @@ def write_model(
         OutputError: if the folder exists, the disk is too small or a file cannot be written.
     """
     check_target(folder, force)
-    folder = folder.absolute()
     shards = _plan_shards(tensors)
     _check_disk(folder, sum(tensor.nbytes for tensor in tensors.values()))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-        staging.mkdir()
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
-    try:
+    with staged(folder) as staging:
         _write_weights(staging, shards, on_written)
         _write_json(staging / "config.json", {**config.to_dict(), **_about(tensors)})
         _write_json(staging / "generation_config.json", _generation_config(config))
         add_files(staging)
-        put_in_place(staging, folder)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` once the block is done; if it fails, it goes away.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    folder = folder.absolute()
+    staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        _put_in_place(staging, folder)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
@@ -99,7 +107,7 @@ def _is_running(process: int) -> bool:
     return process != os.getpid()
 
 
-def put_in_place(staging: Path, folder: Path) -> None:
+def _put_in_place(staging: Path, folder: Path) -> None:
     """Rename `staging` to `folder`, in place of what may be there."""
     if not folder.exists():
         staging.rename(folder)

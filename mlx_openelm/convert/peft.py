@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from ..adapters import CONFIG_FILE, SavedAdapter, read_adapter_config, read_tensors
 from ..errors import AdapterError, OpenELMError
-from ..lora import MAGNITUDE
-from .adapter_tensors import EMBEDDING, check_number, check_pairs, check_path, with_one_scale
+from ..lora import EMBEDDING, MAGNITUDE
+from .adapter_tensors import check_number, check_pairs, check_path, with_one_scale
 from .torch_file import read_torch_file
 
 TENSOR_FILE, OLD_TENSOR_FILE = "adapter_model.safetensors", "adapter_model.bin"
