@@ -182,7 +182,7 @@ def apply_adapter(model: OpenELM, adapter: SavedAdapter) -> None:
     ranks = adapter.ranks
     layers = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
     modules = {path: module for path, module in model.named_modules() if isinstance(module, layers)}
-    check_adapter(adapter, {path: matrix_shape(module) for path, module in modules.items()})
+    check_adapter(adapter, {f"{path}.weight": matrix_shape(module) for path, module in modules.items()})
     wrap(model, ranks, adapter.scale, adapter.dropout)
     for path, module in adapters(model):
         for name in ("lora_a", "lora_b"):
@@ -197,7 +197,7 @@ def check_adapter(adapter: SavedAdapter, shapes: Mapping[str, tuple[int, ...]]) 
     """Make sure that the matrices of an adapter belong to those of a model.
 
     Args:
-        shapes: path of a matrix: (rows, columns).
+        shapes: of the model's parameters by name, as if none were quantized.
     Raises:
         AdapterError: naming the path and both widths.
     """
@@ -206,11 +206,11 @@ def check_adapter(adapter: SavedAdapter, shapes: Mapping[str, tuple[int, ...]]) 
         raise AdapterError("the adapter holds no lora_a")
     expected = set()
     for path, (rank, magnitude) in adapter.ranks.items():
-        if path not in shapes or path.split(".")[-1] not in known:
+        if f"{path}.weight" not in shapes or path.split(".")[-1] not in known:
             raise AdapterError(
                 f"the adapter is for another model: it has {path}, which is not there{_made_for(adapter)}"
             )
-        rows, columns = shapes[path]
+        rows, columns = shapes[f"{path}.weight"]
         inputs, outputs = (rows, columns) if path.endswith(EMBEDDING_TARGET) else (columns, rows)
         wanted = {"lora_a": (inputs, rank), "lora_b": (rank, outputs), **({MAGNITUDE: (rows,)} if magnitude else {})}
         for name, shape in wanted.items():

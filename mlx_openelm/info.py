@@ -101,8 +101,7 @@ def describe_adapter(source: Source, adapter: SavedAdapter) -> AdapterInfo:
     paths = [name.rpartition(".")[0] for name in adapter.tensors]
     if adapter.method != "full":
         paths = list(adapter.ranks)
-        tensors = source.tensors.items()
-        check_adapter(adapter, {name.removesuffix(".weight"): t.shape for name, t in tensors if len(t.shape) == 2})
+        check_adapter(adapter, {name: tensor.shape for name, tensor in source.tensors.items()})
     return AdapterInfo(
         adapter.method,
         max((rank for rank, _ in adapter.ranks.values()), default=0),

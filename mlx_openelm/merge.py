@@ -132,7 +132,7 @@ def merged_source(source: Source, adapter: SavedAdapter, dtype: mx.Dtype | None 
                 raise AdapterError(f"the adapter is for another model: {name} of shape {tensor.shape} is not there")
             tensors[name] = _of_array(checked_cast(name, tensor, dtype))
         return replace(source, tensors=dict(tensors))
-    check_adapter(adapter, {name.removesuffix(".weight"): t.shape for name, t in tensors.items() if len(t.shape) == 2})
+    check_adapter(adapter, {name: tensor.shape for name, tensor in tensors.items()})
     if EMBEDDING in adapter.ranks and config.share_input_output_layers:
         config = replace(config, share_input_output_layers=False)
         tensors[f"{_OUTPUT}.weight"] = tensors[f"{EMBEDDING}.weight"]

@@ -98,8 +98,7 @@ def convert(
 
     if adapter is not None:
         adapter = replace(with_vocabulary(adapter, found.config.vocab_size), base=about_base(folder.name, found.config))
-        shapes = parameter_shapes(found.config)
-        check_adapter(adapter, {name.removesuffix(".weight"): shape for name, shape in shapes.items()})
+        check_adapter(adapter, parameter_shapes(found.config))
 
     target_dtype = _target_dtype(dtype, found)
     tensors = {
