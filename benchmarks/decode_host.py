@@ -12,6 +12,7 @@ import io
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_openelm import OpenELMConfig, SamplingConfig, generate_tokens, load
-from mlx_openelm.engine import CompiledStep, _step
+from mlx_openelm.engine import DecodeStep
 from mlx_openelm.sampling import Sampler
 
 PROMPT = mx.array([5, 6, 7, 8])
@@ -55,7 +56,7 @@ def main() -> None:
     times = {name: summary(figures) for name, figures in in_turn(contestants, arguments.rounds).items()}
     steps = {"compiled": our_step(model, True), "one by one": our_step(model, False), "mlx-lm": peer_step(peer)}
     hosts = {name: summary(figures) for name, figures in in_turn(
-        {name: lambda step=step: host_milliseconds(step) for name, step in steps.items()}, arguments.rounds
+        {name: partial(host_milliseconds, step) for name, step in steps.items()}, arguments.rounds
     ).items()}  # fmt: skip
     counts = {name: primitives(step) for name, step in steps.items()}
     rows = [["", "ms a token", "host ms", "primitives", "speed against mlx-lm", "host time against mlx-lm"]]
@@ -69,12 +70,14 @@ def main() -> None:
 
 def our_step(model, compiled: bool) -> Callable[[], tuple[mx.array, ...]]:  # type: ignore[no-untyped-def]
     """A function that builds the next step of this package."""
-    sampler = Sampler(SamplingConfig(), PROMPT)
+    sampler = Sampler(SamplingConfig())
     cache = model.make_cache()
     mx.eval(model(PROMPT[None], cache=cache), cache.arrays)
-    compiled_step = CompiledStep(model, sampler)
-    token = mx.array(5, mx.uint32)
-    return lambda: compiled_step(token, cache) if compiled else _step(model, sampler, token, cache)
+    decode_step = DecodeStep(model, lambda logits, state: sampler.choose_rows(logits[:, -1], state), compiled)
+    token = mx.array([[5]], mx.uint32)
+    key, recent = sampler.start(PROMPT)
+    state = key[None], recent[None]
+    return lambda: decode_step(token, state, cache)[:2]
 
 
 def peer_step(model) -> Callable[[], tuple[mx.array, ...]]:  # type: ignore[no-untyped-def]

@@ -26,6 +26,7 @@ from mlx_openelm.backward import gradients_of
 from mlx_openelm.batch import Rows, make_batch
 from mlx_openelm.device import peak_memory_bytes
 from mlx_openelm.loss import Likelihood
+from mlx_openelm.model import Pass
 from mlx_openelm.pretrain import PretrainRecipe, initial_parameters
 
 
@@ -107,8 +108,9 @@ def one_step(arguments: argparse.Namespace, way: Way) -> None:
     def whole(parameters: dict[str, mx.array]) -> mx.array:
         model.update(tree_unflatten(list(parameters.items())))
         x = model.transformer.token_embeddings(tokens[:, :-1])
+        shared = Pass.alone(config, 1, training=True)
         for layer in model.transformer.layers:
-            x = (nn.utils.checkpoint(layer) if way.recompute else layer)(x, None)
+            x = (nn.utils.checkpoint(layer) if way.recompute else layer)(x, shared)
         logits = model.logits(model.transformer.norm(x))
         z_loss = recipe.z_loss * mx.square(mx.logsumexp(logits, axis=-1)).sum()
         return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="sum") + z_loss

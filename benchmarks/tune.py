@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -82,7 +83,7 @@ def measure(arguments: argparse.Namespace, folder: str, checkpointing: str) -> d
         runs[who].append(json.loads(done.stdout.splitlines()[-1]))
         return runs[who][-1]["tokens_per_second"]
 
-    in_turn({who: lambda who=who: once(who) for who in runs}, arguments.rounds, warm_up=0)
+    in_turn({who: partial(once, who) for who in runs}, arguments.rounds, warm_up=0)
     found: dict = {
         who: {key: summary([run[key] for run in of]) for key in ("tokens_per_second", "peak_bytes")}
         for who, of in runs.items()

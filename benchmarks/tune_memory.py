@@ -25,7 +25,7 @@ from mlx_openelm.tokenizer_files import write_tokenizer
 from mlx_openelm.tune import make_trainer, prepare_tuning
 from mlx_openelm.tune_recipe import TuneRecipe
 
-CASES = {
+CASES: dict[str, dict] = {
     "lora": {},
     "lora, checkpointing": {"recompute_layers": True},
     "dora": {"method": "dora"},

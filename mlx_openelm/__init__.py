@@ -1,6 +1,6 @@
 """Apple's OpenELM language models with MLX; everything public is imported from here."""
 
-from .cache import KVCache, kv_cache_bytes
+from .cache import CacheConfig, KVCache, kv_cache_bytes
 from .chat import Chat
 from .config import PRESETS, OpenELMConfig
 from .config_files import config_from_dict, read_config
@@ -17,6 +17,7 @@ from .weights import load
 
 __all__ = [
     "PRESETS",
+    "CacheConfig",
     "Chat",
     "ContextLengthWarning",
     "Conversion",

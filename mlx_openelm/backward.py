@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 
 from .lora import MAGNITUDE, set_dropout_keys, unsettle
 from .loss import Batch, Objective
-from .model import OpenELM, segment_mask
+from .model import OpenELM, Pass, segment_mask
 from .optimizer import Tensors
 
 Gradients = Callable[[Tensors, Batch], tuple[mx.array, Tensors]]
@@ -111,7 +111,8 @@ class LayerwiseBackward:
         module = self._model.transformer.layers[layer]
         set_parameters(module, self._dtype, own)
         set_dropout_keys(module, *key)
-        return module(x, None, *masks)
+        mask = masks[0] if masks else None
+        return module(x, Pass.alone(self._model.config, x.shape[0], mask, module.training))
 
     def _layer_gradients(
         self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array], of_output: mx.array

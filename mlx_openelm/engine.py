@@ -1,23 +1,27 @@
 """Tokens in, tokens out: prefill in chunks, then one token after another with the device kept busy.
 
-This stands below text (no tokenizer, no stop strings) and above the model.
+This stands below text (no tokenizer, no stop strings) and above the model. A single prompt is a batch of one row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .cache import KVCache, StepCache, kv_cache_bytes
+from .cache import CacheConfig, KVCache, StepCache, kv_cache_bytes
+from .cache.layouts import Buffers, Plain
 from .device import memory_limit_bytes, pays_to_compile
 from .errors import MemoryLimitError, PromptError
 from .model import OpenELM
-from .sampling import Sampler, SamplingConfig
+from .sampling import Sampler, SamplingConfig, State
 
 MAX_TOKENS = 256
 PREFILL_CHUNK = 512  # tokens
+
+Progress = Callable[[int, int], None]  # prompt tokens done, and their total
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def generate_tokens(
     max_tokens: int = MAX_TOKENS,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
     cache: KVCache | None = None,
-    on_prefill: Callable[[int, int], None] = lambda done, total: None,
+    on_prefill: Progress = lambda done, total: None,
     compiled: bool | None = None,
 ) -> Iterator[Step]:
     """Continue a prompt, one `Step` at a time, through the end of the text and beyond: stopping is the caller's.
@@ -54,83 +58,171 @@ def generate_tokens(
         PromptError: if there are no tokens, or ids outside the vocabulary.
         MemoryLimitError: if the prompt does not fit into memory.
     """
-    prompt = mx.array(tokens if isinstance(tokens, mx.array) else list(tokens), dtype=mx.int32).reshape(-1)
-    _check_prompt(model, prompt)
+    prompt = as_prompt(model, tokens)
     cache = cache if cache is not None else model.make_cache()
-    _check_memory(model, cache.offset + prompt.size + max_tokens)
+    check_memory(model, cache.offset + prompt.size + max_tokens, cache.config)
     if max_tokens < 1:
         return
-    sampler = Sampler(sampling, prompt)
-    hidden = prefill(model, prompt, cache, on_prefill)
-    token, logprob = sampler(model.logits(hidden)[0, -1])
-    mx.async_eval(token, logprob)
-    on_prefill(prompt.size, prompt.size)
-    compiled = pays_to_compile(max_tokens) if compiled is None else compiled
-    step = CompiledStep(model, sampler) if compiled else partial(_step, model, sampler)
+    rows = Rows(model, sampling, compiled=pays_to_compile(max_tokens) if compiled is None else compiled)
+    rows.add(prompt, cache, on_prefill=on_prefill)
     for remaining in range(max_tokens - 1, -1, -1):
-        if remaining:
-            following = step(token, cache)
-            mx.async_eval(*following)
-        yield Step(token.item(), logprob.item())  # type: ignore[arg-type]
-        if remaining:
-            token, logprob = following
+        yield from rows.step(more=remaining > 0).values()
 
 
-class CompiledStep:
-    """The step from one token to the next, with its sampling, as one compiled function.
+class Rows:
+    """Rows of tokens that go on together. One that is done leaves, and another takes its place while others run.
 
-    Keys and values stand in buffers that grow now and then; for each length the step is traced once. The weights are
-    constants of it, so it lives no longer than a generation.
+    Args:
+        sampling: of all rows.
+        compiled: whether the step is compiled whole.
     """
 
-    def __init__(self, model: OpenELM, sampler: Sampler):
+    def __init__(self, model: OpenELM, sampling: SamplingConfig, *, compiled: bool):
         self._model = model
-        self._sampler = sampler
-        self._compiled = mx.compile(self._run)
+        self._sampler = Sampler(sampling)
+        self._step = DecodeStep(model, self._choose, compiled)
+        self._numbers: list[int | None] = []  # of the row in each place; None where it has left
+        self._added = 0
+        self._cache: KVCache
+        self._state: State
+        self._tokens: mx.array  # (B,), the next of each row, and its log-probability
+        self._logprobs: mx.array
 
-    def __call__(self, token: mx.array, cache: KVCache) -> tuple[mx.array, mx.array]:
-        """The token after this one, (), and its log-probability; the cache then holds this one."""
-        position = mx.array(cache.offset, mx.int32)
-        keys, values = cache.lend(1)
-        token, logprob, self._sampler.state, keys, values = self._compiled(
-            token, position, keys, values, self._sampler.state
+    def __len__(self) -> int:
+        return sum(number is not None for number in self._numbers)
+
+    def add(
+        self,
+        prompt: mx.array,
+        cache: KVCache,
+        *,
+        seed: int | None = None,
+        on_prefill: Progress = lambda done, total: None,
+    ) -> int:
+        """Prefill a prompt (L,) behind what a cache of one row holds; gives the row's number.
+
+        The first row goes on in this very cache; further ones are copied to it.
+        """
+        hidden = prefill(self._model, prompt, cache, on_prefill)
+        token, logprob, state = self._sampler.choose(
+            self._model.logits(hidden)[0, -1], self._sampler.start(prompt, seed)
         )
-        cache.put_back(keys, values, 1)
-        return token, logprob
+        mx.async_eval(token, logprob)
+        on_prefill(prompt.size, prompt.size)
+        own = token[None], logprob[None], state[0][None], state[1][None]
+        free = self._numbers.index(None) if None in self._numbers else None
+        if not len(self):
+            self._numbers = [self._added]
+            self._cache = cache
+            self._tokens, self._logprobs, *both = own
+        else:
+            self._cache.join(cache, free)
+            of_all = self._tokens, self._logprobs, *self._state
+            self._tokens, self._logprobs, *both = (
+                _with_row(old, new, free) for old, new in zip(of_all, own, strict=True)
+            )
+            if free is None:
+                self._numbers.append(self._added)
+            else:
+                self._numbers[free] = self._added
+        self._state = both[0], both[1]
+        self._added += 1
+        return self._added - 1
+
+    def step(self, more: bool = True) -> dict[int, Step]:
+        """The next token of each row by its number; with `more`, the ones behind them are queued."""
+        self._close_gaps()
+        tokens, logprobs = self._tokens, self._logprobs
+        if more:
+            self._tokens, self._logprobs, self._state = self._step(tokens[:, None], self._state, self._cache)
+            mx.async_eval(self._tokens, self._logprobs)
+        values: Any = tokens.tolist(), logprobs.tolist()
+        found = zip(self._numbers, *values, strict=True)
+        return {number: Step(token, logprob) for number, token, logprob in found if number is not None}
+
+    def remove(self, number: int) -> None:
+        """A row leaves; the next one that is added takes its place."""
+        self._numbers[self._numbers.index(number)] = None
+
+    def _close_gaps(self) -> None:
+        taken = [place for place, number in enumerate(self._numbers) if number is not None]
+        if len(taken) == len(self._numbers):
+            return
+        self._cache.keep(taken)
+        chosen = mx.array(taken)
+        self._tokens, self._logprobs = self._tokens[chosen], self._logprobs[chosen]
+        self._state = self._state[0][chosen], self._state[1][chosen]
+        self._numbers = [self._numbers[place] for place in taken]
+
+    def _choose(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
+        return self._sampler.choose_rows(logits[:, -1], state)
+
+
+class DecodeStep:
+    """A pass over the next tokens of all rows, and a choice from its logits, as one function that may be compiled.
+
+    Keys and values stand in buffers that grow now and then; for each length, and each number of rows and tokens, the
+    step is traced once. The weights are constants of it, so it lives no longer than a generation.
+
+    Args:
+        choose: from logits (B, L, V) and a state to whatever is wanted: a function of arrays.
+    """
+
+    def __init__(self, model: OpenELM, choose: Callable[[mx.array, Any], Any], compiled: bool):
+        self._model = model
+        self._choose = choose
+        self._compiled = compiled
+        self._runs: dict[Plain, Callable[..., tuple[Any, list[Buffers]]]] = {}
+
+    def __call__(self, tokens: mx.array, state: Any, cache: KVCache) -> Any:
+        """What is chosen for tokens (B, L); the cache then holds these."""
+        run = self._runs.get(cache.layout)
+        if run is None:
+            run = partial(self._run, cache.layout)
+            run = self._runs[cache.layout] = mx.compile(run) if self._compiled else run
+        place = mx.array(cache.offset, mx.int32)
+        starts = [] if cache.starts is None else [cache.starts]
+        chosen, buffers = run(tokens, place, starts, cache.lend(tokens.shape[1]), state)
+        cache.put_back(buffers, tokens.shape[1])
+        return chosen
 
     def _run(
         self,
-        token: mx.array,
-        position: mx.array,
-        keys: list[mx.array],
-        values: list[mx.array],
-        state: tuple[mx.array, mx.array],
-    ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array], list[mx.array], list[mx.array]]:
-        cache = StepCache(position, keys, values)
-        hidden = self._model.transformer.run(token[None, None], cache, cache.mask())
-        token, logprob, state = self._sampler.choose(self._model.logits(hidden)[0, -1], state)
-        return token, logprob, state, cache.keys, cache.values
+        layout: Plain,
+        tokens: mx.array,
+        place: mx.array,
+        starts: list[mx.array],
+        buffers: list[Buffers],
+        state: Any,
+    ) -> tuple[Any, list[Buffers]]:
+        cache = StepCache(layout, place, starts[0] if starts else None, buffers, tokens.shape[1])
+        transformer = self._model.transformer
+        hidden = transformer.run(tokens, transformer.passing(tokens.shape[0], cache))
+        return self._choose(self._model.logits(hidden), state), cache.buffers
 
 
-def _step(model: OpenELM, sampler: Sampler, token: mx.array, cache: KVCache) -> tuple[mx.array, mx.array]:
-    """As `CompiledStep`, one operation after another."""
-    return sampler(model(token[None, None], cache=cache)[0, -1])
-
-
-def prefill(model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Callable[[int, int], None]) -> mx.array:
+def prefill(
+    model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Progress = lambda done, total: None
+) -> mx.array:
     """Put a prompt (L,) into the cache, chunk by chunk; gives the last position's hidden state (1, 1, M).
 
     Logits are left to the caller: those of the other positions nobody reads.
     """
     for start in range(0, prompt.size, PREFILL_CHUNK):
         on_prefill(start, prompt.size)
-        hidden = model.transformer(prompt[None, start : start + PREFILL_CHUNK], cache)
+        hidden = model.transformer(prompt[None, start : start + PREFILL_CHUNK], cache, last_only=True)
         if start + PREFILL_CHUNK < prompt.size:
             mx.eval(cache.arrays)
-    return hidden[:, -1:]
+    return hidden
 
 
-def _check_prompt(model: OpenELM, prompt: mx.array) -> None:
+def as_prompt(model: OpenELM, tokens: mx.array | Sequence[int]) -> mx.array:
+    """Ids as an array (L,) int32.
+
+    Raises:
+        PromptError: if there are none, or some are outside the vocabulary.
+    """
+    prompt = mx.array(tokens if isinstance(tokens, mx.array) else list(tokens), dtype=mx.int32).reshape(-1)
     if prompt.size == 0:
         raise PromptError("the prompt is empty; there is nothing to continue")
     ids = np.array(prompt)
@@ -139,15 +231,27 @@ def _check_prompt(model: OpenELM, prompt: mx.array) -> None:
         raise PromptError(
             f"the prompt holds the id {outside[0]}, outside the vocabulary of {model.config.vocab_size:,} entries"
         )
+    return prompt
 
 
-def _check_memory(model: OpenELM, num_tokens: int) -> None:
-    """Keys and values once more than kept, for the moment when they grow; attention within a layer comes on top."""
+def check_memory(model: OpenELM, num_tokens: int, cache: CacheConfig, rows: int = 1) -> None:
+    """Keys and values once more than kept, for the moment when they grow; attention within a layer comes on top.
+
+    Raises:
+        MemoryLimitError: if so many tokens in each of so many rows do not fit into memory.
+    """
     config = model.config
     dtype = model.transformer.norm.weight.dtype
-    heads = max(config.num_query_heads)
-    scores = heads * min(num_tokens, PREFILL_CHUNK) * num_tokens * 4
-    needed = 2 * kv_cache_bytes(config, num_tokens, dtype) + scores
+    kept = num_tokens if cache.window is None else min(num_tokens, cache.window + PREFILL_CHUNK)
+    scores = max(config.num_query_heads) * min(kept, PREFILL_CHUNK) * kept * 4
+    needed = 2 * rows * kv_cache_bytes(config, num_tokens, dtype, cache) + scores
     limit = memory_limit_bytes()
     if needed > limit:
         raise MemoryLimitError(num_tokens, needed, limit)
+
+
+def _with_row(old: mx.array, new: mx.array, row: int | None) -> mx.array:
+    """Rows (B, ...) with one more (1, ...) at the end, or in the place of another."""
+    if row is None:
+        return mx.concatenate([old, new])
+    return mx.concatenate([old[:row], new, old[row + 1 :]])

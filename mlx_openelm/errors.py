@@ -51,6 +51,10 @@ class TrainingError(OpenELMError):
     """A run that cannot start, go on, or be resumed."""
 
 
+class CacheError(OpenELMError):
+    """Keys and values that cannot be kept as asked for, or a file of them that does not fit."""
+
+
 class AdapterError(OpenELMError):
     """An adapter that cannot be read, or that does not belong to its model."""
 

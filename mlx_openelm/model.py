@@ -5,13 +5,17 @@ H query heads, K key/value heads, D head_dim, M model_dim, F this layer's FFN wi
 """
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .cache import KVCache, StepCache
+from .cache import CacheConfig, KVCache, StepCache
+from .cache.layouts import attention
 from .config import OpenELMConfig
+from .rope import Rope
 
 NORM_EPS = 1e-6
 ATTENTION_BLOCK = 128  # queries, in training
@@ -63,9 +67,26 @@ class OpenELM(nn.Module):
         """The matrix (V, M) behind `logits`, of a model that is not quantized."""
         return (self.transformer.token_embeddings if self.config.share_input_output_layers else self.lm_head).weight
 
-    def make_cache(self) -> KVCache:
+    def make_cache(self, config: CacheConfig = CacheConfig()) -> KVCache:  # noqa: B008, frozen
         """An empty cache for one batch of sequences."""
-        return KVCache(self.config.num_transformer_layers)
+        return KVCache(self.config.num_transformer_layers, config, self.config.rope_freq_constant)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all layers of one forward pass share."""
+
+    rows: int
+    rotate: Callable[[mx.array], mx.array]  # heads (B, N, L, D) by their positions
+    attend: Callable[[int, mx.array, mx.array, mx.array], mx.array]  # layer, queries, keys, values; the last may read
+    last_only: bool = False  # the last layer computes but the last token's hidden state
+
+    @classmethod
+    def alone(cls, config: OpenELMConfig, rows: int, mask: mx.array | None = None, training: bool = False) -> "Pass":
+        """A pass over whole rows, without anything before them; see `segment_mask`."""
+        read = blockwise_attention if training else whole_attention
+        attend = lambda layer, queries, keys, values: read(queries, keys, values, mask)  # noqa: E731
+        return cls(rows, Rope(config.rope_freq_constant, 0), attend)
 
 
 class Transformer(nn.Module):
@@ -76,30 +97,46 @@ class Transformer(nn.Module):
 
     def __init__(self, config: OpenELMConfig):
         super().__init__()
-        self.max_context_length = config.max_context_length
+        self.config = config
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = [Layer(config, layer) for layer in range(config.num_transformer_layers)]
         self.norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
 
-    def __call__(self, tokens: mx.array, cache: KVCache | None = None, segments: mx.array | None = None) -> mx.array:
-        offset = cache.offset if cache is not None else 0
-        self._warn_past_context(offset, tokens.shape[1])
-        hidden = self.run(tokens, cache, None if segments is None else segment_mask(segments))
-        if cache is not None:
-            cache.advance(tokens.shape[1])
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: KVCache | None = None,
+        segments: mx.array | None = None,
+        last_only: bool = False,
+    ) -> mx.array:
+        """With `last_only`, hidden states (B, 1, M) of the last tokens alone."""
+        B, L = tokens.shape
+        self._warn_past_context(cache.offset if cache is not None else 0, L)
+        if cache is None:
+            mask = None if segments is None else segment_mask(segments)
+            return self.run(tokens, Pass.alone(self.config, B, mask, self.training))
+        hidden = self.run(tokens, self.passing(B, cache, last_only and L > 1))
+        cache.advance(L)
         return hidden
 
-    def run(self, tokens: mx.array, cache: KVCache | StepCache | None, mask: mx.array | None) -> mx.array:
-        """The pass itself; `cache` is not advanced."""
+    def passing(self, rows: int, cache: KVCache | StepCache, last_only: bool = False) -> Pass:
+        """A pass whose tokens come behind those in a cache."""
+        return Pass(rows, Rope(self.config.rope_freq_constant, cache.positions), cache.attend, last_only)
+
+    def run(self, tokens: mx.array, shared: Pass) -> mx.array:
+        """The pass itself."""
+        B, L = tokens.shape
         x = self.token_embeddings(tokens).astype(self.norm.weight.dtype)  # (B, L, M)
+        if L == 1:
+            x = x.reshape(B, -1)  # spares each product of matrices two changes of shape
         for layer in self.layers:
-            x = layer(x, cache, mask)
-        return self.norm(x)
+            x = layer(x, shared)
+        return self.norm(x).reshape(B, -1, x.shape[-1])
 
     def _warn_past_context(self, offset: int, num_new: int) -> None:
-        if offset <= self.max_context_length < offset + num_new:
+        if offset <= self.config.max_context_length < offset + num_new:
             warnings.warn(
-                f"the text grows past the {self.max_context_length} positions that the model was trained with",
+                f"the text grows past the {self.config.max_context_length} positions that the model was trained with",
                 ContextLengthWarning,
                 stacklevel=3,
             )
@@ -110,13 +147,17 @@ class Layer(nn.Module):
 
     def __init__(self, config: OpenELMConfig, layer: int):
         super().__init__()
+        self.is_last = layer == config.num_transformer_layers - 1
         self.attn = Attention(config, layer)
         self.ffn = FeedForward(config, layer)
         self.attn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
         self.ffn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
 
-    def __call__(self, x: mx.array, cache: KVCache | StepCache | None, mask: mx.array | None = None) -> mx.array:
-        x = x + self.attn(self.attn_norm(x), cache, mask)
+    def __call__(self, x: mx.array, shared: Pass) -> mx.array:
+        """Hidden states (B, L, M), or (B, M) of one token a row."""
+        last_only = shared.last_only and self.is_last
+        read = self.attn(self.attn_norm(x), shared, last_only)
+        x = (x[:, -1:] if last_only else x) + read
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -129,7 +170,6 @@ class Attention(nn.Module):
         self.num_query_heads = config.num_query_heads[layer]
         self.num_kv_heads = config.num_kv_heads[layer]
         self.head_dim = config.head_dim
-        self.rope_base = config.rope_freq_constant
         self.normalize_qk = config.normalize_qk_projections
 
         num_heads = self.num_query_heads + 2 * self.num_kv_heads
@@ -139,30 +179,24 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
 
-    def __call__(self, x: mx.array, cache: KVCache | StepCache | None, mask: mx.array | None = None) -> mx.array:
-        B, L, _ = x.shape
+    def __call__(self, x: mx.array, shared: Pass, last_only: bool = False) -> mx.array:
+        B = shared.rows
         H, K = self.num_query_heads, self.num_kv_heads
-        qkv = self.qkv_proj(x).reshape(B, L, H + 2 * K, self.head_dim).transpose(0, 2, 1, 3)  # (B, H + 2K, L, D)
+        qkv = swap_heads(self.qkv_proj(x).reshape(B, -1, H + 2 * K, self.head_dim))  # (B, H + 2K, L, D)
         heads, values = mx.split(qkv, [H + K], axis=1)
         if self.normalize_qk:  # before RoPE: the checkpoints were trained in this order
             heads = self._normalized(heads)
-        queries, keys = mx.split(self._rope(heads, cache.offset if cache is not None else 0), [H], axis=1)
-        if cache is not None:
-            keys, values = cache.update(self.layer, keys, values)  # (B, K, S, D)
-
-        attend = blockwise_attention if self.training and cache is None else whole_attention
-        read = attend(queries, keys, values, mask)
-        return self.out_proj(read.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        queries, keys = mx.split(shared.rotate(heads), [H], axis=1)
+        if last_only:
+            queries = queries[:, :, -1:]
+        read = swap_heads(shared.attend(self.layer, queries, keys, values))  # (B, L, H, D)
+        return self.out_proj(read.reshape(*x.shape[:-1], -1) if not last_only else read.reshape(B, 1, -1))
 
     def _normalized(self, heads: mx.array) -> mx.array:
         """Queries and keys (B, H + K, L, D), each by its own norm but in one operation."""
         counts = (self.num_query_heads, self.q_norm.weight), (self.num_kv_heads, self.k_norm.weight)
         weight = mx.concatenate([mx.broadcast_to(w, (count, 1, self.head_dim)) for count, w in counts])
         return mx.fast.rms_norm(heads, None, NORM_EPS) * weight
-
-    def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        """Rotate each head's two halves against one another by the positions from `offset` on."""
-        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_base, scale=1.0, offset=offset)
 
 
 class FeedForward(nn.Module):
@@ -184,10 +218,17 @@ class FeedForward(nn.Module):
         return self.proj_2(activate(self.activation, gate) * hidden)
 
 
+def swap_heads(x: mx.array) -> mx.array:
+    """(B, L, H, D) to (B, H, L, D), or back."""
+    B, one, other, D = x.shape
+    if 1 in (one, other):  # the numbers stay in order
+        return x.reshape(B, other, one, D)
+    return x.transpose(0, 2, 1, 3)
+
+
 def whole_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
-    """What the queries (B, H, L, D) read from the values (B, K, S, D): by the mask, or causally, aligned at the end."""
-    seen = mask if mask is not None else "causal" if queries.shape[2] > 1 else None
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=seen)
+    """What the queries (B, H, L, D) read from the values (B, K, L, D): by the mask, or causally."""
+    return attention(queries, keys, values, mask if mask is not None else "causal" if queries.shape[2] > 1 else None)
 
 
 def blockwise_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:

@@ -33,36 +33,39 @@ class SamplingConfig:
         _check("repetition_context", self.repetition_context, self.repetition_context >= 1, "at least 1")
 
 
-class Sampler:
-    """Chooses one token after another; keeps the random state and, for the penalty, the recent tokens.
+State = tuple[mx.array, mx.array]  # random key (2,) and recent tokens (C,), or with rows before: (B, 2) and (B, C)
 
-    Nothing leaves the device, and the global random state of MLX is left alone.
+
+class Sampler:
+    """Chooses the next token by a state that goes from one choice to the next.
+
+    The state has a fixed shape and nothing leaves the device, so that a step of decoding can be compiled with its
+    choice; the global random state of MLX is left alone.
     """
 
-    def __init__(self, config: SamplingConfig, prompt: mx.array):
-        """Start after the tokens (L,) of a prompt, at least one, which count for the repetition penalty."""
+    def __init__(self, config: SamplingConfig):
         self.config = config
-        recent = prompt[-config.repetition_context :].astype(mx.uint32)  # what argmax and categorical give
-        if recent.size < config.repetition_context:  # always as many, so that a compiled step stays the same
-            room = config.repetition_context - recent.size
-            recent = mx.concatenate([mx.repeat(recent[:1], room), recent])  # the oldest once more changes nothing
-        self.state = (mx.random.key(config.seed if config.seed is not None else _fresh_seed()), recent)
 
-    def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """The next token, () uint32, and its log-probability, () float32, from logits (V,).
+    def start(self, prompt: mx.array, seed: int | None = None) -> State:
+        """The state after the tokens (L,) of a prompt, at least one, which count for the repetition penalty.
+
+        Args:
+            seed: in place of the configuration's.
+        """
+        seed = seed if seed is not None else self.config.seed
+        recent = prompt[-self.config.repetition_context :].astype(mx.uint32)  # what argmax and categorical give
+        if recent.size < self.config.repetition_context:
+            room = self.config.repetition_context - recent.size
+            recent = mx.concatenate([mx.repeat(recent[:1], room), recent])  # the oldest once more changes nothing
+        return mx.random.key(seed if seed is not None else _fresh_seed()), recent
+
+    def choose(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
+        """The next token, () uint32, its log-probability, () float32, and the state behind it, from logits (V,).
 
         The log-probability is what the model itself gives, before penalty, temperature and cuts.
         """
-        token, logprob, self.state = self.choose(logits, self.state)
-        return token, logprob
-
-    def choose(
-        self, logits: mx.array, state: tuple[mx.array, mx.array]
-    ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array]]:
-        """As a call, with the random key and the recent tokens before and after: a function that can be compiled."""
         key, recent = state
         logits = logits.astype(mx.float32)
-        logprobs = logits - mx.logsumexp(logits)
         scores = self._penalize(logits, recent)
         if self.config.temperature == 0:
             token = mx.argmax(scores)
@@ -72,7 +75,14 @@ class Sampler:
             token = mx.random.categorical(scores, key=own)
         if self.config.repetition_penalty != 1:
             recent = mx.concatenate([recent[1:], token[None]])
-        return token, logprobs[token], (key, recent)
+        return token, logits[token] - mx.logsumexp(logits), (key, recent)
+
+    def choose_rows(self, logits: mx.array, states: State) -> tuple[mx.array, mx.array, State]:
+        """As `choose` for each of B rows, from logits (B, V): tokens (B,), log-probabilities (B,), states."""
+        if logits.shape[0] > 1:
+            return mx.vmap(self.choose)(logits, states)
+        token, logprob, (key, recent) = self.choose(logits[0], (states[0][0], states[1][0]))
+        return token[None], logprob[None], (key[None], recent[None])
 
     def _penalize(self, logits: mx.array, recent: mx.array) -> mx.array:
         """Logits with those of recent tokens made smaller (Keskar et al., arXiv:1909.05858)."""

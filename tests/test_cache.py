@@ -1,24 +1,214 @@
+from dataclasses import replace
+
 import mlx.core as mx
+import numpy as np
 import pytest
 
-from mlx_openelm import PRESETS, KVCache, kv_cache_bytes
-from mlx_openelm.cache import GROWTH_STEP
+from conftest import assert_close, random_model
+from mlx_openelm import PRESETS, CacheConfig, KVCache, OpenELMConfig, generate_tokens, kv_cache_bytes
+from mlx_openelm.cache import GROWTH_STEP, kv_cache
+from mlx_openelm.cache.config import kv_bytes_per_layer
+from mlx_openelm.cache.layouts import Quantized, Window
+from mlx_openelm.errors import CacheError
+
+TEXT = [int(token) for token in np.random.default_rng(0).integers(0, 400, 90)]
 
 
-def test_size_counts_each_layers_own_heads():
-    heads = sum(PRESETS["270M"].num_kv_heads)
-    assert kv_cache_bytes(PRESETS["270M"], 10) == 10 * heads * 64 * 2 * 2  # keys and values, two bytes each
-    assert kv_cache_bytes(PRESETS["270M"], 10, mx.float32) == 2 * kv_cache_bytes(PRESETS["270M"], 10)
+def decoded(model, config, count=60, prompt=TEXT[:20], compiled=False):
+    cache = model.make_cache(config)
+    steps = list(generate_tokens(model, prompt, max_tokens=count, cache=cache, compiled=compiled))
+    return [step.token for step in steps], [step.logprob for step in steps], cache
+
+
+def step_by_step(model, tokens, config):
+    """Log-probabilities of each token, by a cache that sees one after the other."""
+    cache = model.make_cache(config)
+    return mx.concatenate([model(mx.array([[token]]), cache=cache) for token in tokens], axis=1)
+
+
+class TestBytes:
+    def test_size_counts_each_layers_own_heads(self):
+        heads = sum(PRESETS["270M"].num_kv_heads)
+        assert kv_cache_bytes(PRESETS["270M"], 10) == 10 * heads * 64 * 2 * 2  # keys and values, two bytes each
+        assert kv_cache_bytes(PRESETS["270M"], 10, mx.float32) == 2 * kv_cache_bytes(PRESETS["270M"], 10)
+
+    def test_a_window_keeps_no_more_than_its_size(self):
+        config = CacheConfig(window=100)
+        assert kv_cache_bytes(PRESETS["270M"], 5000, cache=config) == kv_cache_bytes(PRESETS["270M"], 100)
+        assert kv_cache_bytes(PRESETS["270M"], 50, cache=config) == kv_cache_bytes(PRESETS["270M"], 50)
+
+    def test_texts_too_short_to_quantize_take_what_they_take(self):
+        config = CacheConfig(bits=8, quantize_after=100)
+        assert kv_cache_bytes(PRESETS["270M"], 99, cache=config) == kv_cache_bytes(PRESETS["270M"], 99)
+        assert kv_cache_bytes(PRESETS["270M"], 100, cache=config) < 0.6 * kv_cache_bytes(PRESETS["270M"], 100)
+
+    @pytest.mark.parametrize(
+        "config", [CacheConfig(), CacheConfig(bits=4), CacheConfig(bits=8), CacheConfig(window=GROWTH_STEP)]
+    )
+    def test_what_is_predicted_is_what_a_full_buffer_takes(self, tiny_model, tiny_config, config):
+        cache = tiny_model.make_cache(config)
+        tiny_model(mx.array([(TEXT * 3)[:GROWTH_STEP]]), cache=cache)
+        predicted = kv_cache_bytes(tiny_config, GROWTH_STEP, mx.float32, config)
+        sinks = 5 * sum(kv_bytes_per_layer(tiny_config, mx.float32)) // 2 if config.window else 0
+        assert cache.nbytes == predicted + sinks
 
 
 def test_buffers_grow_in_steps():
     cache = KVCache(1)
     new = mx.ones((1, 2, 3, 4))
-    keys, _ = cache.update(0, new, new)
-    assert keys.shape == (1, 2, 3, 4)
+    assert cache.attend(0, new, new, new).shape == (1, 2, 3, 4)
     assert cache.nbytes == 2 * 2 * GROWTH_STEP * 4 * 4
 
 
 def test_more_cannot_be_forgotten_than_is_there():
     with pytest.raises(AssertionError, match="forget"):
         KVCache(1).trim(1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bits": 3}, "3 bits"),
+        ({"bits": 4, "quantize_after": -1}, "negative"),
+        ({"window": 4}, "no room"),
+        ({"window": 9, "sinks": -1}, "first tokens"),
+        ({"window": 64, "bits": 4}, "either"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(values, message):
+    with pytest.raises(CacheError, match=message):
+        CacheConfig(**values)
+
+
+class TestQuantized:
+    @pytest.mark.parametrize(("bits", "atol"), [(8, 0.05), (4, 1.0)])
+    def test_logits_are_near_those_in_full(self, tiny_model, bits, atol):
+        tokens = TEXT[:40]
+        near = step_by_step(tiny_model, tokens, CacheConfig(bits=bits))
+        assert_close(near, tiny_model(mx.array([tokens])), atol)
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_reading_packed_is_reading_unpacked(self, bits):
+        layout = Quantized(bits, 32)
+        keys, values = mx.random.normal((2, 2, 3, 16, 64), key=mx.random.key(0))
+        queries = mx.random.normal((2, 6, 5, 64), key=mx.random.key(1))
+        buffers = layout.packed(keys, values)
+        mask = mx.arange(16) <= mx.arange(11, 16)[:, None]
+        assert_close(layout.read_all(buffers, queries, mask), layout.read(buffers, queries, 16), 1e-5)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_before_its_time_nothing_changes(self, tiny_model, compiled):
+        plain, _, _ = decoded(tiny_model, CacheConfig())
+        later, _, cache = decoded(tiny_model, CacheConfig(bits=8, quantize_after=50), compiled=compiled)
+        assert later[:31] == plain[:31]  # 20 of the prompt and 30 behind it are kept as they were
+        assert isinstance(cache.layout, Quantized)
+        kept, _, cache = decoded(tiny_model, CacheConfig(bits=8, quantize_after=500), compiled=compiled)
+        assert kept == plain
+        assert not isinstance(cache.layout, Quantized)
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_compiled_steps_give_the_same(self, tiny_model, monkeypatch, bits):
+        monkeypatch.setattr(kv_cache, "GROWTH_STEP", 16)
+        config = CacheConfig(bits=bits, quantize_after=30)
+        tokens, logprobs, _ = decoded(tiny_model, config)
+        again, others, _ = decoded(tiny_model, config, compiled=True)
+        assert again == tokens
+        assert np.allclose(logprobs, others, atol=1e-4)
+
+    def test_narrow_heads_are_refused(self, tiny_config):
+        config = replace(tiny_config, head_dim=48)
+        with pytest.raises(CacheError, match="heads of 48"):
+            kv_bytes_per_layer(config, mx.float16, CacheConfig(bits=4))
+
+
+class TestWindow:
+    @pytest.mark.parametrize(("size", "sinks"), [(24, 4), (16, 0), (17, 1), (90, 4)])
+    @pytest.mark.parametrize("sizes", [(20, 1, 30, 3, 36), (90,), (5, 85), (16, 8, 66)])
+    def test_chunks_of_any_size_are_as_token_after_token(self, tiny_model, size, sinks, sizes):
+        config = CacheConfig(window=size, sinks=sinks)
+        cache = tiny_model.make_cache(config)
+        parts, start = [], 0
+        for count in sizes:
+            parts.append(tiny_model(mx.array([TEXT[start : start + count]]), cache=cache))
+            start += count
+        assert_close(mx.concatenate(parts, axis=1), step_by_step(tiny_model, TEXT, config), 1e-4)
+
+    def test_as_long_as_all_fits_it_is_a_plain_cache(self, tiny_model):
+        plain, logprobs, _ = decoded(tiny_model, CacheConfig())
+        window, others, _ = decoded(tiny_model, CacheConfig(window=80))
+        assert window == plain
+        assert np.allclose(logprobs, others, atol=1e-5)
+
+    @pytest.mark.parametrize(("size", "sinks"), [(24, 4), (16, 0)])
+    def test_one_layer_reads_the_sinks_and_the_last_tokens_side_by_side(self, size, sinks):
+        """With one layer keys depend on nothing but their token, so a pass over what is kept has to give the same."""
+        config = OpenELMConfig.layerwise(1, 128, 64, num_gqa_groups=2, ffn_dim_divisor=128, vocab_size=400)
+        model = random_model(config)
+        found = step_by_step(model, TEXT, CacheConfig(window=size, sinks=sinks))
+        for end in (size, size + 1, size + 9, len(TEXT)):
+            kept = TEXT[: min(end, sinks)] + TEXT[max(sinks, end - (size - sinks)) : end]
+            assert_close(found[:, end - 1], model(mx.array([kept]))[:, -1], 1e-4)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize(("size", "sinks"), [(24, 4), (33, 0)])
+    def test_steps_give_what_passes_give(self, tiny_model, monkeypatch, compiled, size, sinks):
+        monkeypatch.setattr(kv_cache, "GROWTH_STEP", 16)
+        config = CacheConfig(window=size, sinks=sinks)
+        tokens, logprobs, cache = decoded(tiny_model, config, compiled=compiled, prompt=TEXT[:10])
+        logits = step_by_step(tiny_model, TEXT[:10] + tokens, config)[0]
+        expected = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[9:-1]
+        assert np.allclose(logprobs, [row[token].item() for row, token in zip(expected, tokens)], atol=1e-4)  # noqa: B905
+        assert cache.arrays[0].shape[2] == size
+
+    def test_a_prompt_shorter_than_the_sinks(self, tiny_model):
+        config = CacheConfig(window=16, sinks=8)
+        tokens, logprobs, _ = decoded(tiny_model, config, prompt=TEXT[:3], count=40)
+        logits = step_by_step(tiny_model, TEXT[:3] + tokens, config)[0]
+        found = [(logits[i + 2] - mx.logsumexp(logits[i + 2]))[token].item() for i, token in enumerate(tokens)]
+        assert np.allclose(logprobs, found, atol=1e-4)
+
+    def test_what_has_turned_cannot_go_back(self, tiny_model):
+        cache = tiny_model.make_cache(CacheConfig(window=16))
+        tiny_model(mx.array([TEXT[:16]]), cache=cache)
+        assert cache.can_forget
+        cache.trim(2)
+        tiny_model(mx.array([TEXT[14:30]]), cache=cache)
+        assert not cache.can_forget
+        with pytest.raises(AssertionError, match="turned"):
+            cache.trim(1)
+
+    def test_its_memory_stays_the_same(self, tiny_model):
+        cache = tiny_model.make_cache(CacheConfig(window=64))
+        steps = generate_tokens(tiny_model, TEXT, max_tokens=200, cache=cache)
+        assert len({(next(steps), cache.nbytes)[1] for _ in range(200)}) == 1
+        assert isinstance(cache.layout, Window)
+
+
+class TestJoin:
+    def filled(self, model, tokens, config=None):
+        cache = model.make_cache(config or CacheConfig())
+        model(mx.array([tokens]), cache=cache)
+        return cache
+
+    def test_texts_end_at_the_same_place(self, tiny_model):
+        cache = self.filled(tiny_model, TEXT[:5])
+        cache.join(self.filled(tiny_model, TEXT[:9]))
+        cache.join(self.filled(tiny_model, TEXT[:3]))
+        assert cache.offset == 9
+        assert cache.starts.tolist() == [4, 0, 6]
+        cache.join(self.filled(tiny_model, TEXT[:7]), row=1)
+        assert cache.starts.tolist() == [4, 2, 6]
+
+    def test_room_before_all_texts_is_given_back(self, tiny_model, monkeypatch):
+        monkeypatch.setattr(kv_cache, "GROWTH_STEP", 8)
+        cache = self.filled(tiny_model, TEXT[:40])
+        cache.join(self.filled(tiny_model, TEXT[:10]))
+        cache.keep([1])
+        assert (cache.offset, cache.starts.tolist()) == (16, [6])
+        assert cache.arrays[0].shape[2] == 16
+
+    def test_rows_of_both_kinds_become_quantized(self, tiny_model):
+        config = CacheConfig(bits=8, quantize_after=20)
+        cache = self.filled(tiny_model, TEXT[:5], config)
+        cache.join(self.filled(tiny_model, TEXT[:30], config))
+        assert isinstance(cache.layout, Quantized)

@@ -4,7 +4,7 @@ import pytest
 
 from conftest import assert_close, random_model
 from mlx_openelm import SamplingConfig, engine, generate_tokens
-from mlx_openelm import cache as cache_module
+from mlx_openelm.cache import kv_cache as cache_module
 from mlx_openelm.engine import prefill
 from mlx_openelm.errors import MemoryLimitError, PromptError
 
@@ -106,8 +106,8 @@ class TestCompiled:
     def test_it_is_traced_once_for_each_length_of_buffer(self, tiny_model, monkeypatch):
         monkeypatch.setattr(cache_module, "GROWTH_STEP", 16)
         traced = []
-        original = engine.CompiledStep._run
-        monkeypatch.setattr(engine.CompiledStep, "_run", lambda *parts: (traced.append(1), original(*parts))[1])
+        original = engine.DecodeStep._run
+        monkeypatch.setattr(engine.DecodeStep, "_run", lambda *parts: (traced.append(1), original(*parts))[1])
         list(generate_tokens(tiny_model, PROMPT, max_tokens=50, compiled=True))  # 58 tokens in buffers of 16 to 64
         assert len(traced) == 4
 

@@ -45,8 +45,13 @@ def test_ties_at_the_cut_stay_together():
 
 
 def draw(config, count, logits=LOGITS, prompt=(0,)):
-    sampler = Sampler(config, mx.array(prompt))
-    return [sampler(logits)[0].item() for _ in range(count)]
+    sampler = Sampler(config)
+    state = sampler.start(mx.array(prompt))
+    drawn = []
+    for _ in range(count):
+        token, _, state = sampler.choose(logits, state)
+        drawn.append(token.item())
+    return drawn
 
 
 def test_temperature_0_takes_the_likeliest():
@@ -78,8 +83,8 @@ def test_mlxs_own_random_state_is_left_alone():
 
 
 def test_log_probabilities_are_the_models_own():
-    sampler = Sampler(SamplingConfig(temperature=0.5, top_k=1, repetition_penalty=1.3), mx.array([1]))
-    token, logprob = sampler(LOGITS.astype(mx.float16) + 3)
+    sampler = Sampler(SamplingConfig(temperature=0.5, top_k=1, repetition_penalty=1.3))
+    token, logprob, _ = sampler.choose(LOGITS.astype(mx.float16) + 3, sampler.start(mx.array([1])))
     assert (token.item(), logprob.dtype) == (0, mx.float32)
     assert logprob.item() == pytest.approx(math.log(0.5), abs=2e-3)  # float16 logits
 
@@ -88,9 +93,10 @@ class TestRepetitionPenalty:
     def test_by_hand(self):
         """Positive logits are divided, negative ones multiplied, each token once however often it came."""
         logits = mx.array([2.0, -1.0, 1.9, 0.5])
-        sampler = Sampler(SamplingConfig(repetition_penalty=2.0), mx.array([0, 1, 0]))
-        assert_close(sampler._penalize(logits, sampler.state[1]), mx.array([1.0, -2.0, 1.9, 0.5]), 1e-6)
-        assert sampler(logits)[0].item() == 2
+        sampler = Sampler(SamplingConfig(repetition_penalty=2.0))
+        state = sampler.start(mx.array([0, 1, 0]))
+        assert_close(sampler._penalize(logits, state[1]), mx.array([1.0, -2.0, 1.9, 0.5]), 1e-6)
+        assert sampler.choose(logits, state)[0].item() == 2
 
     def test_generated_tokens_count(self):
         logits = mx.array([2.0, 1.8, 1.6, 0.0])
@@ -125,3 +131,25 @@ def test_values_out_of_range_are_refused_by_name(values):
     (name,) = values
     with pytest.raises(SamplingError, match=name):
         SamplingConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(),
+        SamplingConfig(repetition_penalty=1.4, repetition_context=5),
+        SamplingConfig(temperature=0.9, top_k=30, top_p=0.9, min_p=0.02, repetition_penalty=1.2, seed=3),
+    ],
+    ids=["greedy", "penalty", "everything"],
+)
+def test_rows_are_chosen_as_each_alone(config):
+    sampler = Sampler(config)
+    logits = 3 * mx.random.normal((4, 200), key=mx.random.key(1))
+    alone = [sampler.start(mx.array([1, 2 + row]), seed=row) for row in range(4)]
+    states = mx.stack([key for key, _ in alone]), mx.stack([recent for _, recent in alone])
+    for _ in range(5):
+        tokens, logprobs, states = sampler.choose_rows(logits, states)
+        for row in range(4):
+            token, logprob, alone[row] = sampler.choose(logits[row], alone[row])
+            assert token.item() == tokens[row].item()
+            assert logprob.item() == pytest.approx(logprobs[row].item(), abs=1e-6)

@@ -1,0 +1,73 @@
+"""How keys and values are kept, and how much memory that takes."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..config import OpenELMConfig
+from ..errors import CacheError
+
+_BITS = (4, 8)
+_GROUP_SIZES = (64, 32)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How keys and values are kept; by default all of them, in the type that the model computes in.
+
+    Raises:
+        CacheError: if a value is outside its range, or two of them exclude one another.
+    """
+
+    bits: int | None = None  # 4 or 8: quantized, which saves memory and costs a little accuracy
+    quantize_after: int = 0  # tokens; shorter texts are kept as they are
+    window: int | None = None  # keep only so many tokens: the sinks and the last ones
+    sinks: int = 4  # first tokens that a window keeps, on which attention rests (Xiao et al., arXiv:2309.17453)
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.bits not in _BITS:
+            raise CacheError(f"keys and values cannot be kept in {self.bits} bits; there are 4 and 8")
+        if self.quantize_after < 0:
+            raise CacheError(f"quantize_after is {self.quantize_after}; it cannot be negative")
+        if self.sinks < 0:
+            raise CacheError(f"{self.sinks} first tokens cannot be kept")
+        if self.window is not None and self.window < self.sinks + 1:
+            raise CacheError(
+                f"a window of {self.window} tokens has no room for {self.sinks} first tokens and the newest one"
+            )
+        if self.window is not None and self.bits is not None:
+            raise CacheError("a window keeps its tokens as they are; leave out either the window or the bits")
+
+
+def kv_group_size(head_dim: int) -> int:
+    """How many numbers of a key or value share a scale when it is quantized.
+
+    Raises:
+        CacheError: if heads are too narrow, or of an odd width.
+    """
+    fitting = [size for size in _GROUP_SIZES if head_dim % size == 0]
+    if not fitting:
+        raise CacheError(f"keys and values in heads of {head_dim} cannot be quantized: it takes a multiple of 32")
+    return fitting[0]
+
+
+def kv_bytes_per_layer(
+    config: OpenELMConfig, dtype: mx.Dtype = mx.float16, cache: CacheConfig = CacheConfig()
+) -> tuple[int, ...]:
+    """Memory that each layer's keys and values of one token take, in bytes; quantized once `quantize_after` is past."""
+    if cache.bits is None:
+        head = config.head_dim * dtype.size
+    else:
+        scales = 2 * dtype.size * (config.head_dim // kv_group_size(config.head_dim))  # and offsets
+        head = config.head_dim * cache.bits // 8 + scales
+    return tuple(2 * heads * head for heads in config.num_kv_heads)
+
+
+def kv_cache_bytes(
+    config: OpenELMConfig, num_tokens: int, dtype: mx.Dtype = mx.float16, cache: CacheConfig = CacheConfig()
+) -> int:
+    """Memory that cached keys and values of one sequence take, in bytes, without the room to grow."""
+    if cache.bits is not None and num_tokens < cache.quantize_after:
+        cache = CacheConfig()
+    kept = num_tokens if cache.window is None else min(num_tokens, cache.window)
+    return sum(kv_bytes_per_layer(config, dtype, cache)) * kept
