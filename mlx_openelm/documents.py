@@ -93,7 +93,8 @@ class BrokenLines:
             DataError: if it is one too many.
         """
         if self.count == self._limit:
-            raise DataError(f"{self._path}, line {number}: {reason}, and {self.count} lines before it were broken too")
+            before = f", and {self.count} lines before it were broken too" if self.count else ""
+            raise DataError(f"{self._path}, line {number}: {reason}{before}")
         self.count += 1
 
 

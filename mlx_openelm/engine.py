@@ -39,6 +39,7 @@ def generate_tokens(
     max_tokens: int = MAX_TOKENS,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
     cache: KVCache | None = None,
+    before: Sequence[int] = (),
     on_prefill: Progress = lambda done, total: None,
     compiled: bool | None = None,
 ) -> Iterator[Step]:
@@ -51,6 +52,7 @@ def generate_tokens(
         max_tokens: how many to generate.
         cache: what came before the prompt; afterwards it holds the prompt and all generated tokens whose successor was
             computed, which is at most one more than were taken.
+        before: the ids that the cache holds already; a repetition penalty counts them.
         on_prefill: called with the number of prompt tokens done and their total.
         compiled: whether the step from token to token is compiled whole; by default where that pays.
 
@@ -64,7 +66,7 @@ def generate_tokens(
     if max_tokens < 1:
         return
     rows = Rows(model, sampling, compiled=pays_to_compile(max_tokens) if compiled is None else compiled)
-    rows.add(prompt, cache, on_prefill=on_prefill)
+    rows.add(prompt, cache, before=before, on_prefill=on_prefill)
     for remaining in range(max_tokens - 1, -1, -1):
         yield from rows.step(more=remaining > 0).values()
 
@@ -96,6 +98,7 @@ class Rows:
         prompt: mx.array,
         cache: KVCache,
         *,
+        before: Sequence[int] = (),
         seed: int | None = None,
         on_prefill: Progress = lambda done, total: None,
     ) -> int:
@@ -104,9 +107,8 @@ class Rows:
         The first row goes on in this very cache; further ones are copied to it.
         """
         hidden = prefill(self._model, prompt, cache, on_prefill)
-        token, logprob, state = self._sampler.choose(
-            self._model.logits(hidden)[0, -1], self._sampler.start(prompt, seed)
-        )
+        state = self._sampler.start(whole_text(before, prompt), seed)
+        token, logprob, state = self._sampler.choose(self._model.logits(hidden)[0, -1], state)
         mx.async_eval(token, logprob)
         on_prefill(prompt.size, prompt.size)
         own = token[None], logprob[None], state[0][None], state[1][None]
@@ -232,6 +234,11 @@ def as_prompt(model: OpenELM, tokens: mx.array | Sequence[int]) -> mx.array:
             f"the prompt holds the id {outside[0]}, outside the vocabulary of {model.config.vocab_size:,} entries"
         )
     return prompt
+
+
+def whole_text(before: Sequence[int], prompt: mx.array) -> mx.array:
+    """What the cache holds already and the prompt behind it, (L,)."""
+    return mx.concatenate([mx.array(list(before), prompt.dtype), prompt]) if before else prompt
 
 
 def check_memory(model: OpenELM, num_tokens: int, cache: CacheConfig, rows: int = 1) -> None:

@@ -1,16 +1,18 @@
 """Text in, text out: streaming, stop strings and figures about a generation."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
-from .cache import KVCache
+from .cache.prompt_cache import PromptCache
 from .device import peak_memory_bytes, wired_memory
-from .engine import MAX_TOKENS, generate_tokens
+from .engine import MAX_TOKENS, Progress, Step, generate_tokens
 from .errors import PromptError, TokenizerError
 from .model import OpenELM
 from .sampling import SamplingConfig
+from .speculate import Drafter, speculate_tokens
 from .tokenizer import Tokenizer
 
 
@@ -23,16 +25,24 @@ class Stats:
     prefill_seconds: float  # until the first token
     decode_seconds: float  # from the first token on
     peak_memory_bytes: int
+    drafted_tokens: int = 0  # guesses of speculative decoding
+    accepted_tokens: int = 0  # those that were right
+    reused_tokens: int = 0  # of the prompt, whose keys and values were there already
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens over the time to the first token."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Prompt tokens that were computed over the time to the first token."""
+        return (self.prompt_tokens - self.reused_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
         """Tokens after the first over the time that they took; 0 for a single token."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the guesses of speculative decoding that were right; `None` without guesses."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class Generation:
         if self.stats is not None:
             values["stats"]["prefill_tokens_per_second"] = self.stats.prefill_tokens_per_second
             values["stats"]["decode_tokens_per_second"] = self.stats.decode_tokens_per_second
+            values["stats"]["acceptance"] = self.stats.acceptance
         return values
 
 
@@ -96,8 +107,9 @@ def stream_generate(
     max_tokens: int = MAX_TOKENS,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
     stop: Iterable[str] = (),
-    cache: KVCache | None = None,
-    on_prefill: Callable[[int, int], None] = lambda done, total: None,
+    cache: PromptCache | None = None,
+    drafter: Drafter | None = None,
+    on_prefill: Progress = lambda done, total: None,
 ) -> Generator[Piece, None, None]:
     """Continue a prompt and yield a `Piece` with every token; the last one has a `finish_reason`.
 
@@ -105,37 +117,107 @@ def stream_generate(
         prompt: plain text, which gets its BOS here, or ids, taken as they are.
         max_tokens: how many tokens to generate at most, at least 1.
         stop: texts that end the generation; neither they nor what follows them is given out.
-        cache: what came before the prompt. It then holds the prompt and what was generated of it.
+        cache: of an earlier text; what the prompt shares with it is not computed again. It then holds the prompt and
+            what was generated.
+        drafter: guesses ahead (see `speculate`); the text stays the same.
         on_prefill: called with the number of prompt tokens done and their total.
 
     Raises:
         PromptError: if the prompt is empty or asks for no tokens.
         MemoryLimitError: if the prompt does not fit into memory.
+        CacheError: if there is a drafter and the cache keeps a window.
     """
     if tokenizer is None:
         raise TokenizerError("this model was converted without a tokenizer; give one with --tokenizer FILE_OR_REPO")
+    check_request(prompt, max_tokens)
+    tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    cache = cache if cache is not None else PromptCache(model)
+    before, fresh = cache.reuse(tokens)
+    row = GeneratingRow(model, tokenizer, len(tokens), max_tokens, stop, drafter, reused=len(before))
+    write = generate_tokens if drafter is None else partial(speculate_tokens, drafter=drafter)
+    steps = write(
+        model, fresh, max_tokens=max_tokens, sampling=sampling, cache=cache.kv, before=before, on_prefill=on_prefill
+    )
+    generated: list[int] = []
+    try:
+        with wired_memory():
+            for step in steps:
+                generated.append(step.token)
+                piece = row.push(step)
+                yield piece
+                if piece.finish_reason:
+                    break
+    finally:
+        cache.hold([*tokens, *generated])
+
+
+def check_request(prompt: str | Sequence[int], max_tokens: int) -> None:
+    """Raises: PromptError, if there is nothing to continue, or no token asked for."""
     if not prompt:
         raise PromptError("the prompt is empty; there is nothing to continue")
     if max_tokens < 1:
         raise PromptError(f"max_tokens is {max_tokens}; at least one token has to be asked for")
-    tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    decoder = tokenizer.stream_decoder()
-    watch = StopWatch(stop)
-    clock = _Clock(len(tokens))
-    with wired_memory():
-        steps = generate_tokens(
-            model, tokens, max_tokens=max_tokens, sampling=sampling, cache=cache, on_prefill=on_prefill
+
+
+class GeneratingRow:
+    """One generation on its way from tokens to text."""
+
+    def __init__(
+        self,
+        model: OpenELM,
+        tokenizer: Tokenizer,
+        prompt_tokens: int,
+        max_tokens: int,
+        stop: Iterable[str],
+        drafter: Drafter | None = None,
+        reused: int = 0,
+    ):
+        self._eos = model.config.eos_token_id
+        self._decoder = tokenizer.stream_decoder()
+        self._watch = StopWatch(stop)
+        self._max_tokens = max_tokens
+        self._prompt_tokens = prompt_tokens
+        self._reused = reused
+        self._drafter = drafter
+        self._guesses = (drafter.drafted, drafter.accepted) if drafter is not None else (0, 0)
+        self._generated = 0
+        self._start = self._first = time.perf_counter()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a token behind the next one may be wanted."""
+        return self._generated + 1 < self._max_tokens
+
+    def push(self, step: Step) -> Piece:
+        """What one more token brought."""
+        stats = self._tick()
+        ended = step.token == self._eos
+        text = self._watch.push("" if ended else self._decoder.push(step.token))
+        is_last = self._generated == self._max_tokens
+        finish_reason = "stop" if ended or self._watch.found else "length" if is_last else None
+        if finish_reason and not self._watch.found:
+            text += self._watch.push(self._decoder.finish()) + self._watch.finish()
+            finish_reason = "stop" if self._watch.found else finish_reason
+        return Piece(text, step.token, step.logprob, finish_reason, stats)
+
+    def _tick(self) -> Stats:
+        now = time.perf_counter()
+        self._generated += 1
+        if self._generated == 1:
+            self._first = now
+        drafted, accepted = (
+            (self._drafter.drafted, self._drafter.accepted) if self._drafter is not None else self._guesses
         )
-        for count, step in enumerate(steps, start=1):
-            ended = step.token == model.config.eos_token_id
-            text = watch.push("" if ended else decoder.push(step.token))
-            finish_reason = "stop" if ended or watch.found else "length" if count == max_tokens else None
-            if finish_reason and not watch.found:
-                text += watch.push(decoder.finish()) + watch.finish()
-                finish_reason = "stop" if watch.found else finish_reason
-            yield Piece(text, step.token, step.logprob, finish_reason, clock.tick())
-            if finish_reason:
-                break
+        return Stats(
+            self._prompt_tokens,
+            self._generated,
+            self._first - self._start,
+            now - self._first,
+            peak_memory_bytes(),
+            drafted - self._guesses[0],
+            accepted - self._guesses[1],
+            self._reused,
+        )
 
 
 class StopWatch:
@@ -167,24 +249,3 @@ class StopWatch:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-class _Clock:
-    def __init__(self, prompt_tokens: int):
-        self._prompt_tokens = prompt_tokens
-        self._generated = 0
-        self._start = self._first = time.perf_counter()
-
-    def tick(self) -> Stats:
-        """Figures after one more token."""
-        now = time.perf_counter()
-        self._generated += 1
-        if self._generated == 1:
-            self._first = now
-        return Stats(
-            self._prompt_tokens,
-            self._generated,
-            self._first - self._start,
-            now - self._first,
-            peak_memory_bytes(),
-        )

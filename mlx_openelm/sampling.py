@@ -84,6 +84,21 @@ class Sampler:
         token, logprob, (key, recent) = self.choose(logits[0], (states[0][0], states[1][0]))
         return token[None], logprob[None], (key[None], recent[None])
 
+    def choose_along(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
+        """One choice after another from logits (L, V): tokens (L,), log-probabilities (L,), the states behind each."""
+        if self.config.temperature == 0 and self.config.repetition_penalty == 1:  # no choice changes the state
+            logits = logits.astype(mx.float32)
+            tokens = mx.argmax(logits, axis=-1)
+            chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+            key, recent = (mx.broadcast_to(part, (len(logits), *part.shape)) for part in state)
+            return tokens, chosen - mx.logsumexp(logits, axis=-1), (key, recent)
+        choices = []
+        for row in logits:
+            *choice, state = self.choose(row, state)
+            choices.append((*choice, *state))
+        token, logprob, key, recent = (mx.stack(list(parts)) for parts in zip(*choices, strict=True))
+        return token, logprob, (key, recent)
+
     def _penalize(self, logits: mx.array, recent: mx.array) -> mx.array:
         """Logits with those of recent tokens made smaller (Keskar et al., arXiv:1909.05858)."""
         penalty = self.config.repetition_penalty

@@ -140,7 +140,12 @@ class TestChat:
         chat = Chat(tiny_model, chat_tokenizer, max_tokens=4)
         (*_, first) = chat.reply("Hello, this is a long message about a fox in a garden")
         (*_, second) = chat.reply("Hm")
-        assert second.stats.prompt_tokens < first.stats.prompt_tokens
+        assert (
+            second.stats.prompt_tokens
+            > first.stats.prompt_tokens
+            == first.stats.prompt_tokens - first.stats.reused_tokens
+        )
+        assert second.stats.prompt_tokens - second.stats.reused_tokens < first.stats.prompt_tokens
 
     def test_an_answer_that_is_cut_belongs_to_the_conversation(self, tiny_model, chat_tokenizer):
         chat = Chat(tiny_model, chat_tokenizer, max_tokens=20)

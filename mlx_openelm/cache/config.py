@@ -38,6 +38,15 @@ class CacheConfig:
         if self.window is not None and self.bits is not None:
             raise CacheError("a window keeps its tokens as they are; leave out either the window or the bits")
 
+    @property
+    def in_words(self) -> str:
+        """For people."""
+        if self.window is not None:
+            return f"in a window of {self.window:,} tokens with the first {self.sinks}"
+        if self.bits is None:
+            return "in full"
+        return f"in {self.bits} bits" + (f" from {self.quantize_after:,} tokens on" if self.quantize_after else "")
+
 
 def kv_group_size(head_dim: int) -> int:
     """How many numbers of a key or value share a scale when it is quantized.

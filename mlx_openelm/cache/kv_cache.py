@@ -1,6 +1,6 @@
 """The keys and values of all layers for rows of tokens, and the place where the next one goes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import mlx.core as mx
@@ -61,7 +61,7 @@ class KVCache:
 
     def quantize(self) -> None:
         """Keep keys and values in the configuration's bits from now on."""
-        if isinstance(self.layout, Quantized) or self.config.bits is None:
+        if self.is_quantized or self.config.bits is None:
             return
         layout = Quantized(self.config.bits, kv_group_size(self._buffers[0][0].shape[-1]))
         self._buffers = [layout.packed(*buffers) for buffers in self._buffers]
@@ -103,6 +103,39 @@ class KVCache:
         """Memory that the buffers take, in bytes."""
         return sum(array.nbytes for array in self.arrays)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether keys and values stand in the configuration's bits by now."""
+        return isinstance(self.layout, Quantized)
+
+    def to_arrays(self) -> dict[str, mx.array]:
+        """What the buffers hold, by name, to be kept in a file; of one row."""
+        assert self._starts is None, "rows that were joined are not kept in files"
+        room = self.offset if self.config.window is None else min(self.offset, self.config.window)
+        return {
+            f"layers.{layer}.{part}": array if part == 2 and self.config.window else array[..., :room, :]
+            for layer, buffers in enumerate(self._buffers)
+            for part, array in enumerate(buffers)
+        }
+
+    def take_arrays(self, arrays: Mapping[str, mx.array], num_tokens: int, quantized: bool) -> None:
+        """The opposite of `to_arrays`.
+
+        Raises:
+            KeyError: if an array is missing.
+            ValueError: if one has another shape than it should.
+        """
+        if quantized and self.config.bits is not None:
+            head_dim = arrays["layers.0.0"].shape[-1] * 32 // self.config.bits
+            self.layout = Quantized(self.config.bits, kv_group_size(head_dim))
+        parts = range(6 if quantized else 3 if self.config.window else 2)
+        room = num_tokens if self.config.window is None else min(num_tokens, self.config.window)
+        for layer in range(len(self._buffers) if num_tokens else 0):
+            self._buffers[layer] = tuple(arrays[f"layers.{layer}.{part}"] for part in parts)
+            if any(array.shape[2] != room for array in self._buffers[layer][: 2 if self.config.window else 6]):
+                raise ValueError(f"layer {layer} does not hold {room:,} tokens")
+        self.offset = num_tokens
+
     def join(self, other: "KVCache", row: int | None = None) -> None:
         """Take in another cache of one row: as a further row, or in place of one that is done.
 
@@ -110,7 +143,7 @@ class KVCache:
         """
         assert self.config.window is None, "a window serves one row"
         assert self.config == other.config, "rows of one cache are kept in one way"
-        if isinstance(self.layout, Quantized) != isinstance(other.layout, Quantized):
+        if self.is_quantized != other.is_quantized:
             self.quantize()
             other.quantize()
         starts = self._starts if self._starts is not None else [0] * self._buffers[0][0].shape[0]

@@ -1,27 +1,38 @@
-"""`openelm-mlx generate` and `openelm-mlx chat`."""
+"""`openelm-mlx generate`: one prompt, or a file of them."""
+
+from __future__ import annotations
 
 import sys
-from contextlib import suppress
-from typing import Annotated
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..chat import Chat
+from ..cache import CacheConfig
 from ..engine import MAX_TOKENS
-from ..errors import PromptError, TokenizerError
+from ..errors import OutputExistsError, PromptError, TokenizerError
 from ..generate import Generation, Stats, stream_generate
+from ..generate_batch import BATCH_SIZE, generate_batch
 from ..hub import BUILT_IN_MODEL
 from ..model import OpenELM
 from ..sampling import SamplingConfig
+from ..speculate import Drafter, DraftModel, PromptLookup
 from ..tokenizer import Tokenizer
 from ..weights import dtype_named, load
 from .options import (
     Adapter,
     Dtype,
     Json,
+    KvBits,
+    KvSinks,
+    KvStart,
+    KvWindow,
     MaxTokens,
     MinP,
     Model,
+    PromptCacheFile,
     RepetitionContext,
     RepetitionPenalty,
     Revision,
@@ -36,17 +47,24 @@ from .options import (
 )
 from .terminal import INTERRUPTED, mib, print_json, say
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ..cache.prompt_cache import PromptCache
+
 EXAMPLES = examples(
     'openelm-mlx generate --prompt "Once upon a time there was"',
     'openelm-mlx generate -m OpenELM-1_1B --prompt "The capital of France is" --max-tokens 20',
     "openelm-mlx generate -m OpenELM-1_1B --prompt - --temperature 0.7 --repetition-penalty 1.2 < story.txt",
+    'openelm-mlx generate -m OpenELM-3B --draft OpenELM-270M --prompt "Dear friend,"',
+    "openelm-mlx generate -m OpenELM-1_1B --input prompts.jsonl --output answers.jsonl --batch-size 8",
 )
-CHAT_EXAMPLES = examples('openelm-mlx chat -m OpenELM-1_1B-Instruct --system "Answer in one sentence."')
-CHAT_MAX_TOKENS = 1024
 
 
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads it.", metavar="TEXT|-")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads it.", metavar="TEXT|-")
+    ] = None,
     model: Model = BUILT_IN_MODEL,
     max_tokens: MaxTokens = MAX_TOKENS,
     temperature: Temperature = SamplingConfig.temperature,
@@ -67,92 +85,87 @@ def generate(
     tokenizer: TokenizerOption = None,
     adapter: Adapter = None,
     revision: Revision = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A small model guesses ahead; the text stays the same.", metavar="M")
+    ] = None,
+    prompt_lookup: Annotated[
+        int,
+        typer.Option(help="Guess up to N tokens ahead from what stands in the text; it stays the same.", metavar="N"),
+    ] = 0,
+    kv_bits: KvBits = CacheConfig.bits,
+    kv_start: KvStart = CacheConfig.quantize_after,
+    kv_window: KvWindow = CacheConfig.window,
+    kv_sinks: KvSinks = CacheConfig.sinks,
+    prompt_cache: PromptCacheFile = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--input", "-i", help="File of prompts: jsonl, json, CSV or Parquet.", metavar="FILE"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for their answers, in order.", metavar="FILE")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="How many of them go on together.", metavar="N")] = BATCH_SIZE,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of answers.")] = False,
 ) -> None:
-    """Continue a prompt, or answer it if the model is an Instruct model."""
+    """Continue a prompt, or answer it if the model is an Instruct model; or do so for a file of prompts."""
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
+    kept = CacheConfig(kv_bits, kv_start, kv_window, kv_sinks)
+    if (prompt is None) == (prompts is None):
+        raise PromptError(
+            "give a --prompt, or a file of them with --input"
+            if prompt is None
+            else "give either --prompt or --input, not both"
+        )
     text = _read_stdin() if prompt == "-" else prompt
-    if not text:
+    if text == "":
         raise PromptError("the prompt is empty; there is nothing to continue")
-    network, tokens = _load(model, dtype, tokenizer, revision, adapter)
+    _check_options(text, output, force, draft, prompt_lookup, prompt_cache, as_json)
+    network, tokens = load_for_text(model, dtype, tokenizer, revision, adapter)
     chat = tokens.has_chat_template if chat is None else chat
     if system is not None and not chat:
         raise PromptError("--system needs a model with a chat template, and no --raw")
+    if text is None:
+        options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}
+        about = {"model": model, "adapter": adapter, "dtype": dtype, "chat": chat, "system": system}
+        _answer_file(network, tokens, prompts, output, batch_size, options, about)  # type: ignore[arg-type]
+        return
     messages = [{"role": "system", "content": system}] if system else []
     ids = tokens.encode_chat([*messages, {"role": "user", "content": text}]) if chat else tokens.encode(text)
 
     result = Generation(text)
-    pieces = stream_generate(network, tokens, ids, max_tokens=max_tokens, sampling=sampling, stop=stop or ())
-    if sys.stdout.isatty() and not as_json and not chat:
-        typer.secho(text, dim=True, nl=False)
-    try:
-        for piece in pieces:
-            result.add(piece)
-            if not as_json:
-                typer.echo(piece.text, nl=False)
-    except KeyboardInterrupt:
-        result.finish_reason = "interrupted"
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        typer.echo()
-        _print_stats(result.stats)
-    if result.finish_reason == "interrupted":
+    interrupted = False
+    with open_prompt_cache(network, prompt_cache, kept) as cache:
+        pieces = stream_generate(
+            network,
+            tokens,
+            ids,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop or (),
+            cache=cache,
+            drafter=_drafter(draft, prompt_lookup, dtype, tokens),
+        )
+        if sys.stdout.isatty() and not as_json and not chat:
+            typer.secho(text, dim=True, nl=False)
+        try:
+            for piece in pieces:
+                result.add(piece)
+                if not as_json:
+                    typer.echo(piece.text, nl=False)
+        except KeyboardInterrupt:
+            interrupted = True
+            result.finish_reason = "interrupted"
+        pieces.close()
+        if as_json:
+            print_json(result.to_dict())
+        else:
+            typer.echo()
+            print_stats(result.stats)
+    if interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
-def chat(
-    model: Model = BUILT_IN_MODEL,
-    system: System = None,
-    max_tokens: MaxTokens = CHAT_MAX_TOKENS,
-    temperature: Temperature = SamplingConfig.temperature,
-    top_p: TopP = SamplingConfig.top_p,
-    top_k: TopK = SamplingConfig.top_k,
-    min_p: MinP = SamplingConfig.min_p,
-    repetition_penalty: RepetitionPenalty = SamplingConfig.repetition_penalty,
-    repetition_context: RepetitionContext = SamplingConfig.repetition_context,
-    stop: Stop = None,
-    seed: Seed = SamplingConfig.seed,
-    dtype: Dtype = "auto",
-    tokenizer: TokenizerOption = None,
-    adapter: Adapter = None,
-    revision: Revision = None,
-) -> None:
-    """Talk with an Instruct model. /reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer."""
-    sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
-    network, tokens = _load(model, dtype, tokenizer, revision, adapter)
-    talk = Chat(network, tokens, system=system, sampling=sampling, max_tokens=max_tokens, stop=stop or ())
-    with suppress(ImportError):
-        import readline  # noqa: F401, gives input() its line editing
-    interactive = sys.stdin.isatty()
-    if interactive:
-        say("Type a message; /reset forgets the conversation, /quit ends it.")
-    while True:
-        try:
-            line = input(typer.style("> ", bold=True) if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            typer.echo()
-            return
-        except UnicodeDecodeError:
-            raise PromptError("the input is not valid UTF-8") from None
-        if line in ("/quit", "/exit"):
-            return
-        if line == "/reset":
-            talk.reset()
-            continue
-        if not line:
-            continue
-        stats = None
-        try:
-            for piece in talk.reply(line):
-                typer.echo(piece.text, nl=False)
-                stats = piece.stats
-        except KeyboardInterrupt:
-            pass
-        typer.echo()
-        _print_stats(stats)
-
-
-def _load(
+def load_for_text(
     model: str, dtype: str, tokenizer: str | None, revision: str | None, adapter: str | None
 ) -> tuple[OpenELM, Tokenizer]:
     """Network and tokenizer; going without one is an error here, where there is text to read."""
@@ -162,19 +175,129 @@ def _load(
     return network, tokens
 
 
+@contextmanager
+def open_prompt_cache(network: OpenELM, path: Path | None, config: CacheConfig) -> Iterator[PromptCache]:
+    """Keys and values of earlier runs, if there are any; afterwards they are written again."""
+    from ..cache.prompt_cache import PromptCache
+
+    if path is None:
+        yield PromptCache(network, config)
+        return
+    cache = PromptCache.load(network, path, config) if path.exists() else PromptCache(network, config)
+    yield cache
+    if cache.tokens:
+        cache.save(path)
+
+
+def print_stats(stats: Stats | None) -> None:
+    """Figures about a generation, for people."""
+    if stats is None or not sys.stderr.isatty():
+        return
+    reused = f" ({stats.reused_tokens} kept)" if stats.reused_tokens else ""
+    guessed = f" ({stats.acceptance:.0%} of {stats.drafted_tokens} guesses right)" if stats.drafted_tokens else ""
+    typer.secho(
+        f"{stats.prompt_tokens}{reused} + {stats.generated_tokens} tokens, "
+        f"prompt {stats.prefill_tokens_per_second:,.1f} and text {stats.decode_tokens_per_second:,.1f} tokens/s"
+        f"{guessed}, peak memory {mib(stats.peak_memory_bytes)}",
+        dim=True,
+        err=True,
+    )
+
+
+def _check_options(
+    text: str | None,
+    output: Path | None,
+    force: bool,
+    draft: str | None,
+    prompt_lookup: int,
+    prompt_cache: Path | None,
+    as_json: bool,
+) -> None:
+    """Options that exclude one another are told before a model is loaded."""
+    if text is not None and output is not None:
+        raise PromptError("--output is for the answers to --input; a single answer goes to stdout")
+    if draft is not None and prompt_lookup:
+        raise PromptError("give either --draft or --prompt-lookup, not both")
+    if prompt_lookup < 0:
+        raise PromptError(f"--prompt-lookup is {prompt_lookup}; it cannot be negative")
+    if text is None:
+        alone = {"--draft": draft, "--prompt-lookup": prompt_lookup, "--prompt-cache": prompt_cache, "--json": as_json}
+        if given := [name for name, value in alone.items() if value]:
+            raise PromptError(f"{given[0]} is for a single --prompt; leave it out with --input")
+        if output is not None and output.exists() and not force:
+            raise OutputExistsError(output)
+
+
+def _drafter(draft: str | None, prompt_lookup: int, dtype: str, tokenizer: Tokenizer) -> Drafter | None:
+    if draft is None:
+        return PromptLookup(prompt_lookup) if prompt_lookup else None
+    network, own = load(draft, dtype=dtype_named(dtype))
+    if own is not None and own.vocab_hash() != tokenizer.vocab_hash():
+        raise TokenizerError(f"{draft} has another vocabulary than the model that it should guess for")
+    return DraftModel(network)
+
+
+def _answer_file(
+    network: OpenELM,
+    tokenizer: Tokenizer,
+    path: Path,
+    output: Path | None,
+    batch_size: int,
+    options: dict[str, Any],
+    about: dict[str, Any],
+) -> None:
+    from ..prompts import AnswerFile, Answers, read_prompts
+
+    prompts = read_prompts(path, tokenizer, chat=about["chat"], system=about["system"])
+    settings = {**about, **options, "sampling": asdict(options["sampling"]), "cache": asdict(options["cache"])}
+    answers = Answers(prompts, typer.echo) if output is None else AnswerFile(prompts, output, settings)
+    missing = answers.missing
+    if len(missing) < len(prompts):
+        say(f"{len(prompts) - len(missing):,} of {len(prompts):,} answers are there already")
+    ids = [prompt.tokens for prompt in prompts]
+    try:
+        with _answer_bar(len(prompts), len(prompts) - len(missing)) as moved:
+            for number, generation in generate_batch(
+                network, tokenizer, ids, batch_size=batch_size, numbers=missing, **options
+            ):
+                answers.add(number, generation)
+                moved(len(generation.tokens))
+    except KeyboardInterrupt:
+        answers.close()
+        kept = f"; the same command goes on from {output}.part" if output is not None else ""
+        say(f"interrupted after {len(prompts) - len(answers.missing):,} of {len(prompts):,} answers{kept}")
+        raise typer.Exit(INTERRUPTED) from None
+    answers.finish()
+
+
+@contextmanager
+def _answer_bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with answers, tokens per second and time left, moved by the tokens of one more answer."""
+    if not sys.stderr.isatty():
+        yield lambda num_tokens: None
+        return
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    started = time.perf_counter()
+    tokens = 0
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total, completed=done)
+
+        def moved(num_tokens: int) -> None:
+            nonlocal tokens
+            tokens += num_tokens
+            rate = tokens / (time.perf_counter() - started)
+            progress.update(task, advance=1, description=f"{rate:,.0f} tokens/s")
+
+        yield moved
+
+
 def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(f"the input is not valid UTF-8 at byte {error.start:,}") from error
-
-
-def _print_stats(stats: Stats | None) -> None:
-    if stats is None or not sys.stderr.isatty():
-        return
-    typer.secho(
-        f"{stats.prompt_tokens} + {stats.generated_tokens} tokens, prompt {stats.prefill_tokens_per_second:,.1f} "
-        f"and text {stats.decode_tokens_per_second:,.1f} tokens/s, peak memory {mib(stats.peak_memory_bytes)}",
-        dim=True,
-        err=True,
-    )

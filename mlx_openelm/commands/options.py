@@ -1,5 +1,6 @@
 """Options that several commands share; a default stands in the dataclass or function that a command calls."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,16 @@ TokenizerOption = Annotated[
 Adapter = Annotated[
     str | None,
     typer.Option("--adapter", "-a", help="Adapter on the model: of tune, mlx-lm or PEFT, or a .pt.", metavar="A"),
+]
+KvBits = Annotated[int | None, typer.Option("--kv-bits", help="Keep keys and values in 4 or 8 bits.", metavar="4|8")]
+KvStart = Annotated[int, typer.Option("--kv-start", help="Quantize them once there are this many tokens.", metavar="N")]
+KvWindow = Annotated[
+    int | None, typer.Option("--kv-window", help="Remember only the first and the last tokens, N in all.", metavar="N")
+]
+KvSinks = Annotated[int, typer.Option("--kv-sinks", help="How many first tokens a window keeps.", metavar="N")]
+PromptCacheFile = Annotated[
+    Path | None,
+    typer.Option("--prompt-cache", help="Keep keys and values here from one run to the next.", metavar="FILE"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="R")]

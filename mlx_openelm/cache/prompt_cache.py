@@ -1,0 +1,142 @@
+"""Keys and values that outlive a generation, in memory or in a file, for texts that begin alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..errors import CacheError, OutputError
+from .config import CacheConfig
+from .kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from ..model import OpenELM
+
+_FORMAT = "openelm-mlx prompt cache 1"
+
+
+class PromptCache:
+    """Keys and values of a text, of which the next one keeps what both begin with.
+
+    Args:
+        config: how keys and values are kept.
+
+    Attributes:
+        tokens: the ids of the text.
+        kv: their keys and values.
+    """
+
+    def __init__(self, model: OpenELM, config: CacheConfig = CacheConfig()):  # noqa: B008, frozen
+        self._model = model
+        self.config = config
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the text."""
+        self.tokens: list[int] = []
+        self.kv: KVCache = self._model.make_cache(self.config)
+
+    def reuse(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Go back to what the text shares with `tokens`; gives this and the rest, at least one token to go on from."""
+        shared = 0
+        for kept, token in zip(self.tokens, tokens[:-1], strict=False):
+            if kept != token:
+                break
+            shared += 1
+        if shared < len(self.tokens) and not self.kv.can_forget:
+            self.clear()
+            return [], list(tokens)
+        self.kv.trim(len(self.tokens) - shared)
+        self.tokens = self.tokens[:shared]
+        return list(tokens[:shared]), list(tokens[shared:])
+
+    def hold(self, tokens: Sequence[int]) -> None:
+        """Say what text the keys and values now belong to, as far as they go; those of a token more are dropped."""
+        self.tokens = list(tokens[: self.kv.offset])
+        surplus = self.kv.offset - len(self.tokens)
+        if surplus and not self.kv.can_forget:
+            self.clear()
+        else:
+            self.kv.trim(surplus)
+
+    def save(self, path: Path) -> None:
+        """Write text, keys and values to a file.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        about = {
+            "format": _FORMAT,
+            "model": fingerprint(self._model),
+            "config": json.dumps(asdict(self.config)),
+            "tokens": json.dumps(self.tokens),
+            "quantized": json.dumps(self.kv.is_quantized),
+        }
+        part = path.with_name(f"{path.name}.part.safetensors")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mx.save_safetensors(str(part), self.kv.to_arrays(), about)
+            part.replace(path)
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                part.unlink()
+            raise OutputError(f"{path} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, model: OpenELM, path: Path, config: CacheConfig | None = None) -> PromptCache:
+        """A cache from a file.
+
+        Args:
+            config: how keys and values are to be kept; by default as in the file.
+
+        Raises:
+            CacheError: if the file is none of these, belongs to another model, or keeps keys and values otherwise.
+        """
+        arrays: Any
+        about: Any
+        try:
+            arrays, about = mx.load(str(path), format="safetensors", return_metadata=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CacheError(f"{path} is no prompt cache: {error}") from error
+        if about.get("format") != _FORMAT:
+            raise CacheError(f"{path} is no prompt cache, or one of another version of this package")
+        if about["model"] != fingerprint(model):
+            raise CacheError(
+                f"{path} was made with another model, adapter or type of weights; delete it or name another"
+            )
+        saved = CacheConfig(**json.loads(about["config"]))
+        if config is not None and config != saved:
+            raise CacheError(
+                f"{path} keeps keys and values {saved.in_words} and not {config.in_words}; name another file"
+            )
+        cache = cls(model, saved)
+        cache.tokens = json.loads(about["tokens"])
+        try:
+            cache.kv.take_arrays(arrays, len(cache.tokens), json.loads(about["quantized"]))
+        except (KeyError, ValueError) as error:
+            raise CacheError(f"{path} is damaged: {error}") from error
+        return cache
+
+
+def fingerprint(model: OpenELM) -> str:
+    """A number that changes with the model's shape, its weights, their type, and what is put on it."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    parameters: Any = tree_flatten(model.parameters())
+    sums = [_sum_of_bits(array) for _, array in parameters]
+    mx.eval(sums)
+    for (name, array), total in zip(parameters, sums, strict=True):
+        digest.update(f"{name} {array.shape} {array.dtype} {total.item()}".encode())
+    return digest.hexdigest()
+
+
+def _sum_of_bits(array: mx.array) -> mx.array:
+    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
+    return array.reshape(-1).view(words).astype(mx.uint32).sum()

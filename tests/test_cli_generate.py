@@ -1,0 +1,133 @@
+"""What `generate` does beyond one prompt: files of prompts, guesses, keys and values kept in other ways."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import refused, run, write_folder
+from mlx_openelm import CacheConfig, generate, load
+from mlx_openelm.cache.prompt_cache import PromptCache
+from mlx_openelm.generate import stream_generate
+
+PROMPTS = ["Once upon a time", "the fox", "She said that", "In 1923 the river", "But", "every morning"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model, tokenizer):
+    place = tmp_path_factory.mktemp("generate")
+    write_folder(place / "base", tiny_model, tokenizer)
+    write_folder(place / "other", tiny_model)
+    with open(place / "prompts.jsonl", "w") as file:
+        file.writelines(json.dumps({"prompt": prompt, "id": number}) + "\n" for number, prompt in enumerate(PROMPTS))
+    return place
+
+
+class TestAFileOfPrompts:
+    def test_answers_are_those_of_each_prompt_alone_in_order(self, place, tmp_path):
+        command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-n", 9, "--batch-size", 4]
+        status, printed, err = run(*command)
+        assert (status, err) == (0, "")
+        assert run(*command, "-o", tmp_path / "answers.jsonl")[:2] == (0, "")
+        assert (tmp_path / "answers.jsonl").read_text() == printed
+        model, tokenizer = load(place / "base")
+        for number, line in enumerate(printed.splitlines()):
+            answer = json.loads(line)
+            assert answer["id"] == number
+            assert answer["text"] == generate(model, tokenizer, PROMPTS[number], max_tokens=9)
+
+    def test_an_interrupted_run_goes_on(self, place, tmp_path):
+        """With tokens enough to be interrupted among."""
+        command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-n", 60, "--batch-size", 1]
+        words = [str(word) for word in (sys.executable, "-m", "mlx_openelm", *command, "-o", tmp_path / "a.jsonl")]
+        part = tmp_path / "a.jsonl.part"
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        deadline = time.time() + 60
+        while time.time() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 2):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        if process.returncode == 0:
+            pytest.skip("it was done before it could be interrupted")
+        assert process.returncode == 130
+        assert "goes on from" in err
+        status, _, err = run(*command, "-o", tmp_path / "a.jsonl")
+        assert status == 0
+        assert "answers are there already" in err
+        assert run(*command)[1] == (tmp_path / "a.jsonl").read_text()
+        assert not part.exists()
+
+    def test_an_answer_is_not_overwritten_unless_told_to(self, place, tmp_path):
+        (tmp_path / "a.jsonl").write_text("precious")
+        command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-n", 2, "-o", tmp_path / "a.jsonl"]
+        assert "exists already" in refused(*command)
+        assert (tmp_path / "a.jsonl").read_text() == "precious"
+        assert run(*command, "--force")[0] == 0
+        assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 6
+
+
+class TestGuesses:
+    @pytest.mark.parametrize("options", [["--prompt-lookup", 4], ["--draft", "{p}/base"]])
+    @pytest.mark.parametrize("sampling", [[], ["--temperature", 0.8, "--seed", 3]])
+    def test_the_text_stays_the_same(self, place, options, sampling):
+        command = ["generate", "-m", place / "base", "-p", "a a a a a a a", "-n", 60, "--json", *sampling]
+        plain = json.loads(run(*command)[1])
+        guessed = json.loads(run(*command, *(str(option).format(p=place) for option in options))[1])
+        assert guessed["tokens"] == plain["tokens"]
+        assert plain["stats"]["acceptance"] is None
+        assert guessed["stats"]["drafted_tokens"] >= guessed["stats"]["accepted_tokens"]
+        assert guessed["stats"]["drafted_tokens"] > 0 or (sampling and "--draft" not in options)
+
+
+class TestKeysAndValues:
+    @pytest.mark.parametrize(
+        ("options", "config"),
+        [
+            (["--kv-bits", 4], CacheConfig(bits=4)),
+            (["--kv-bits", 8, "--kv-start", 20], CacheConfig(bits=8, quantize_after=20)),
+            (["--kv-window", 16], CacheConfig(window=16)),
+            (["--kv-window", 16, "--kv-sinks", 2], CacheConfig(window=16, sinks=2)),
+        ],
+    )
+    def test_options_reach_the_cache(self, place, options, config):
+        _, out, _ = run("generate", "-m", place / "base", "-p", PROMPTS[0], "-n", 40, *options)
+        model, tokenizer = load(place / "base")
+        pieces = stream_generate(model, tokenizer, PROMPTS[0], max_tokens=40, cache=PromptCache(model, config))
+        assert out == "".join(piece.text for piece in pieces) + "\n"
+
+    def test_a_file_keeps_them_from_run_to_run(self, place, tmp_path):
+        command = ["generate", "-m", place / "base", "-p", PROMPTS[0], "-n", 9, "--json"]
+        plain = json.loads(run(*command)[1])
+        for reused in (0, plain["stats"]["prompt_tokens"] - 1):
+            found = json.loads(run(*command, "--prompt-cache", tmp_path / "kept")[1])
+            assert found["stats"]["reused_tokens"] == reused
+            assert found["text"] == plain["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "a file of them with --input"),
+        (["-p", "x", "-i", "{p}/prompts.jsonl"], "not both"),
+        (["-p", "x", "-o", "{p}/out"], "--output is for the answers"),
+        (["-i", "{p}/nowhere.jsonl"], "nowhere.jsonl"),
+        (["-i", "{p}/base/config.json"], "prompt or messages"),
+        (["-i", "{p}/prompts.jsonl", "--batch-size", "0"], "batch size is 0"),
+        (["-i", "{p}/prompts.jsonl", "--kv-window", "50"], "one row at a time"),
+        (["-i", "{p}/prompts.jsonl", "--draft", "{p}/base"], "--draft is for a single"),
+        (["-i", "{p}/prompts.jsonl", "--json"], "--json is for a single"),
+        (["-p", "x", "--draft", "{p}/base", "--prompt-lookup", "3"], "not both"),
+        (["-p", "x", "--draft", "{p}/nowhere"], "nowhere"),
+        (["-p", "x", "--prompt-lookup", "-1"], "cannot be negative"),
+        (["-p", "x", "--prompt-lookup", "3", "--kv-window", "50"], "go back"),
+        (["-p", "x", "--kv-bits", "5"], "5 bits"),
+        (["-p", "x", "--kv-bits", "4", "--kv-window", "50"], "either the window or the bits"),
+        (["-p", "x", "--kv-window", "3"], "no room"),
+        (["-p", "x", "--prompt-cache", "{p}/prompts.jsonl"], "no prompt cache"),
+    ],
+)
+def test_mistakes_are_one_line(place, arguments, said):
+    assert said in refused("generate", "-m", place / "base", *(argument.format(p=place) for argument in arguments))

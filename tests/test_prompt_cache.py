@@ -1,0 +1,116 @@
+import mlx.core as mx
+import pytest
+
+from conftest import random_model
+from mlx_openelm import CacheConfig, SamplingConfig
+from mlx_openelm.cache.prompt_cache import PromptCache, fingerprint
+from mlx_openelm.errors import CacheError, OutputError
+from mlx_openelm.generate import Generation, stream_generate
+
+TEXT = [(7 * number) % 397 for number in range(60)]
+KINDS = [CacheConfig(), CacheConfig(bits=8), CacheConfig(bits=4, quantize_after=30), CacheConfig(window=200)]
+TURNED = CacheConfig(window=24)
+
+
+def run(model, tokenizer, prompt, cache=None, **options):
+    generation = Generation("")
+    for piece in stream_generate(model, tokenizer, prompt, max_tokens=10, cache=cache, **options):
+        generation.add(piece)
+    return generation
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config.in_words)
+@pytest.mark.parametrize("shared", [0, 1, 30, 59, 60])
+def test_what_two_prompts_share_is_computed_once(tiny_model, tokenizer, config, shared):
+    cache = PromptCache(tiny_model, config)
+    run(tiny_model, tokenizer, TEXT, cache)
+    prompt = [*TEXT[:shared], 5, 6, 7] if shared < 60 else TEXT
+    found = run(tiny_model, tokenizer, prompt, cache)
+    assert found.stats.reused_tokens == min(shared, len(prompt) - 1)
+    if config.bits is None:
+        assert found.tokens == run(tiny_model, tokenizer, prompt).tokens
+    assert cache.tokens == [*prompt, *found.tokens][: cache.kv.offset]
+
+
+def test_repetition_counts_what_is_reused(tiny_model, tokenizer):
+    sampling = SamplingConfig(repetition_penalty=1.5)
+    cache = PromptCache(tiny_model)
+    run(tiny_model, tokenizer, TEXT, cache, sampling=sampling)
+    again = run(tiny_model, tokenizer, TEXT, cache, sampling=sampling)
+    assert again.stats.reused_tokens == 59
+    assert again.tokens == run(tiny_model, tokenizer, TEXT, sampling=sampling).tokens
+
+
+def test_a_window_that_has_turned_starts_again(tiny_model, tokenizer):
+    cache = PromptCache(tiny_model, TURNED)
+    first = run(tiny_model, tokenizer, TEXT, cache)
+    went_on = [*TEXT, *first.tokens, 5]
+    assert run(tiny_model, tokenizer, went_on, cache).stats.reused_tokens > len(TEXT)
+    assert run(tiny_model, tokenizer, [*TEXT[:30], 5], cache).stats.reused_tokens == 0
+
+
+@pytest.mark.parametrize("config", [*KINDS, TURNED], ids=lambda config: config.in_words)
+def test_a_file_brings_everything_back(tiny_model, tokenizer, tmp_path, config):
+    cache = PromptCache(tiny_model, config)
+    run(tiny_model, tokenizer, TEXT, cache)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = PromptCache.load(tiny_model, tmp_path / "cache.safetensors", config)
+    assert loaded.tokens == cache.tokens
+    assert loaded.config == config
+    longer = [*cache.tokens, 5, 6]
+    assert run(tiny_model, tokenizer, longer, loaded).logprobs == run(tiny_model, tokenizer, longer, cache).logprobs
+
+
+def test_an_empty_one_is_kept_too(tiny_model, tmp_path):
+    PromptCache(tiny_model).save(tmp_path / "cache")
+    assert PromptCache.load(tiny_model, tmp_path / "cache").tokens == []
+
+
+def test_the_fingerprint_follows_the_weights(tiny_config):
+    model = random_model(tiny_config)
+    before = fingerprint(model)
+    assert fingerprint(random_model(tiny_config)) == before
+    model.transformer.layers[1].ffn.proj_2.weight[3, 5] += 0.001
+    assert fingerprint(model) != before
+    model.set_dtype(mx.float16)
+    assert len(fingerprint(model)) == len(before)
+
+
+class TestFilesThatDoNotFit:
+    @pytest.fixture
+    def path(self, tiny_model, tokenizer, tmp_path):
+        cache = PromptCache(tiny_model)
+        run(tiny_model, tokenizer, TEXT, cache)
+        cache.save(tmp_path / "cache")
+        return tmp_path / "cache"
+
+    def test_another_model(self, tiny_config, path):
+        with pytest.raises(CacheError, match="another model"):
+            PromptCache.load(random_model(tiny_config, seed=1), path)
+
+    def test_another_way_to_keep(self, tiny_model, path):
+        with pytest.raises(CacheError, match="in full and not in 8 bits"):
+            PromptCache.load(tiny_model, path, CacheConfig(bits=8))
+
+    def test_no_prompt_cache(self, tiny_model, tmp_path):
+        (tmp_path / "text").write_text("hello")
+        with pytest.raises(CacheError, match="no prompt cache"):
+            PromptCache.load(tiny_model, tmp_path / "text")
+        mx.save_safetensors(str(tmp_path / "other.safetensors"), {"a": mx.zeros(3)})
+        with pytest.raises(CacheError, match="no prompt cache"):
+            PromptCache.load(tiny_model, tmp_path / "other.safetensors")
+
+    def test_a_damaged_one(self, tiny_model, path):
+        arrays, about = mx.load(str(path), format="safetensors", return_metadata=True)
+        for broken in (
+            {**arrays, "layers.1.0": arrays["layers.1.0"][..., :9, :]},
+            {"layers.0.0": arrays["layers.0.0"]},
+        ):
+            mx.save_safetensors(str(path) + ".safetensors", broken, about)
+            with pytest.raises(CacheError, match="damaged"):
+                PromptCache.load(tiny_model, path.with_name("cache.safetensors"))
+
+    def test_a_place_that_cannot_be_written(self, tiny_model, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputError, match="cannot be written"):
+            PromptCache(tiny_model).save(tmp_path / "file" / "cache")

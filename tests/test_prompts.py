@@ -1,0 +1,130 @@
+import json
+
+import pytest
+
+from mlx_openelm.errors import DataError, OutputError
+from mlx_openelm.generate import Generation, Stats
+from mlx_openelm.prompts import AnswerFile, Answers, Prompt, read_prompts
+
+PROMPTS = [Prompt({"prompt": text, "id": number}, [number]) for number, text in enumerate(["one", "two", "three"])]
+
+
+def answer(text):
+    return Generation("", text, [1, 2], [0.0, 0.0], "length", Stats(4, 2, 0.1, 0.1, 0))
+
+
+def written(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    return tmp_path / name
+
+
+class TestReadPrompts:
+    def test_text_and_chat(self, tokenizer, chat_tokenizer, tmp_path):
+        path = written(tmp_path, "p.jsonl", '{"prompt": "the fox", "id": 7}\n\n{"prompt": "She"}\n')
+        first, second = read_prompts(path, tokenizer, chat=False)
+        assert first.record == {"prompt": "the fox", "id": 7}
+        assert (first.tokens, second.tokens) == (tokenizer.encode("the fox"), tokenizer.encode("She"))
+        (first, _) = read_prompts(path, chat_tokenizer, chat=True, system="Be kind.")
+        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "the fox"}]
+        assert first.tokens == chat_tokenizer.encode_chat(messages)
+
+    def test_messages(self, chat_tokenizer, tmp_path):
+        messages = [{"role": "user", "content": "Hello"}]
+        path = written(tmp_path, "p.json", json.dumps([{"messages": messages}]))
+        (found,) = read_prompts(path, chat_tokenizer, chat=True)
+        assert found.tokens == chat_tokenizer.encode_chat(messages)
+
+    def test_tables(self, tokenizer, tmp_path):
+        (found,) = read_prompts(written(tmp_path, "p.csv", "id,prompt\n3,the fox\n"), tokenizer, chat=False)
+        assert found.record == {"id": "3", "prompt": "the fox"}
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: no JSON object"),
+            ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "record 2: it needs either the field prompt or messages"),
+            ("p.jsonl", '{"prompt": "a", "messages": []}\n', "record 1: it needs either"),
+            ("p.jsonl", '{"prompt": ""}\n', "record 1: the prompt is empty"),
+            ("p.jsonl", '{"prompt": 5}\n', "record 1: the prompt is empty or no text"),
+            ("p.jsonl", '{"messages": "hello"}\n', "record 1: messages is no list"),
+            ("p.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "no chat template"),
+            ("p.jsonl", "", "holds no prompt"),
+            ("p.txt", "hello", "no kind that is known"),
+        ],
+    )
+    def test_what_is_no_prompt_is_told_with_its_place(self, tokenizer, tmp_path, name, content, message):
+        with pytest.raises(DataError, match=message):
+            read_prompts(written(tmp_path, name, content), tokenizer, chat=False)
+
+
+def test_answers_come_in_the_order_of_prompts():
+    lines = []
+    answers = Answers(PROMPTS, lines.append)
+    answers.add(1, answer("b"))
+    assert lines == []
+    answers.add(0, answer("a"))
+    assert [json.loads(line)["text"] for line in lines] == ["a", "b"]
+    assert answers.missing == [2]
+    answers.add(2, answer("c\u2028d"))
+    answers.finish()
+    assert json.loads(lines[2]) == {
+        "prompt": "three",
+        "id": 2,
+        "text": "c\u2028d",
+        "finish_reason": "length",
+        "prompt_tokens": 4,
+        "generated_tokens": 2,
+    }
+
+
+class TestAnswerFile:
+    def test_it_is_there_when_it_is_whole(self, tmp_path):
+        path = tmp_path / "new" / "a.jsonl"
+        answers = AnswerFile(PROMPTS, path, {})
+        for number in (2, 0, 1):
+            assert not path.exists()
+            answers.add(number, answer(f"answer {number}"))
+        answers.finish()
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["text"] for line in lines] == ["answer 0", "answer 1", "answer 2"]
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_it_goes_on_after_an_interruption_even_within_a_line(self, tmp_path):
+        path = tmp_path / "a.jsonl"
+        answers = AnswerFile(PROMPTS, path, {"seed": 1})
+        answers.add(2, answer("c\u2028ü"))
+        answers.add(0, answer("a"))
+        answers.close()
+        part = tmp_path / "a.jsonl.part"
+        part.write_bytes(part.read_bytes()[:-5])
+        answers = AnswerFile(PROMPTS, path, {"seed": 1})
+        assert answers.missing == [0, 1]
+        answers.add(1, answer("b"))
+        answers.close()
+        answers = AnswerFile(PROMPTS, path, {"seed": 1})
+        assert answers.missing == [0]
+        answers.add(0, answer("a"))
+        answers.finish()
+        with open(path, encoding="utf-8", newline="\n") as file:
+            assert [json.loads(line)["text"] for line in file] == ["a", "b", "c\u2028ü"]
+
+    @pytest.mark.parametrize(("prompts", "settings"), [(PROMPTS, {"seed": 2}), (PROMPTS[:2], {"seed": 1})])
+    def test_it_does_not_mix_runs(self, tmp_path, prompts, settings):
+        AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1}).close()
+        with pytest.raises(OutputError, match="other prompts or options"):
+            AnswerFile(prompts, tmp_path / "a.jsonl", settings)
+
+    def test_a_beginning_that_was_cut_is_begun_again(self, tmp_path):
+        (tmp_path / "a.jsonl.part").write_text('{"run"')
+        answers = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {})
+        assert answers.missing == [0, 1, 2]
+        answers.add(0, answer("a"))
+        answers.close()
+        again = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {})
+        again.close()
+        assert again.missing == [1, 2]
+
+    def test_a_place_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputError, match="cannot be written"):
+            AnswerFile(PROMPTS, tmp_path / "file" / "a.jsonl", {})

@@ -1,0 +1,181 @@
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+
+from conftest import random_model
+from mlx_openelm import CacheConfig, SamplingConfig, generate_tokens
+from mlx_openelm.errors import CacheError, PromptError
+from mlx_openelm.speculate import Drafter, DraftModel, Pace, PromptLookup, speculate_tokens
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4, 1]
+SAMPLINGS = {
+    "greedy": SamplingConfig(),
+    "penalty": SamplingConfig(repetition_penalty=1.3, repetition_context=10),
+    "sampling": SamplingConfig(temperature=0.9, top_k=50, top_p=0.95, seed=3),
+    "everything": SamplingConfig(temperature=1.2, min_p=0.01, repetition_penalty=1.2, seed=4),
+}
+
+
+class Oracle(Drafter):
+    """Knows the text, and errs at random."""
+
+    def __init__(self, text, share, length=4):
+        super().__init__()
+        self.rng = np.random.default_rng(0)
+        self.known, self.share = text, share
+        self.pace.next_length = lambda: length
+
+    def draft(self, text, count, state):
+        guesses = self.known[len(text) : len(text) + count]
+        wrong = self.rng.random(len(guesses)) >= self.share
+        return mx.array([(g + int(w)) % 400 for g, w in zip(guesses, wrong, strict=True)], mx.uint32)
+
+
+def steps(model, drafter, count=40, **options):
+    stream = generate_tokens if drafter is None else lambda m, p, **o: speculate_tokens(m, p, drafter, **o)
+    return list(stream(model, PROMPT, max_tokens=count, **options))
+
+
+@pytest.fixture
+def near_model(tiny_config, tiny_model):
+    """One that agrees with `tiny_model` now and then."""
+    model = random_model(tiny_config)
+    noise = random_model(tiny_config, seed=1)
+    model.update(tree_map(lambda own, other: own + 0.2 * other, model.parameters(), noise.parameters()))
+    return model
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+class TestTheTextIsTheSame:
+    def check(self, found, expected):
+        assert [step.token for step in found] == [step.token for step in expected]
+        assert np.allclose([step.logprob for step in found], [step.logprob for step in expected], atol=1e-4)
+
+    @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_however_many_guesses_are_right(self, tiny_model, name, share, compiled):
+        expected = steps(tiny_model, None, sampling=SAMPLINGS[name])
+        drafter = Oracle([*PROMPT, *(step.token for step in expected)], share)
+        self.check(steps(tiny_model, drafter, sampling=SAMPLINGS[name], compiled=compiled), expected)
+        assert drafter.drafted >= drafter.accepted
+        assert drafter.accepted == 31 if share == 1 else drafter.accepted < 31  # in 7 passes of 5 tokens and one of 4
+
+    def test_with_a_draft_model(self, tiny_model, near_model, name):
+        drafter = DraftModel(near_model)
+        drafter.pace.next_length = lambda: 4
+        expected = steps(tiny_model, None, sampling=SAMPLINGS[name])
+        self.check(steps(tiny_model, drafter, sampling=SAMPLINGS[name]), expected)
+        assert 0 < drafter.accepted < drafter.drafted
+
+    def test_with_prompt_lookup(self, tiny_model, name):
+        expected = steps(tiny_model, None, sampling=SAMPLINGS[name])
+        self.check(steps(tiny_model, PromptLookup(), sampling=SAMPLINGS[name]), expected)
+
+    def test_over_a_quantized_cache(self, tiny_model, near_model, name):
+        options = {"sampling": SAMPLINGS[name]}
+        for_plain, for_draft = (tiny_model.make_cache(CacheConfig(bits=8, quantize_after=20)) for _ in range(2))
+        expected = steps(tiny_model, None, cache=for_plain, **options)
+        self.check(steps(tiny_model, DraftModel(near_model), cache=for_draft, **options)[:8], expected[:8])
+
+
+def test_a_model_that_drafts_for_itself_is_always_right(tiny_model):
+    drafter = DraftModel(tiny_model)
+    steps(tiny_model, drafter, count=60)
+    assert drafter.drafted == drafter.accepted > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_as_many_tokens_as_asked_for(tiny_model, count):
+    expected = steps(tiny_model, None, count)
+    drafter = Oracle([*PROMPT, *(step.token for step in steps(tiny_model, None, 20))], 1.0)
+    assert len(steps(tiny_model, drafter, count)) == len(expected) == count
+
+
+def test_a_cache_that_was_filled_before(tiny_model, near_model):
+    expected = steps(tiny_model, None)
+    for drafter in (DraftModel(near_model), PromptLookup()):
+        cache = tiny_model.make_cache()
+        tiny_model(mx.array([PROMPT[:7]]), cache=cache)
+        found = list(speculate_tokens(tiny_model, PROMPT[7:], drafter, max_tokens=40, cache=cache, before=PROMPT[:7]))
+        assert [step.token for step in found] == [step.token for step in expected]
+        assert cache.offset >= len(PROMPT) + 39
+
+
+class TestPromptLookup:
+    def guesses(self, text, count=5):
+        found = PromptLookup().draft(text, count, None)
+        return None if found is None else found.tolist()
+
+    def test_what_followed_the_same_words_last(self):
+        assert self.guesses([1, 2, 3, 9, 9, 1, 2, 3, 7, 8, 5, 6, 1, 2, 3], 3) == [7, 8, 5]
+
+    def test_longer_agreement_comes_first(self):
+        assert self.guesses([1, 2, 3, 7, 5, 2, 3, 8, 4, 1, 2, 3], 1) == [7]
+
+    def test_a_text_that_turns_goes_on_turning(self):
+        assert self.guesses([5, 1, 2, 3, 1, 2, 3]) == [1, 2, 3, 1, 2]
+        assert self.guesses([7, 7, 7, 7], 3) == [7, 7, 7]
+
+    def test_nothing_is_guessed_where_nothing_was_the_same(self):
+        assert self.guesses([1, 2, 3, 4, 5]) is None
+        assert self.guesses([1]) is None
+
+    def test_places_are_found_as_the_text_grows(self):
+        drafter = PromptLookup()
+        text = [1, 2, 3]
+        assert drafter.draft(text, 2, None) is None
+        text += [4, 1, 2]
+        assert drafter.draft(text, 2, None).tolist() == [3, 4]
+        text += [9, 1, 2]
+        assert drafter.draft(text, 2, None).tolist() == [9, 1]
+
+
+class TestPace:
+    def paced(self, agreement, seconds, rounds=300):
+        """How many tokens a second a drafter of this agreement brings, against none; by a clock of our own."""
+        rng = np.random.default_rng(0)
+        pace = Pace(8)
+        tokens = time = 0
+        lengths = []
+        while tokens < rounds:
+            length = pace.next_length()
+            if length == 0:
+                rest = pace.next_rest()
+                pace.took(0, seconds(0))
+                tokens, time = tokens + rest, time + rest * seconds(0)
+            else:
+                right = [*(rng.random(length) < agreement), False].index(False)
+                pace.checked(length, right)
+                pace.took(length, seconds(length))
+                tokens, time = tokens + right + 1, time + seconds(length)
+            lengths.append(length)
+        return tokens / time * seconds(0), lengths
+
+    def test_good_guesses_are_made_in_long_rows_and_bad_ones_hardly(self):
+        cheap = lambda length: 1 + 0.1 * length  # noqa: E731
+        speed, lengths = self.paced(0.95, cheap)
+        assert speed > 2.5
+        assert max(lengths[-20:]) >= 6
+        speed, lengths = self.paced(0.5, cheap)
+        assert speed > 1.3
+        assert max(lengths[-20:]) <= 4
+        speed, _ = self.paced(0.0, cheap)
+        assert speed > 0.95
+
+    def test_dear_guesses_are_left_alone(self):
+        speed, lengths = self.paced(0.6, lambda length: 1 + length)
+        assert speed > 0.9
+        assert np.mean(lengths) < 1
+
+
+def test_a_window_cannot_go_back(tiny_model):
+    with pytest.raises(CacheError, match="go back"):
+        steps(tiny_model, PromptLookup(), cache=tiny_model.make_cache(CacheConfig(window=32)))
+
+
+def test_another_vocabulary_is_refused(tiny_model, tiny_config):
+    with pytest.raises(PromptError, match="vocabulary of 300"):
+        steps(tiny_model, DraftModel(random_model(replace(tiny_config, vocab_size=300))))
