@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mlx_openelm.commands import chat, convert, design, generate, inspect, merge, pretrain, tune
+from mlx_openelm.commands import bench, chat, convert, design, generate, inspect, merge, pretrain, tune
 from mlx_openelm.commands.terminal import INTERRUPTED, fail, say
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.version import __version__
@@ -45,6 +45,7 @@ app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("average", epilog=convert.AVERAGE_EXAMPLES)(convert.average)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("design", epilog=design.EXAMPLES)(design.design_command)
 app.command(
     "pretrain",

@@ -55,6 +55,10 @@ class CacheError(OpenELMError):
     """Keys and values that cannot be kept as asked for, or a file of them that does not fit."""
 
 
+class BenchError(OpenELMError):
+    """A benchmark that cannot be run as asked for."""
+
+
 class AdapterError(OpenELMError):
     """An adapter that cannot be read, or that does not belong to its model."""
 

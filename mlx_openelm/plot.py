@@ -1,11 +1,12 @@
 """Pictures: of a training run, and of a model's layers. Drawn with matplotlib, readable 800 pixels wide."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .cache import CacheConfig
 from .config import OpenELMConfig
 from .design import Design
 from .errors import OutputError, TrainingError
@@ -86,6 +87,75 @@ def plot_design(design: Design, path: Path) -> None:
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0].legend(loc="upper left", fontsize="small")
         axes[-1].set_xlabel("layer")
+
+
+def plot_bench(report: Mapping[str, Any], path: Path) -> None:
+    """Tokens per second of decoding as bars, each with a mark where reading from memory alone would end.
+
+    Args:
+        report: of `bench` (see `bench.Report.to_dict`).
+        path: picture to write; its ending says the kind.
+    Raises:
+        OutputError: if the picture cannot be written.
+    """
+    results = report["results"]
+    names = list(results[0]["figures"])
+    with _figure(path, 1, 1) as (figure, axis):
+        height = 0.8 / len(names)
+        for place, result in enumerate(results):
+            for number, name in enumerate(names):
+                reached = result["figures"][name]["decode_tokens_per_second"]
+                y = place + (number - (len(names) - 1) / 2) * height
+                least, most = reached["median"] - reached["min"], reached["max"] - reached["median"]
+                color = _LAYERWISE if number == 0 else _UNIFORM
+                axis.barh(y, reached["median"], height * 0.9, xerr=[[least], [most]], color=color, capsize=2)
+                share = result["figures"][name]["bandwidth_share"]
+                axis.annotate(
+                    f"{reached['median']:,.1f} ({share:.0%})",
+                    (reached["max"], y),
+                    xytext=(5, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                )
+            limit = result["limit_tokens_per_second"]
+            axis.vlines(limit, place - 0.42, place + 0.42, colors="black", linestyles="dotted")
+        axis.barh([], [], color=_LAYERWISE, label=names[0])
+        if len(names) > 1:
+            axis.barh([], [], color=_UNIFORM, label=names[1])
+        axis.vlines([], 0, 0, colors="black", linestyles="dotted", label="limit of the memory's bandwidth")
+        axis.set_yticks(range(len(results)), [_bench_label(result, results) for result in results])
+        axis.invert_yaxis()
+        longest = max(
+            max(
+                result["limit_tokens_per_second"],
+                *(f["decode_tokens_per_second"]["max"] for f in result["figures"].values()),
+            )
+            for result in results
+        )
+        axis.set(xlabel="tokens per second of decoding", xlim=(0, 1.12 * longest))
+        machine = report["machine"]
+        figure.suptitle(f"{machine['chip']}, {machine['device']}, {report['bandwidth_gb_per_second']:,.1f} GB/s")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=8)
+
+
+def _bench_label(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
+    """What sets a result apart from the others, always with the model."""
+    case = result["case"]
+    parts = {
+        "weights": f"{result['bits']} bits" if result["bits"] else result["dtype"],
+        "prompt": f"{case['prompt_tokens']:,} + {case['max_tokens']:,} tokens",
+        "rows": f"{case['batch_size']} rows",
+        "cache": f"keys and values {CacheConfig(**case['cache']).in_words}",
+    }
+    others = [
+        (r["bits"] or r["dtype"], (r["case"]["prompt_tokens"], r["case"]["max_tokens"]), r["case"]["batch_size"],
+         str(r["case"]["cache"]))
+        for r in results
+    ]  # fmt: skip
+    varies = [len(set(of)) > 1 for of in zip(*others, strict=True)]
+    own = [text for text, does in zip(parts.values(), varies, strict=True) if does]
+    return "\n".join([result["model"], *own])
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 """Models into memory: from any folder that holds an OpenELM, converted or not."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .adapters import apply_adapter
+from .config import OpenELMConfig
 from .convert.adapters import open_adapter
 from .convert.source import Source
 from .convert.sources import open_source
@@ -14,7 +16,7 @@ from .device import DTYPES, compute_dtype, on_cpu
 from .errors import ConfigError
 from .hub import BUILT_IN_MODEL
 from .model import OpenELM
-from .quantize import PackedTensor
+from .quantize import PackedTensor, Quantization
 from .tokenizer import Tokenizer
 from .tokenizer_files import find_tokenizer, has_tokenizer
 
@@ -86,16 +88,11 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
         WeightsError: if a tensor holds NaN or infinity.
     """
     dtype = dtype or compute_dtype(source.tensors["transformer.norm.weight"].dtype)
-    model = OpenELM(source.config)
     packed = {
         name.removesuffix(".weight"): tensor.quantization
         for name, tensor in source.tensors.items()
         if isinstance(tensor, PackedTensor)
     }
-    if packed and on_cpu():
-        quantized_layers(model, packed, dtype)
-    elif packed:
-        nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
     arrays: dict[str, mx.array] = {}
     for name, tensor in source.tensors.items():
         if isinstance(tensor, PackedTensor):
@@ -103,6 +100,23 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
             arrays.update({f"{path}.{part}": lazy.read() for part, lazy in tensor.parts.items()})
         else:
             arrays[name] = tensor.read()
+    return assemble(source.config, arrays, packed, dtype)
+
+
+def assemble(
+    config: OpenELMConfig, arrays: Mapping[str, mx.array], packed: Mapping[str, Quantization], dtype: mx.Dtype
+) -> OpenELM:
+    """A network of these weights, computing in `dtype`.
+
+    Args:
+        arrays: by the names of parameters, those of quantized matrices in their parts.
+        packed: the quantized matrices by their paths.
+    """
+    model = OpenELM(config)
+    if packed and on_cpu():
+        quantized_layers(model, packed, dtype)
+    elif packed:
+        nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
     packed_types = (mx.uint32, mx.uint8)
     arrays = {n: a if a.dtype in packed_types else a.astype(dtype) for n, a in arrays.items()}
     mx.eval(list(arrays.values()))

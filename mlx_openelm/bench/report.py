@@ -1,0 +1,142 @@
+"""Results as a table for people, CSV, Markdown, or JSON."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+from .measure import Figures, Result
+
+HEADINGS = (
+    "model",
+    "weights",
+    "prompt",
+    "answer",
+    "rows",
+    "keys and values",
+    "",
+    "prefill tokens/s",
+    "decode tokens/s",
+    "first token ms",
+    "peak MiB",
+    "of bandwidth",
+    "watts",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All results of one call."""
+
+    results: tuple[Result, ...]
+    bandwidth: float  # bytes per second
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "benchmark": "bench",
+            "bandwidth_gb_per_second": self.bandwidth / 1e9,
+            "results": [result.to_dict() for result in self.results],
+            "machine": self.machine,
+        }
+
+    def shared(self) -> dict[int, str]:
+        """What all results have in common, by the column of `HEADINGS`."""
+        rows = [_about(result) for result in self.results]
+        return {column: of[0] for column, of in enumerate(zip(*rows, strict=True)) if len(set(of)) == 1}
+
+    def rows(self) -> list[list[str]]:
+        """A line for each contestant, and one for the ratio of two, under `HEADINGS`."""
+        return [row for result in self.results for row in _rows(result)]
+
+    def to_csv(self) -> str:
+        """Comma-separated values; figures are medians."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(
+            ["model", "dtype", "bits", "prompt_tokens", "max_tokens", "batch_size", "cache", "who", *_FIELDS]
+        )
+        for result in self.results:
+            for who, figures in result.figures.items():
+                case = result.case
+                about = [result.model, result.dtype, result.bits or "", case.prompt_tokens, case.max_tokens]
+                writer.writerow([*about, case.batch_size, case.cache.in_words, who, *_values(figures)])
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """A table of Markdown."""
+        lines = [HEADINGS, ["---"] * len(HEADINGS), *self.rows()]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write all of it as JSON.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+_FIELDS = (
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "total_tokens_per_second",
+    "first_token_seconds",
+    "peak_memory_bytes",
+    "bandwidth_share",
+    "watts",
+)
+
+
+def _values(figures: Figures) -> list[Any]:
+    values = [getattr(figures, name) for name in _FIELDS]
+    return ["" if value is None else getattr(value, "median", value) for value in values]
+
+
+def weights_in_words(dtype: str, bits: int | None) -> str:
+    """How weights are kept, for people."""
+    return dtype if bits is None else f"{bits} bits, {dtype}"
+
+
+def _about(result: Result) -> list[str]:
+    case = result.case
+    return [
+        result.model,
+        weights_in_words(result.dtype, result.bits),
+        f"{case.prompt_tokens:,}",
+        f"{case.max_tokens:,}",
+        str(case.batch_size),
+        case.cache.in_words,
+    ]
+
+
+def _rows(result: Result) -> list[list[str]]:
+    about = _about(result)
+    rows: list[list[str]] = []
+    for who, figures in result.figures.items():
+        decode = figures.decode_tokens_per_second
+        spread = (decode.max - decode.min) / decode.median if decode.median else 0.0
+        rows.append(
+            [
+                *(about if not rows else [""] * len(about)),
+                who,
+                f"{figures.prefill_tokens_per_second.median:,.1f}",
+                f"{decode.median:,.1f} ±{spread / 2:.0%}",
+                f"{figures.first_token_seconds.median * 1e3:,.0f}",
+                f"{figures.peak_memory_bytes / 2**20:,.0f}",
+                f"{figures.bandwidth_share:.0%}",
+                "" if figures.watts is None else f"{figures.watts:.1f}",
+            ]
+        )
+    if ratios := result.ratios():
+        numbers = [f"{ratios[name]:.2f}" for name in ("prefill", "decode", "first_token", "peak_memory")]
+        rows.append([*[""] * len(about), "ratio", *numbers, "", ""])
+    return rows

@@ -1,0 +1,223 @@
+"""`openelm-mlx bench`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import BenchError
+from .options import Adapter, Json, Revision, examples
+from .terminal import print_json
+
+if TYPE_CHECKING:
+    from ..bench import Report
+    from ..bench.models import Contestant
+    from ..cache import CacheConfig
+    from ..model import OpenELM
+
+EXAMPLES = examples(
+    "openelm-mlx bench --preset 1.1B --quantize 4",
+    "openelm-mlx bench --preset 270M,1.1B --dtype bfloat16 --quantize 0,4,8 --against mlx-lm",
+    "openelm-mlx bench -m OpenELM-1_1B --prompt-tokens 128,512 --batch-size 1,8 --kv full,8,4",
+    "openelm-mlx bench --preset 270M --paper --plot limits.png --output results.json",
+)
+_PEERS = ("mlx-lm",)
+
+
+def bench(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="Folder, hub id or built-in model; several times for more.", metavar="M"),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Published sizes with random weights: 270M,450M,1.1B,3B.", metavar="SIZES")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Compute in auto, float16, bfloat16 or float32.", metavar="D")] = "auto",
+    quantize: Annotated[str, typer.Option(help="Bits of a preset's weights; 0 for none.", metavar="BITS")] = "0",
+    prompt_tokens: Annotated[str, typer.Option(help="Lengths of prompts.", metavar="N,...")] = "512",
+    tokens: Annotated[str, typer.Option("--tokens", "-n", help="Lengths of answers.", metavar="N,...")] = "128",
+    batch_size: Annotated[str, typer.Option(help="How many rows go on together.", metavar="N,...")] = "1",
+    kv: Annotated[
+        str, typer.Option(help="How keys and values are kept: full, 8 or 4 bits, or window:N.", metavar="KIND,...")
+    ] = "full",
+    rounds: Annotated[int, typer.Option(help="How often each is measured, after a round to warm up.", metavar="N")] = 3,
+    against: Annotated[str | None, typer.Option(help="Measure a peer in turn: mlx-lm.", metavar="PEER")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's prompt and 1,024 tokens, one row.")] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the step whole; by default where that pays."),
+    ] = None,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a table of Markdown.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write all figures as JSON.", metavar="FILE")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw tokens per second against the limit.", metavar="PICTURE")
+    ] = None,
+    adapter: Adapter = None,
+    revision: Revision = None,
+) -> None:
+    """Measure tokens per second, time to the first token, memory, and how near that is to what memory allows."""
+    from ..bench import PAPER_CASE, PAPER_PROMPT, Case, Ours, Peer, Report, measure
+    from ..bench.machine import describe, memory_bandwidth
+
+    if against is not None and against not in _PEERS:
+        raise BenchError(f"{against!r} is no peer that is known; there is {', '.join(_PEERS)}")
+    if rounds < 1:
+        raise BenchError(f"{rounds} rounds measure nothing")
+    if as_json + as_csv + as_markdown > 1:
+        raise BenchError("give only one of --json, --csv and --markdown")
+    lengths = (_numbers("--prompt-tokens", prompt_tokens), _numbers("--tokens", tokens, least=2))
+    kinds = [_kind(name) for name in _split(kv)]
+    batches = _numbers("--batch-size", batch_size)
+    cases = [Case(*values) for values in product(*lengths, batches, kinds)]
+    for case in cases:
+        if case.cache.window is not None and case.batch_size > 1:
+            raise BenchError("a window serves one row at a time; leave out either --kv window or the batch sizes")
+        if against and case.batch_size > 1 and case.cache.bits:
+            raise BenchError("mlx-lm has no batches with quantized keys and values; leave out --against or --kv")
+    networks = _networks(model or [], preset, dtype, _numbers("--quantize", quantize, least=0), adapter, revision)
+    if paper:
+        cases = [PAPER_CASE]
+    bandwidth = memory_bandwidth()
+    results = []
+    with _progress() as moved:
+        for name, network in networks:
+            contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
+            for case in cases:
+                results.append(
+                    measure(
+                        network,
+                        contestants,
+                        case,
+                        model=name,
+                        bandwidth=bandwidth,
+                        rounds=rounds,
+                        prompts=[list(PAPER_PROMPT)] if paper else None,
+                        on_round=partial(_show_round, moved, name, rounds),
+                    )
+                )
+    command = shlex.join(["openelm-mlx", *sys.argv[1:]])
+    report = Report(tuple(results), bandwidth, describe(command))
+    if output is not None:
+        report.save(output)
+    if plot is not None:
+        from ..plot import plot_bench
+
+        plot_bench(report.to_dict(), plot)
+    if as_json:
+        print_json(report.to_dict())
+    elif as_csv:
+        typer.echo(report.to_csv(), nl=False)
+    elif as_markdown:
+        typer.echo(report.to_markdown(), nl=False)
+    else:
+        _print_table(report)
+
+
+def _show_round(show: Callable[[str], None], name: str, rounds: int, who: str, number: int) -> None:
+    show(f"{name}: {who}, round {number} of {rounds}")
+
+
+def _networks(
+    models: Sequence[str],
+    preset: str | None,
+    dtype: str,
+    bits: Sequence[int],
+    adapter: str | None,
+    revision: str | None,
+) -> Iterator[tuple[str, OpenELM]]:
+    """Names and networks, one in memory at a time."""
+    import mlx.core as mx
+
+    from ..bench import random_network
+    from ..config import OpenELMConfig
+    from ..device import compute_dtype
+    from ..hub import BUILT_IN_MODEL
+    from ..quantize import Quantization
+    from ..weights import dtype_named, load
+
+    sizes = _split(preset or "")
+    configs = {size: OpenELMConfig.preset(size) for size in sizes}
+    chosen = dtype_named(dtype)
+    if adapter and sizes:
+        raise BenchError("an adapter belongs to a --model, not to a --preset")
+    if not sizes and any(bits):
+        raise BenchError("--quantize is for a --preset; `openelm-mlx convert --quantize` makes a quantized model")
+    quantizations = [Quantization(bits=number) if number else None for number in bits]
+
+    def networks() -> Iterator[tuple[str, OpenELM]]:
+        for name in models or ([] if sizes else [BUILT_IN_MODEL]):
+            yield Path(name).name, load(name, dtype=chosen, adapter=adapter, revision=revision)[0]
+        for size, quantization in product(sizes, quantizations):
+            yield size, random_network(configs[size], chosen or compute_dtype(mx.bfloat16), quantization)
+
+    return networks()
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(option: str, text: str, least: int = 1) -> list[int]:
+    parts = _split(text)
+    if not parts or not all(part.isdigit() and int(part) >= least for part in parts):
+        raise BenchError(f"{option} is {text!r}; it takes numbers from {least} on, separated by commas")
+    return [int(part) for part in parts]
+
+
+def _kind(name: str) -> CacheConfig:
+    from ..cache import CacheConfig
+
+    if name == "full":
+        return CacheConfig()
+    if name in ("4", "8"):
+        return CacheConfig(bits=int(name))
+    kind, _, size = name.partition(":")
+    if kind == "window" and size.isdigit():
+        return CacheConfig(window=int(size))
+    raise BenchError(f"{name!r} is no way to keep keys and values; there are full, 8, 4 and window:N")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """What is being measured, on a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("measuring memory") as status:
+        yield status.update
+
+
+def _print_table(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..bench.report import HEADINGS
+
+    rows = report.rows()
+    machine = report.machine
+    shared = report.shared()
+    where = (
+        f"{machine['chip']}, {machine['device']}, {report.bandwidth / 1e9:,.1f} GB/s, MLX {machine['versions']['mlx']}"
+    )
+    what = ", ".join(f"{HEADINGS[column]} {value}" for column, value in shared.items())
+    table = Table(title=f"{where}\n{what}", title_justify="left")
+    shown = [c for c in range(len(HEADINGS)) if c not in shared and any(row[c] for row in rows)]
+    for column in shown:
+        table.add_column(HEADINGS[column], justify="left" if column in (0, 1, 5, 6) else "right")
+    for row in rows:
+        table.add_row(*(row[column] for column in shown))
+    Console().print(table)
