@@ -12,11 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
-from .device import compute_streams, on_cpu
+from .device import compute_streams, has_fast_matmul, on_cpu
 from .quantize import Quantization
 
 _SMALLEST_SHARE = 1 << 17  # weights of one core; for less, waking it up takes longer than the work
-_MANY_INPUTS = 16
+_LARGEST_UNPACKED = 1 << 20  # weights of one core at a time; a whole matrix would take more memory than the model
+_MANY_INPUTS = 16  # for which BLAS makes good for unpacking
+_MANY_INPUTS_FAST = 3  # with vector instructions
 
 
 class CPUQuantizedLinear(nn.QuantizedLinear):
@@ -77,32 +79,41 @@ def _multiply(layer: nn.Module, x: mx.array) -> mx.array:
     rows = layer.weight.shape[0]
     columns = x.shape[-1]
     team = min(len(compute_streams()), rows * columns // _SMALLEST_SHARE, rows)
-    if team <= 1:
-        return _multiply_rows(layer, x, slice(None), None)
-    share = -(-rows // team)
-    parts = [
-        _multiply_rows(layer, x, slice(start, start + share), stream)
-        for start, stream in zip(range(0, rows, share), compute_streams(), strict=False)
-    ]
+    unpack = math.prod(x.shape[:-1]) >= (_MANY_INPUTS_FAST if has_fast_matmul() else _MANY_INPUTS)
+    rounds = -(-rows * columns // (max(team, 1) * _LARGEST_UNPACKED)) if unpack else 1
+    if team <= 1 and rounds == 1:
+        return _multiply_rows(layer, x, slice(None), None, x if unpack else None)
+    share = -(-rows // (max(team, 1) * rounds))
+    streams = compute_streams()[: max(team, 1)]
+    before = [x] * len(streams)  # a core unpacks its next rows when it is done with those before
+    parts = []
+    for number, start in enumerate(range(0, rows, share)):
+        core = number % len(streams)
+        part = _multiply_rows(layer, x, slice(start, start + share), streams[core], before[core] if unpack else None)
+        before[core] = part
+        parts.append(part)
     return mx.concatenate(parts, axis=-1)
 
 
-def _multiply_rows(layer: nn.Module, x: mx.array, rows: slice, stream: mx.Stream | None) -> mx.array:
-    """The product with some rows of the matrix; slices of rows share its memory."""
+def _multiply_rows(
+    layer: nn.Module, x: mx.array, rows: slice, stream: mx.Stream | None, before: mx.array | None
+) -> mx.array:
+    """The product with some rows of the matrix, which share its memory; unpacked, once `before` is done, or not."""
     packed = layer.weight[rows], layer.scales[rows], layer.biases[rows] if "biases" in layer else None
     options = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "stream": stream}
-    if math.prod(x.shape[:-1]) < _MANY_INPUTS:
+    if before is None:
         return mx.quantized_matmul(x, *packed, **options)
-    return _multiply_unpacked(x, packed, options)
+    return _multiply_unpacked(x, before, packed, options)
 
 
-def _multiply_unpacked(x: mx.array, packed: tuple[mx.array, mx.array, mx.array | None], options: Any) -> mx.array:
+def _multiply_unpacked(x: mx.array, before: mx.array, packed: tuple[mx.array, mx.array, mx.array | None], options: Any) -> mx.array:
     """The product with a matrix in full, which is unpacked anew on the way back: it does not wait in memory for it."""
     words, scales, biases = packed
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        matrix = mx.dequantize(words, scales, biases, **options, dtype=x.dtype)
+        (later,) = mx.depends([words], [before])
+        matrix = mx.dequantize(later, scales, biases, **options, dtype=x.dtype)
         return mx.matmul(x, matrix.T, stream=options["stream"])
 
     @product.vjp

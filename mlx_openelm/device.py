@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -48,6 +49,25 @@ def pays_to_compile(num_tokens: int) -> bool:
     On the CPU MLX starts a C++ compiler, once for each kernel: some seconds, for 2 to 3 ms a token.
     """
     return num_tokens >= (_COMPILED_ON_CPU if on_cpu() else _COMPILED_ON_GPU)
+
+
+@cache
+def blas_in_use() -> str | None:
+    """File of the BLAS of a Linux process: one that was preloaded stands beside MLX's own and goes before it."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    paths = dict.fromkeys(Path(line.split()[-1]) for line in maps.splitlines() if ".so" in line)
+    found = [path for path in paths if path.name.startswith(("libblas", "libopenblas", "libmkl", "libblis"))]
+    preloaded = [path for path in found if "mlx" not in str(path.parent)]
+    return next((f"{path.parent.name}/{path.name}" for path in [*preloaded, *found]), None)
+
+
+def has_fast_matmul() -> bool:
+    """Whether matrices are multiplied with vector instructions; on Linux MLX brings a BLAS that does without."""
+    blas = blas_in_use() if sys.platform.startswith("linux") else None
+    return blas is None or "mlx" not in blas
 
 
 def memory_limit_bytes() -> int:

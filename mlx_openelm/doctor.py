@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .device import device_name, memory_limit_bytes, on_cpu, physical_memory_bytes
+from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu, physical_memory_bytes
 from .version import __version__
 
 _PACKAGES = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "huggingface-hub", "typer")
@@ -42,7 +42,7 @@ class Report:
 def examine() -> Report:
     """Look at the machine; takes a second, for one measured matrix multiplication."""
     gflops = _matmul_gflops()
-    blas = _blas() if sys.platform.startswith("linux") and on_cpu() else None
+    blas = blas_in_use() if sys.platform.startswith("linux") and on_cpu() else None
     return Report(
         versions={"openelm-mlx": __version__, **{name: _version(name) for name in _PACKAGES}},
         python=platform.python_version(),
@@ -88,18 +88,6 @@ def _matmul_gflops(size: int = 512) -> float:
         mx.eval(a @ a)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e9
-
-
-def _blas() -> str | None:
-    """File name of the BLAS in use: one that was preloaded stands beside MLX's own and goes before it."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    paths = dict.fromkeys(Path(line.split()[-1]) for line in maps.splitlines() if ".so" in line)
-    found = [path for path in paths if path.name.startswith(("libblas", "libopenblas", "libmkl", "libblis"))]
-    preloaded = [path for path in found if "mlx" not in str(path.parent)]
-    return next((f"{path.parent.name}/{path.name}" for path in [*preloaded, *found]), None)
 
 
 def _openblas() -> str | None:

@@ -193,7 +193,7 @@ def _figure(path: Path, rows: int, columns: int) -> Iterator[Any]:
     figures = optional_package("matplotlib.figure", "pictures need", "plot")
     figure = figures.Figure(figsize=_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots(rows, columns, sharex="col" if columns == 1 else False)
-    for axis in axes.flat:
+    for axis in axes.flat if rows * columns > 1 else [axes]:
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
     yield figure, axes

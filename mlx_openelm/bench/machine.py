@@ -61,14 +61,14 @@ def memory_bandwidth() -> float:
     parts = [mx.zeros((_COPIED_BYTES // len(streams) // 4,), mx.float32) for _ in streams]
     columns = 4096
     matrix = mx.zeros((_COPIED_BYTES // 4 // columns, columns), mx.float32)
-    vector = mx.zeros((columns, 1), mx.float32)
+    vector = mx.zeros((1, columns), mx.float32)
     mx.eval(parts, matrix, vector)
 
     def copy() -> None:
         mx.eval([mx.add(part, 1, stream=stream) for part, stream in zip(parts, streams, strict=True)])
 
     def read() -> None:
-        mx.eval(matrix @ vector)
+        mx.eval(vector @ matrix.T)
 
     return max(2 * _COPIED_BYTES / _fastest(copy), _COPIED_BYTES / _fastest(read))
 

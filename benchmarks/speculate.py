@@ -1,0 +1,198 @@
+"""What guesses bring in speculative decoding, and that they never change the text.
+
+* 500 prompts that the built-in model wrote itself, each continued greedily by 64 tokens: alone, with prompt lookup, and
+  with the model's own first layers as a draft model. Tokens that differ are counted.
+* A model of 8 layers with a draft model of 2 narrow ones. Which guesses are right is imposed, for that decides what is
+  gained: the draft model does all its work, but its guesses are replaced by the right token or a wrong one.
+* Prompt lookup on texts that repeat themselves.
+
+Times are those of decoding alone, in turn, as ratios to decoding without guesses.
+
+python benchmarks/speculate.py [--prompts 500] [--rounds 5]
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+from common import in_turn, report, summary
+from mlx.utils import tree_flatten
+
+from mlx_openelm import OpenELM, OpenELMConfig, SamplingConfig, generate_tokens, load
+from mlx_openelm.bench import random_network
+from mlx_openelm.quantize import dequantized
+from mlx_openelm.sampling import State
+from mlx_openelm.speculate import Drafter, DraftModel, PromptLookup, speculate_tokens
+
+TARGET = OpenELMConfig.layerwise(8, 768, 64, num_gqa_groups=2, ffn_dim_divisor=256, vocab_size=8000)
+DRAFT = OpenELMConfig.layerwise(2, 256, 64, num_gqa_groups=2, ffn_dim_divisor=128, vocab_size=8000)
+REPEATING = (
+    "The cat sat on the mat. The cat sat on the mat. The cat sat on the mat. The cat",
+    "One little bird, two little birds, three little birds. One little bird, two little birds, three little birds. One",
+    "She said yes. He said no. She said yes. He said no. She said yes. He said no. She",
+)
+
+
+class Imposed(DraftModel):
+    """A draft model whose guesses are right as often as is imposed."""
+
+    def __init__(self, model: OpenELM, known: Sequence[int], agreement: float):
+        super().__init__(model)
+        self._known = known
+        self._agreement = agreement
+        self._rng = np.random.default_rng(0)
+
+    def draft(self, text: Sequence[int], count: int, state: State) -> mx.array | None:
+        own = super().draft(text, count, state)
+        assert own is not None, "a draft model always guesses"
+        right = self._known[len(text) : len(text) + count]
+        wrong = self._rng.random(len(right)) >= self._agreement
+        imposed = [(token + int(is_wrong)) % 8000 for token, is_wrong in zip(right, wrong, strict=True)]
+        return mx.array(imposed, mx.uint32) + 0 * own[: len(right)]  # still waits for the draft model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=200, help="of the text on which times are taken")
+    arguments = parser.parse_args()
+    network, tokenizer = load()
+    assert tokenizer is not None, "the built-in model has its tokenizer"
+    same = identical(network, arguments.prompts)
+    gains = imposed_agreement(arguments.tokens, arguments.rounds)
+    full = in_full(network)
+    prompts = [tokenizer.encode(text) for text in REPEATING]
+    lookup = repeating(full, prompts, arguments.tokens, arguments.rounds)
+    rows = [["", "speed against no guesses", "guesses right"]]
+    rows += [[name, f"{gain['ratio']:.2f}", f"{gain['acceptance']:.0%}"] for name, gain in {**gains, **lookup}.items()]
+    print(f"{same['prompts']} prompts, {same['tokens']:,} tokens, of which differ: {same['different']}")
+    report("speculate", rows, {"identical": same, "imposed": gains, "repeating": lookup})
+
+
+def identical(network: OpenELM, count: int) -> dict:
+    """Greedy texts with and without guesses, compared token by token."""
+    drafters: dict[str, Drafter] = {
+        "prompt lookup": PromptLookup(),
+        "first layers": DraftModel(first_layers(network, 2)),
+    }
+    different = dict.fromkeys(drafters, 0)
+    tokens = 0
+    for number in range(count):
+        sampling = SamplingConfig(temperature=1.0, seed=number)
+        own = [step.token for step in generate_tokens(network, [1], max_tokens=8 + number % 25, sampling=sampling)]
+        prompt = [1, *own]
+        plain = [step.token for step in generate_tokens(network, prompt, max_tokens=64)]
+        tokens += len(plain)
+        for name, drafter in drafters.items():
+            guessed = [step.token for step in speculate_tokens(network, prompt, drafter, max_tokens=64)]
+            different[name] += sum(one != other for one, other in zip(plain, guessed, strict=True))
+    acceptance = {name: drafter.accepted / max(1, drafter.drafted) for name, drafter in drafters.items()}
+    drafted = {name: drafter.drafted for name, drafter in drafters.items()}
+    return {
+        "prompts": count,
+        "tokens": tokens,
+        "different": different,
+        "drafted": drafted,
+        "acceptance": acceptance,
+    }
+
+
+def imposed_agreement(tokens: int, rounds: int) -> dict:
+    """Speed with a draft model that is right all, half, or none of the time."""
+    target, draft = random_network(TARGET, mx.float32), random_network(DRAFT, mx.float32)
+    prompt = mx.random.randint(1, 8000, (32,), key=mx.random.key(2)).tolist()
+    known = [*prompt, *(step.token for step in generate_tokens(target, prompt, max_tokens=tokens))]
+    makers: dict[str, Callable[[], Drafter | None]] = {"none": lambda: None}
+    for agreement in (1.0, 0.7, 0.5, 0.0):
+        makers[f"right {agreement:.0%} of the time"] = partial(Imposed, draft, known, agreement)
+    return _gains(target, [prompt], makers, tokens, rounds)
+
+
+def repeating(network: OpenELM, prompts: list[list[int]], tokens: int, rounds: int) -> dict:
+    """Speed with prompt lookup on texts that repeat themselves."""
+    makers: dict[str, Callable[[], Drafter | None]] = {"none": lambda: None, "prompt lookup": PromptLookup}
+    return _gains(network, prompts, makers, tokens, rounds)
+
+
+def _gains(
+    network: OpenELM,
+    prompts: list[list[int]],
+    makers: dict[str, Callable[[], Drafter | None]],
+    tokens: int,
+    rounds: int,
+) -> dict:
+    acceptance = {}
+
+    def seconds(name: str) -> float:
+        spent = 0.0
+        drafted = accepted = 0
+        for prompt in prompts:
+            drafter = makers[name]()
+            steps = (
+                generate_tokens(network, prompt, max_tokens=tokens)
+                if drafter is None
+                else speculate_tokens(network, prompt, drafter, max_tokens=tokens)
+            )
+            next(steps)
+            started = time.perf_counter()
+            for _ in steps:
+                pass
+            spent += time.perf_counter() - started
+            if drafter is not None:
+                drafted, accepted = drafted + drafter.drafted, accepted + drafter.accepted
+        acceptance[name] = accepted / max(1, drafted)
+        return spent
+
+    times = in_turn({name: partial(seconds, name) for name in makers}, rounds)
+    medians = {name: summary(of) for name, of in times.items()}
+    return {
+        name: {
+            "seconds": medians[name],
+            "ratio": medians["none"]["median"] / medians[name]["median"],
+            "acceptance": acceptance[name],
+        }
+        for name in makers
+        if name != "none"
+    }
+
+
+def first_layers(network: OpenELM, count: int) -> OpenELM:
+    """The network's first layers alone, with its embedding and last norm."""
+    config = network.config
+    short = replace(
+        config,
+        num_transformer_layers=count,
+        num_query_heads=config.num_query_heads[:count],
+        num_kv_heads=config.num_kv_heads[:count],
+        ffn_multipliers=config.ffn_multipliers[:count],
+    )
+    full = in_full(network)
+    model = OpenELM(short)
+    kept = {name for name, _ in tree_flatten(model.parameters())}
+    model.load_weights([(name, array) for name, array in tree_flatten(full.parameters()) if name in kept])
+    model.eval()
+    return model
+
+
+def in_full(network: OpenELM) -> OpenELM:
+    """The same network without quantization."""
+    model = OpenELM(network.config)
+    dtype = network.transformer.norm.weight.dtype
+    arrays = dict(tree_flatten(network.parameters()))
+    for path, layer in network.named_modules():
+        if hasattr(layer, "bits"):
+            for part in ("scales", "biases"):
+                arrays.pop(f"{path}.{part}", None)
+            arrays[f"{path}.weight"] = dequantized(layer, dtype)
+    model.load_weights(list(arrays.items()))
+    model.eval()
+    return model
+
+
+if __name__ == "__main__":
+    main()
