@@ -7,12 +7,14 @@ python benchmarks/batch.py [--tokens 128] [--rounds 5]
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 from common import in_turn, report, summary
 
-from mlx_openelm import CacheConfig, OpenELMConfig, generate_tokens, load
+from mlx_openelm import CacheConfig, OpenELM, OpenELMConfig, generate_tokens, load
 from mlx_openelm.bench import Ours, Peer, random_network
 from mlx_openelm.bench.models import Contestant
 
@@ -26,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large-tokens", type=int, default=24, help="tokens of the large model, which takes long")
     arguments = parser.parse_args()
-    networks = {
+    networks: dict[str, tuple[Callable[[], OpenELM], int]] = {
         "openelm-tiny": (lambda: load()[0], arguments.tokens),
         "16 narrow layers": (lambda: random_network(NARROW, mx.float32), arguments.tokens),
         "270M, float32": (lambda: random_network(OpenELMConfig.preset("270M"), mx.float32), arguments.large_tokens),
@@ -36,16 +38,12 @@ def main() -> None:
     for name, (make, tokens) in networks.items():
         network = make()
         key = mx.random.key(1)
-        ids = mx.random.randint(1, network.config.vocab_size, (sum(LENGTHS),), key=key).tolist()
+        ids: Any = mx.random.randint(1, network.config.vocab_size, (sum(LENGTHS),), key=key).tolist()
         ends = [sum(LENGTHS[: place + 1]) for place in range(len(LENGTHS))]
-        prompts = [ids[end - length : end] for end, length in zip(ends, LENGTHS, strict=True)]
-
-        def rate(contestant: Contestant, prompts: list[list[int]] = prompts, tokens: int = tokens) -> float:
-            run = contestant.run(prompts, tokens, CacheConfig())
-            return len(prompts) * tokens / (run.first_token_seconds + run.decode_seconds)
+        prompts: list[list[int]] = [ids[end - length : end] for end, length in zip(ends, LENGTHS, strict=True)]
 
         contestants: list[Contestant] = [Ours(network), Peer(network)]
-        measured = in_turn({who.name: partial(rate, who) for who in contestants}, arguments.rounds)
+        measured = in_turn({who.name: partial(rate, who, prompts, tokens) for who in contestants}, arguments.rounds)
         found = {who: summary(rates) for who, rates in measured.items()}
         together = Ours(network).run(prompts, tokens, CacheConfig()).tokens
         alone = [[step.token for step in generate_tokens(network, prompt, max_tokens=tokens)] for prompt in prompts]
@@ -55,6 +53,12 @@ def main() -> None:
         rows.append([name, ours, theirs, f"{ratio:.2f}", f"{same} of {len(prompts)}"])
         figures[name] = {"tokens_per_second": found, "ratio": ratio, "rows_as_alone": same, "tokens": tokens}
     report("batch", rows, {"prompt_lengths": LENGTHS, "models": figures})
+
+
+def rate(contestant: Contestant, prompts: list[list[int]], tokens: int) -> float:
+    """Tokens written per second, prefill included."""
+    run = contestant.run(prompts, tokens, CacheConfig())
+    return len(prompts) * tokens / (run.first_token_seconds + run.decode_seconds)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
 """What the benchmarks share: models to measure with, processes that are timed in turn, and how results are told."""
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_openelm import OpenELMConfig
-from mlx_openelm.device import device_name
+from mlx_openelm.bench.machine import describe
 from mlx_openelm.model import parameter_shapes
 from mlx_openelm.tensors import LazyTensor, write_safetensors
 
@@ -88,18 +84,7 @@ def report(name: str, rows: Sequence[Sequence[Any]], figures: dict[str, Any]) ->
 
 def machine() -> dict[str, Any]:
     """What it ran on, and which code ran."""
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "device": device_name(),
-        "python": platform.python_version(),
-        "preloaded": Path(os.environ["LD_PRELOAD"]).name if os.environ.get("LD_PRELOAD") else None,
-        "versions": {package: version(package) for package in ("mlx", "mlx-lm", "openelm-mlx")},
-        "commit": commit.stdout.strip(),
-        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    return describe("python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -47,6 +48,7 @@ class Imposed(DraftModel):
         self._rng = np.random.default_rng(0)
 
     def draft(self, text: Sequence[int], count: int, state: State) -> mx.array | None:
+        """As imposed, when the draft model is done."""
         own = super().draft(text, count, state)
         assert own is not None, "a draft model always guesses"
         right = self._known[len(text) : len(text) + count]
@@ -105,7 +107,7 @@ def identical(network: OpenELM, count: int) -> dict:
 def imposed_agreement(tokens: int, rounds: int) -> dict:
     """Speed with a draft model that is right all, half, or none of the time."""
     target, draft = random_network(TARGET, mx.float32), random_network(DRAFT, mx.float32)
-    prompt = mx.random.randint(1, 8000, (32,), key=mx.random.key(2)).tolist()
+    prompt: Any = mx.random.randint(1, 8000, (32,), key=mx.random.key(2)).tolist()
     known = [*prompt, *(step.token for step in generate_tokens(target, prompt, max_tokens=tokens))]
     makers: dict[str, Callable[[], Drafter | None]] = {"none": lambda: None}
     for agreement in (1.0, 0.7, 0.5, 0.0):
@@ -173,8 +175,10 @@ def first_layers(network: OpenELM, count: int) -> OpenELM:
     )
     full = in_full(network)
     model = OpenELM(short)
-    kept = {name for name, _ in tree_flatten(model.parameters())}
-    model.load_weights([(name, array) for name, array in tree_flatten(full.parameters()) if name in kept])
+    wanted: Any = tree_flatten(model.parameters())
+    there: Any = tree_flatten(full.parameters())
+    kept = {name for name, _ in wanted}
+    model.load_weights([(name, array) for name, array in there if name in kept])
     model.eval()
     return model
 
@@ -183,7 +187,7 @@ def in_full(network: OpenELM) -> OpenELM:
     """The same network without quantization."""
     model = OpenELM(network.config)
     dtype = network.transformer.norm.weight.dtype
-    arrays = dict(tree_flatten(network.parameters()))
+    arrays: dict[str, Any] = tree_flatten(network.parameters(), destination={})  # type: ignore[assignment]
     for path, layer in network.named_modules():
         if hasattr(layer, "bits"):
             for part in ("scales", "biases"):

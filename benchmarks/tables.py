@@ -165,9 +165,118 @@ def decode_host() -> tuple[str, str]:
     return f"## Decoding without arithmetic\n\n{note}\n\n{text}\n\n{where(run)}\n", row
 
 
+def sizes() -> tuple[str, str]:
+    run = result("sizes")
+    rows = []
+    for found in run["results"]:
+        case, ratios = found["case"], found["ratios"]
+        weights = f"{found['bits']} bits" if found["bits"] else found["dtype"]
+        for name, figures in found["figures"].items():
+            medians = [figures[f"{key}_tokens_per_second"]["median"] for key in ("prefill", "decode")]
+            rows.append(
+                [
+                    *(("", "", "") if name == "mlx-lm" else (found["model"], weights, f"{case['prompt_tokens']:,}")),
+                    name,
+                    *(f"{median:,.2f}" for median in medians),
+                    f"{figures['peak_memory_bytes'] / 2**20:,.0f}",
+                    f"{figures['bandwidth_share']:.0%}",
+                ]
+            )
+        kinds = ("prefill", "decode", "peak_memory")
+        rows.append(["", "", "", "ratio", *(f"**{ratios[kind]:.2f}**" for kind in kinds), ""])
+    heading = ["model", "weights", "prompt", "", "prefill tokens/s", "decode tokens/s", "peak, MiB", "of bandwidth"]
+    text = table(heading, rows)
+    note = (
+        "`openelm-mlx bench` with random weights, both on the same arrays in float32, one row. The limit is what reading "
+        f"weights, keys\nand values would allow with the {run['bandwidth_gb_per_second']:.1f} GB/s that a large copy "
+        "reached in the same run.\n\n![Against the limit](../benchmarks/results/sizes.png)"
+    )
+    first = run["results"][0]
+    values = [f"{f['decode_tokens_per_second']['median']:.1f} tokens/s" for f in first["figures"].values()]
+    row = f"| decoding, {first['model']} in float32, CPU | {values[0]} | {values[1]} |"
+    return f"## Published sizes\n\n{note}\n\n{text}\n\n{where(run)}\n", row
+
+
+def batch() -> tuple[str, str]:
+    run = result("batch")
+    rows = []
+    for name, found in run["models"].items():
+        medians = [found["tokens_per_second"][who]["median"] for who in ("openelm-mlx", "mlx-lm")]
+        same = f"{found['rows_as_alone']} of {len(run['prompt_lengths'])}"
+        rows.append([name, *(f"{median:,.1f}" for median in medians), f"**{found['ratio']:.2f}**", same])
+    text = table(["", "openelm-mlx, tokens/s", "mlx-lm, tokens/s", "ratio", "rows as alone"], rows)
+    note = (
+        f"Eight prompts of {min(run['prompt_lengths'])} to {max(run['prompt_lengths'])} tokens at once, prefill "
+        "included, mlx-lm by its `BatchGenerator`.\nRows as alone: those of this package whose tokens are the ones that "
+        "the prompt gets by itself."
+    )
+    tiny = run["models"]["openelm-tiny"]["tokens_per_second"]
+    values = [f"{tiny[who]['median']:,.0f} tokens/s" for who in ("openelm-mlx", "mlx-lm")]
+    row = f"| eight unequal prompts at once, openelm-tiny, CPU | {values[0]} | {values[1]} |"
+    return f"## Batches\n\n{note}\n\n{text}\n\n{where(run)}\n", row
+
+
+def speculate() -> str:
+    run = result("speculate")
+    same = run["identical"]
+    rows = [
+        [name, f"**{found['ratio']:.2f}**", f"{found['acceptance']:.0%}"]
+        for name, found in {**run["imposed"], **run["repeating"]}.items()
+    ]
+    text = table(["guesses", "speed against none", "right"], rows)
+    different = ", ".join(f"{count} with {name}" for name, count in same["different"].items())
+    note = (
+        f"{same['prompts']} prompts of openelm-tiny, {same['tokens']:,} greedy tokens: those that differ from decoding "
+        f"without guesses are {different}\n({sum(same['drafted'].values()):,} guesses).\n\nSpeed: a model of 8 layers of width "
+        "768 with a draft model of 2 layers of width 256, whose guesses are made right as often\nas is said; and prompt "
+        "lookup on texts that repeat themselves, openelm-tiny in float32."
+    )
+    return f"## Guesses\n\n{note}\n\n{text}\n\n{where(run)}\n"
+
+
+def context() -> str:
+    run = result("context")
+    rows = []
+    for name, found in run["kinds"].items():
+        first, last = found["milliseconds"][0], found["milliseconds"][-1]
+        alone = "" if found["attention_slope"] is None else f"{found['attention_slope']:,.0f}"
+        rows.append(
+            [name, f"{first:.2f}", f"{last:.2f}", f"{found['slope']:,.0f}", alone, f"{found['largest_step']:.0%}"]
+        )
+    heading = ["keys and values", "ms, first", "ms, last", "us per 1,000 tokens", "of attention alone", "largest step"]
+    note = (
+        "Time of a token while a text grows to 4,096 tokens, 8 layers of width 512 in float32, compiled. The slope is that "
+        "of a\nstraight line; beside it that of reading keys and values alone, measured apart. The largest step is the "
+        "distance of a point\nfrom that line, as a share of the mean.\n\n![Time over context](../benchmarks/results/context.png)"
+    )
+    return f"## Time over the length of the context\n\n{note}\n\n{table(heading, rows)}\n\n{where(run)}\n"
+
+
+def window() -> str:
+    run = result("window")
+    rows = []
+    for name, points in run["curves"].items():
+        first, last = points[0], points[-1]
+        sizes = [f"{point[key] / 2**20:,.1f}" for key in ("arrays", "process") for point in (first, last)]
+        rows.append([name, f"{last['tokens']:,}", *sizes])
+    heading = [
+        "keys and values in",
+        "tokens",
+        "arrays at 1,000, MiB",
+        "at the end",
+        "process at 1,000, MiB",
+        "at the end",
+    ]
+    note = (
+        f"16 layers of width 128, a window of {run['window']:,} tokens.\n\n"
+        "![Memory over tokens](../benchmarks/results/window.png)"
+    )
+    return f"## Memory with a window\n\n{note}\n\n{table(heading, rows)}\n\n{where(run)}\n"
+
+
 def main() -> None:
-    sections = [cold_start(), decode(), decode_host(), convert(), tune()]
-    more = [train_memory(), tune_memory(), tune_arc()]
+    sections = [cold_start(), decode(), decode_host(), sizes(), batch(), convert(), tune()]
+    more = [speculate(), context(), window(), train_memory(), tune_memory(), tune_arc()]
     document = "\n".join([INTRODUCTION, *(section for section, _ in sections), *more])
     (ROOT / "docs" / "benchmarks.md").write_text(document, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -22,7 +22,6 @@ CONFIG = replace(
     OpenELMConfig.layerwise(16, 128, 32, num_gqa_groups=2, ffn_dim_divisor=16, vocab_size=1000),
     max_context_length=1 << 20,
 )
-KINDS = ("a window", "in full")
 
 
 def main() -> None:

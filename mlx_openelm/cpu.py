@@ -106,7 +106,9 @@ def _multiply_rows(
     return _multiply_unpacked(x, before, packed, options)
 
 
-def _multiply_unpacked(x: mx.array, before: mx.array, packed: tuple[mx.array, mx.array, mx.array | None], options: Any) -> mx.array:
+def _multiply_unpacked(
+    x: mx.array, before: mx.array, packed: tuple[mx.array, mx.array, mx.array | None], options: Any
+) -> mx.array:
     """The product with a matrix in full, which is unpacked anew on the way back: it does not wait in memory for it."""
     words, scales, biases = packed
 

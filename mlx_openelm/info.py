@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .adapters import SavedAdapter, check_adapter
-from .cache import kv_bytes_per_layer, kv_cache_bytes
+from .cache import CacheConfig, kv_bytes_per_layer, kv_cache_bytes
+from .cache.config import KV_GROUP_SIZES
+from .config import OpenELMConfig
 from .convert.source import Source
 from .quantize import PackedTensor
 
@@ -37,6 +39,7 @@ class ModelInfo:
     parameters: int
     nbytes: int
     kv_bytes_per_token: int  # in 16 bits
+    kv_cache_bytes: dict[str, int]  # of a text as long as the context, by the way that keys and values are kept
     weights: dict[str, int]  # kind of matrix or vector: how many of them
 
     @property
@@ -77,8 +80,19 @@ def describe(source: Source) -> ModelInfo:
         parameters=config.num_parameters,
         nbytes=source.nbytes,
         kv_bytes_per_token=kv_cache_bytes(config, 1),
+        kv_cache_bytes={
+            kind.in_words: kv_cache_bytes(config, config.max_context_length, cache=kind) for kind in _kinds(config)
+        },
         weights=dict(Counter(_kind(tensor) for tensor in source.tensors.values())),
     )
+
+
+def _kinds(config: OpenELMConfig) -> list[CacheConfig]:
+    kinds = [CacheConfig()]
+    if config.head_dim % min(KV_GROUP_SIZES) == 0:
+        kinds += [CacheConfig(bits=8), CacheConfig(bits=4)]
+    window = config.max_context_length // 4
+    return [*kinds, CacheConfig(window=window)] if window > CacheConfig.sinks else kinds
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import mlx.core as mx
 from ..config import OpenELMConfig
 from ..errors import CacheError
 
+KV_GROUP_SIZES = (64, 32)  # numbers that share a scale when they are quantized
 _BITS = (4, 8)
-_GROUP_SIZES = (64, 32)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def kv_group_size(head_dim: int) -> int:
     Raises:
         CacheError: if heads are too narrow, or of an odd width.
     """
-    fitting = [size for size in _GROUP_SIZES if head_dim % size == 0]
+    fitting = [size for size in KV_GROUP_SIZES if head_dim % size == 0]
     if not fitting:
         raise CacheError(f"keys and values in heads of {head_dim} cannot be quantized: it takes a multiple of 32")
     return fitting[0]

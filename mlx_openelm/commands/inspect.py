@@ -63,8 +63,9 @@ def info(
     typer.echo(f"parameters   {found.parameters:,} with the embedding, {tied}")
     typer.echo(f"width        {found.model_dim:,} in heads of {found.head_dim}, {gated} FFN")
     typer.echo(f"vocabulary   {found.vocab_size:,}")
-    kv_bytes = found.kv_bytes_per_token * found.max_context_length
-    typer.echo(f"context      {found.max_context_length:,} tokens, {mib(kv_bytes)} of keys and values in 16 bits")
+    typer.echo(f"context      {found.max_context_length:,} tokens; keys and values of so many, with 16 bits a number:")
+    for kind, nbytes in found.kv_cache_bytes.items():
+        typer.echo(f"             {mib(nbytes):>11} {kind}")
     typer.echo(f"on disk      {mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight")
     typer.echo(f"tensors      {', '.join(f'{count} {kind}' for kind, count in found.weights.items())}")
     if on_top is not None:
