@@ -187,9 +187,9 @@ def sizes() -> tuple[str, str]:
     heading = ["model", "weights", "prompt", "", "prefill tokens/s", "decode tokens/s", "peak, MiB", "of bandwidth"]
     text = table(heading, rows)
     note = (
-        "`openelm-mlx bench` with random weights, both on the same arrays in float32, one row. The limit is what reading "
-        f"weights, keys\nand values would allow with the {run['bandwidth_gb_per_second']:.1f} GB/s that a large copy "
-        "reached in the same run.\n\n![Against the limit](../benchmarks/results/sizes.png)"
+        "`openelm-mlx bench` with random weights, both on the same arrays in float32, one row. The limit is what "
+        f"reading weights, keys\nand values would allow with the {run['bandwidth_gb_per_second']:.1f} GB/s that "
+        "memory gave in the same run.\n\n![Against the limit](../benchmarks/results/sizes.png)"
     )
     first = run["results"][0]
     values = [f"{f['decode_tokens_per_second']['median']:.1f} tokens/s" for f in first["figures"].values()]
@@ -207,8 +207,8 @@ def batch() -> tuple[str, str]:
     text = table(["", "openelm-mlx, tokens/s", "mlx-lm, tokens/s", "ratio", "rows as alone"], rows)
     note = (
         f"Eight prompts of {min(run['prompt_lengths'])} to {max(run['prompt_lengths'])} tokens at once, prefill "
-        "included, mlx-lm by its `BatchGenerator`.\nRows as alone: those of this package whose tokens are the ones that "
-        "the prompt gets by itself."
+        "included, mlx-lm by its `BatchGenerator`.\nRows as alone: those of this package whose tokens are the ones "
+        "that the prompt gets by itself."
     )
     tiny = run["models"]["openelm-tiny"]["tokens_per_second"]
     values = [f"{tiny[who]['median']:,.0f} tokens/s" for who in ("openelm-mlx", "mlx-lm")]
@@ -227,9 +227,9 @@ def speculate() -> str:
     different = ", ".join(f"{count} with {name}" for name, count in same["different"].items())
     note = (
         f"{same['prompts']} prompts of openelm-tiny, {same['tokens']:,} greedy tokens: those that differ from decoding "
-        f"without guesses are {different}\n({sum(same['drafted'].values()):,} guesses).\n\nSpeed: a model of 8 layers of width "
-        "768 with a draft model of 2 layers of width 256, whose guesses are made right as often\nas is said; and prompt "
-        "lookup on texts that repeat themselves, openelm-tiny in float32."
+        f"without guesses are {different}\n({sum(same['drafted'].values()):,} guesses).\n\nSpeed: a model of 8 "
+        "layers of width 768 with a draft model of 2 layers of width 256, whose guesses are made "
+        "right\nas often as is said; and prompt lookup on texts that repeat themselves, openelm-tiny in float32."
     )
     return f"## Guesses\n\n{note}\n\n{text}\n\n{where(run)}\n"
 
@@ -245,9 +245,10 @@ def context() -> str:
         )
     heading = ["keys and values", "ms, first", "ms, last", "us per 1,000 tokens", "of attention alone", "largest step"]
     note = (
-        "Time of a token while a text grows to 4,096 tokens, 8 layers of width 512 in float32, compiled. The slope is that "
-        "of a\nstraight line; beside it that of reading keys and values alone, measured apart. The largest step is the "
-        "distance of a point\nfrom that line, as a share of the mean.\n\n![Time over context](../benchmarks/results/context.png)"
+        "Time of a token while a text grows to 4,096 tokens, 8 layers of width 512 in float32, compiled. The slope is "
+        "that of a\nstraight line; beside it that of reading keys and values alone, measured apart. The largest step "
+        "is the distance of a\npoint from that line, as a share of the mean.\n\n"
+        "![Time over context](../benchmarks/results/context.png)"
     )
     return f"## Time over the length of the context\n\n{note}\n\n{table(heading, rows)}\n\n{where(run)}\n"
 

@@ -182,10 +182,12 @@ class DecodeStep:
         if run is None:
             run = partial(self._run, cache.layout)
             run = self._runs[cache.layout] = mx.compile(run) if self._compiled else run
+        self._model.transformer.warn_past_context(cache, tokens.shape[1])
         place = mx.array(cache.offset, mx.int32)
         starts = [] if cache.starts is None else [cache.starts]
-        chosen, buffers = run(tokens, place, starts, cache.lend(tokens.shape[1]), state)
-        cache.put_back(buffers, tokens.shape[1])
+        with cache.guarded():
+            chosen, buffers = run(tokens, place, starts, cache.lend(tokens.shape[1]), state)
+            cache.put_back(buffers, tokens.shape[1])
         return chosen
 
     def _run(

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from .cache import CacheConfig, KVCache, StepCache
 from .cache.layouts import attention
 from .config import OpenELMConfig
+from .device import on_cpu
 from .rope import Rope
 
 NORM_EPS = 1e-6
@@ -111,12 +112,13 @@ class Transformer(nn.Module):
     ) -> mx.array:
         """With `last_only`, hidden states (B, 1, M) of the last tokens alone."""
         B, L = tokens.shape
-        self._warn_past_context(cache.offset if cache is not None else 0, L)
+        self.warn_past_context(cache, L)
         if cache is None:
             mask = None if segments is None else segment_mask(segments)
             return self.run(tokens, Pass.alone(self.config, B, mask, self.training))
-        hidden = self.run(tokens, self.passing(B, cache, last_only and L > 1))
-        cache.advance(L)
+        with cache.guarded():
+            hidden = self.run(tokens, self.passing(B, cache, last_only and L > 1))
+            cache.advance(L)
         return hidden
 
     def passing(self, rows: int, cache: KVCache | StepCache, last_only: bool = False) -> Pass:
@@ -133,10 +135,15 @@ class Transformer(nn.Module):
             x = layer(x, shared)
         return self.norm(x).reshape(B, -1, x.shape[-1])
 
-    def _warn_past_context(self, offset: int, num_new: int) -> None:
-        if offset <= self.config.max_context_length < offset + num_new:
+    def warn_past_context(self, cache: KVCache | None, num_new: int) -> None:
+        """Warn if so many tokens more grow past what the model was trained with; a window has no far tokens."""
+        limit = self.config.max_context_length
+        if cache is not None and cache.config.window is not None and cache.config.window <= limit:
+            return
+        length = cache.longest if cache is not None else 0
+        if length <= limit < length + num_new:
             warnings.warn(
-                f"the text grows past the {self.config.max_context_length} positions that the model was trained with",
+                f"the text grows past the {limit} positions that the model was trained with",
                 ContextLengthWarning,
                 stacklevel=3,
             )
@@ -183,17 +190,23 @@ class Attention(nn.Module):
         B = shared.rows
         H, K = self.num_query_heads, self.num_kv_heads
         qkv = swap_heads(self.qkv_proj(x).reshape(B, -1, H + 2 * K, self.head_dim))  # (B, H + 2K, L, D)
-        heads, values = mx.split(qkv, [H + K], axis=1)
-        if self.normalize_qk:  # before RoPE: the checkpoints were trained in this order
-            heads = self._normalized(heads)
-        queries, keys = mx.split(shared.rotate(heads), [H], axis=1)
+        if on_cpu():
+            heads, values = mx.split(qkv, [H + K], axis=1)
+            queries, keys = mx.split(shared.rotate(self._normed(heads)), [H], axis=1)
+        else:
+            queries, keys, values = mx.split(qkv, [H, H + K], axis=1)
+            if self.normalize_qk:  # before RoPE: the checkpoints were trained in this order
+                queries, keys = self.q_norm(queries), self.k_norm(keys)
+            queries, keys = shared.rotate(queries), shared.rotate(keys)
         if last_only:
             queries = queries[:, :, -1:]
         read = swap_heads(shared.attend(self.layer, queries, keys, values))  # (B, L, H, D)
         return self.out_proj(read.reshape(*x.shape[:-1], -1) if not last_only else read.reshape(B, 1, -1))
 
-    def _normalized(self, heads: mx.array) -> mx.array:
-        """Queries and keys (B, H + K, L, D), each by its own norm but in one operation."""
+    def _normed(self, heads: mx.array) -> mx.array:
+        """Queries and keys (B, H + K, L, D), each by its own norm but together: on the CPU a norm is many steps."""
+        if not self.normalize_qk:
+            return heads
         counts = (self.num_query_heads, self.q_norm.weight), (self.num_kv_heads, self.k_norm.weight)
         weight = mx.concatenate([mx.broadcast_to(w, (count, 1, self.head_dim)) for count, w in counts])
         return mx.fast.rms_norm(heads, None, NORM_EPS) * weight

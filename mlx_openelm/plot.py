@@ -89,6 +89,18 @@ def plot_design(design: Design, path: Path) -> None:
         axes[-1].set_xlabel("layer")
 
 
+def check_picture(path: Path) -> None:
+    """Make sure that a picture of this kind can be drawn.
+
+    Raises:
+        OutputError: if its ending is no kind of picture.
+        MissingPackageError: if matplotlib is not installed.
+    """
+    kinds = optional_package("matplotlib.figure", "pictures need", "plot").Figure().canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in kinds:
+        raise OutputError(f"{path} is no kind of picture that can be drawn; there are {', '.join(sorted(kinds))}")
+
+
 def plot_bench(report: Mapping[str, Any], path: Path) -> None:
     """Tokens per second of decoding as bars, each with a mark where reading from memory alone would end.
 

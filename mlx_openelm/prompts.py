@@ -15,6 +15,7 @@ from .records import RECORD_ENDINGS, read_records
 from .tokenizer import Tokenizer
 
 _NEEDED = "prompt", "messages"
+_ANSWER = "text", "finish_reason", "prompt_tokens", "generated_tokens"  # fields of an answer beside those of its prompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def _ids(record: Mapping[str, Any], tokenizer: Tokenizer, chat: bool, system: st
     found = [name for name in _NEEDED if name in record]
     if len(found) != 1:
         raise DataError(f"{where}: it needs either the field prompt or messages; it has {', '.join(record) or 'none'}")
+    if clash := [name for name in _ANSWER if name in record]:
+        raise DataError(f"{where}: the field {clash[0]} is needed for the answer; give it another name")
     value = record[found[0]]
     try:
         if found == ["messages"]:
@@ -87,14 +90,13 @@ class Answers:
     def add(self, number: int, generation: Generation) -> None:
         """Keep the answer to a prompt."""
         assert generation.stats is not None, "a generation without a token is no answer"
-        answer = {
-            **self._prompts[number].record,
-            "text": generation.text,
-            "finish_reason": generation.finish_reason,
-            "prompt_tokens": generation.stats.prompt_tokens,
-            "generated_tokens": generation.stats.generated_tokens,
-        }
-        self._lines[number] = json.dumps(answer, ensure_ascii=False, default=str)
+        stats = generation.stats
+        values = generation.text, generation.finish_reason, stats.prompt_tokens, stats.generated_tokens
+        answer = {**self._prompts[number].record, **dict(zip(_ANSWER, values, strict=True))}
+        line = json.dumps(answer, ensure_ascii=False, default=str)
+        if any("\ud800" <= character <= "\udfff" for character in line):  # half a character, which UTF-8 cannot hold
+            line = json.dumps(answer, default=str)
+        self._lines[number] = line
         self._keep(number)
 
     def finish(self) -> None:
@@ -125,7 +127,8 @@ class AnswerFile(Answers):
         super().__init__(prompts, self._append)
         self._path = path
         self._part = path.with_name(f"{path.name}.part")
-        about = json.dumps({**settings, "prompts": [prompt.tokens for prompt in prompts]}, sort_keys=True, default=str)
+        given = [[dict(prompt.record), prompt.tokens] for prompt in prompts]
+        about = json.dumps({**settings, "prompts": given}, sort_keys=True, default=str)
         heading = json.dumps({"run": sha256(about.encode()).hexdigest()})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,15 +171,17 @@ class AnswerFile(Answers):
         """Take over what an earlier run wrote, without a last line that was cut."""
         content = self._part.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if not whole:
+        if whole.count(b"\n") < 2:  # no answer yet
             return False
-        first, *lines = whole.decode("utf-8").split("\n")[:-1]
+        try:
+            first, *lines = whole.decode("utf-8").split("\n")[:-1]
+            answers = {int(number): answer for number, _, answer in (line.partition("\t") for line in lines)}
+        except ValueError as error:  # UnicodeDecodeError is one too
+            raise OutputError(f"{self._part} is damaged; delete it, or name another output") from error
         if first != heading:
             raise OutputError(
                 f"{self._part} belongs to a run with other prompts or options; delete it, or name another output"
             )
         os.truncate(self._part, len(whole))
-        for line in lines:
-            number, _, answer = line.partition("\t")
-            self._lines[int(number)] = answer
+        self._lines = answers
         return True

@@ -30,6 +30,7 @@ class SamplingConfig:
         _check("top_k", self.top_k, self.top_k >= 0, "at least 0")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        _check("seed", self.seed or 0, 0 <= (self.seed or 0) < 1 << 63, "from 0 to 2**63 - 1")
         _check("repetition_context", self.repetition_context, self.repetition_context >= 1, "at least 1")
 
 

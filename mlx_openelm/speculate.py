@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .cache import KVCache
+from .cache import CacheConfig, KVCache
 from .device import pays_to_compile
 from .engine import MAX_TOKENS, DecodeStep, Progress, Step, as_prompt, check_memory, prefill, whole_text
 from .errors import CacheError, PromptError
@@ -21,6 +21,7 @@ from .model import OpenELM
 from .sampling import Sampler, SamplingConfig, State
 
 MAX_DRAFT = 8  # guesses in one pass
+_MOST_DRAFT = 64
 _LONGEST_NGRAM = 3  # tokens; the longest end of the text that prompt lookup searches for
 _SHORTEST_NGRAM = 2
 _UNDRAFTED = 4  # tokens that are decoded without guesses when there are none to make
@@ -31,17 +32,22 @@ _LONGEST_REST = 64  # tokens between two attempts of one whose guesses bring not
 class Drafter:
     """Guesses what comes next, and learns from what became of it how much to guess.
 
+    Raises:
+        PromptError: if the most guesses in one pass are none, or more than 64.
+
     Attributes:
         drafted: guesses so far.
         accepted: how many of them were right.
     """
 
     def __init__(self, max_draft: int = MAX_DRAFT):
+        if not 1 <= max_draft <= _MOST_DRAFT:
+            raise PromptError(f"{max_draft} guesses in one pass cannot be made; there are 1 to {_MOST_DRAFT}")
         self.drafted = 0
         self.accepted = 0
         self.pace = Pace(max_draft)
 
-    def start(self, text: Sequence[int], sampler: Sampler, max_tokens: int) -> None:
+    def start(self, text: Sequence[int], sampler: Sampler, compiled: bool) -> None:
         """A new text begins with these tokens."""
         self.pace.start()
 
@@ -68,8 +74,8 @@ class PromptLookup(Drafter):
         self._places: dict[tuple[int, ...], int] = {}
         self._known = 0
 
-    def start(self, text: Sequence[int], sampler: Sampler, max_tokens: int) -> None:
-        super().start(text, sampler, max_tokens)
+    def start(self, text: Sequence[int], sampler: Sampler, compiled: bool) -> None:
+        super().start(text, sampler, compiled)
         self._places = {}
         self._known = 0
 
@@ -104,8 +110,8 @@ class DraftModel(Drafter):
         self._cache: KVCache
         self._step: DecodeStep
 
-    def start(self, text: Sequence[int], sampler: Sampler, max_tokens: int) -> None:
-        super().start(text, sampler, max_tokens)
+    def start(self, text: Sequence[int], sampler: Sampler, compiled: bool) -> None:
+        super().start(text, sampler, compiled)
         self._cache = self.model.make_cache()
 
         def choose(logits: mx.array, state: State) -> tuple[mx.array, State]:
@@ -113,13 +119,13 @@ class DraftModel(Drafter):
             return token, state
 
         self._choose = choose
-        self._step = DecodeStep(self.model, choose, pays_to_compile(max_tokens))
+        self._step = DecodeStep(self.model, choose, compiled)
         if len(text) > 1:
             prefill(self.model, mx.array(list(text[:-1])), self._cache)
             mx.eval(self._cache.arrays)
 
     def draft(self, text: Sequence[int], count: int, state: State) -> mx.array | None:
-        new = mx.array([list(text[self._cache.offset :])], mx.int32)
+        new = mx.array([list(text[self._cache.offset :])], mx.uint32)
         if new.size > 2:  # after a rest
             hidden = prefill(self.model, new[0], self._cache)
             token, state = self._choose(self.model.logits(hidden), state)
@@ -230,18 +236,21 @@ def speculate_tokens(
     cache = cache if cache is not None else model.make_cache()
     if cache.config.window is not None:
         raise CacheError("guesses need a cache that can go back behind a wrong one; leave out the window, or the draft")
-    if isinstance(drafter, DraftModel) and drafter.model.config.vocab_size != model.config.vocab_size:
-        raise PromptError(
-            f"the draft model has a vocabulary of {drafter.model.config.vocab_size:,} entries and the model one of "
-            f"{model.config.vocab_size:,}; they have to share it"
-        )
-    check_memory(model, cache.offset + prompt.size + max_tokens, cache.config)
+    num_tokens = cache.offset + prompt.size + max_tokens
+    if isinstance(drafter, DraftModel):
+        if drafter.model.config.vocab_size != model.config.vocab_size:
+            raise PromptError(
+                f"the draft model has a vocabulary of {drafter.model.config.vocab_size:,} entries and the model one of "
+                f"{model.config.vocab_size:,}; they have to share it"
+            )
+        check_memory(drafter.model, num_tokens, CacheConfig())
+    check_memory(model, num_tokens, cache.config)
     if max_tokens < 1:
         return
     compiled = pays_to_compile(max_tokens) if compiled is None else compiled
     writer = _Writer(model, Sampler(sampling), cache, compiled)
     yield writer.begin(before, prompt, on_prefill)
-    drafter.start(writer.text, writer.sampler, max_tokens)
+    drafter.start(writer.text, writer.sampler, compiled)
     remaining = max_tokens - 1
     while remaining:
         for step in _next_steps(writer, drafter, remaining):
@@ -250,9 +259,12 @@ def speculate_tokens(
 
 
 def _next_steps(writer: "_Writer", drafter: Drafter, remaining: int) -> Iterator[Step]:
-    length = min(drafter.pace.next_length(), remaining - 1)
+    length = drafter.pace.next_length()
     if length < 1:
         return writer.alone(min(drafter.pace.next_rest(), remaining), drafter.pace)
+    length = min(length, remaining - 1, writer.room)
+    if length < 1:
+        return writer.alone(min(_UNDRAFTED, remaining), drafter.pace)
     started = time.perf_counter()
     drafts = drafter.draft(writer.text, length, writer.state)
     if drafts is None:
@@ -272,6 +284,14 @@ class _Writer:
         self._one = DecodeStep(model, lambda logits, state: sampler.choose(logits[0, -1], state), compiled)
         self._several = DecodeStep(model, lambda logits, state: sampler.choose_along(logits[0], state), compiled)
 
+    @property
+    def room(self) -> int:
+        """How many guesses may be read before keys and values are quantized, which none of them may bring about."""
+        config = self._cache.config
+        if config.bits is None or self._cache.is_quantized:
+            return _MOST_DRAFT
+        return config.quantize_after - self._cache.offset - 2
+
     def begin(self, before: Sequence[int], prompt: mx.array, on_prefill: Progress) -> Step:
         """The first token behind a prompt."""
         hidden = prefill(self._model, prompt, self._cache, on_prefill)
@@ -279,7 +299,7 @@ class _Writer:
         token, logprob, self.state = self.sampler.choose(self._model.logits(hidden)[0, -1], self.sampler.start(text))
         ids: Any = text.tolist()
         self.text = ids
-        step = self._add(token, logprob)
+        step = self._add(token.item(), logprob.item())
         on_prefill(prompt.size, prompt.size)
         return step
 
@@ -293,7 +313,7 @@ class _Writer:
             if left:
                 queued = self._one(token[None, None], self.state, self._cache)
                 mx.async_eval(*queued[:2])
-            step = self._add(token, logprob)
+            step = self._add(token.item(), logprob.item())
             seconds += time.perf_counter() - started
             yield step
             started = time.perf_counter()
@@ -311,11 +331,10 @@ class _Writer:
         self.state = keys[accepted], recents[accepted]
         drafter.checked(self.text, len(guesses), accepted)
         drafter.pace.took(len(guesses), time.perf_counter() - started)
+        of_each: Any = logprobs.tolist()
         for number in range(accepted + 1):
-            yield self._add(chosen[number], logprobs[number])
+            yield self._add(own[number], of_each[number])
 
-    def _add(self, token: mx.array, logprob: mx.array) -> Step:
-        values: Any = token.item(), logprob.item()
-        step = Step(*values)
-        self.text.append(step.token)
-        return step
+    def _add(self, token: Any, logprob: Any) -> Step:
+        self.text.append(token)
+        return Step(token, logprob)

@@ -71,7 +71,7 @@ class TestMeasure:
         assert bytes_per_step(SMALL, weights, case, mx.float32) == weights + 2 * kept
         assert found.limit_tokens_per_second == pytest.approx(2 * 1e9 / (weights + 2 * kept))
         assert figures.bandwidth_share == pytest.approx(4.0 / found.limit_tokens_per_second)
-        assert found.ratios() == {"prefill": 2, "decode": 2, "total": 2, "first_token": 0.5, "peak_memory": 0.5}
+        assert found.ratios() == {"prefill": 2, "decode": 2, "total": 1.6, "first_token": 0.5, "peak_memory": 0.5}
         assert found.same_tokens == 1.0
 
     def test_contestants_take_turns(self):
@@ -187,6 +187,9 @@ class TestCommand:
             (["--json", "--csv"], "only one"),
             (["--prompt-tokens", "x"], "numbers from 1"),
             (["--tokens", "1"], "numbers from 2"),
+            (["--tokens", "²"], "numbers from 2"),
+            (["--paper"], "too small a vocabulary"),
+            (["--plot", "x.foo"], "no kind of picture"),
             (["--kv", "5"], "full, 8, 4 and window:N"),
             (["--kv", "window:64", "--batch-size", "2"], "one row"),
             (["--kv", "8", "--batch-size", "2", "--against", "mlx-lm"], "no batches"),

@@ -68,6 +68,11 @@ class TestAFileOfPrompts:
         assert run(*command, "--force")[0] == 0
         assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 6
 
+    def test_an_option_that_is_refused_leaves_nothing_behind(self, place, tmp_path):
+        command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-n", 2, "-o", tmp_path / "a.jsonl"]
+        refused(*command, "--kv-window", 50)
+        assert list(tmp_path.iterdir()) == []
+
 
 class TestGuesses:
     @pytest.mark.parametrize("options", [["--prompt-lookup", 4], ["--draft", "{p}/base"]])
@@ -116,6 +121,11 @@ class TestKeysAndValues:
         (["-i", "{p}/nowhere.jsonl"], "nowhere.jsonl"),
         (["-i", "{p}/base/config.json"], "prompt or messages"),
         (["-i", "{p}/prompts.jsonl", "--batch-size", "0"], "batch size is 0"),
+        (["-i", "{p}/prompts.jsonl", "-n", "0"], "max_tokens is 0"),
+        (["-i", "{p}/prompts.jsonl", "-o", "{p}", "--force"], "is a folder"),
+        (["-p", "x", "--seed", "-1"], "seed is -1"),
+        (["-p", "x", "--seed", "18446744073709551616"], "seed is 18446744073709551616"),
+        (["-p", "x", "--prompt-lookup", "65"], "65 guesses"),
         (["-i", "{p}/prompts.jsonl", "--kv-window", "50"], "one row at a time"),
         (["-i", "{p}/prompts.jsonl", "--draft", "{p}/base"], "--draft is for a single"),
         (["-i", "{p}/prompts.jsonl", "--json"], "--json is for a single"),

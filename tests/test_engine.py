@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from conftest import assert_close, random_model
-from mlx_openelm import SamplingConfig, engine, generate_tokens
+from mlx_openelm import CacheConfig, ContextLengthWarning, SamplingConfig, engine, generate_tokens
 from mlx_openelm.cache import kv_cache as cache_module
 from mlx_openelm.engine import prefill
 from mlx_openelm.errors import MemoryLimitError, PromptError
@@ -82,6 +84,16 @@ def test_a_prompt_longer_than_memory_is_refused_before_it_is_computed(tiny_model
     monkeypatch.setattr(engine, "memory_limit_bytes", lambda: 1_000_000)
     with pytest.raises(MemoryLimitError, match="shorten the prompt"):
         next(generate_tokens(tiny_model, PROMPT * 500))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_text_that_grows_past_the_context_warns_once(tiny_config, compiled):
+    model = random_model(replace(tiny_config, max_context_length=16))
+    with pytest.warns(ContextLengthWarning, match="16 positions") as told:
+        list(generate_tokens(model, PROMPT, max_tokens=20, compiled=compiled))
+    assert len(told) == 1
+    cache = model.make_cache(CacheConfig(window=12))
+    list(generate_tokens(model, PROMPT, max_tokens=20, compiled=compiled, cache=cache))  # warnings are errors here
 
 
 class TestCompiled:

@@ -85,6 +85,27 @@ def test_no_step_is_computed_behind_the_last_token(tiny_model, tokenizer, monkey
     assert len(steps) == 4
 
 
+def test_places_of_rows_that_left_are_given_back(tiny_model, tokenizer, monkeypatch):
+    """However many prompts there are, the buffers are as long as their texts are, and two steps of growth."""
+    from mlx_openelm import engine
+
+    monkeypatch.setattr(kv_cache, "GROWTH_STEP", 16)
+    lengths = []
+    original = engine.DecodeStep.__call__
+
+    def watched(step, tokens, state, cache):
+        lengths.append(cache.offset)
+        return original(step, tokens, state, cache)
+
+    monkeypatch.setattr(engine.DecodeStep, "__call__", watched)
+    prompts = [PROMPTS[number % 5] for number in range(60)]
+    found = dict(generate_batch(tiny_model, tokenizer, prompts, batch_size=3, max_tokens=12))
+    assert len(lengths) > 200
+    assert max(lengths) <= 30 + 12 + 2 * 16
+    for number in (3, 30, 59):
+        assert found[number].tokens == alone(tiny_model, tokenizer, prompts[number], max_tokens=12).tokens
+
+
 def test_rows_that_hold_fewer_tokens_than_a_new_one_move_on(tiny_model, tokenizer):
     prompts = [[5], [7, 8], list(range(10, 90))]
     found = dict(generate_batch(tiny_model, tokenizer, prompts, batch_size=2, max_tokens=9))

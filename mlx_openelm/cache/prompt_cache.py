@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..model import OpenELM
 
 _FORMAT = "openelm-mlx prompt cache 1"
+_SPREAD = 2654435761  # near 2**32 over the golden ratio: neighbours get factors far from one another
 
 
 class PromptCache:
@@ -36,6 +37,7 @@ class PromptCache:
 
     def __init__(self, model: OpenELM, config: CacheConfig = CacheConfig()):  # noqa: B008, frozen
         self._model = model
+        self._fingerprint: str | None = None
         self.config = config
         self.clear()
 
@@ -51,7 +53,8 @@ class PromptCache:
             if kept != token:
                 break
             shared += 1
-        if shared < len(self.tokens) and not self.kv.can_forget:
+        goes_back = shared < len(self.tokens)
+        if goes_back and (not self.kv.can_forget or (self.kv.is_quantized and shared < self.config.quantize_after)):
             self.clear()
             return [], list(tokens)
         self.kv.trim(len(self.tokens) - shared)
@@ -75,7 +78,7 @@ class PromptCache:
         """
         about = {
             "format": _FORMAT,
-            "model": fingerprint(self._model),
+            "model": self._fingerprint or fingerprint(self._model),
             "config": json.dumps(asdict(self.config)),
             "tokens": json.dumps(self.tokens),
             "quantized": json.dumps(self.kv.is_quantized),
@@ -108,7 +111,8 @@ class PromptCache:
             raise CacheError(f"{path} is no prompt cache: {error}") from error
         if about.get("format") != _FORMAT:
             raise CacheError(f"{path} is no prompt cache, or one of another version of this package")
-        if about["model"] != fingerprint(model):
+        own = fingerprint(model)
+        if about["model"] != own:
             raise CacheError(
                 f"{path} was made with another model, adapter or type of weights; delete it or name another"
             )
@@ -118,6 +122,7 @@ class PromptCache:
                 f"{path} keeps keys and values {saved.in_words} and not {config.in_words}; name another file"
             )
         cache = cls(model, saved)
+        cache._fingerprint = own
         cache.tokens = json.loads(about["tokens"])
         try:
             cache.kv.take_arrays(arrays, len(cache.tokens), json.loads(about["quantized"]))
@@ -130,13 +135,14 @@ def fingerprint(model: OpenELM) -> str:
     """A number that changes with the model's shape, its weights, their type, and what is put on it."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     parameters: Any = tree_flatten(model.parameters())
-    sums = [_sum_of_bits(array) for _, array in parameters]
-    mx.eval(sums)
-    for (name, array), total in zip(parameters, sums, strict=True):
-        digest.update(f"{name} {array.shape} {array.dtype} {total.item()}".encode())
+    for name, array in parameters:
+        digest.update(f"{name} {array.shape} {array.dtype} {_sum_of_bits(array).item()}".encode())
     return digest.hexdigest()
 
 
 def _sum_of_bits(array: mx.array) -> mx.array:
-    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
-    return array.reshape(-1).view(words).astype(mx.uint32).sum()
+    """Of the words, each times an odd number of its place, modulo 2 to the power of 32."""
+    types = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint32}
+    words = array.reshape(-1).view(types[array.dtype.size]).astype(mx.uint32)
+    places = mx.arange(words.size, dtype=mx.uint32) * _SPREAD
+    return (words * (2 * places + 1)).sum()

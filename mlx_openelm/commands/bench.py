@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import BenchError
 from .options import Adapter, Json, Revision, examples
-from .terminal import print_json
+from .terminal import INTERRUPTED, print_json, say
 
 if TYPE_CHECKING:
     from ..bench import Report
+    from ..bench.measure import Result
     from ..bench.models import Contestant
     from ..cache import CacheConfig
     from ..model import OpenELM
@@ -50,7 +51,7 @@ def bench(
     ] = "full",
     rounds: Annotated[int, typer.Option(help="How often each is measured, after a round to warm up.", metavar="N")] = 3,
     against: Annotated[str | None, typer.Option(help="Measure a peer in turn: mlx-lm.", metavar="PEER")] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="The paper's prompt and 1,024 tokens, one row.")] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's prompt and 1,024 tokens.")] = False,
     compiled: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="Compile the step whole; by default where that pays."),
@@ -70,6 +71,7 @@ def bench(
     """Measure tokens per second, time to the first token, memory, and how near that is to what memory allows."""
     from ..bench import PAPER_CASE, PAPER_PROMPT, Case, Ours, Peer, Report, measure
     from ..bench.machine import describe, memory_bandwidth
+    from ..plot import check_picture, plot_bench
 
     if against is not None and against not in _PEERS:
         raise BenchError(f"{against!r} is no peer that is known; there is {', '.join(_PEERS)}")
@@ -80,6 +82,8 @@ def bench(
     lengths = (_numbers("--prompt-tokens", prompt_tokens), _numbers("--tokens", tokens, least=2))
     kinds = [_kind(name) for name in _split(kv)]
     batches = _numbers("--batch-size", batch_size)
+    if paper:
+        lengths = ([PAPER_CASE.prompt_tokens], [PAPER_CASE.max_tokens])
     cases = [Case(*values) for values in product(*lengths, batches, kinds)]
     for case in cases:
         if case.cache.window is not None and case.batch_size > 1:
@@ -87,34 +91,28 @@ def bench(
         if against and case.batch_size > 1 and case.cache.bits:
             raise BenchError("mlx-lm has no batches with quantized keys and values; leave out --against or --kv")
     networks = _networks(model or [], preset, dtype, _numbers("--quantize", quantize, least=0), adapter, revision)
-    if paper:
-        cases = [PAPER_CASE]
-    bandwidth = memory_bandwidth()
-    results = []
-    with _progress() as moved:
-        for name, network in networks:
-            contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
-            for case in cases:
-                results.append(
-                    measure(
-                        network,
-                        contestants,
-                        case,
-                        model=name,
-                        bandwidth=bandwidth,
-                        rounds=rounds,
-                        prompts=[list(PAPER_PROMPT)] if paper else None,
-                        on_round=partial(_show_round, moved, name, rounds),
-                    )
-                )
-    command = shlex.join(["openelm-mlx", *sys.argv[1:]])
-    report = Report(tuple(results), bandwidth, describe(command))
-    if output is not None:
-        report.save(output)
     if plot is not None:
-        from ..plot import plot_bench
-
-        plot_bench(report.to_dict(), plot)
+        check_picture(plot)
+    bandwidth = memory_bandwidth()
+    results: list[Result] = []
+    interrupted = False
+    try:
+        with _progress() as moved:
+            for name, network in networks:
+                if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
+                    raise BenchError(f"{name} has too small a vocabulary for the paper's prompt")
+                contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
+                for case in cases:
+                    on_round = partial(_show_round, moved, name, rounds)
+                    prompts = [list(PAPER_PROMPT)] * case.batch_size if paper else None
+                    about: dict[str, Any] = {"model": name, "bandwidth": bandwidth, "rounds": rounds}
+                    results.append(measure(network, contestants, case, prompts=prompts, on_round=on_round, **about))
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        interrupted = True
+        say(f"interrupted; these are the {len(results)} results so far")
+    report = Report(tuple(results), bandwidth, describe(shlex.join(["openelm-mlx", *sys.argv[1:]])))
     if as_json:
         print_json(report.to_dict())
     elif as_csv:
@@ -123,6 +121,12 @@ def bench(
         typer.echo(report.to_markdown(), nl=False)
     else:
         _print_table(report)
+    if output is not None:
+        report.save(output)
+    if plot is not None:
+        plot_bench(report.to_dict(), plot)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _show_round(show: Callable[[str], None], name: str, rounds: int, who: str, number: int) -> None:
@@ -171,7 +175,7 @@ def _split(text: str) -> list[str]:
 
 def _numbers(option: str, text: str, least: int = 1) -> list[int]:
     parts = _split(text)
-    if not parts or not all(part.isdigit() and int(part) >= least for part in parts):
+    if not parts or not all(part.isdecimal() and int(part) >= least for part in parts):
         raise BenchError(f"{option} is {text!r}; it takes numbers from {least} on, separated by commas")
     return [int(part) for part in parts]
 
@@ -184,7 +188,7 @@ def _kind(name: str) -> CacheConfig:
     if name in ("4", "8"):
         return CacheConfig(bits=int(name))
     kind, _, size = name.partition(":")
-    if kind == "window" and size.isdigit():
+    if kind == "window" and size.isdecimal():
         return CacheConfig(window=int(size))
     raise BenchError(f"{name!r} is no way to keep keys and values; there are full, 8, 4 and window:N")
 

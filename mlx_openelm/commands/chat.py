@@ -37,10 +37,7 @@ from .options import (
 )
 from .terminal import say
 
-EXAMPLES = examples(
-    'openelm-mlx chat -m OpenELM-1_1B-Instruct --system "Answer in one sentence."',
-    "openelm-mlx chat -m OpenELM-1_1B-Instruct --prompt-cache talk.safetensors",
-)
+EXAMPLES = examples('openelm-mlx chat -m OpenELM-1_1B-Instruct --system "Answer in one sentence."')
 MAX_TOKENS = 1024
 
 

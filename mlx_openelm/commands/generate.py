@@ -12,7 +12,7 @@ import typer
 
 from ..cache import CacheConfig
 from ..engine import MAX_TOKENS
-from ..errors import OutputExistsError, PromptError, TokenizerError
+from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
 from ..generate import Generation, Stats, stream_generate
 from ..generate_batch import BATCH_SIZE, generate_batch
 from ..hub import BUILT_IN_MODEL
@@ -126,7 +126,7 @@ def generate(
         raise PromptError("--system needs a model with a chat template, and no --raw")
     if text is None:
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}
-        about = {"model": model, "adapter": adapter, "dtype": dtype, "chat": chat, "system": system}
+        about = {"chat": chat, "system": system}
         _answer_file(network, tokens, prompts, output, batch_size, options, about)  # type: ignore[arg-type]
         return
     messages = [{"role": "system", "content": system}] if system else []
@@ -224,6 +224,8 @@ def _check_options(
         alone = {"--draft": draft, "--prompt-lookup": prompt_lookup, "--prompt-cache": prompt_cache, "--json": as_json}
         if given := [name for name, value in alone.items() if value]:
             raise PromptError(f"{given[0]} is for a single --prompt; leave it out with --input")
+        if output is not None and output.is_dir():
+            raise OutputError(f"{output} is a folder; --output names a file")
         if output is not None and output.exists() and not force:
             raise OutputExistsError(output)
 
@@ -246,15 +248,21 @@ def _answer_file(
     options: dict[str, Any],
     about: dict[str, Any],
 ) -> None:
+    from ..cache.prompt_cache import fingerprint
     from ..prompts import AnswerFile, Answers, read_prompts
 
     prompts = read_prompts(path, tokenizer, chat=about["chat"], system=about["system"])
-    settings = {**about, **options, "sampling": asdict(options["sampling"]), "cache": asdict(options["cache"])}
-    answers = Answers(prompts, typer.echo) if output is None else AnswerFile(prompts, output, settings)
+    ids = [prompt.tokens for prompt in prompts]
+    generate_batch(network, tokenizer, ids, batch_size=batch_size, **options)  # refuses what it cannot do
+    if output is None:
+        answers = Answers(prompts, typer.echo)
+    else:
+        described = {"sampling": asdict(options["sampling"]), "cache": asdict(options["cache"])}
+        settings = {**about, **options, **described, "model": fingerprint(network)}
+        answers = AnswerFile(prompts, output, settings)
     missing = answers.missing
     if len(missing) < len(prompts):
         say(f"{len(prompts) - len(missing):,} of {len(prompts):,} answers are there already")
-    ids = [prompt.tokens for prompt in prompts]
     try:
         with _answer_bar(len(prompts), len(prompts) - len(missing)) as moved:
             for number, generation in generate_batch(
