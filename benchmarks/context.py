@@ -1,6 +1,6 @@
 """Time of a token over the length of the context, from 128 to 4,096 tokens, for each way to keep keys and values.
 
-8 layers of width 512, float32, random weights. Each text is written through; times are medians of 64 tokens. The slope
+6 layers of width 256, float32, random weights. Each text is written through; times are medians of 64 tokens. The slope
 is compared with that of reading keys and values alone, measured apart: what is above it would be copying.
 
 python benchmarks/context.py [--tokens 4096] [--rounds 3]
@@ -21,7 +21,7 @@ from mlx_openelm.bench import Peer, random_network
 from mlx_openelm.cache import GROWTH_STEP
 
 CONFIG = replace(
-    OpenELMConfig.layerwise(8, 512, 64, num_gqa_groups=2, ffn_dim_divisor=128, vocab_size=1000), max_context_length=8192
+    OpenELMConfig.layerwise(6, 256, 64, num_gqa_groups=2, ffn_dim_divisor=128, vocab_size=1000), max_context_length=8192
 )
 KINDS = {
     "in full": CacheConfig(),
@@ -142,7 +142,7 @@ def draw(lengths: np.ndarray, curves: dict[str, np.ndarray], path: Path) -> None
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name, curve in curves.items():
         axis.plot(lengths, curve * 1e3, label=name, linestyle="--" if name.startswith("mlx-lm") else "-")
-    axis.set(xlabel="tokens of context", ylabel="ms a token", ylim=(0, None), title="Time of a token, 8 layers of 512")
+    axis.set(xlabel="tokens of context", ylabel="ms a token", ylim=(0, None), title="Time of a token, 6 layers of width 256")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=100)

@@ -245,7 +245,7 @@ def context() -> str:
         )
     heading = ["keys and values", "ms, first", "ms, last", "us per 1,000 tokens", "of attention alone", "largest step"]
     note = (
-        "Time of a token while a text grows to 4,096 tokens, 8 layers of width 512 in float32, compiled. The slope is "
+        "Time of a token while a text grows to 4,096 tokens, 6 layers of width 256 in float32, compiled. The slope is "
         "that of a\nstraight line; beside it that of reading keys and values alone, measured apart. The largest step "
         "is the distance of a\npoint from that line, as a share of the mean.\n\n"
         "![Time over context](../benchmarks/results/context.png)"
