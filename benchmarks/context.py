@@ -142,7 +142,9 @@ def draw(lengths: np.ndarray, curves: dict[str, np.ndarray], path: Path) -> None
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name, curve in curves.items():
         axis.plot(lengths, curve * 1e3, label=name, linestyle="--" if name.startswith("mlx-lm") else "-")
-    axis.set(xlabel="tokens of context", ylabel="ms a token", ylim=(0, None), title="Time of a token, 6 layers of width 256")
+    axis.set(
+        xlabel="tokens of context", ylabel="ms a token", ylim=(0, None), title="Time of a token, 6 layers of width 256"
+    )
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=100)

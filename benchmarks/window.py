@@ -33,7 +33,7 @@ def main() -> None:
     network = random_network(CONFIG, mx.float32)
     curves = {}
     for name, config, tokens in (
-        ("a window", CacheConfig(window=arguments.window), arguments.tokens),
+        ("in a window", CacheConfig(window=arguments.window), arguments.tokens),
         ("in full", CacheConfig(), arguments.full_tokens),
     ):
         curves[name] = memory_over_text(network, config, tokens)
@@ -88,7 +88,7 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
     for name, points in curves.items():
         tokens = [point["tokens"] for point in points]
-        axis.plot(tokens, [point["arrays"] / 2**20 for point in points], ".-", label=f"keys and values in {name}")
+        axis.plot(tokens, [point["arrays"] / 2**20 for point in points], ".-", label=f"keys and values {name}")
     axis.set(xlabel="tokens of text", ylabel="MiB of arrays", ylim=(0, None), title="Memory while a text grows")
     axis.grid(alpha=0.3)
     axis.legend()

@@ -137,7 +137,7 @@ class Rows:
         tokens, logprobs = self._tokens, self._logprobs
         if more:
             self._tokens, self._logprobs, self._state = self._step(tokens[:, None], self._state, self._cache)
-            mx.async_eval(self._tokens, self._logprobs)
+            mx.async_eval(self._tokens, self._logprobs, *self._state)  # a state never asked for would grow for ever
         values: Any = tokens.tolist(), logprobs.tolist()
         found = zip(self._numbers, *values, strict=True)
         return {number: Step(token, logprob) for number, token, logprob in found if number is not None}

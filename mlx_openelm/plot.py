@@ -114,13 +114,16 @@ def plot_bench(report: Mapping[str, Any], path: Path) -> None:
     names = list(results[0]["figures"])
     with _figure(path, 1, 1) as (figure, axis):
         height = 0.8 / len(names)
+        bars: dict[str, Any] = {}
         for place, result in enumerate(results):
             for number, name in enumerate(names):
                 reached = result["figures"][name]["decode_tokens_per_second"]
                 y = place + (number - (len(names) - 1) / 2) * height
                 least, most = reached["median"] - reached["min"], reached["max"] - reached["median"]
                 color = _LAYERWISE if number == 0 else _UNIFORM
-                axis.barh(y, reached["median"], height * 0.9, xerr=[[least], [most]], color=color, capsize=2)
+                bars[name] = axis.barh(
+                    y, reached["median"], height * 0.9, xerr=[[least], [most]], color=color, capsize=2
+                )
                 share = result["figures"][name]["bandwidth_share"]
                 axis.annotate(
                     f"{reached['median']:,.1f} ({share:.0%})",
@@ -132,10 +135,8 @@ def plot_bench(report: Mapping[str, Any], path: Path) -> None:
                 )
             limit = result["limit_tokens_per_second"]
             axis.vlines(limit, place - 0.42, place + 0.42, colors="black", linestyles="dotted")
-        axis.barh([], [], color=_LAYERWISE, label=names[0])
-        if len(names) > 1:
-            axis.barh([], [], color=_UNIFORM, label=names[1])
-        axis.vlines([], 0, 0, colors="black", linestyles="dotted", label="limit of the memory's bandwidth")
+        (limit_line,) = axis.plot([], [], color="black", linestyle="dotted")
+        handles = [*(bars[name] for name in names), limit_line]
         axis.set_yticks(range(len(results)), [_bench_label(result, results) for result in results])
         axis.invert_yaxis()
         longest = max(
@@ -148,7 +149,10 @@ def plot_bench(report: Mapping[str, Any], path: Path) -> None:
         axis.set(xlabel="tokens per second of decoding", xlim=(0, 1.12 * longest))
         machine = report["machine"]
         figure.suptitle(f"{machine['chip']}, {machine['device']}, {report['bandwidth_gb_per_second']:,.1f} GB/s")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=8)
+        labels = [*names, "limit of the memory's bandwidth"]
+        axis.legend(
+            handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=8
+        )
 
 
 def _bench_label(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:

@@ -312,7 +312,7 @@ class _Writer:
             token, logprob, self.state = queued
             if left:
                 queued = self._one(token[None, None], self.state, self._cache)
-                mx.async_eval(*queued[:2])
+                mx.async_eval(queued)
             step = self._add(token.item(), logprob.item())
             seconds += time.perf_counter() - started
             yield step
@@ -329,6 +329,7 @@ class _Writer:
         accepted = [*(one == other for one, other in zip(own, guesses, strict=False)), False].index(False)
         self._cache.trim(len(guesses) - accepted)
         self.state = keys[accepted], recents[accepted]
+        mx.async_eval(self.state)  # else it would be asked for never, and grow
         drafter.checked(self.text, len(guesses), accepted)
         drafter.pace.took(len(guesses), time.perf_counter() - started)
         of_each: Any = logprobs.tolist()

@@ -1,3 +1,4 @@
+import io
 from dataclasses import replace
 
 import mlx.core as mx
@@ -141,3 +142,23 @@ class TestCompiled:
         second = [step.token for step in generate_tokens(model, PROMPT, max_tokens=8, compiled=True)]
         assert second == [step.token for step in generate_tokens(model, PROMPT, max_tokens=8, compiled=False)]
         assert second != first
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingConfig(), SamplingConfig(temperature=1.0, repetition_penalty=1.2, seed=1)]
+)
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_graph_grows_from_step_to_step(tiny_model, sampling, count, compiled):
+    """What is handed on without being asked for would drag all steps behind it, a few kilobytes a token."""
+    rows = engine.Rows(tiny_model, sampling, compiled=compiled)
+    for _ in range(count):
+        rows.add(mx.array(PROMPT), tiny_model.make_cache())
+    sizes = set()
+    for _ in range(20):
+        rows.step()
+        mx.synchronize()
+        dot = io.StringIO()
+        mx.export_to_dot(dot, *rows._state, rows._tokens, *rows._cache.arrays)
+        sizes.add(dot.getvalue().count("shape=rectangle"))
+    assert sizes == {0}

@@ -1,3 +1,4 @@
+import io
 from dataclasses import replace
 
 import mlx.core as mx
@@ -8,7 +9,8 @@ from mlx.utils import tree_map
 from conftest import random_model
 from mlx_openelm import CacheConfig, SamplingConfig, generate_tokens
 from mlx_openelm.errors import CacheError, PromptError
-from mlx_openelm.speculate import Drafter, DraftModel, Pace, PromptLookup, speculate_tokens
+from mlx_openelm.sampling import Sampler
+from mlx_openelm.speculate import Drafter, DraftModel, Pace, PromptLookup, _Writer, speculate_tokens
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4, 1]
 SAMPLINGS = {
@@ -193,3 +195,17 @@ def test_a_window_cannot_go_back(tiny_model):
 def test_another_vocabulary_is_refused(tiny_model, tiny_config):
     with pytest.raises(PromptError, match="vocabulary of 300"):
         steps(tiny_model, DraftModel(random_model(replace(tiny_config, vocab_size=300))))
+
+
+def test_no_graph_grows_from_pass_to_pass(tiny_model):
+    sampler = Sampler(SamplingConfig())
+    writer = _Writer(tiny_model, sampler, tiny_model.make_cache(), compiled=False)
+    writer.begin((), mx.array(PROMPT), lambda done, total: None)
+    drafter = PromptLookup()
+    for _ in range(5):
+        list(writer.checked(mx.array([1, 2], mx.uint32), drafter, 0.0))
+        list(writer.alone(3, drafter.pace))
+        mx.synchronize()
+        dot = io.StringIO()
+        mx.export_to_dot(dot, *writer.state)
+        assert "shape=rectangle" not in dot.getvalue()
