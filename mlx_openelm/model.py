@@ -201,7 +201,8 @@ class Attention(nn.Module):
         if last_only:
             queries = queries[:, :, -1:]
         read = swap_heads(shared.attend(self.layer, queries, keys, values))  # (B, L, H, D)
-        return self.out_proj(read.reshape(*x.shape[:-1], -1) if not last_only else read.reshape(B, 1, -1))
+        shape = (B,) if x.ndim == 2 else read.shape[:2]
+        return self.out_proj(read.reshape(*shape, -1))
 
     def _normed(self, heads: mx.array) -> mx.array:
         """Queries and keys (B, H + K, L, D), each by its own norm but together: on the CPU a norm is many steps."""

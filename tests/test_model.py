@@ -4,11 +4,13 @@ from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model
-from mlx_openelm import ContextLengthWarning, generate_tokens, load, read_config
+from mlx_openelm import ContextLengthWarning, generate_tokens, load, read_config, rope
+from mlx_openelm import model as model_module
 from mlx_openelm.convert import open_source
 from mlx_openelm.model import ATTENTION_BLOCK
 from mlx_openelm.weights import load_source
@@ -125,6 +127,31 @@ def test_attention_in_training_is_that_of_inference(tiny_config, segments):
     assert tokens.shape[1] > 2 * ATTENTION_BLOCK
     in_training = model.train().transformer(tokens, segments=segments)
     assert_close(in_training, model.eval().transformer(tokens, segments=segments), atol=2e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_ways_of_gpus_and_of_the_cpu_agree(tiny_model, monkeypatch, compiled):
+    """Heads are normed and rotated apart or together, by MLX's operations or by a table: whichever is faster there."""
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    options = {"max_tokens": 20, "compiled": compiled}
+    logits, steps = tiny_model(tokens), list(generate_tokens(tiny_model, tokens[0], **options))
+    for module in (model_module, rope):
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
+    assert_close(tiny_model(tokens), logits, 1e-5)
+    others = list(generate_tokens(tiny_model, tokens[0], **options))
+    assert [step.token for step in others] == [step.token for step in steps]
+    assert np.allclose([step.logprob for step in others], [step.logprob for step in steps], atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(10,), (4, 6), (9, 1)])
+def test_the_last_state_alone_is_that_of_a_whole_pass(tiny_model, sizes):
+    tokens = mx.arange(10)[None] * 7 % 400
+    cache, start = tiny_model.make_cache(), 0
+    for size in sizes:
+        last = tiny_model.transformer(tokens[:, start : start + size], cache, last_only=True)
+        start += size
+    assert last.shape == (1, 1, 128)
+    assert_close(last, tiny_model.transformer(tokens)[:, -1:], 1e-5)
 
 
 def test_positions_matter(tiny_model):
