@@ -153,3 +153,34 @@ def test_rows_are_chosen_as_each_alone(config):
             token, logprob, alone[row] = sampler.choose(logits[row], alone[row])
             assert token.item() == tokens[row].item()
             assert logprob.item() == pytest.approx(logprobs[row].item(), abs=1e-6)
+
+
+def test_choices_along_a_text_follow_the_probabilities_at_each_place():
+    """What speculative decoding checks guesses by: a guess is right as often as its token is probable."""
+    count = 4000
+    logits = mx.stack([LOGITS, LOGITS[::-1]])
+    sampler = Sampler(SamplingConfig(temperature=1.0, seed=5))
+    state, drawn = sampler.start(mx.array([0])), []
+    for _ in range(count):
+        tokens, _, (keys, recents) = sampler.choose_along(logits, state)
+        state = keys[1], recents[1]
+        drawn.append(tokens)
+    found = np.stack([np.bincount(of, minlength=4) / count for of in np.array(mx.stack(drawn)).T])
+    assert np.abs(found - np.exp(np.array(logits))).max() < 4 * math.sqrt(0.25 / count)
+    pairs = np.array(mx.stack(drawn))
+    both = ((pairs[:, 0] == 0) & (pairs[:, 1] == 3)).mean()  # independent of one another
+    assert abs(both - 0.5 * 0.5) < 4 * math.sqrt(0.25 / count)
+
+
+@pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(temperature=1.0, repetition_penalty=1.3, seed=2)])
+def test_choices_along_a_text_are_those_one_after_another(config):
+    logits = 3 * mx.random.normal((5, 100), key=mx.random.key(1))
+    sampler = Sampler(config)
+    state = sampler.start(mx.array([1, 2]))
+    tokens, logprobs, (keys, recents) = sampler.choose_along(logits, state)
+    for place in range(5):
+        token, logprob, state = sampler.choose(logits[place], state)
+        assert token.item() == tokens[place].item()
+        assert logprob.item() == pytest.approx(logprobs[place].item(), abs=1e-5)
+        assert mx.array_equal(state[0], keys[place]).item()
+        assert mx.array_equal(state[1], recents[place]).item()

@@ -18,7 +18,7 @@ from .options import Adapter, Json, Revision, examples
 from .terminal import INTERRUPTED, print_json, say
 
 if TYPE_CHECKING:
-    from ..bench import Report
+    from ..bench import Case, Report
     from ..bench.measure import Result
     from ..bench.models import Contestant
     from ..cache import CacheConfig
@@ -71,6 +71,7 @@ def bench(
     """Measure tokens per second, time to the first token, memory, and how near that is to what memory allows."""
     from ..bench import PAPER_CASE, PAPER_PROMPT, Case, Ours, Peer, Report, measure
     from ..bench.machine import describe, memory_bandwidth
+    from ..device import wired_memory
     from ..plot import check_picture, plot_bench
 
     if against is not None and against not in _PEERS:
@@ -80,33 +81,30 @@ def bench(
     if as_json + as_csv + as_markdown > 1:
         raise BenchError("give only one of --json, --csv and --markdown")
     lengths = (_numbers("--prompt-tokens", prompt_tokens), _numbers("--tokens", tokens, least=2))
-    kinds = [_kind(name) for name in _split(kv)]
-    batches = _numbers("--batch-size", batch_size)
     if paper:
         lengths = ([PAPER_CASE.prompt_tokens], [PAPER_CASE.max_tokens])
-    cases = [Case(*values) for values in product(*lengths, batches, kinds)]
-    for case in cases:
-        if case.cache.window is not None and case.batch_size > 1:
-            raise BenchError("a window serves one row at a time; leave out either --kv window or the batch sizes")
-        if against and case.batch_size > 1 and case.cache.bits:
-            raise BenchError("mlx-lm has no batches with quantized keys and values; leave out --against or --kv")
+    kinds = [_kind(name) for name in _split(kv)]
+    cases = [Case(*values) for values in product(*lengths, _numbers("--batch-size", batch_size), kinds)]
+    _check_cases(cases, against)
     networks = _networks(model or [], preset, dtype, _numbers("--quantize", quantize, least=0), adapter, revision)
     if plot is not None:
         check_picture(plot)
     bandwidth = memory_bandwidth()
     results: list[Result] = []
     interrupted = False
+    about: dict[str, Any] = {"bandwidth": bandwidth, "rounds": rounds}
     try:
-        with _progress() as moved:
+        with _progress() as moved, wired_memory():
             for name, network in networks:
                 if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
                     raise BenchError(f"{name} has too small a vocabulary for the paper's prompt")
                 contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
+                on_round = partial(_show_round, moved, name, rounds)
                 for case in cases:
-                    on_round = partial(_show_round, moved, name, rounds)
                     prompts = [list(PAPER_PROMPT)] * case.batch_size if paper else None
-                    about: dict[str, Any] = {"model": name, "bandwidth": bandwidth, "rounds": rounds}
-                    results.append(measure(network, contestants, case, prompts=prompts, on_round=on_round, **about))
+                    results.append(
+                        measure(network, contestants, case, model=name, prompts=prompts, on_round=on_round, **about)
+                    )
     except KeyboardInterrupt:
         if not results:
             raise
@@ -127,6 +125,14 @@ def bench(
         plot_bench(report.to_dict(), plot)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _check_cases(cases: Sequence[Case], against: str | None) -> None:
+    for case in cases:
+        if case.cache.window is not None and case.batch_size > 1:
+            raise BenchError("a window serves one row at a time; leave out either --kv window or the batch sizes")
+        if against and case.batch_size > 1 and case.cache.bits:
+            raise BenchError("mlx-lm has no batches with quantized keys and values; leave out --against or --kv")
 
 
 def _show_round(show: Callable[[str], None], name: str, rounds: int, who: str, number: int) -> None:
