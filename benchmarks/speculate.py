@@ -8,10 +8,11 @@
 
 Times are those of decoding alone, in turn, as ratios to decoding without guesses.
 
-python benchmarks/speculate.py [--prompts 500] [--rounds 5]
+python benchmarks/speculate.py [--only identical] [--prompts 500] [--rounds 5]
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from common import in_turn, report, summary
+from common import RESULTS, in_turn, machine, report, summary
 from mlx.utils import tree_flatten
 
 from mlx_openelm import OpenELM, OpenELMConfig, SamplingConfig, generate_tokens, load
@@ -62,18 +63,25 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=200, help="of the text on which times are taken")
+    parser.add_argument("--only", choices=("identical", "speed"), help="the other figures stay as they were")
     arguments = parser.parse_args()
     network, tokenizer = load()
     assert tokenizer is not None, "the built-in model has its tokenizer"
-    same = identical(network, arguments.prompts)
-    gains = imposed_agreement(arguments.tokens, arguments.rounds)
-    full = in_full(network)
-    prompts = [tokenizer.encode(text) for text in REPEATING]
-    lookup = repeating(full, prompts, arguments.tokens, arguments.rounds)
+    kept = RESULTS / "speculate.json"
+    found = json.loads(kept.read_text(encoding="utf-8")) if arguments.only else {}
+    if arguments.only != "speed":
+        found["identical"] = {**identical(network, arguments.prompts), "machine": machine()}
+    if arguments.only != "identical":
+        found["imposed"] = imposed_agreement(arguments.tokens, arguments.rounds)
+        prompts = [tokenizer.encode(text) for text in REPEATING]
+        found["repeating"] = repeating(in_full(network), prompts, arguments.tokens, arguments.rounds)
+        found["speed_machine"] = machine()
+    same = found["identical"]
     rows = [["", "speed against no guesses", "guesses right"]]
-    rows += [[name, f"{gain['ratio']:.2f}", f"{gain['acceptance']:.0%}"] for name, gain in {**gains, **lookup}.items()]
+    gains = {**found["imposed"], **found["repeating"]}
+    rows += [[name, f"{gain['ratio']:.2f}", f"{gain['acceptance']:.0%}"] for name, gain in gains.items()]
     print(f"{same['prompts']} prompts, {same['tokens']:,} tokens, of which differ: {same['different']}")
-    report("speculate", rows, {"identical": same, "imposed": gains, "repeating": lookup})
+    report("speculate", rows, {key: found[key] for key in ("identical", "imposed", "repeating", "speed_machine")})
 
 
 def identical(network: OpenELM, count: int) -> dict:

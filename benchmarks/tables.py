@@ -231,7 +231,8 @@ def speculate() -> str:
         "layers of width 768 with a draft model of 2 layers of width 256, whose guesses are made "
         "right\nas often as is said; and prompt lookup on texts that repeat themselves, openelm-tiny in float32."
     )
-    return f"## Guesses\n\n{note}\n\n{text}\n\n{where(run)}\n"
+    places = f"The first: {where(run['identical'])}\n\nSpeed: {where({'machine': run['speed_machine']})}"
+    return f"## Guesses\n\n{note}\n\n{text}\n\n{places}\n"
 
 
 def context() -> str:
