@@ -4,8 +4,9 @@
   with the model's own first layers as a draft model. Tokens that differ are counted.
 * A model of 8 layers with a draft model of 2 narrow ones. Which guesses are right is imposed, for that decides what is
   gained: the draft model does all its work, but its guesses are replaced by the right token or a wrong one.
-* Prompt lookup on a text that repeats itself, the greedy one of that model (random weights soon turn in circles), and
-  on stories of the built-in model in float32, which hardly repeat themselves.
+* Prompt lookup on the greedy text of that model, on one that goes round in circles (without its attention, where the
+  next token follows from the last one alone), and on stories of the built-in model in float32, which hardly repeat
+  themselves.
 
 Times are those of decoding alone, in turn, as ratios to decoding without guesses.
 
@@ -125,16 +126,25 @@ def lookup(tiny: OpenELM, tokenizer: Tokenizer, tokens: int, rounds: int) -> dic
     makers: dict[str, Callable[[], Drafter | None]] = {"none": lambda: None, "prompt lookup": PromptLookup}
     target = random_network(TARGET, mx.float32)
     prompt: Any = mx.random.randint(1, 8000, (32,), key=mx.random.key(2)).tolist()
-    text = [step.token for step in generate_tokens(target, prompt, max_tokens=tokens)]
-    pairs = list(pairwise(text))
-    seen = sum(pair in pairs[:place] for place, pair in enumerate(pairs)) / len(pairs)
-    print(f"of the text that repeats itself, {seen:.0%} of the pairs of tokens stood in it before")
+
+    def gain(beginning: list[int]) -> dict:
+        text = [step.token for step in generate_tokens(target, beginning, max_tokens=tokens)]
+        gains = _gains(target, [beginning], makers, tokens, rounds)["prompt lookup"]
+        return {**gains, "pairs_seen_before": _seen_before(beginning, text)}
+
+    found = {"prompt lookup, a text that repeats itself now and then": gain(prompt)}
+    for layer in target.transformer.layers:  # the next token follows from the last one alone: the text will come back
+        layer.attn.out_proj.weight = mx.zeros_like(layer.attn.out_proj.weight)
+    walk = [step.token for step in generate_tokens(target, prompt, max_tokens=2 * tokens)]
+    found["prompt lookup, a text in circles"] = gain([*prompt, *walk])
     stories = [tokenizer.encode(beginning) for beginning in STORIES]
-    repeating = _gains(target, [prompt], makers, tokens, rounds)["prompt lookup"]
-    return {
-        "prompt lookup, a text that repeats itself": {**repeating, "pairs_seen_before": seen},
-        "prompt lookup, stories": _gains(tiny, stories, makers, tokens, rounds)["prompt lookup"],
-    }
+    return {**found, "prompt lookup, stories": _gains(tiny, stories, makers, tokens, rounds)["prompt lookup"]}
+
+
+def _seen_before(beginning: list[int], text: list[int]) -> float:
+    """Share of a text's pairs of tokens that stood somewhere before."""
+    pairs = list(pairwise([*beginning, *text]))
+    return sum(pairs[place] in pairs[:place] for place in range(len(beginning), len(pairs))) / len(text)
 
 
 def _gains(

@@ -224,14 +224,15 @@ def speculate() -> str:
         for name, found in {**run["imposed"], **run["lookup"]}.items()
     ]
     text = table(["guesses", "speed against none", "right"], rows)
-    repeats = next(iter(run["lookup"].values()))["pairs_seen_before"]
+    repeats = [found["pairs_seen_before"] for found in run["lookup"].values() if "pairs_seen_before" in found]
     different = ", ".join(f"{count} with {name}" for name, count in same["different"].items())
     note = (
         f"{same['prompts']} prompts of openelm-tiny, {same['tokens']:,} greedy tokens: those that differ from decoding "
         f"without guesses are {different}\n({sum(same['drafted'].values()):,} guesses).\n\nSpeed: a model of 8 "
         "layers of width 768 with a draft model of 2 layers of width 256, whose guesses are made "
-        "right\nas often as is said; prompt lookup on the greedy text of that model, which repeats itself "
-        f"({repeats:.0%} of its\npairs of tokens stood in it before), and on stories of openelm-tiny in float32."
+        "right\nas often as is said; prompt lookup on the greedy text of that model, of\nwhich "
+        f"{repeats[0]:.0%} of the pairs of tokens stood before, on one that goes round in circles ({repeats[1]:.0%}: "
+        "the model\nwithout its attention), and on stories of openelm-tiny in float32."
     )
     places = f"The first: {where(run['identical'])}\n\nSpeed: {where({'machine': run['speed_machine']})}"
     return f"## Guesses\n\n{note}\n\n{text}\n\n{places}\n"
