@@ -191,6 +191,15 @@ def sizes() -> tuple[str, str]:
         f"reading weights, keys\nand values would allow with the {run['bandwidth_gb_per_second']:.1f} GB/s that "
         "memory gave in the same run.\n\n![Against the limit](../benchmarks/results/sizes.png)"
     )
+    longer = result("prefill")
+    (found,) = longer["results"]
+    ratios = found["ratios"]
+    rates = [f"{figures['prefill_tokens_per_second']['median']:.0f}" for figures in found["figures"].values()]
+    text += (
+        f"\n\nA prompt of {found['case']['prompt_tokens']} tokens through {found['model']} in {found['dtype']}: "
+        f"{rates[0]} and {rates[1]} tokens/s, **{ratios['prefill']:.2f}**; peak\nmemory **{ratios['peak_memory']:.2f}**; "
+        f"`{longer['machine']['command']}`."
+    )
     first = run["results"][0]
     values = [f"{f['decode_tokens_per_second']['median']:.1f} tokens/s" for f in first["figures"].values()]
     row = f"| decoding, {first['model']} in float32, CPU | {values[0]} | {values[1]} |"

@@ -27,7 +27,7 @@ def describe(command: str) -> dict[str, Any]:
     return {
         "chip": chip_name(),
         "device": device_name(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": _system(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "preloaded": Path(os.environ["LD_PRELOAD"]).name if os.environ.get("LD_PRELOAD") else None,
@@ -36,6 +36,13 @@ def describe(command: str) -> dict[str, Any]:
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _system() -> str:
+    """Its name, on a Mac with its version, and the kind of processor."""
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]} {platform.machine()}"
+    return f"{platform.system()} {platform.machine()}"
 
 
 def chip_name() -> str:
