@@ -197,8 +197,8 @@ def sizes() -> tuple[str, str]:
     rates = [f"{figures['prefill_tokens_per_second']['median']:.0f}" for figures in found["figures"].values()]
     text += (
         f"\n\nA prompt of {found['case']['prompt_tokens']} tokens through {found['model']} in {found['dtype']}: "
-        f"{rates[0]} and {rates[1]} tokens/s, **{ratios['prefill']:.2f}**; peak\nmemory **{ratios['peak_memory']:.2f}**; "
-        f"`{longer['machine']['command']}`."
+        f"{rates[0]} and {rates[1]} tokens/s, **{ratios['prefill']:.2f}**; peak\nmemory "
+        f"**{ratios['peak_memory']:.2f}**; `{longer['machine']['command']}`."
     )
     first = run["results"][0]
     values = [f"{f['decode_tokens_per_second']['median']:.1f} tokens/s" for f in first["figures"].values()]
