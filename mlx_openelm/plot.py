@@ -112,7 +112,7 @@ def plot_bench(report: Mapping[str, Any], path: Path) -> None:
     """
     results = report["results"]
     names = list(results[0]["figures"])
-    with _figure(path, 1, 1) as (figure, axis):
+    with _figure(path, 1, 1, 1.6 + 0.45 * len(names) * len(results) + 0.25 * len(results)) as (figure, axis):
         height = 0.8 / len(names)
         bars: dict[str, Any] = {}
         for place, result in enumerate(results):
@@ -161,8 +161,8 @@ def _bench_label(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
     parts = {
         "weights": f"{result['bits']} bits" if result["bits"] else result["dtype"],
         "prompt": f"{case['prompt_tokens']:,} + {case['max_tokens']:,} tokens",
-        "rows": f"{case['batch_size']} rows",
-        "cache": f"keys and values {CacheConfig(**case['cache']).in_words}",
+        "rows": f"{case['batch_size']} row" + "s" * (case["batch_size"] > 1),
+        "cache": _cache_label(CacheConfig(**case["cache"])),
     }
     others = [
         (r["bits"] or r["dtype"], (r["case"]["prompt_tokens"], r["case"]["max_tokens"]), r["case"]["batch_size"],
@@ -171,7 +171,11 @@ def _bench_label(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
     ]  # fmt: skip
     varies = [len(set(of)) > 1 for of in zip(*others, strict=True)]
     own = [text for text, does in zip(parts.values(), varies, strict=True) if does]
-    return "\n".join([result["model"], *own])
+    return "\n".join([result["model"], ", ".join(own)])
+
+
+def _cache_label(cache: CacheConfig) -> str:
+    return f"window {cache.window:,}" if cache.window else f"KV {cache.bits} bits" if cache.bits else "KV in full"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -204,10 +208,10 @@ def _columns(config: OpenELMConfig) -> tuple[list[float], ...]:
 
 
 @contextmanager
-def _figure(path: Path, rows: int, columns: int) -> Iterator[Any]:
-    """A figure and its axes, saved at the end; matplotlib's global state is left alone."""
+def _figure(path: Path, rows: int, columns: int, inches: float = _INCHES[1]) -> Iterator[Any]:
+    """A figure of this height and its axes, saved at the end; matplotlib's global state is left alone."""
     figures = optional_package("matplotlib.figure", "pictures need", "plot")
-    figure = figures.Figure(figsize=_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
+    figure = figures.Figure(figsize=(_INCHES[0], inches), dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots(rows, columns, sharex="col" if columns == 1 else False)
     for axis in axes.flat if rows * columns > 1 else [axes]:
         axis.grid(alpha=0.3)

@@ -225,9 +225,11 @@ def _print_table(report: Report) -> None:
     )
     what = ", ".join(f"{HEADINGS[column]} {value}" for column, value in shared.items())
     table = Table(title=f"{where}\n{what}", title_justify="left")
-    shown = [c for c in range(len(HEADINGS)) if c not in shared and any(row[c] for row in rows)]
+    compared = any(len(result.figures) > 1 for result in report.results)
+    hidden = {*shared, *([] if compared else [HEADINGS.index("")])}
+    shown = [c for c in range(len(HEADINGS)) if c not in hidden and any(row[c] for row in rows)]
     for column in shown:
-        table.add_column(HEADINGS[column], justify="left" if column in (0, 1, 5, 6) else "right")
+        table.add_column(HEADINGS[column], justify="left" if column in (0, 1, 5, 6) else "right", no_wrap=column == 8)
     for row in rows:
         table.add_row(*(row[column] for column in shown))
     Console().print(table)

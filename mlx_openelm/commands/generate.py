@@ -272,8 +272,9 @@ def _answer_file(
                 moved(len(generation.tokens))
     except KeyboardInterrupt:
         answers.close()
-        kept = f"; the same command goes on from {output}.part" if output is not None else ""
-        say(f"interrupted after {len(prompts) - len(answers.missing):,} of {len(prompts):,} answers{kept}")
+        done = len(prompts) - len(answers.missing)
+        kept = f"; the same command goes on from {output}.part" if output is not None and done else ""
+        say(f"interrupted after {done:,} of {len(prompts):,} answers{kept}")
         raise typer.Exit(INTERRUPTED) from None
     answers.finish()
 
