@@ -16,7 +16,7 @@ from .device import compute_streams, has_fast_matmul, on_cpu
 from .quantize import Quantization
 
 _SMALLEST_SHARE = 1 << 17  # weights of one core; for less, waking it up takes longer than the work
-_LARGEST_UNPACKED = 1 << 19  # weights of one core at a time; a whole matrix would take more memory than the model
+_LARGEST_UNPACKED = 3 << 17  # weights of one core at a time; a whole matrix would take more memory than the model
 _MANY_INPUTS = 16  # for which BLAS makes good for unpacking
 _MANY_INPUTS_FAST = 3  # with vector instructions
 
