@@ -1,14 +1,13 @@
 """What the benchmarks share: models to measure with, processes that are timed in turn, and how results are told."""
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from mlx_openelm import OpenELMConfig
 from mlx_openelm.bench.machine import describe
+from mlx_openelm.bench.measure import Spread
 from mlx_openelm.model import parameter_shapes
 from mlx_openelm.tensors import LazyTensor, write_safetensors
 
@@ -68,7 +68,7 @@ def in_turn(contestants: dict[str, Callable[[], float]], rounds: int, warm_up: i
 
 def summary(figures: Sequence[float]) -> dict[str, float]:
     """Median and spread."""
-    return {"median": statistics.median(figures), "min": min(figures), "max": max(figures), "rounds": len(figures)}
+    return {**asdict(Spread.of(figures)), "rounds": len(figures)}
 
 
 def report(name: str, rows: Sequence[Sequence[Any]], figures: dict[str, Any]) -> None:

@@ -78,13 +78,13 @@ def exponential(x: mx.array) -> mx.array:
 def _multiply(layer: nn.Module, x: mx.array) -> mx.array:
     rows = layer.weight.shape[0]
     columns = x.shape[-1]
-    team = min(len(compute_streams()), rows * columns // _SMALLEST_SHARE, rows)
+    team = max(1, min(len(compute_streams()), rows * columns // _SMALLEST_SHARE, rows))
     unpack = math.prod(x.shape[:-1]) >= (_MANY_INPUTS_FAST if has_fast_matmul() else _MANY_INPUTS)
-    rounds = -(-rows * columns // (max(team, 1) * _LARGEST_UNPACKED)) if unpack else 1
-    if team <= 1 and rounds == 1:
+    rounds = -(-rows * columns // (team * _LARGEST_UNPACKED)) if unpack else 1
+    if team == 1 and rounds == 1:
         return _multiply_rows(layer, x, slice(None), None, x if unpack else None)
-    share = -(-rows // (max(team, 1) * rounds))
-    streams = compute_streams()[: max(team, 1)]
+    share = -(-rows // (team * rounds))
+    streams = compute_streams()[:team]
     before = [x] * len(streams)  # a core unpacks its next rows when it is done with those before
     parts = []
     for number, start in enumerate(range(0, rows, share)):

@@ -6,13 +6,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu, physical_memory_bytes
+from .packages import installed_version
 from .version import __version__
 
 _PACKAGES = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "huggingface-hub", "typer")
@@ -44,7 +44,7 @@ def examine() -> Report:
     gflops = _matmul_gflops()
     blas = blas_in_use() if sys.platform.startswith("linux") and on_cpu() else None
     return Report(
-        versions={"openelm-mlx": __version__, **{name: _version(name) for name in _PACKAGES}},
+        versions={"openelm-mlx": __version__, **{name: installed_version(name) or "missing" for name in _PACKAGES}},
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         device=device_name(),
@@ -103,10 +103,3 @@ def _wired_limit() -> int | None:
         return int(told.stdout) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"

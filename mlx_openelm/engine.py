@@ -106,11 +106,8 @@ class Rows:
 
         The first row goes on in this very cache; further ones are copied to it.
         """
-        hidden = prefill(self._model, prompt, cache, on_prefill)
         state = self._sampler.start(whole_text(before, prompt), seed)
-        token, logprob, state = self._sampler.choose(self._model.logits(hidden)[0, -1], state)
-        mx.async_eval(token, logprob)
-        on_prefill(prompt.size, prompt.size)
+        token, logprob, state = first_choice(self._model, self._sampler, prompt, cache, state, on_prefill)
         own = token[None], logprob[None], state[0][None], state[1][None]
         free = self._numbers.index(None) if None in self._numbers else None
         if not len(self):
@@ -218,6 +215,17 @@ def prefill(
         if start + PREFILL_CHUNK < prompt.size:
             mx.eval(cache.arrays)
     return hidden
+
+
+def first_choice(
+    model: OpenELM, sampler: Sampler, prompt: mx.array, cache: KVCache, state: State, on_prefill: Progress
+) -> tuple[mx.array, mx.array, State]:
+    """Prefill a prompt (L,) and choose what follows it: token (), log-probability (), the state behind it."""
+    hidden = prefill(model, prompt, cache, on_prefill)
+    token, logprob, state = sampler.choose(model.logits(hidden)[0, -1], state)
+    mx.async_eval(token, logprob)
+    on_prefill(prompt.size, prompt.size)
+    return token, logprob, state
 
 
 def as_prompt(model: OpenELM, tokens: mx.array | Sequence[int]) -> mx.array:

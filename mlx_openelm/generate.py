@@ -179,7 +179,7 @@ class GeneratingRow:
         self._prompt_tokens = prompt_tokens
         self._reused = reused
         self._drafter = drafter
-        self._guesses = (drafter.drafted, drafter.accepted) if drafter is not None else (0, 0)
+        self._drafted_before, self._accepted_before = self._guesses()
         self._generated = 0
         self._start = self._first = time.perf_counter()
 
@@ -200,22 +200,24 @@ class GeneratingRow:
             finish_reason = "stop" if self._watch.found else finish_reason
         return Piece(text, step.token, step.logprob, finish_reason, stats)
 
+    def _guesses(self) -> tuple[int, int]:
+        """How many the drafter has made so far, for this text and others, and how many of them were right."""
+        return (self._drafter.drafted, self._drafter.accepted) if self._drafter is not None else (0, 0)
+
     def _tick(self) -> Stats:
         now = time.perf_counter()
         self._generated += 1
         if self._generated == 1:
             self._first = now
-        drafted, accepted = (
-            (self._drafter.drafted, self._drafter.accepted) if self._drafter is not None else self._guesses
-        )
+        drafted, accepted = self._guesses()
         return Stats(
             self._prompt_tokens,
             self._generated,
             self._first - self._start,
             now - self._first,
             peak_memory_bytes(),
-            drafted - self._guesses[0],
-            accepted - self._guesses[1],
+            drafted - self._drafted_before,
+            accepted - self._accepted_before,
             self._reused,
         )
 

@@ -85,7 +85,7 @@ class Pass:
     @classmethod
     def alone(cls, config: OpenELMConfig, rows: int, mask: mx.array | None = None, training: bool = False) -> "Pass":
         """A pass over whole rows, without anything before them; see `segment_mask`."""
-        read = blockwise_attention if training else whole_attention
+        read = blockwise_attention if training else attention
         attend = lambda layer, queries, keys, values: read(queries, keys, values, mask)  # noqa: E731
         return cls(rows, Rope(config.rope_freq_constant, 0), attend)
 
@@ -240,13 +240,8 @@ def swap_heads(x: mx.array) -> mx.array:
     return x.transpose(0, 2, 1, 3)
 
 
-def whole_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
-    """What the queries (B, H, L, D) read from the values (B, K, L, D): by the mask, or causally."""
-    return attention(queries, keys, values, mask if mask is not None else "causal" if queries.shape[2] > 1 else None)
-
-
 def blockwise_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
-    """`whole_attention` of as many queries as keys, in blocks of queries with no more keys than these may see.
+    """`attention` of as many queries as keys, in blocks of queries with no more keys than these may see.
 
     Gradients need the scores, which no fused kernel keeps: nearly half of them are never made this way.
     """
@@ -254,9 +249,7 @@ def blockwise_attention(queries: mx.array, keys: mx.array, values: mx.array, mas
     for start in range(0, queries.shape[2], ATTENTION_BLOCK):
         end = start + ATTENTION_BLOCK
         seen = mask[..., start:end, :end] if mask is not None else None
-        blocks.append(
-            mx.checkpoint(whole_attention)(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], seen)
-        )
+        blocks.append(mx.checkpoint(attention)(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], seen))
     return mx.concatenate(blocks, axis=2)
 
 

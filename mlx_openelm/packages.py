@@ -1,6 +1,7 @@
 """Packages that only some features need: imported when they are, with a word on how to get them."""
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .errors import MissingPackageError
@@ -19,3 +20,11 @@ def optional_package(name: str, what: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingPackageError(f"{what} another package: pip install 'openelm-mlx[{extra}]'") from error
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a package by its name on the index; `None` if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from .cache import CacheConfig, KVCache
 from .device import pays_to_compile
-from .engine import MAX_TOKENS, DecodeStep, Progress, Step, as_prompt, check_memory, prefill, whole_text
+from .engine import MAX_TOKENS, DecodeStep, Progress, Step, as_prompt, check_memory, first_choice, prefill, whole_text
 from .errors import CacheError, PromptError
 from .model import OpenELM
 from .sampling import Sampler, SamplingConfig, State
@@ -294,14 +294,12 @@ class _Writer:
 
     def begin(self, before: Sequence[int], prompt: mx.array, on_prefill: Progress) -> Step:
         """The first token behind a prompt."""
-        hidden = prefill(self._model, prompt, self._cache, on_prefill)
         text = whole_text(before, prompt)
-        token, logprob, self.state = self.sampler.choose(self._model.logits(hidden)[0, -1], self.sampler.start(text))
+        state = self.sampler.start(text)
+        token, logprob, self.state = first_choice(self._model, self.sampler, prompt, self._cache, state, on_prefill)
         ids: Any = text.tolist()
         self.text = ids
-        step = self._add(token.item(), logprob.item())
-        on_prefill(prompt.size, prompt.size)
-        return step
+        return self._add(token.item(), logprob.item())
 
     def alone(self, count: int, pace: Pace) -> Iterator[Step]:
         """So many tokens without guesses, with the device one token ahead."""

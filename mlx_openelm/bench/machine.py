@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..device import compute_streams, device_name, on_cpu
+from ..packages import installed_version
 from ..version import __version__
 
 _COPIED_BYTES = 1 << 28
@@ -31,7 +31,11 @@ def describe(command: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "preloaded": Path(os.environ["LD_PRELOAD"]).name if os.environ.get("LD_PRELOAD") else None,
-        "versions": {"mlx": _version("mlx"), "mlx-lm": _version("mlx-lm"), "openelm-mlx": __version__},
+        "versions": {
+            "mlx": installed_version("mlx"),
+            "mlx-lm": installed_version("mlx-lm"),
+            "openelm-mlx": __version__,
+        },
         "commit": _commit(),
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
@@ -145,11 +149,4 @@ def _number(text: str | None) -> float | None:
     try:
         return float((text or "").splitlines()[0])
     except (ValueError, IndexError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
         return None

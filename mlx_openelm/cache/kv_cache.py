@@ -178,7 +178,7 @@ class KVCache:
         for layer, (buffers, more) in enumerate(zip(self._buffers, other._buffers, strict=True)):
             self._buffers[layer] = ()
             if further or buffers[0].shape[2] < length:
-                buffers = tuple(_moved(array, 0, self.offset, further, length) for array in buffers)
+                buffers = tuple(_moved(array, self.offset, further, length) for array in buffers)
             more = tuple(array[..., : other.offset, :] for array in more)
             self._buffers[layer] = _with_row(buffers, more, row, start)
         self.offset += further
@@ -223,17 +223,17 @@ def _rounded(num_tokens: int) -> int:
     return -(-num_tokens // GROWTH_STEP) * GROWTH_STEP
 
 
-def _moved(array: mx.array, start: int, end: int, further: int, length: int) -> mx.array:
-    """Some places of a buffer, so much further on in one of another length."""
+def _moved(array: mx.array, used: int, further: int, length: int) -> mx.array:
+    """The first `used` places of a buffer, so much further on in one of another length."""
     room = mx.zeros((*array.shape[:2], length, array.shape[3]), array.dtype)
-    return mx.slice_update(room, array[..., start:end, :], mx.array(start + further), axes=(2,))
+    return mx.slice_update(room, array[..., :used, :], mx.array(further), axes=(2,))
 
 
 def _with_row(buffers: Buffers, more: Buffers, row: int | None, start: int) -> Buffers:
     if row is not None:
         place = mx.array([row, start])
         return tuple(mx.slice_update(old, new, place, axes=(0, 2)) for old, new in zip(buffers, more, strict=True))
-    rows = (_moved(new, 0, new.shape[2], start, old.shape[2]) for old, new in zip(buffers, more, strict=True))
+    rows = (_moved(new, new.shape[2], start, old.shape[2]) for old, new in zip(buffers, more, strict=True))
     return tuple(mx.concatenate([old, new]) for old, new in zip(buffers, rows, strict=True))
 
 

@@ -32,7 +32,7 @@ class Plain:
     def read(self, buffers: Buffers, queries: mx.array, end: int) -> mx.array:
         """What the newest tokens' queries (B, H, L, D) read causally from `end` tokens."""
         keys, values = (array[..., :end, :] for array in buffers)
-        return attention(queries, keys, values, "causal" if queries.shape[2] > 1 else None)
+        return attention(queries, keys, values)
 
     def read_all(self, buffers: Buffers, queries: mx.array, mask: mx.array) -> mx.array:
         """What queries read from those places of whole buffers that the mask, bool and broadcast, leaves."""
@@ -200,9 +200,10 @@ class Window(Plain):
         return shifted.reshape(B, K, self.sinks, D)
 
 
-def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None) -> mx.array:
-    """What queries (B, H, L, D) read from values (B, K, S, D), by MLX's fused operation; "causal" aligns at the end."""
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=mask)
+def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None = None) -> mx.array:
+    """What queries (B, H, L, D) read from values (B, K, S, D): by the mask, or causally, aligned at the end."""
+    seen = mask if mask is not None else "causal" if queries.shape[2] > 1 else None
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=seen)
 
 
 def _zeros(like: mx.array, length: int) -> mx.array:

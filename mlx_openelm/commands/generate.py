@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..cache import CacheConfig
+from ..cache.prompt_cache import PromptCache, fingerprint
 from ..engine import MAX_TOKENS
 from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
 from ..generate import Generation, Stats, stream_generate
@@ -49,8 +50,6 @@ from .terminal import INTERRUPTED, mib, print_json, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from ..cache.prompt_cache import PromptCache
 
 EXAMPLES = examples(
     'openelm-mlx generate --prompt "Once upon a time there was"',
@@ -178,8 +177,6 @@ def load_for_text(
 @contextmanager
 def open_prompt_cache(network: OpenELM, path: Path | None, config: CacheConfig) -> Iterator[PromptCache]:
     """Keys and values of earlier runs, if there are any; afterwards they are written again."""
-    from ..cache.prompt_cache import PromptCache
-
     if path is None:
         yield PromptCache(network, config)
         return
@@ -248,7 +245,6 @@ def _answer_file(
     options: dict[str, Any],
     about: dict[str, Any],
 ) -> None:
-    from ..cache.prompt_cache import fingerprint
     from ..prompts import AnswerFile, Answers, read_prompts
 
     prompts = read_prompts(path, tokenizer, chat=about["chat"], system=about["system"])
