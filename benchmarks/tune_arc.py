@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common import RESULTS, report
 
+from mlx_openelm.files.output import output_file
 from mlx_openelm.plot import plot_run
 from mlx_openelm.tune import prepare_tuning, tune
 from mlx_openelm.tune_recipe import TuneRecipe
@@ -49,7 +50,8 @@ def main() -> None:
             print(figures.step, figures.loss, figures.validation_loss, flush=True)
         seconds = time.perf_counter() - started
         shutil.copy(run / "metrics.jsonl", RESULTS / "tune_arc.jsonl")
-        plot_run(run, RESULTS / "tune_arc.png")
+        with output_file(RESULTS / "tune_arc.png", overwrite=True) as picture:
+            plot_run(run, picture)
     held_out = [(m.step, m.validation_loss) for m in metrics if m.validation_loss is not None]
     choice = choice_nats(arguments.data / "test.json", tuning)
     rows = [

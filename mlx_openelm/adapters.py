@@ -19,7 +19,7 @@ from .lora import EMBEDDING_TARGET, LINEAR_TARGETS, MAGNITUDE, AdapterConfig, ad
 from .lora import METHODS as ADAPTER_METHODS
 from .model import OpenELM
 from .quantize import matrix_shape
-from .tensors import read_safetensors
+from .tensors import read_safetensors, save_arrays
 from .version import __version__
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapters.safetensors"
@@ -99,7 +99,7 @@ def write_adapter(folder: Path, adapter: SavedAdapter) -> None:
         values["rank_stabilised"] = adapter.rank_stabilised
     values["base"] = adapter.base
     values["openelm_mlx_version"] = __version__
-    mx.save_safetensors(str(folder / TENSOR_FILE), adapter.tensors, {"format": "mlx"})
+    save_arrays(folder / TENSOR_FILE, adapter.tensors, {"format": "mlx"})
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,17 +1,21 @@
-"""Checkpoints of a run: written to the side and renamed, so that one that exists is whole."""
+"""Checkpoints of a run: one that exists is whole."""
 
 import json
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
-from .errors import OutputError, TrainingError
+from .errors import OpenELMError, TrainingError
+from .files.lock import lock_folder
+from .files.output import output_folder, remove_folder
 from .optimizer import Moments, Tensors
+from .tensors import save_arrays
 
 PARAMETER_FILES = ("model.safetensors", "adapters.safetensors")
 WriteParameters = Callable[[Path, Tensors], None]
@@ -42,10 +46,53 @@ def check_fresh(run: Path) -> None:
     """Make sure that a run may begin in this folder.
 
     Raises:
-        TrainingError: if another one has left checkpoints there.
+        TrainingError: if another one has left checkpoints or an adapter there.
     """
     if checkpoint_folders(run):
         raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
+    if any((run / name).exists() for name in PARAMETER_FILES):
+        raise TrainingError(f"{run} holds a model or an adapter without its checkpoints; name another --output")
+
+
+@contextmanager
+def run_lock(run: Path, group: mx.distributed.Group) -> Iterator[None]:
+    """Keep other processes out of the folder of a run; of several processes of the run, the first holds the lock.
+
+    Raises:
+        OutputLockedError: if another run is being written there.
+    """
+    with ExitStack() as held:
+
+        def enter() -> None:
+            if group.rank() == 0:
+                held.enter_context(lock_folder(run, "checkpoints", "corpus"))
+
+        together(group, enter)
+        yield
+
+
+_T = TypeVar("_T")
+
+
+def together(group: mx.distributed.Group, action: Callable[[], _T]) -> _T:
+    """Do what can fail in one process; if it does, the others end too, instead of waiting for it.
+
+    Raises:
+        OpenELMError: the process's own, or a `TrainingError` in the others.
+    """
+    failure: OpenELMError | None = None
+    try:
+        result = action()
+    except OpenELMError as error:
+        failure = error
+    if group.size() > 1:
+        failed = mx.distributed.all_sum(mx.array(float(failure is not None)))
+        if failure is None and float(np.array(failed)):
+            raise TrainingError("another process of the run could not go on; it says why")
+        mx.eval(failed)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, write: WriteParameters, keep: int) -> Path:
@@ -57,24 +104,16 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, write: WriteParameters, k
         OutputError: if it cannot be written; those before stay.
     """
     folder = checkpoint_folder(run, checkpoint.state["step"])
-    staging = folder.with_name(f".{folder.name}.partial")
     moments = {f"first.{name}": m for name, m in checkpoint.moments.first.items()}
     moments |= {f"second.{name}": m for name, m in checkpoint.moments.second.items()}
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    with output_folder(folder, overwrite=True) as output, output.replaced() as staging:
         write(staging, checkpoint.parameters)
-        mx.save_safetensors(str(staging / "optimizer.safetensors"), {**moments, "steps": checkpoint.moments.steps})
-        (staging / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where the disk is full
-        shutil.rmtree(staging, ignore_errors=True)
-        raise OutputError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        save_arrays(staging / "optimizer.safetensors", {**moments, "steps": checkpoint.moments.steps}, {})
+        (staging / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
     best = checkpoint.state.get("best_step")
     for old in checkpoint_folders(run)[:-keep]:
         if best is None or old != checkpoint_folder(run, best):
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
     return folder
 
 

@@ -6,9 +6,9 @@ then a function of the seed and the step alone: a run that is resumed, or split 
 
 import hashlib
 import json
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from .batch import Rows, counted_targets
 from .documents import Source, read_documents
 from .errors import DataError
+from .files.output import output_folder
 from .tokenizer import Tokenizer
 
 PACKINGS = ("stream", "documents", "rows")
@@ -90,23 +91,22 @@ def prepare_corpus(
     folder = cache / fingerprint[:16]
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     if not folder.exists():
-        staging = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
         total = sum(path.stat().st_size for paths in files for path in paths)
         done = 0
-        for number, (source, paths) in enumerate(zip(sources, files, strict=True)):
-            writers = {split: _Writer(staging / f"{number}-{split}", dtype) for split in _SPLITS}
-            for path in paths:
-                for text in read_documents(path, source.text_key):
-                    ids = _ids(text, tokenizer, filters)
-                    if ids is not None:
-                        writers[_split(text, filters)].add(ids)
-                done += path.stat().st_size
-                on_progress(done, total)
-            for writer in writers.values():
-                writer.close()
-        staging.rename(folder)
+        with output_folder(folder) as output, output.replaced() as staging:
+            for number, (source, paths) in enumerate(zip(sources, files, strict=True)):
+                with ExitStack() as open_files:
+                    writers = {
+                        split: open_files.enter_context(_Writer(staging / f"{number}-{split}", dtype))
+                        for split in _SPLITS
+                    }
+                    for path in paths:
+                        for text in read_documents(path, source.text_key):
+                            ids = _ids(text, tokenizer, filters)
+                            if ids is not None:
+                                writers[_split(text, filters)].add(ids)
+                        done += path.stat().st_size
+                        on_progress(done, total)
     opened = {
         split: tuple(TokenFile(folder / f"{number}-{split}", dtype) for number in range(len(sources)))
         for split in _SPLITS
@@ -122,13 +122,16 @@ class _Writer:
         self._stem = stem
         self._dtype = dtype
         self._offsets = [0]
-        self._file = open(stem.with_suffix(".tokens"), "wb")  # noqa: SIM115, closed by `close`
+        self._file = open(stem.with_suffix(".tokens"), "wb")  # noqa: SIM115, closed by `__exit__`
+
+    def __enter__(self) -> "_Writer":
+        return self
 
     def add(self, ids: list[int]) -> None:
         self._file.write(np.array(ids, self._dtype).tobytes())
         self._offsets.append(self._offsets[-1] + len(ids))
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         np.save(self._stem.with_suffix(".offsets.npy"), np.array(self._offsets, np.int64))
 

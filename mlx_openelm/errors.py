@@ -78,6 +78,14 @@ class OutputExistsError(OutputError):
         super().__init__(f"{path} exists already; --force replaces it, --output names another place")
 
 
+class OutputLockedError(OutputError):
+    """Another process is writing to the same place."""
+
+    def __init__(self, path: Path, process: int | None):
+        who = f"process {process}" if process else "another process"
+        super().__init__(f"{who} is writing {path}; wait until it has finished, or choose another output")
+
+
 class DiskSpaceError(OutputError):
     """The disk cannot hold the result."""
 

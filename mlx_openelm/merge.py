@@ -15,11 +15,12 @@ import numpy as np
 
 from .adapters import SavedAdapter, check_adapter
 from .convert.adapters import open_adapter
-from .convert.output import check_target, write_model
+from .convert.output import write_model
 from .convert.source import Source, Tensor
 from .convert.sources import open_source
 from .engine import generate_tokens
-from .errors import AdapterError, OutputError
+from .errors import AdapterError
+from .files.output import OutputFolder, output_folder
 from .lora import EMBEDDING, MAGNITUDE
 from .model import OpenELM, parameter_shapes
 from .quantize import PackedTensor, Quantization, pack
@@ -71,34 +72,24 @@ def merge_folder(
     Raises:
         OpenELMError: of the kind that fits; nothing is written then.
     """
-    check_target(folder, force)
-    source, text = open_model(model, tokenizer=tokenizer, config=config, revision=revision)
-    if source.folder is not None and source.folder.resolve() == folder.resolve():
-        raise OutputError(f"{folder} is the model itself; name another --output")
-    found = open_adapter(adapter, vocab_size=source.config.vocab_size)
+    with output_folder(folder, overwrite=force) as output:
+        source, text = open_model(model, tokenizer=tokenizer, config=config, revision=revision)
+        found = open_adapter(adapter, vocab_size=source.config.vocab_size)
+        output.protect(source.folder, model, adapter, tokenizer, config)
 
-    def add_files(staging: Path) -> None:
-        (staging / "README.md").write_text(_card(source, adapter, found, quantization), encoding="utf-8")
-        if text is not None:
-            write_tokenizer(text, staging)
+        def add_files(staging: Path) -> None:
+            (staging / "README.md").write_text(_card(source, adapter, found, quantization), encoding="utf-8")
+            if text is not None:
+                write_tokenizer(text, staging)
 
-    done = 0
+        done = 0
 
-    def on_written(name: str, nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        on_progress(done, source.nbytes)
+        def on_written(name: str, nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            on_progress(done, source.nbytes)
 
-    result = merge(
-        source,
-        found,
-        folder,
-        quantization=quantization,
-        dtype=dtype_named(dtype),
-        add_files=add_files,
-        force=force,
-        on_written=on_written,
-    )
+        result = _merge(output, source, found, quantization, dtype_named(dtype), add_files, on_written)
     if quantization is None:
         return result
     base, merged = load_source(source), load_source(open_source([folder]))
@@ -162,7 +153,20 @@ def merge(
         AdapterError: if the adapter was made for another model.
         OutputError: if the folder exists or cannot be written.
     """
-    check_target(folder, force)
+    with output_folder(folder, overwrite=force) as output:
+        output.protect(source.folder)
+        return _merge(output, source, adapter, quantization, dtype, add_files, on_written)
+
+
+def _merge(
+    output: OutputFolder,
+    source: Source,
+    adapter: SavedAdapter,
+    quantization: Quantization | None,
+    dtype: mx.Dtype | None,
+    add_files: Callable[[Path], object],
+    on_written: Callable[[str, int], None],
+) -> Merge:
     merged = merged_source(source, adapter, dtype)
     tensors: dict[str, Tensor] = {name: merged.tensors[name] for name in parameter_shapes(merged.config)}
     if quantization is not None:
@@ -170,9 +174,9 @@ def merge(
             name: pack(tensor, quantization) if quantization.fits(tensor.shape) else tensor  # type: ignore[arg-type]
             for name, tensor in tensors.items()
         }
-    write_model(folder, merged.config, tensors, add_files=add_files, force=force, on_written=on_written)
+    write_model(output, merged.config, tensors, add_files=add_files, on_written=on_written)
     return Merge(
-        folder,
+        output.name,
         len(adapter.ranks) or len(adapter.tensors),
         merged.config != source.config,
         quantization is None and any(isinstance(tensor, PackedTensor) for tensor in source.tensors.values()),

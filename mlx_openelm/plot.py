@@ -10,6 +10,7 @@ from .cache import CacheConfig
 from .config import OpenELMConfig
 from .design import Design
 from .errors import OutputError, TrainingError
+from .files.output import OutputFile
 from .packages import optional_package
 
 _INCHES = (8.0, 6.4)
@@ -17,11 +18,11 @@ _DOTS_PER_INCH = 100
 _LAYERWISE, _UNIFORM, _PALE = "#1f77b4", "#d95f02", "#b8cfe4"
 
 
-def plot_run(run: Path, path: Path) -> None:
+def plot_run(run: Path, picture: OutputFile) -> None:
     """Loss, learning rate, gradient norm and speed over the steps of a run, from its `metrics.jsonl`.
 
     Args:
-        path: picture to write; its ending says the kind.
+        picture: file to write; its ending says the kind.
     Raises:
         TrainingError: if the run has no metrics, or they are damaged.
         OutputError: if the picture cannot be written.
@@ -30,7 +31,7 @@ def plot_run(run: Path, path: Path) -> None:
     held_out = [(line["step"], line["validation_loss"]) for line in lines if line["validation_loss"] is not None]
     lines = [line for line in lines if line["loss"] is not None] or lines
     steps = [line["step"] for line in lines]
-    with _figure(path, 2, 2) as (figure, axes):
+    with _figure(picture, 2, 2) as (figure, axes):
         pairs = "accuracy" in lines[-1]
         counted = f"{lines[-1]['tokens']:,} {'pairs' if pairs else 'tokens'} learnt"
         figure.suptitle(f"Training run {run.resolve().name}: {counted}")
@@ -59,14 +60,14 @@ def plot_run(run: Path, path: Path) -> None:
             axis.set_xlabel("step")
 
 
-def plot_design(design: Design, path: Path) -> None:
+def plot_design(design: Design, picture: OutputFile) -> None:
     """Heads, FFN widths and parameters of each layer, layer-wise and uniform.
 
     Raises:
         OutputError: if the picture cannot be written.
     """
     layers = range(design.layerwise.num_transformer_layers)
-    with _figure(path, 3, 1) as (figure, axes):
+    with _figure(picture, 3, 1) as (figure, axes):
         figure.suptitle(
             f"{design.layerwise.num_parameters / 1e6:,.1f} million parameters in {len(layers)} layers "
             f"of width {design.layerwise.model_dim:,}"
@@ -101,18 +102,18 @@ def check_picture(path: Path) -> None:
         raise OutputError(f"{path} is no kind of picture that can be drawn; there are {', '.join(sorted(kinds))}")
 
 
-def plot_bench(report: Mapping[str, Any], path: Path) -> None:
+def plot_bench(report: Mapping[str, Any], picture: OutputFile) -> None:
     """Tokens per second of decoding as bars, each with a mark where reading from memory alone would end.
 
     Args:
         report: of `bench` (see `bench.Report.to_dict`).
-        path: picture to write; its ending says the kind.
+        picture: file to write; its ending says the kind.
     Raises:
         OutputError: if the picture cannot be written.
     """
     results = report["results"]
     names = list(results[0]["figures"])
-    with _figure(path, 1, 1, 1.6 + 0.45 * len(names) * len(results) + 0.25 * len(results)) as (figure, axis):
+    with _figure(picture, 1, 1, 1.6 + 0.45 * len(names) * len(results) + 0.25 * len(results)) as (figure, axis):
         height = 0.8 / len(names)
         bars: dict[str, Any] = {}
         for place, result in enumerate(results):
@@ -208,7 +209,7 @@ def _columns(config: OpenELMConfig) -> tuple[list[float], ...]:
 
 
 @contextmanager
-def _figure(path: Path, rows: int, columns: int, inches: float = _INCHES[1]) -> Iterator[Any]:
+def _figure(picture: OutputFile, rows: int, columns: int, inches: float = _INCHES[1]) -> Iterator[Any]:
     """A figure of this height and its axes, saved at the end; matplotlib's global state is left alone."""
     figures = optional_package("matplotlib.figure", "pictures need", "plot")
     figure = figures.Figure(figsize=(_INCHES[0], inches), dpi=_DOTS_PER_INCH, layout="constrained")
@@ -217,12 +218,11 @@ def _figure(path: Path, rows: int, columns: int, inches: float = _INCHES[1]) -> 
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
     yield figure, axes
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no kind of picture
-        reason = getattr(error, "strerror", None) or str(error).split(" (")[0]
-        raise OutputError(f"{path} cannot be written: {reason}") from error
+    with picture.replaced() as file:
+        try:
+            figure.savefig(file, format=picture.name.suffix.lstrip(".").lower() or "png")
+        except ValueError as error:  # an ending that is no kind of picture
+            raise OutputError(f"{picture.name} cannot be written: {str(error).split(' (')[0]}") from error
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:

@@ -21,6 +21,7 @@ from .loss import Likelihood
 from .model import OpenELM, parameter_shapes
 from .optimizer import Tensors
 from .recipe import Recipe
+from .tensors import save_arrays
 from .tokenizer import Tokenizer
 from .tokenizer_files import write_tokenizer
 from .train import Metrics, train
@@ -187,7 +188,7 @@ def pretrain(
     trainer = fresh_trainer(recipe, corpus, group)
 
     def write(folder: Path, parameters: Tensors) -> None:
-        mx.save_safetensors(str(folder / "model.safetensors"), parameters, {"format": "mlx"})
+        save_arrays(folder / "model.safetensors", parameters, {"format": "mlx"})
         (folder / "config.json").write_text(json.dumps(recipe.model.to_dict(), indent=2) + "\n")
         write_tokenizer(tokenizer, folder)
 

@@ -1,8 +1,9 @@
-"""Prompts from a file, and a file of answers that can go on after an interruption."""
+"""Prompts from a file, and a file of answers that can be continued after an interruption."""
 
 import json
-import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TextIO
 
 from .documents import BrokenLines
 from .errors import DataError, OutputError, TokenizerError
+from .files.output import OutputFile, output_file
 from .generate import Generation
 from .records import RECORD_ENDINGS, read_records
 from .tokenizer import Tokenizer
@@ -113,75 +115,93 @@ class Answers:
 
 
 class AnswerFile(Answers):
-    """Answers in a file, once all are there; until then a file beside it holds those that are.
+    """Answers in a file, once all are there; until then a file beside it, locked like the first, holds those that are.
+
+    Each line of the file beside it carries a checksum over the run and the answer. What has none is not an answer of
+    this run, whoever wrote it, and is computed again.
 
     Args:
         path: a `.jsonl` file.
-        settings: whatever the answers depend on; a run goes on only with the same.
+        settings: whatever the answers depend on; a run is continued only with the same.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
+        OutputExistsError: if the file exists and may not be replaced.
+        OutputLockedError: if another process writes it.
         OutputError: if the file beside it belongs to other prompts or settings, or cannot be written.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], path: Path, settings: Mapping[str, Any]):
+    def __init__(self, prompts: Sequence[Prompt], path: Path, settings: Mapping[str, Any], *, overwrite: bool = False):
         super().__init__(prompts, self._append)
-        self._path = path
-        self._part = path.with_name(f"{path.name}.part")
         given = [[dict(prompt.record), prompt.tokens] for prompt in prompts]
         about = json.dumps({**settings, "prompts": given}, sort_keys=True, default=str)
-        heading = json.dumps({"run": sha256(about.encode()).hexdigest()})
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            resumed = self._part.exists() and self._resume(heading)
-            self._file: TextIO = open(self._part, "a" if resumed else "w", encoding="utf-8")  # noqa: SIM115, until `finish`
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-        if not resumed:
-            self._append(heading)
+        self._run = sha256(about.encode()).hexdigest()
+        with ExitStack() as claims:
+            self._output = claims.enter_context(output_file(path, overwrite=overwrite))
+            self._part = claims.enter_context(output_file(f"{self._output.path}.part", overwrite=True))
+            self._lines = self._answers_of(self._part)
+            kept = [self._line(number, answer) for number, answer in self._lines.items()]
+            self._part.write("".join(f"{line}\n" for line in (self._heading, *kept)))
+            self._file: TextIO = claims.enter_context(open(self._part.path, "a", encoding="utf-8"))
+            self._claims = claims.pop_all()
 
     def finish(self) -> None:
         """Put all answers, in order, in their place."""
         super().finish()
-        self._file.close()
-        whole = self._path.with_name(f"{self._path.name}.whole")
-        try:
-            with open(whole, "w", encoding="utf-8") as file:
-                file.writelines(f"{self._lines[number]}\n" for number in range(len(self._prompts)))
-                file.flush()
-                os.fsync(file.fileno())
-            whole.replace(self._path)
-        except OSError as error:
-            raise OutputError(f"{self._path} cannot be written: {error.strerror}") from error
-        self._part.unlink()
+        with self._claims:
+            self._output.write("".join(f"{self._lines[number]}\n" for number in range(len(self._prompts))))
+            self._part.remove()
 
     def close(self) -> None:
-        """Let go of the file; what is there can be gone on from."""
-        self._file.close()
+        """Let go of the file; a later run continues from what is there."""
+        self._claims.close()
+
+    @property
+    def _heading(self) -> str:
+        return json.dumps({"run": self._run})
+
+    def _line(self, number: int, answer: str) -> str:
+        checksum = sha256(f"{self._run} {number} {answer}".encode()).hexdigest()
+        return f"{number}\t{checksum}\t{answer}"
 
     def _keep(self, number: int) -> None:
-        self._append(f"{number}\t{self._lines[number]}")
+        self._append(self._line(number, self._lines[number]))
 
     def _append(self, line: str) -> None:
         try:
             print(line, file=self._file, flush=True)
         except OSError as error:
-            raise OutputError(f"{self._part} cannot be written: {error.strerror}") from error
+            raise OutputError(f"{self._part.name} cannot be written: {error.strerror}") from error
 
-    def _resume(self, heading: str) -> bool:
-        """Take over what an earlier run wrote, without a last line that was cut."""
-        content = self._part.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole.count(b"\n") < 2:  # no answer yet
-            return False
+    def _answers_of(self, part: OutputFile) -> dict[int, str]:
+        """What an earlier run wrote.
+
+        Raises:
+            OutputError: if the file has answers and is not one of this run.
+        """
         try:
-            first, *lines = whole.decode("utf-8").split("\n")[:-1]
-            answers = {int(number): answer for number, _, answer in (line.partition("\t") for line in lines)}
-        except ValueError as error:  # UnicodeDecodeError is one too
-            raise OutputError(f"{self._part} is damaged; delete it, or name another output") from error
-        if first != heading:
+            heading, *lines = part.path.read_bytes().decode(errors="replace").split("\n")
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise OutputError(f"{part.name} cannot be read: {error.strerror}") from error
+        answers = dict(filter(None, map(self._answer_of, lines)))
+        if answers or heading == self._heading or (not lines and self._heading.startswith(heading)):
+            return answers
+        if not _OTHER_RUN.fullmatch(heading):
+            raise OutputError(f"{part.name} is not a file of answers; move it away, or choose another output")
+        if len(lines) > 1:
             raise OutputError(
-                f"{self._part} belongs to a run with other prompts or options; delete it, or name another output"
+                f"{part.name} belongs to a run with other prompts or options; delete it, or choose another output"
             )
-        os.truncate(self._part, len(whole))
-        self._lines = answers
-        return True
+        return {}
+
+    def _answer_of(self, line: str) -> tuple[int, str] | None:
+        number, _, rest = line.partition("\t")
+        answer = rest.partition("\t")[2]
+        if not number.isdecimal() or int(number) >= len(self._prompts) or line != self._line(int(number), answer):
+            return None
+        return int(number), answer
+
+
+_OTHER_RUN = re.compile(r'\{"run": "[0-9a-f]{64}"\}')

@@ -218,6 +218,17 @@ def write_safetensors(
         ) from error
 
 
+def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Write arrays that are in memory to a safetensors file.
+
+    Raises:
+        OSError: if the file cannot be written. (Given a name, MLX raises RuntimeError and follows links.)
+    """
+    mx.eval(*arrays.values())
+    with open(path, "wb") as file:
+        mx.save_safetensors(file, dict(arrays), dict(metadata))
+
+
 def _in_blocks(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, mx.array]]:
     """All tensors, some rows at a time, with the next blocks under way."""
     streams = compute_streams()

@@ -5,19 +5,25 @@ It validates, saves, tells of itself, and goes on where a run that was killed st
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
-from .checkpoints import Checkpoint, WriteParameters, check_fresh, checkpoint_folders, load_checkpoint, save_checkpoint
+from .checkpoints import (
+    Checkpoint,
+    WriteParameters,
+    check_fresh,
+    checkpoint_folders,
+    load_checkpoint,
+    run_lock,
+    save_checkpoint,
+    together,
+)
 from .device import peak_memory_bytes
-from .errors import OpenELMError, OutputError, TrainingError
+from .errors import OutputError, TrainingError
+from .files.output import move_away, write_file
 from .generate import generate
 from .optimizer import learning_rate
 from .tokenizer import Tokenizer
@@ -74,14 +80,27 @@ def train(
     Raises:
         TrainingError: if the run cannot start or go on; the last good checkpoint stays.
     """
+    with run_lock(run, trainer.group):
+        yield from _train(trainer, tokenizer, run, write, resume, on_step, on_message)
+
+
+def _train(
+    trainer: Trainer,
+    tokenizer: Tokenizer | None,
+    run: Path,
+    write: WriteParameters,
+    resume: bool,
+    on_step: Callable[[Metrics], None],
+    on_message: Callable[[str], None],
+) -> Generator[Metrics, None, None]:
     recipe = trainer.recipe
     writes = trainer.group.rank() == 0
     progress = _Progress()
     if resume:
-        progress = _together(trainer.group, lambda: _resume(trainer, run, on_message))
+        progress = together(trainer.group, lambda: _resume(trainer, run, on_message))
     else:
-        _together(trainer.group, lambda: check_fresh(run))
-    _together(trainer.group, lambda: _cut_metrics(run, trainer.step) if writes else None)
+        together(trainer.group, lambda: check_fresh(run))
+    together(trainer.group, lambda: _cut_metrics(run, trainer.step, recipe.checkpoint_every) if writes else None)
 
     saved = trainer.step
     started, started_at = time.perf_counter(), progress.tokens
@@ -95,9 +114,9 @@ def train(
         }
         save_checkpoint(run, Checkpoint(trainer.parameters, trainer.moments, state), write, recipe.keep_checkpoints)
 
-    def save_together() -> None:
+    def savetogether() -> None:
         nonlocal saved
-        _together(trainer.group, save if writes else lambda: None)
+        together(trainer.group, save if writes else lambda: None)
         saved = trainer.step
 
     loss, *more = trainer.objective.names
@@ -122,19 +141,19 @@ def train(
             metrics = validated(metrics)
         is_told = metrics.step % recipe.log_every == 0 or metrics.validation_loss is not None or is_last
         if is_told:
-            _together(trainer.group, lambda: _append_metrics(run, metrics) if writes else None)
+            together(trainer.group, lambda: _append_metrics(run, metrics) if writes else None)
         progress.pending = None
         on_step(metrics)
         if is_told:
             yield metrics
         if metrics.step % recipe.checkpoint_every == 0 or is_last or progress.best_step == metrics.step:
-            save_together()
+            savetogether()
 
     try:
         if recipe.validate_first and trainer.step == 0:
             metrics = validated(Metrics(0, None, 0.0, learning_rate(recipe, 0), 0, 0.0, peak_memory_bytes(), {}))
             if metrics.validation_loss is not None:
-                _together(trainer.group, lambda: _append_metrics(run, metrics) if writes else None)
+                together(trainer.group, lambda: _append_metrics(run, metrics) if writes else None)
                 yield metrics
         if progress.pending is not None:
             yield from finish(Metrics(**progress.pending))
@@ -177,30 +196,6 @@ class _Progress:
             self.worse += 1
 
 
-_T = TypeVar("_T")
-
-
-def _together(group: mx.distributed.Group, action: Callable[[], _T]) -> _T:
-    """Do what can fail in one process; if it does, the others end too, instead of waiting for it.
-
-    Raises:
-        OpenELMError: the process's own, or a `TrainingError` in the others.
-    """
-    failure: OpenELMError | None = None
-    try:
-        result = action()
-    except OpenELMError as error:
-        failure = error
-    if group.size() > 1:
-        failed = mx.distributed.all_sum(mx.array(float(failure is not None)))
-        if failure is None and float(np.array(failed)):
-            raise TrainingError("another process of the run could not go on; it says why")
-        mx.eval(failed)
-    if failure is not None:
-        raise failure
-    return result
-
-
 def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _Progress:
     damaged: list[Path] = []
     for folder in reversed(checkpoint_folders(run)):
@@ -222,7 +217,7 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
         trainer.step = state["step"]
         if trainer.group.rank() == 0:
             for later in damaged:  # else they would count as the last ones
-                shutil.rmtree(later, ignore_errors=True)
+                on_message(f"what is left of it is now {move_away(later, f'damaged-{later.name}')}")
         return _Progress(**{e.name: state[e.name] for e in fields(_Progress) if e.name in state})
     raise TrainingError(f"{run} holds no checkpoint that can be read; start without --resume")
 
@@ -247,14 +242,23 @@ def _append_metrics(run: Path, metrics: Metrics) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _cut_metrics(run: Path, step: int) -> None:
-    """Make the folder, and drop the lines of steps that will be taken again, or that were not written to the end."""
+def _cut_metrics(run: Path, step: int, checkpoint_every: int) -> None:
+    """Drop the lines of steps that will be taken again, or that were not written to the end.
+
+    Raises:
+        TrainingError: if a run begins where an earlier one, which had got to a checkpoint, left its metrics.
+    """
     path = run / "metrics.jsonl"
+    if not path.exists():
+        return
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        if lines or path.exists():
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        content = path.read_text(encoding="utf-8")
+        lines = [line for line in content.splitlines() if line.endswith("}")]
+        steps = [int(json.loads(line)["step"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} holds no metrics of a run: {error}; name another --output") from error
+    if step == 0 and max(steps, default=0) > checkpoint_every:
+        raise TrainingError(f"{path} holds the metrics of a run whose checkpoints are gone; name another --output")
+    kept = "".join(f"{line}\n" for line, of in zip(lines, steps, strict=True) if step and of <= step)
+    if kept != content:
+        write_file(path, kept, overwrite=True)

@@ -18,11 +18,12 @@ from mlx.utils import tree_flatten
 
 from .adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
 from .batch import Rows
-from .checkpoints import check_fresh, checkpoint_folder, checkpoint_folders
+from .checkpoints import check_fresh, checkpoint_folder, checkpoint_folders, run_lock
 from .device import DTYPES
 from .errors import AdapterError, ConfigError, DataError, OutputError, TokenizerError, TrainingError
 from .example_rows import ExampleBatches, all_rows
 from .examples import ExampleOptions, ExampleSet, read_splits
+from .files.output import output_file
 from .lora import MAGNITUDE, adapter_parameters, add_adapter, last_layers
 from .loss import Batch, Likelihood, Objective
 from .model import OpenELM
@@ -162,20 +163,22 @@ def tune(
     Raises:
         TrainingError: if the run cannot start or go on; the last good adapter stays.
     """
+    group = group or mx.distributed.init()
     trainer = make_trainer(tuning, group)
 
     def write(folder: Path, parameters: Tensors) -> None:
         save_adapter(folder, parameters, tuning.recipe.method, tuning.recipe.adapter, tuning.base)
 
-    try:
-        yield from train(
-            trainer, tuning.tokenizer, output, write, resume=resume, on_step=on_step, on_message=on_message
-        )
-    except BaseException:
-        with suppress(OutputError):  # what ended the run is told
-            _publish(trainer, output)
-        raise
-    _publish(trainer, output)
+    with run_lock(output, group):
+        try:
+            yield from train(
+                trainer, tuning.tokenizer, output, write, resume=resume, on_step=on_step, on_message=on_message
+            )
+        except BaseException:
+            with suppress(OutputError):  # what ended the run is told
+                _publish(trainer, output)
+            raise
+        _publish(trainer, output)
 
 
 def check_output(run: Path, resume: bool) -> None:
@@ -248,12 +251,13 @@ def _publish(trainer: Trainer, run: Path) -> None:
     folder = best_checkpoint(run) if trainer.group.rank() == 0 else None
     if folder is None:
         return
-    try:
-        for name in (TENSOR_FILE, CONFIG_FILE):
-            shutil.copyfile(folder / name, run / f".{name}")
-            (run / f".{name}").replace(run / name)
-    except OSError as error:
-        raise OutputError(f"{run} cannot be written: {error.strerror}; the adapter is in {folder}") from error
+    for name in (TENSOR_FILE, CONFIG_FILE):
+        with (
+            open(folder / name, "rb") as best,
+            output_file(run / name, overwrite=True) as output,
+            output.replaced() as file,
+        ):
+            shutil.copyfileobj(best, file)
 
 
 def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .documents import Source, read_documents
 from .errors import DataError, TokenizerError
+from .files.output import output_file
 from .tokenizer import Tokenizer
 
 _LONGEST_SENTENCE = 4000  # bytes; SentencePiece passes over longer ones
@@ -22,14 +23,14 @@ def train_tokenizer(
     Raises:
         DataError: if there is no text.
         TokenizerError: if so many pieces cannot be had from it.
+        OutputError: if there is a file at `path`, or it cannot be written.
     """
     import sentencepiece
 
     lines = list(_sample(sources, sample_bytes, seed))
     if not lines:
         raise DataError("there is no text to make a vocabulary from")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    with output_file(path) as output, output.replaced() as file:
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(lines),
@@ -46,7 +47,7 @@ def train_tokenizer(
                 num_threads=1,  # several would make the result depend on chance
                 minloglevel=2,
             )
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
             raise TokenizerError(f"a vocabulary of {size:,} pieces cannot be made: {str(error)[:200]}") from error
     return Tokenizer(path)
 

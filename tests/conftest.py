@@ -15,6 +15,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_openelm import OpenELM, OpenELMConfig, Tokenizer
+from mlx_openelm.files.output import output_file
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CASES = ["tied_gqa2", "untied_mha_noglu"]
@@ -132,6 +133,12 @@ def run(*arguments, stdin=None, **environment):
         timeout=120,
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def draw(function, what, path):
+    """A picture in a file."""
+    with output_file(path) as picture:
+        function(what, picture)
 
 
 def killed_at(words, step):

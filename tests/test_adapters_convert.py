@@ -16,6 +16,7 @@ from mlx_openelm.convert import conversion, convert_adapter, open_adapter
 from mlx_openelm.convert.corenet_adapter import AlphaWarning
 from mlx_openelm.convert.torch_file import read_torch_file
 from mlx_openelm.errors import AdapterError, ConfigError, OutputError, OutputExistsError
+from mlx_openelm.files.manifest import MANIFEST
 from mlx_openelm.lora import LINEAR_TARGETS, adapter_paths
 from mlx_openelm.quantize import matrix_shape
 from torch_writer import Tensor, save
@@ -618,16 +619,16 @@ class TestFolder:
         with pytest.raises(OutputExistsError, match="--force"):
             convert_adapter(ours, tmp_path / "out")
         convert_adapter(ours, tmp_path / "out", force=True)
-        assert sorted(os.listdir(tmp_path / "out")) == ["adapter_config.json", "adapters.safetensors"]
+        assert sorted(os.listdir(tmp_path / "out")) == [MANIFEST, "adapter_config.json", "adapters.safetensors"]
         assert sorted(os.listdir(tmp_path)) == ["ours", "out"]
 
     def test_with_more_than_an_adapter_is_never_replaced(self, tmp_path, ours):
         """A run of `tune` is an adapter with its checkpoints beside it."""
         convert_adapter(ours, tmp_path / "out")
         (tmp_path / "out" / "checkpoints").mkdir()
-        with pytest.raises(OutputError, match="more than an adapter"):
+        with pytest.raises(OutputError, match="checkpoints"):
             convert_adapter(ours, tmp_path / "out", force=True)
-        with pytest.raises(OutputError, match="more than an adapter"):
+        with pytest.raises(OutputError, match="is not a folder"):
             convert_adapter(ours, ours / "adapters.safetensors", force=True)
 
     def test_an_error_half_way_leaves_nothing(self, tmp_path, ours, monkeypatch):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from conftest import refused, run
+from conftest import draw, refused, run
 from mlx_openelm import PRESETS, config_from_dict, read_config
 from mlx_openelm.design import design, fit, parse_count, parse_multipliers, uniform_counterpart
 from mlx_openelm.errors import ConfigError, MissingPackageError, OutputError
@@ -105,7 +105,7 @@ class TestCommand:
             (["--params", "1B", "--qkv", "x"], "--qkv"),
             (["--params", "1B", "--gqa", "0"], "--gqa is 0"),
             (["--params", "1M"], "the nearest has"),
-            (["--params", "270M", "--save", "/nowhere/config.json"], "cannot be written"),
+            (["--params", "270M", "--save", f"{__file__}/config.json"], "cannot be written"),
             (["--params", "270M", "--plot", "picture.frob"], "picture.frob cannot be written"),
         ],
     )
@@ -117,12 +117,12 @@ def test_pictures_are_drawn(tmp_path):
     from mlx_openelm.plot import plot_design
 
     found = design(PRESETS["270M"])
-    plot_design(found, tmp_path / "new" / "a.png")
+    draw(plot_design, found, tmp_path / "new" / "a.png")
     assert (tmp_path / "new" / "a.png").read_bytes()[16:24] == (800).to_bytes(4, "big") + (640).to_bytes(4, "big")
-    plot_design(found, tmp_path / "a.svg")
+    draw(plot_design, found, tmp_path / "a.svg")
     assert "uniform" in (tmp_path / "a.svg").read_text()
     with pytest.raises(OutputError, match="cannot be written"):
-        plot_design(found, tmp_path / "a.svg" / "b.png")
+        draw(plot_design, found, tmp_path / "a.svg" / "b.png")
 
 
 def test_pictures_say_what_they_need(tmp_path, monkeypatch):
@@ -132,4 +132,4 @@ def test_pictures_say_what_they_need(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingPackageError, match=r"openelm-mlx\[plot\]"):
-        plot_design(design(PRESETS["270M"]), tmp_path / "a.png")
+        draw(plot_design, design(PRESETS["270M"]), tmp_path / "a.png")

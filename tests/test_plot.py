@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from conftest import refused, run
+from conftest import draw, refused, run
 from mlx_openelm.errors import OutputError, TrainingError
 from mlx_openelm.plot import plot_run, read_metrics
 
@@ -26,14 +26,14 @@ def write_run(folder, steps=30):
 
 
 def test_a_run_is_drawn_with_its_units(tmp_path):
-    plot_run(write_run(tmp_path / "stories"), tmp_path / "run.svg")
+    draw(plot_run, write_run(tmp_path / "stories"), tmp_path / "run.svg")
     drawn = (tmp_path / "run.svg").read_text()  # text is drawn as shapes, with the words in comments
     for words in ("Training run stories", "nats per token", "tokens per second", "held-out", "learning rate", "step"):
         assert f"<!-- {words}" in drawn, words
 
 
 def test_a_run_without_validation_is_drawn(tmp_path):
-    plot_run(write_run(tmp_path / "stories", steps=2), tmp_path / "run.png")
+    draw(plot_run, write_run(tmp_path / "stories", steps=2), tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -52,12 +52,15 @@ def test_damage_is_named(tmp_path):
 
 def test_what_cannot_be_written_is_said(tmp_path):
     with pytest.raises(OutputError, match=r"run\.frob cannot be written"):
-        plot_run(write_run(tmp_path / "stories"), tmp_path / "run.frob")
+        draw(plot_run, write_run(tmp_path / "stories"), tmp_path / "run.frob")
 
 
 def test_the_command_says_what_it_wrote(tmp_path):
     folder = write_run(tmp_path / "stories")
     status, out, err = run("plot", folder)
     assert (status, out, err) == (0, f"{folder / 'metrics.png'}\n", "")
-    assert (folder / "metrics.png").exists()
+    drawn = (folder / "metrics.png").read_bytes()
+    assert "exists already" in refused("plot", folder)
+    assert (folder / "metrics.png").read_bytes() == drawn
+    assert run("plot", folder, "--force")[0] == 0
     assert "no training run" in refused("plot", tmp_path / "missing")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mlx_openelm.errors import DataError, OutputError
+from mlx_openelm.errors import DataError, OutputError, OutputExistsError
 from mlx_openelm.generate import Generation, Stats
 from mlx_openelm.prompts import AnswerFile, Answers, Prompt, read_prompts
 
@@ -138,11 +138,58 @@ class TestAnswerFile:
         AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1}).close()
         AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 2}).close()
 
-    @pytest.mark.parametrize("content", [b'{"run": 1}\n\xff\t{}\n', b'{"run": 1}\nhello\n'])
-    def test_a_damaged_one(self, tmp_path, content):
+    @pytest.mark.parametrize("content", [b'{"run": 1}\n\xff\t{}\n', b'{"run": 1}\nhello\n', b"precious", b"\n"])
+    def test_a_file_that_is_something_else_stays(self, tmp_path, content):
         (tmp_path / "a.jsonl.part").write_bytes(content)
-        with pytest.raises(OutputError, match="damaged"):
+        with pytest.raises(OutputError, match="is not a file of answers"):
             AnswerFile(PROMPTS, tmp_path / "a.jsonl", {})
+        assert (tmp_path / "a.jsonl.part").read_bytes() == content
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "0\tnot json",
+            '1\t{"prompt": "another"}',
+            "1\t\t",
+            "7\t0\t{}",
+            "x",
+            '0\t{sum}\t{"prompt": "x", "text": "made up"}',
+        ],
+    )
+    def test_what_has_no_checksum_of_its_own_is_computed_again(self, tmp_path, line):
+        answers = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1})
+        answers.add(2, answer("c"))
+        answers.close()
+        part = tmp_path / "a.jsonl.part"
+        heading, genuine = part.read_text().splitlines()
+        part.write_text(
+            f"{heading}\n{line.replace('{sum}', genuine.split()[1])}\n{genuine}\n{genuine.replace('c', 'd')}\n"
+        )
+        answers = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1})
+        assert answers.missing == [0, 1]
+        for number in answers.missing:
+            answers.add(number, answer("a"))
+        answers.finish()
+        lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+        assert [found["text"] for found in lines] == ["a", "a", "c"]
+
+    def test_what_a_link_in_its_place_leads_to_stays(self, tmp_path):
+        (tmp_path / "victim").write_text("precious")
+        (tmp_path / "a.jsonl.part").symlink_to("victim")
+        with pytest.raises(OutputError, match="is not a file of answers"):
+            AnswerFile(PROMPTS, tmp_path / "a.jsonl", {})
+        assert (tmp_path / "victim").read_text() == "precious"
+
+    def test_the_answers_are_written_where_a_link_leads(self, tmp_path):
+        (tmp_path / "old").write_text("old")
+        (tmp_path / "link").symlink_to("old")
+        with pytest.raises(OutputExistsError):
+            AnswerFile(PROMPTS[:1], tmp_path / "link", {})
+        answers = AnswerFile(PROMPTS[:1], tmp_path / "link", {}, overwrite=True)
+        answers.add(0, answer("a"))
+        answers.finish()
+        assert json.loads((tmp_path / "old").read_text())["text"] == "a"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "old"]
 
     def test_half_a_character_is_kept(self, tmp_path):
         record = json.loads('{"prompt": "x", "note": "\\ud800"}')

@@ -4,10 +4,8 @@ import csv
 import io
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
 from .measure import Figures, Result
 
 HEADINGS = (
@@ -72,17 +70,9 @@ class Report:
         lines = [HEADINGS, ["---"] * len(HEADINGS), *self.rows()]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
-    def save(self, path: Path) -> None:
-        """Write all of it as JSON.
-
-        Raises:
-            OutputError: if it cannot be written.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    def to_json(self) -> str:
+        """Everything, as a text of JSON."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
 _FIELDS = (

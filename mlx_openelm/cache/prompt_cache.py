@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..errors import CacheError, OutputError
+from ..errors import CacheError
+from ..files.output import OutputFile, output_file
 from .config import CacheConfig
 from .kv_cache import KVCache
 
@@ -70,12 +70,17 @@ class PromptCache:
         else:
             self.kv.trim(surplus)
 
-    def save(self, path: Path) -> None:
-        """Write text, keys and values to a file.
+    def save(self, path: str | Path) -> None:
+        """Write text, keys and values to a file, in place of the one that may be there.
 
         Raises:
             OutputError: if it cannot be written.
         """
+        with output_file(path, overwrite=True) as output:
+            self.write(output)
+
+    def write(self, output: OutputFile) -> None:
+        """Write text, keys and values to a file that is locked since it was read."""
         about = {
             "format": _FORMAT,
             "model": self._fingerprint or fingerprint(self._model),
@@ -83,15 +88,10 @@ class PromptCache:
             "tokens": json.dumps(self.tokens),
             "quantized": json.dumps(self.kv.is_quantized),
         }
-        part = path.with_name(f"{path.name}.part.safetensors")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            mx.save_safetensors(str(part), self.kv.to_arrays(), about)
-            part.replace(path)
-        except (OSError, RuntimeError) as error:
-            with suppress(OSError):
-                part.unlink()
-            raise OutputError(f"{path} cannot be written: {error}") from error
+        arrays: Any = self.kv.to_arrays()
+        mx.eval(arrays)
+        with output.replaced() as file:
+            mx.save_safetensors(file, arrays, about)
 
     @classmethod
     def load(cls, model: OpenELM, path: Path, config: CacheConfig | None = None) -> PromptCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import BenchError
-from .options import Adapter, Json, Revision, examples
+from ..files.output import output_file
+from .options import Adapter, Force, Json, Revision, examples
 from .terminal import INTERRUPTED, print_json, say
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw tokens per second against the limit.", metavar="PICTURE")
     ] = None,
+    force: Force = False,
     adapter: Adapter = None,
     revision: Revision = None,
 ) -> None:
@@ -87,42 +89,47 @@ def bench(
     cases = [Case(*values) for values in product(*lengths, _numbers("--batch-size", batch_size), kinds)]
     _check_cases(cases, against)
     networks = _networks(model or [], preset, dtype, _numbers("--quantize", quantize, least=0), adapter, revision)
-    if plot is not None:
-        check_picture(plot)
-    bandwidth = memory_bandwidth()
-    results: list[Result] = []
-    interrupted = False
-    about: dict[str, Any] = {"bandwidth": bandwidth, "rounds": rounds}
-    try:
-        with _progress() as moved, wired_memory():
-            for name, network in networks:
-                if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
-                    raise BenchError(f"{name} has too small a vocabulary for the paper's prompt")
-                contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
-                on_round = partial(_show_round, moved, name, rounds)
-                for case in cases:
-                    prompts = [list(PAPER_PROMPT)] * case.batch_size if paper else None
-                    results.append(
-                        measure(network, contestants, case, model=name, prompts=prompts, on_round=on_round, **about)
-                    )
-    except KeyboardInterrupt:
-        if not results:
-            raise
-        interrupted = True
-        say(f"interrupted; these are the {len(results)} results so far")
-    report = Report(tuple(results), bandwidth, describe(shlex.join(["openelm-mlx", *sys.argv[1:]])))
-    if as_json:
-        print_json(report.to_dict())
-    elif as_csv:
-        typer.echo(report.to_csv(), nl=False)
-    elif as_markdown:
-        typer.echo(report.to_markdown(), nl=False)
-    else:
-        _print_table(report)
-    if output is not None:
-        report.save(output)
-    if plot is not None:
-        plot_bench(report.to_dict(), plot)
+    with ExitStack() as claims:
+        figures, picture = (
+            None if path is None else claims.enter_context(output_file(path, overwrite=force))
+            for path in (output, plot)
+        )
+        if plot is not None:
+            check_picture(plot)
+        bandwidth = memory_bandwidth()
+        results: list[Result] = []
+        interrupted = False
+        about: dict[str, Any] = {"bandwidth": bandwidth, "rounds": rounds}
+        try:
+            with _progress() as moved, wired_memory():
+                for name, network in networks:
+                    if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
+                        raise BenchError(f"{name} has too small a vocabulary for the paper's prompt")
+                    contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
+                    on_round = partial(_show_round, moved, name, rounds)
+                    for case in cases:
+                        prompts = [list(PAPER_PROMPT)] * case.batch_size if paper else None
+                        results.append(
+                            measure(network, contestants, case, model=name, prompts=prompts, on_round=on_round, **about)
+                        )
+        except KeyboardInterrupt:
+            if not results:
+                raise
+            interrupted = True
+            say(f"interrupted; these are the {len(results)} results so far")
+        report = Report(tuple(results), bandwidth, describe(shlex.join(["openelm-mlx", *sys.argv[1:]])))
+        if as_json:
+            print_json(report.to_dict())
+        elif as_csv:
+            typer.echo(report.to_csv(), nl=False)
+        elif as_markdown:
+            typer.echo(report.to_markdown(), nl=False)
+        else:
+            _print_table(report)
+        if figures is not None:
+            figures.write(report.to_json())
+        if picture is not None:
+            plot_bench(report.to_dict(), picture)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 

@@ -1,5 +1,6 @@
 """`openelm-mlx chat`."""
 
+import signal
 import sys
 from contextlib import suppress
 from typing import Any
@@ -8,7 +9,8 @@ import typer
 
 from ..cache import CacheConfig
 from ..chat import Chat
-from ..errors import PromptError
+from ..errors import OpenELMError
+from ..files.lock import lock
 from ..hub import BUILT_IN_MODEL
 from ..sampling import SamplingConfig
 from .generate import load_for_text, open_prompt_cache, print_stats
@@ -42,6 +44,7 @@ MAX_TOKENS = 1024
 
 
 def chat(
+    context: typer.Context,
     model: Model = BUILT_IN_MODEL,
     system: System = None,
     max_tokens: MaxTokens = MAX_TOKENS,
@@ -65,6 +68,10 @@ def chat(
 ) -> None:
     """Talk with an Instruct model. /reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer."""
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
+    if prompt_cache is not None:
+        context.with_resource(lock(prompt_cache))  # before the model is loaded
+        for number in (signal.SIGTERM, signal.SIGHUP):  # whatever ends a chat, its keys and values are kept
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     network, tokens = load_for_text(model, dtype, tokenizer, revision, adapter)
     with open_prompt_cache(network, prompt_cache, CacheConfig(kv_bits, kv_start, kv_window, kv_sinks)) as cache:
         options: dict[str, Any] = {"sampling": sampling, "max_tokens": max_tokens, "stop": stop or (), "cache": cache}
@@ -72,19 +79,20 @@ def chat(
 
 
 def _talk(conversation: Chat) -> None:
-    with suppress(ImportError):
-        import readline  # noqa: F401, gives input() its line editing
     interactive = sys.stdin.isatty()
     if interactive:
+        with suppress(ImportError):
+            import readline  # noqa: F401, gives input() its line editing
         say("Type a message; /reset forgets the conversation, /quit ends it.")
     while True:
         try:
-            line = input(typer.style("> ", bold=True) if interactive else "").strip()
+            line = _read_line(interactive).strip()
         except (EOFError, KeyboardInterrupt):
             typer.echo()
             return
-        except UnicodeDecodeError:
-            raise PromptError("the input is not valid UTF-8") from None
+        except UnicodeError:
+            say("error: this line is not valid UTF-8 and is passed over")
+            continue
         if line in ("/quit", "/exit"):
             return
         if line == "/reset":
@@ -99,5 +107,25 @@ def _talk(conversation: Chat) -> None:
                 stats = piece.stats
         except KeyboardInterrupt:
             pass
+        except OpenELMError as error:
+            say(f"error: {error}")
+            continue
         typer.echo()
         print_stats(stats)
+
+
+def _read_line(interactive: bool) -> str:
+    """One message. Bytes that are not UTF-8 are an error whatever the locale makes of them.
+
+    Raises:
+        EOFError: at the end of the input.
+        UnicodeError: if the line is not valid UTF-8.
+    """
+    if interactive:
+        line = input(typer.style("> ", bold=True))
+        line.encode()
+        return line
+    raw = sys.stdin.buffer.readline()
+    if not raw:
+        raise EOFError
+    return raw.decode()

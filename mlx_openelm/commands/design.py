@@ -11,8 +11,9 @@ from ..config import OpenELMConfig
 from ..design import FFN_MULTIPLIERS, QKV_MULTIPLIERS, Design, design, fit
 from ..design import parse_count as count
 from ..design import parse_multipliers as multipliers
-from ..errors import ConfigError, OutputError
-from .options import Json, examples
+from ..errors import ConfigError
+from ..files.output import output_file, write_file
+from .options import Force, Json, examples
 from .terminal import print_json, say
 
 HEAD_DIM = 64  # with --layers
@@ -48,6 +49,7 @@ def design_command(
     uniform: Annotated[bool, typer.Option("--uniform", help="Save the uniform model of the same size.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw both models.", metavar="FILE")] = None,
     save: Annotated[Path | None, typer.Option(help="Write a configuration to train.", metavar="config.json")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Design a model: what layer-wise scaling gives each layer, beside the uniform model of the same size."""
@@ -66,14 +68,12 @@ def design_command(
     found = design(config)
     if save is not None:
         chosen = found.uniform if uniform else found.layerwise
-        try:
-            save.write_text(json.dumps(chosen.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{save} cannot be written: {error.strerror}") from error
+        write_file(save, json.dumps(chosen.to_dict(), indent=2) + "\n", overwrite=force)
     if plot is not None:
         from ..plot import plot_design
 
-        plot_design(found, plot)
+        with output_file(plot, overwrite=force) as picture:
+            plot_design(found, picture)
     if as_json:
         print_json(found.to_dict())
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,8 @@ from ..cache import CacheConfig
 from ..cache.prompt_cache import PromptCache, fingerprint
 from ..engine import MAX_TOKENS
 from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
+from ..files.lock import lock
+from ..files.output import output_file
 from ..generate import Generation, Stats, stream_generate
 from ..generate_batch import BATCH_SIZE, generate_batch
 from ..hub import BUILT_IN_MODEL
@@ -61,6 +63,7 @@ EXAMPLES = examples(
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads it.", metavar="TEXT|-")
     ] = None,
@@ -119,6 +122,8 @@ def generate(
     if text == "":
         raise PromptError("the prompt is empty; there is nothing to continue")
     _check_options(text, output, force, draft, prompt_lookup, prompt_cache, as_json)
+    for path in filter(None, (output, prompt_cache)):
+        context.with_resource(lock(path))  # before the model is loaded
     network, tokens = load_for_text(model, dtype, tokenizer, revision, adapter)
     chat = tokens.has_chat_template if chat is None else chat
     if system is not None and not chat:
@@ -126,7 +131,7 @@ def generate(
     if text is None:
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}
         about = {"chat": chat, "system": system}
-        _answer_file(network, tokens, prompts, output, batch_size, options, about)  # type: ignore[arg-type]
+        _answer_file(network, tokens, prompts, output, batch_size, options, about, force)  # type: ignore[arg-type]
         return
     messages = [{"role": "system", "content": system}] if system else []
     ids = tokens.encode_chat([*messages, {"role": "user", "content": text}]) if chat else tokens.encode(text)
@@ -176,14 +181,17 @@ def load_for_text(
 
 @contextmanager
 def open_prompt_cache(network: OpenELM, path: Path | None, config: CacheConfig) -> Iterator[PromptCache]:
-    """Keys and values of earlier runs, if there are any; afterwards they are written again."""
+    """Keys and values of earlier runs, if there are any; afterwards they are written again, whatever happened."""
     if path is None:
         yield PromptCache(network, config)
         return
-    cache = PromptCache.load(network, path, config) if path.exists() else PromptCache(network, config)
-    yield cache
-    if cache.tokens:
-        cache.save(path)
+    with output_file(path, overwrite=True) as output:
+        cache = PromptCache.load(network, output.path, config) if output.path.exists() else PromptCache(network, config)
+        try:
+            yield cache
+        finally:
+            if cache.tokens:
+                cache.write(output)
 
 
 def print_stats(stats: Stats | None) -> None:
@@ -244,6 +252,7 @@ def _answer_file(
     batch_size: int,
     options: dict[str, Any],
     about: dict[str, Any],
+    force: bool,
 ) -> None:
     from ..prompts import AnswerFile, Answers, read_prompts
 
@@ -255,24 +264,23 @@ def _answer_file(
     else:
         described = {"sampling": asdict(options["sampling"]), "cache": asdict(options["cache"])}
         settings = {**about, **options, **described, "model": fingerprint(network)}
-        answers = AnswerFile(prompts, output, settings)
+        answers = AnswerFile(prompts, output, settings, overwrite=force)
     missing = answers.missing
     if len(missing) < len(prompts):
         say(f"{len(prompts) - len(missing):,} of {len(prompts):,} answers are there already")
     try:
-        with _answer_bar(len(prompts), len(prompts) - len(missing)) as moved:
+        with closing(answers), _answer_bar(len(prompts), len(prompts) - len(missing)) as moved:
             for number, generation in generate_batch(
                 network, tokenizer, ids, batch_size=batch_size, numbers=missing, **options
             ):
                 answers.add(number, generation)
                 moved(len(generation.tokens))
+            answers.finish()
     except KeyboardInterrupt:
-        answers.close()
         done = len(prompts) - len(answers.missing)
         kept = f"; the same command goes on from {output}.part" if output is not None and done else ""
         say(f"interrupted after {done:,} of {len(prompts):,} answers{kept}")
         raise typer.Exit(INTERRUPTED) from None
-    answers.finish()
 
 
 @contextmanager

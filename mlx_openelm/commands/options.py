@@ -39,6 +39,7 @@ PromptCacheFile = Annotated[
     Path | None,
     typer.Option("--prompt-cache", help="Keep keys and values here from one run to the next.", metavar="FILE"),
 ]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace existing files.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="R")]
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import signal
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ConfigError
-from .options import examples
+from ..files.output import output_file
+from .options import Force, examples
 from .progress import training_view
 from .terminal import INTERRUPTED, byte_bar, fail, say
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from ..data import Corpus
+    from ..pretrain import PretrainRecipe
+    from ..tokenizer import Tokenizer
 
 EXAMPLES = examples(
     'openelm-mlx pretrain --config recipe.yaml --data "stories/*.txt" --output runs/stories',
@@ -28,12 +36,14 @@ def plot(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Picture to write; RUN/metrics.png.", metavar="FILE")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Draw a training run: loss, learning rate, gradient norm, tokens per second."""
     from ..plot import plot_run
 
     output = output or (run if run.is_dir() else run.parent) / "metrics.png"
-    plot_run(run, output)
+    with output_file(output, overwrite=force) as picture:
+        plot_run(run, picture)
     typer.echo(output)
 
 
@@ -51,46 +61,68 @@ def pretrain(
     """Train a model from scratch. Any field of the recipe can be given too, as in --learning-rate 1e-3."""
     import mlx.core as mx
 
-    from ..data import Filters, prepare_corpus
+    from ..checkpoints import check_fresh, checkpoint_folders, run_lock, together
     from ..pretrain import PretrainRecipe, pretrain
-    from ..tokenizer import Tokenizer
-    from ..tokenizer_files import find_tokenizer
-    from ..vocabulary import train_tokenizer
 
     recipe = PretrainRecipe.from_file(PretrainRecipe.named(config), _fields(context.args), data_folder)
     if not recipe.data:
         raise ConfigError('no data is named; give --data "stories/*.txt", or `data` in the recipe')
     group = mx.distributed.init()
     main = group.rank() == 0
-    if recipe.train_tokenizer:
-        path = output / "tokenizer.model"
-        if not path.exists() and main:
-            say(f"making a vocabulary of {recipe.train_tokenizer:,} pieces")
-            train_tokenizer(recipe.data, recipe.train_tokenizer, path)
-        mx.eval(mx.distributed.all_sum(mx.zeros(1)))
-        tokenizer = Tokenizer(path)
-    else:
-        tokenizer, _ = find_tokenizer(recipe.tokenizer or None, None, recipe.model.vocab_size, chat=False)
-    filters = Filters(recipe.min_characters, recipe.min_tokens, recipe.validation_share)
-    corpus = None
-    if main:
-        with byte_bar("tokenizing") as update:
-            corpus = prepare_corpus(recipe.data, tokenizer, filters, output / "corpus", update)
-    mx.eval(mx.distributed.all_sum(mx.zeros(1)))
-    corpus = corpus or prepare_corpus(recipe.data, tokenizer, filters, output / "corpus")
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
     try:
-        with training_view(recipe.steps, main) as view:
-            on_message = say if main else lambda message: None
-            steps = pretrain(
-                recipe, corpus, tokenizer, output, resume=resume, group=group, on_step=view.moved, on_message=on_message
-            )
-            with closing(steps):
-                for metrics in steps:
-                    view.show(metrics)
+        with run_lock(output, group):
+            if not resume:
+                together(group, lambda: check_fresh(output))
+            tokenizer, corpus = _prepare(recipe, output, group)
+            with training_view(recipe.steps, main) as view:
+                on_message = say if main else lambda message: None
+                steps = pretrain(
+                    recipe,
+                    corpus,
+                    tokenizer,
+                    output,
+                    resume=resume,
+                    group=group,
+                    on_step=view.moved,
+                    on_message=on_message,
+                )
+                with closing(steps):
+                    for metrics in steps:
+                        view.show(metrics)
     except KeyboardInterrupt:
-        fail(f"interrupted; --resume goes on from {output}", INTERRUPTED)
+        saved = checkpoint_folders(output)
+        fail(f"interrupted; --resume goes on from {output}" if saved else "interrupted before a step", INTERRUPTED)
+
+
+def _prepare(recipe: PretrainRecipe, output: Path, group: mx.distributed.Group) -> tuple[Tokenizer, Corpus]:
+    """The vocabulary and the token files of a run, made by its first process where they do not exist."""
+    from ..checkpoints import together
+    from ..data import Filters, prepare_corpus
+    from ..tokenizer import Tokenizer
+    from ..tokenizer_files import find_tokenizer
+    from ..vocabulary import train_tokenizer
+
+    main = group.rank() == 0
+    filters = Filters(recipe.min_characters, recipe.min_tokens, recipe.validation_share)
+    vocabulary = output / "tokenizer.model"
+
+    def make_vocabulary() -> None:
+        if main and recipe.train_tokenizer and not vocabulary.exists():
+            say(f"making a vocabulary of {recipe.train_tokenizer:,} pieces")
+            train_tokenizer(recipe.data, recipe.train_tokenizer, vocabulary)
+
+    def find_corpus() -> Corpus:
+        with byte_bar("tokenizing") if main else nullcontext() as update:
+            return prepare_corpus(recipe.data, tokenizer, filters, output / "corpus", *([update] if update else []))
+
+    together(group, make_vocabulary)
+    if recipe.train_tokenizer:
+        tokenizer = Tokenizer(vocabulary)
+    else:
+        tokenizer, _ = find_tokenizer(recipe.tokenizer or None, None, recipe.model.vocab_size, chat=False)
+    corpus = together(group, lambda: find_corpus() if main else None)  # the others find it on disk
+    return tokenizer, corpus or find_corpus()
 
 
 def _fields(arguments: list[str]) -> dict[str, str]:

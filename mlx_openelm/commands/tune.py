@@ -19,6 +19,7 @@ from .terminal import INTERRUPTED, fail, mib, print_json, say
 
 if TYPE_CHECKING:
     from ..examples import Example, ExampleSet
+    from ..memory import TuningMemory
     from ..tokenizer import Tokenizer
     from ..tune import Tuning
 
@@ -117,38 +118,45 @@ def tune(
 
     import mlx.core as mx
 
+    from ..checkpoints import run_lock
     from ..memory import tuning_memory
     from ..tune import best_checkpoint, check_output, prepare_tuning
     from ..tune import tune as run
 
     group = mx.distributed.init()
     main = group.rank() == 0
-    if not dry_run:
-        check_output(output, resume)
-    tuning = prepare_tuning(recipe)
-    memory = tuning_memory(tuning, group.size())
-    if main and not as_json:
-        _show(tuning, group.size())
-        needed, limit = mib(memory.peak_bytes), mib(memory.limit_bytes)
-        say(f"memory: about {needed} beside what Python and MLX take themselves; this machine has {limit}")
-    if main and not memory.fits:
-        say("warning: it does not fit; try --gradient-checkpointing, a smaller --batch-size or --max-length")
+
+    def prepare() -> tuple[Tuning, TuningMemory]:
+        tuning = prepare_tuning(recipe)
+        memory = tuning_memory(tuning, group.size())
+        if main and not as_json:
+            _show(tuning, group.size())
+            needed, limit = mib(memory.peak_bytes), mib(memory.limit_bytes)
+            say(f"memory: about {needed} beside what Python and MLX take themselves; this machine has {limit}")
+        if main and not memory.fits:
+            say("warning: it does not fit; try --gradient-checkpointing, a smaller --batch-size or --max-length")
+        return tuning, memory
+
     if dry_run:
+        tuning, memory = prepare()
         if as_json and main:
             print_json({"recipe": tuning.recipe.to_dict(), "memory": memory.to_dict(), **_counts(tuning)})
         return
 
+    check_output(output, resume)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
     last = first = None
     try:
-        with training_view(tuning.recipe.steps, main, "pairs" if recipe.objective == "dpo" else "tokens") as view:
-            on_message = say if main else lambda message: None
-            figures = run(tuning, output, resume=resume, group=group, on_step=view.moved, on_message=on_message)
-            with closing(figures):
-                for metrics in figures:
-                    view.show(metrics)
-                    last = metrics
-                    first = metrics.validation_loss if metrics.step == 0 else first
+        with run_lock(output, group):
+            tuning, _ = prepare()
+            with training_view(tuning.recipe.steps, main, "pairs" if recipe.objective == "dpo" else "tokens") as view:
+                on_message = say if main else lambda message: None
+                figures = run(tuning, output, resume=resume, group=group, on_step=view.moved, on_message=on_message)
+                with closing(figures):
+                    for metrics in figures:
+                        view.show(metrics)
+                        last = metrics
+                        first = metrics.validation_loss if metrics.step == 0 else first
     except KeyboardInterrupt:
         saved = best_checkpoint(output) is not None
         fail(f"interrupted; --resume goes on from {output}" if saved else "interrupted before a step", INTERRUPTED)

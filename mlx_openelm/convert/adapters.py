@@ -5,17 +5,16 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..adapters import CONFIG_FILE, TENSOR_FILE, SavedAdapter, read_adapter, write_adapter
-from ..errors import AdapterError, ConfigError, OutputError, OutputExistsError
+from ..adapters import TENSOR_FILE, SavedAdapter, read_adapter, write_adapter
+from ..errors import AdapterError, ConfigError
+from ..files.output import output_folder
 from ..lora import EMBEDDING, EMBEDDING_TARGET
 from . import peft
 from .adapter_tensors import with_vocabulary
 from .corenet_adapter import read_corenet_adapter
-from .output import clean_up, staged
 from .sources import TORCH_SUFFIXES
 
 FORMS = ("peft", "mlx-lm", "openelm-mlx")
-_FILES = {CONFIG_FILE, TENSOR_FILE, peft.TENSOR_FILE, peft.OLD_TENSOR_FILE, "README.md"}
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,15 @@ def convert_adapter(
             "--output DIR` writes the adapter to DIR/adapter"
         )
     folder = Path(output).expanduser()
-    _check_target(folder, force)
-    found = open_adapter(adapter)
-    warnings: tuple[str, ...] = ()
-    if to == "mlx-lm":
-        found, warnings = _for_mlx_lm(found)
-    write = peft.write_peft if to == "peft" else write_adapter
-    with staged(folder) as staging:
-        write(staging, found)
+    with output_folder(folder, overwrite=force) as place:
+        found = open_adapter(adapter)
+        place.protect(path)
+        warnings: tuple[str, ...] = ()
+        if to == "mlx-lm":
+            found, warnings = _for_mlx_lm(found)
+        write = peft.write_peft if to == "peft" else write_adapter
+        with place.replaced() as staging:
+            write(staging, found)
     return AdapterConversion(folder, to, found.method, len(found.ranks) or len(found.tensors), warnings)
 
 
@@ -113,16 +113,3 @@ def _with_one_rank(adapter: SavedAdapter) -> SavedAdapter:
         tensors[f"{path}.lora_a"] = mx.pad(a, [(0, 0), (0, rank - own)])
         tensors[f"{path}.lora_b"] = mx.pad(b, [(0, rank - own), (0, 0)])
     return replace(adapter, tensors=tensors)
-
-
-def _check_target(folder: Path, force: bool) -> None:
-    """Make sure that an adapter may be written to a folder: an existing one has to hold an adapter and nothing else."""
-    clean_up(folder)
-    if not folder.exists():
-        return
-    if not force:
-        raise OutputExistsError(folder)
-    if not folder.is_dir() or any(path.name not in _FILES for path in folder.iterdir()):
-        raise OutputError(
-            f"{folder} holds more than an adapter, which --force would not replace; choose another --output"
-        )

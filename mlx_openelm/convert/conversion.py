@@ -11,6 +11,7 @@ from ..adapters import about_base, check_adapter, write_adapter
 from ..config import OpenELMConfig
 from ..device import DTYPES
 from ..errors import ConfigError
+from ..files.output import output_folder
 from ..model import parameter_shapes
 from ..quantize import PackedTensor, Quantization, pack
 from ..tensors import LazyTensor, checked_cast
@@ -18,7 +19,7 @@ from ..tokenizer import Tokenizer
 from ..tokenizer_files import find_tokenizer, has_tokenizer, write_tokenizer
 from .adapter_tensors import with_vocabulary
 from .card import model_card
-from .output import check_target, write_model
+from .output import write_model
 from .source import Source, Tensor
 from .sources import TORCH_SUFFIXES, open_with_adapter
 
@@ -89,44 +90,46 @@ def convert(
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"{dtype!r} is not a type of weights; there are auto, {', '.join(DTYPES)}")
     folder = Path(output).expanduser() if output is not None else _default_output(sources)
-    check_target(folder, force)
+    with output_folder(folder, overwrite=force) as place:
+        found, adapter = open_with_adapter(sources, config=config, revision=revision, alpha=alpha)
+        text, tokenizer_origin = _tokenizer_of(found, tokenizer, revision)
+        place.protect(*sources, config, found.folder, text.path if text else None)
+        if found.named_vocab_size and not keep_padding:
+            found = found.with_vocabulary(text.vocab_size if text else found.named_vocab_size)
 
-    found, adapter = open_with_adapter(sources, config=config, revision=revision, alpha=alpha)
-    text, tokenizer_origin = _tokenizer_of(found, tokenizer, revision)
-    if found.named_vocab_size and not keep_padding:
-        found = found.with_vocabulary(text.vocab_size if text else found.named_vocab_size)
-
-    if adapter is not None:
-        adapter = replace(with_vocabulary(adapter, found.config.vocab_size), base=about_base(folder.name, found.config))
-        check_adapter(adapter, parameter_shapes(found.config))
-
-    target_dtype = _target_dtype(dtype, found)
-    tensors = {
-        name: _converted(name, found.tensors[name], target_dtype, wanted, dequantize)
-        for name in parameter_shapes(found.config)  # the same order, and so the same file, from every source
-    }
-    result = _summary(folder, found, tensors, target_dtype, tokenizer_origin)
-    if adapter is not None:
-        result = replace(result, adapter=folder / ADAPTER_FOLDER)
-    command = _command(sources, quantize, group_size, mode, dequantize, dtype, config, alpha)
-
-    def add_files(staging: Path) -> None:
-        (staging / "README.md").write_text(model_card(result, found, command), encoding="utf-8")
-        if text is not None:
-            write_tokenizer(text, staging)
         if adapter is not None:
-            (staging / ADAPTER_FOLDER).mkdir()
-            write_adapter(staging / ADAPTER_FOLDER, adapter)
+            adapter = replace(
+                with_vocabulary(adapter, found.config.vocab_size), base=about_base(folder.name, found.config)
+            )
+            check_adapter(adapter, parameter_shapes(found.config))
 
-    done_bytes = 0
+        target_dtype = _target_dtype(dtype, found)
+        tensors = {
+            name: _converted(name, found.tensors[name], target_dtype, wanted, dequantize)
+            for name in parameter_shapes(found.config)  # the same order, and so the same file, from every source
+        }
+        result = _summary(folder, found, tensors, target_dtype, tokenizer_origin)
+        if adapter is not None:
+            result = replace(result, adapter=folder / ADAPTER_FOLDER)
+        command = _command(sources, quantize, group_size, mode, dequantize, dtype, config, alpha)
 
-    def on_written(name: str, nbytes: int) -> None:
-        nonlocal done_bytes
-        done_bytes += nbytes
-        on_progress(name, done_bytes, result.output_bytes)
+        def add_files(staging: Path) -> None:
+            (staging / "README.md").write_text(model_card(result, found, command), encoding="utf-8")
+            if text is not None:
+                write_tokenizer(text, staging)
+            if adapter is not None:
+                (staging / ADAPTER_FOLDER).mkdir()
+                write_adapter(staging / ADAPTER_FOLDER, adapter)
 
-    write_model(folder, found.config, tensors, add_files=add_files, force=force, on_written=on_written)
-    return result
+        done_bytes = 0
+
+        def on_written(name: str, nbytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += nbytes
+            on_progress(name, done_bytes, result.output_bytes)
+
+        write_model(place, found.config, tensors, add_files=add_files, on_written=on_written)
+        return result
 
 
 def _wanted_quantization(

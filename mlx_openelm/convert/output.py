@@ -1,16 +1,14 @@
-"""Model folders on their way to disk: planned from shapes, written to the side, renamed when whole."""
+"""Model folders on their way to disk, planned from shapes."""
 
 import json
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import OpenELMConfig
-from ..errors import DiskSpaceError, OutputError, OutputExistsError
+from ..errors import DiskSpaceError
+from ..files.output import OutputFolder
 from ..quantize import PackedTensor, Quantization
 from ..tensors import LazyTensor, write_safetensors
 from ..version import __version__
@@ -20,29 +18,12 @@ SHARD_BYTES = 5_000_000_000
 _SMALL_FILES_BYTES = 10_000_000  # room for the tokenizer, the card and the like
 
 
-def check_target(folder: Path, force: bool) -> None:
-    """Make sure that a model may be written to `folder`, and clear what a killed process left there.
-
-    Raises:
-        OutputExistsError: if it exists and `force` is not given.
-        OutputError: if what exists is no model folder: that is never replaced.
-    """
-    clean_up(folder)
-    if not folder.exists():
-        return
-    if not force:
-        raise OutputExistsError(folder)
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists()):
-        raise OutputError(f"{folder} is not a model folder, which --force would not replace; choose another --output")
-
-
 def write_model(
-    folder: Path,
+    output: OutputFolder,
     config: OpenELMConfig,
     tensors: Mapping[str, Tensor],
     *,
-    add_files: Callable[[Path], object] = lambda staging: None,
-    force: bool = False,
+    add_files: Callable[[Path], object] = lambda folder: None,
     on_written: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> None:
     """Write a model folder that this package and stock mlx-lm read; it appears whole or not at all.
@@ -53,76 +34,20 @@ def write_model(
         add_files: writes what else belongs into the folder (tokenizer, card), given where.
         on_written: called with each tensor's name and size in bytes.
     Raises:
-        OutputError: if the folder exists, the disk is too small or a file cannot be written.
+        DiskSpaceError: if the disk is too small.
+        OutputError: if a file cannot be written.
     """
-    check_target(folder, force)
     shards = _plan_shards(tensors)
-    _check_disk(folder, sum(tensor.nbytes for tensor in tensors.values()))
-    with staged(folder) as staging:
-        _write_weights(staging, shards, on_written)
-        _write_json(staging / "config.json", {**config.to_dict(), **_about(tensors)})
-        _write_json(staging / "generation_config.json", _generation_config(config))
-        add_files(staging)
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` once the block is done; if it fails, it goes away.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    folder = folder.absolute()
-    staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        _put_in_place(staging, folder)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def clean_up(folder: Path) -> None:
-    """Remove what a killed process left beside `folder`, and bring back what it was about to replace."""
-    pattern = re.compile(rf"\.{re.escape(folder.name)}\.(partial|replaced)-(\d+)")
-    for path in folder.parent.glob(f".{folder.name}.*"):
-        match = pattern.fullmatch(path.name)
-        if not match or _is_running(int(match[2])):
-            continue
-        if match[1] == "replaced" and not folder.exists():
-            path.rename(folder)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return process != os.getpid()
-
-
-def _put_in_place(staging: Path, folder: Path) -> None:
-    """Rename `staging` to `folder`, in place of what may be there."""
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    folder.rename(replaced)
-    staging.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _check_disk(output.path, sum(tensor.nbytes for tensor in tensors.values()))
+    with output.replaced() as folder:
+        _write_weights(folder, shards, on_written)
+        _write_json(folder / "config.json", {**config.to_dict(), **_about(tensors)})
+        _write_json(folder / "generation_config.json", _generation_config(config))
+        add_files(folder)
 
 
 def _check_disk(folder: Path, nbytes: int) -> None:
-    place = folder.parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(folder.parent).free
     if free < nbytes + _SMALL_FILES_BYTES:
         raise DiskSpaceError(folder, nbytes + _SMALL_FILES_BYTES, free)
 
@@ -144,18 +69,18 @@ def _plan_shards(tensors: Mapping[str, Tensor]) -> list[dict[str, LazyTensor]]:
     return shards
 
 
-def _write_weights(staging: Path, shards: list[dict[str, LazyTensor]], on_written: Callable[[str, int], None]) -> None:
+def _write_weights(folder: Path, shards: list[dict[str, LazyTensor]], on_written: Callable[[str, int], None]) -> None:
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        with open(staging / name, "wb") as file:
+        with open(folder / name, "wb") as file:
             write_safetensors(file, shard, {"format": "mlx"}, on_written)
     if len(shards) > 1:
         places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        _write_json(staging / "model.safetensors.index.json", index)
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _about(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

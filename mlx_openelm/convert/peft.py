@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..adapters import CONFIG_FILE, SavedAdapter, read_adapter_config, read_tensors
 from ..errors import AdapterError, OpenELMError
 from ..lora import EMBEDDING, MAGNITUDE
+from ..tensors import save_arrays
 from .adapter_tensors import check_number, check_pairs, check_path, with_one_scale
 from .torch_file import read_torch_file
 
@@ -156,7 +157,7 @@ def write_peft(folder: Path, adapter: SavedAdapter) -> None:
         ending = "" if path == EMBEDDING else ".weight"
         names = {"lora_a": f"{kind}A{ending}", "lora_b": f"{kind}B{ending}", MAGNITUDE: "lora_magnitude_vector"}
         tensors[f"{_PREFIX}{path}.{names[part]}"] = tensor.T
-    mx.save_safetensors(str(folder / TENSOR_FILE), tensors, {"format": "pt"})
+    save_arrays(folder / TENSOR_FILE, tensors, {"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

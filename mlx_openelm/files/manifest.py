@@ -1,0 +1,129 @@
+"""What this package wrote into a folder, so that nothing else is ever replaced or removed with it.
+
+A finished folder lists its files with a fingerprint of each. One that is being written or removed bears a mark until it
+is whole or gone.
+"""
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+
+from ..version import __version__
+
+MANIFEST = ".openelm-mlx.json"
+UNFINISHED = ".openelm-mlx.unfinished"
+_CLUTTER = {".DS_Store"}  # macOS puts it into every folder that is looked at
+_LONGEST_MANIFEST = 1 << 24  # bytes
+_BLOCK_BYTES, _BLOCKS = 1 << 16, 16
+
+
+def write_manifest(folder: Path) -> None:
+    """List all files of a folder."""
+    files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder) if path.name != UNFINISHED}
+    values = {"openelm_mlx_version": __version__, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_manifest(folder: Path) -> dict[str, str]:
+    try:
+        if os.lstat(folder / MANIFEST).st_size > _LONGEST_MANIFEST:
+            return {}
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return {str(name): str(mark) for name, mark in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def foreign(folder: Path) -> Iterator[str]:
+    """What lies in a folder and is not as this package wrote it, by name."""
+    listed = _read_manifest(folder)
+    folders = {parent for name in listed for parent in Path(name).parents}
+    for path in _files(folder):
+        name = path.relative_to(folder)
+        if path.is_dir() and not path.is_symlink():
+            ours = name in folders
+        elif path.name in _CLUTTER or name in (Path(MANIFEST), Path(UNFINISHED)):
+            ours = bool(listed)
+        else:
+            ours = str(name) in listed and listed[str(name)] == _fingerprint(path)
+        if not ours:
+            yield str(name)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files and links below a folder, and the folders in which there is nothing."""
+    waiting = [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False) and any(Path(entry.path).iterdir()):
+                waiting.append(Path(entry.path))
+            else:
+                yield Path(entry.path)
+
+
+def _fingerprint(path: Path) -> str:
+    """A hash of a regular file's size and of blocks that are spread evenly over it, its first and last among them."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return ""
+    digest = blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(str(size).encode())
+        for number in range(_BLOCKS + 1):
+            file.seek(max(0, size - _BLOCK_BYTES) * number // _BLOCKS)
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def flush(folder: Path) -> None:
+    """Have the system put all files of a folder on disk, before what they replace is given up."""
+    for path in _files(folder):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def touch(path: Path) -> None:
+    """Make an empty file that does not exist yet."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove a folder that bears `UNFINISHED`, this last, so that it can be told as long as something is there."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            elif entry.name != UNFINISHED:
+                os.unlink(entry.path)
+    with suppress(FileNotFoundError):
+        os.unlink(folder / UNFINISHED)
+    os.rmdir(folder)
+
+
+def remove_written(folder: Path) -> None:
+    """Remove the listed files of a folder, then the list, then the folder if nothing else is in it."""
+    listed = _read_manifest(folder)
+    folders = set()
+    for path in list(_files(folder)):
+        name = path.relative_to(folder)
+        folders |= set(name.parents)
+        if path.is_dir() and not path.is_symlink():
+            folders.add(name)
+        elif str(name) in listed or path.name in _CLUTTER:
+            os.unlink(path)
+    for name in sorted(folders - {Path()}, reverse=True):
+        os.rmdir(folder / name)
+    with suppress(FileNotFoundError):  # it was empty
+        os.unlink(folder / MANIFEST)
+    os.rmdir(folder)

@@ -1,0 +1,71 @@
+"""Names of outputs and of what lies beside them while they are written."""
+
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+
+from ..errors import OutputError
+
+_LONGEST_NAME = 180  # bytes of a target's name that temporary names repeat; file systems allow 255 in all
+
+
+def resolved(path: str | Path) -> Path:
+    """An absolute path without links and `..`, whether it exists or not.
+
+    Raises:
+        OutputError: if a link leads round in a circle, or there is no such place.
+    """
+    with reported(Path(path)):
+        try:
+            target = Path(os.path.realpath(Path(path).expanduser()))
+        except RuntimeError as error:  # no such user
+            raise OutputError(f"{path} cannot be written: {error}") from error
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        if not target.name:
+            raise OutputError(f"{path} cannot be written: it is the root of the file system")
+        return target
+
+
+def identity(path: Path, content: bool = True) -> tuple[int, ...] | None:
+    """What tells whether a path still leads to the same file or folder, and a file, to the same content."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    more = (found.st_size, found.st_mtime_ns) if content and stat.S_ISREG(found.st_mode) else ()
+    return (found.st_dev, found.st_ino, *more)
+
+
+@contextmanager
+def reported(name: Path, within: Path | None = None) -> Iterator[None]:
+    """Failures of the system as an `OutputError` that names the output, and the file if it lies elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else None
+        elsewhere = within is not None and where is not None and not Path(os.fsdecode(where)).is_relative_to(within)
+        more = f": {os.fsdecode(where)}" if where is not None and elsewhere else ""
+        raise OutputError(f"{name} cannot be written: {error.strerror or error}{more}") from error
+
+
+def stem(target: Path) -> str:
+    """A target's name, or the beginning of a long one with a hash of it."""
+    raw = os.fsencode(target.name)
+    if len(raw) <= _LONGEST_NAME:
+        return target.name
+    return raw[:100].decode("utf-8", "ignore") + "-" + blake2b(raw, digest_size=8).hexdigest()
+
+
+def aside_name(target: Path) -> Path:
+    """A name beside a target that nobody can foresee, for what is written or removed there."""
+    return target.with_name(f".{stem(target)}.openelm-mlx-{secrets.token_hex(8)}")
+
+
+ASIDE = re.compile(r"\.(.+)\.openelm-mlx-[0-9a-f]{16}", re.DOTALL)

@@ -1,0 +1,247 @@
+"""Writing without loss: new content is written aside under a lock, then renamed, so that old or new is always there.
+
+* Links are resolved first: what is written is where they lead.
+* A folder lists what was written into it (`manifest`). It is replaced or removed only if all its files are listed and
+  unchanged, and never if a source of the operation or the current folder lies in it.
+* What was not there at the start is not replaced at the end.
+* Temporary names are unpredictable and lie beside the target. The next process that locks the target removes what a
+  killed one left, or puts it back (`lock`).
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import OutputError, OutputExistsError
+from .lock import lock
+from .manifest import UNFINISHED, flush, foreign, remove_unfinished, remove_written, touch, write_manifest
+from .names import aside_name, identity, reported
+from .rename import exchange, rename_new
+
+
+class OutputFile:
+    """A file that this process alone may write; `output_file` makes it."""
+
+    def __init__(self, name: Path, target: Path, overwrite: bool):
+        self.name = name
+        self.path = target
+        self._found = identity(target)
+        if target.is_dir():
+            raise OutputError(f"{name} is a folder; a file is needed here")
+        if self._found is not None and not stat.S_ISREG(os.lstat(target).st_mode):
+            raise OutputError(f"{name} is not a regular file, and only those are replaced")
+        if self._found is not None and not overwrite:
+            raise OutputExistsError(name)
+
+    def write(self, content: str | bytes) -> None:
+        """Write the whole content at once; see `replaced`."""
+        with self.replaced() as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+
+    def remove(self) -> None:
+        """Remove the file, unless another one has taken its place."""
+        with reported(self.name):
+            if self._found is not None and identity(self.path, content=False) == self._found[:2]:
+                os.unlink(self.path)
+            self._found = None
+
+    @contextmanager
+    def replaced(self) -> Iterator[BinaryIO]:
+        """A file to write the new content to. It takes its place when the block is done; if that fails, it goes.
+
+        Raises:
+            OutputError: if it cannot be written, or somebody else has changed the file in the meantime.
+        """
+        aside = aside_name(self.path)
+        try:
+            with reported(self.name):
+                descriptor = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666)
+                with os.fdopen(descriptor, "wb") as file:
+                    yield file
+                    file.flush()
+                    if self._found is not None:
+                        os.chmod(aside, stat.S_IMODE(os.lstat(self.path).st_mode))
+                    os.fsync(descriptor)
+                if self._found is None:
+                    _put(aside, self.path, self.name)
+                elif identity(self.path) == self._found:
+                    os.replace(aside, self.path)
+                else:
+                    raise _changed(self.name)
+                self._found = identity(self.path)
+        finally:
+            with suppress(OSError):
+                os.unlink(aside)
+
+
+class OutputFolder:
+    """A folder that this process alone may write; `output_folder` makes it."""
+
+    def __init__(self, name: Path, target: Path, overwrite: bool):
+        self.name = name
+        self.path = target
+        self._found = identity(target)
+        if self._found is None:
+            return
+        if not overwrite:
+            raise OutputExistsError(name)
+        if not target.is_dir():
+            raise OutputError(f"{name} is not a folder; a folder is needed here")
+        with suppress(FileNotFoundError):  # the current folder was deleted
+            if _lies_in(Path.cwd(), target):
+                raise OutputError(f"replacing {name} would remove the current folder; choose another output")
+        self._check_foreign()
+
+    def protect(self, *sources: str | Path | None) -> None:
+        """Make sure that replacing the folder does not remove what the operation reads.
+
+        Raises:
+            OutputError: if a source, or a file that a link in it leads to, lies in the folder that would be replaced.
+        """
+        if self._found is None:
+            return
+        for source in (Path(source) for source in sources if source):
+            with suppress(OSError):  # a name too long for a path
+                if not source.exists():
+                    continue
+            for entry in (source, *(source.iterdir() if source.is_dir() else ())):
+                if _lies_in(Path(os.path.realpath(entry)), self.path):
+                    raise OutputError(f"replacing {self.name} would remove its source {source}; choose another output")
+
+    @contextmanager
+    def replaced(self) -> Iterator[Path]:
+        """A folder to write the new content into. It takes its place when the block is done; if that fails, it goes.
+
+        Raises:
+            OutputError: if it cannot be written, or somebody else has changed the folder in the meantime.
+        """
+        aside = aside_name(self.path)
+        own: tuple[int, ...] | None = None
+        try:
+            with reported(self.name, within=aside):
+                os.mkdir(aside)
+                own = identity(aside)
+                touch(aside / UNFINISHED)
+                yield aside
+                write_manifest(aside)
+                if self._found is None:
+                    os.unlink(aside / UNFINISHED)
+                    _put(aside, self.path, self.name)
+                else:
+                    flush(aside)
+                    os.chmod(aside, stat.S_IMODE(os.lstat(self.path).st_mode))
+                    if identity(self.path) != self._found:
+                        raise _changed(self.name)
+                    self._check_foreign()
+                    os.unlink(aside / UNFINISHED)
+                    exchange(aside, self.path)
+                    with suppress(OSError):  # the next process that writes here removes it
+                        remove_written(aside)
+                self._found = identity(self.path)
+        finally:
+            if own is not None and identity(aside) == own:
+                with suppress(OSError):
+                    remove_unfinished(aside)
+
+    def _check_foreign(self) -> None:
+        if names := list(islice(foreign(self.path), 4)):
+            raise OutputError(
+                f"{self.name} holds files that openelm-mlx did not write or that were changed since, and is not "
+                f"replaced: {', '.join(names)}; choose another output"
+            )
+
+
+@contextmanager
+def output_file(path: str | Path, *, overwrite: bool = False) -> Iterator[OutputFile]:
+    """A file to be written, locked against other processes until the block is left.
+
+    Args:
+        path: a link is followed; folders above are made, and removed again if the file does not come about.
+        overwrite: whether an existing file may be replaced.
+    Raises:
+        OutputExistsError: if it exists and may not be replaced.
+        OutputLockedError: if another process is writing it.
+        OutputError: if it is not a regular file, or cannot be written.
+    """
+    with lock(path) as target:
+        with reported(Path(path)):
+            output = OutputFile(Path(path), target, overwrite)
+        yield output
+
+
+@contextmanager
+def output_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[OutputFolder]:
+    """A folder to be written, locked against other processes until the block is left.
+
+    Args:
+        path: a link is followed; folders above are made, and removed again if the folder does not come about.
+        overwrite: whether a folder that this package wrote may be replaced.
+    Raises:
+        OutputExistsError: if it exists and may not be replaced.
+        OutputLockedError: if another process is writing it.
+        OutputError: if replacing it would remove anything that this package did not write, or it cannot be written.
+    """
+    with lock(path) as target:
+        with reported(Path(path)):
+            output = OutputFolder(Path(path), target, overwrite)
+        yield output
+
+
+def write_file(path: str | Path, content: str | bytes, *, overwrite: bool = False) -> None:
+    """Write a whole file at once; see `output_file`."""
+    with output_file(path, overwrite=overwrite) as output:
+        output.write(content)
+
+
+def remove_folder(folder: Path) -> bool:
+    """Remove a folder if this package wrote all that is in it and nothing was changed since; whether it was removed.
+
+    The caller holds the lock of a folder above. The folder disappears at once: a killed process leaves no half of it.
+    """
+    if identity(folder) is None or any(foreign(folder)):
+        return False
+    with suppress(OSError):
+        aside = aside_name(folder)
+        rename_new(folder, aside)
+        touch(aside / UNFINISHED)
+        remove_unfinished(aside)
+    return identity(folder) is None
+
+
+def move_away(path: Path, name: str) -> Path:
+    """Rename a file or folder within its folder, with a number behind `name` if that is taken; where it is now.
+
+    Raises:
+        OutputError: if it cannot be renamed.
+    """
+    with reported(path):
+        number = 1
+        while True:
+            target = path.with_name(name if number == 1 else f"{name}-{number}")
+            try:
+                rename_new(path, target)
+            except FileExistsError:
+                number += 1
+            else:
+                return target
+
+
+def _put(aside: Path, target: Path, name: Path) -> None:
+    """Rename what was written to a target that did not exist at the start."""
+    try:
+        rename_new(aside, target)
+    except FileExistsError:
+        raise _changed(name) from None
+
+
+def _changed(name: Path) -> OutputError:
+    return OutputError(f"another process wrote {name} in the meantime; it was left as it is")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it."""
+    return any(place.exists() and place.samefile(folder) for place in (path, *path.parents))
