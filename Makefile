@@ -38,9 +38,9 @@ bench: install
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/decode_host.py
 	$(BIN)/openelm-mlx bench --preset 270M,1.1B --quantize 0,4 --prompt-tokens 32 -n 16 --against mlx-lm \
-	  --output benchmarks/results/sizes.json --plot benchmarks/results/sizes.png
+	  --output benchmarks/results/sizes.json --plot benchmarks/results/sizes.png --force
 	$(BIN)/openelm-mlx bench --preset 270M --prompt-tokens 512 -n 16 --against mlx-lm \
-	  --output benchmarks/results/prefill.json
+	  --output benchmarks/results/prefill.json --force
 	$(BIN)/python benchmarks/batch.py
 	$(BIN)/python benchmarks/speculate.py
 	$(BIN)/python benchmarks/context.py

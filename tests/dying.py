@@ -1,4 +1,4 @@
-"""python dying.py AT FOLDER COMMAND...: run `openelm-mlx COMMAND...` and kill it at the AT-th call, as a power cut would.
+"""python dying.py AT FOLDER COMMAND...: run `openelm-mlx COMMAND...` and kill it at the AT-th call, like a power cut.
 
 Calls that open, rename, make or remove something in FOLDER count. With AT 0 it runs to its end and tells how many there
 were.

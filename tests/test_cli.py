@@ -1,5 +1,6 @@
 """The commands as people run them: text on stdout, one line on stderr and status 2 for a mistake."""
 
+import io
 import json
 import os
 import pty
@@ -9,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import GOLDEN, refused, run
 from mlx_openelm import SamplingConfig, __version__, config_from_dict, convert, generate, load
+from mlx_openelm.commands import chat as chat_command
+from mlx_openelm.errors import MemoryLimitError
 
 PROMPT = "Once upon a time"
 
@@ -255,6 +259,43 @@ class TestChat:
         status, out, err = run("chat", "-m", folders / "chat", "-n", 4, stdin=b"Hello\n\nAgain\n/quit\nnever\n")
         assert (status, err) == (0, "")
         assert out.count("\n") >= 2
+
+    def test_a_line_that_fails_does_not_end_the_conversation(self, folders, tmp_path):
+        lines = [b"Hello", b"caf\xe9", b"Again"]
+        words = ["chat", "-m", folders / "chat", "-n", 4]
+        cache = tmp_path / "cache"
+        status, out, err = run(*words, "--prompt-cache", cache, stdin=b"\n".join(lines), LC_ALL="C")
+        assert status == 0
+        assert err == "openelm-mlx: error: this line is not valid UTF-8 and is passed over\n"
+        assert out == run(*words, stdin=b"Hello\nAgain")[1]
+        assert cache.exists()
+
+    def test_a_turn_that_fails_does_not_end_the_conversation(self, monkeypatch, capsys):
+        class Failing:
+            def reply(self, line):
+                if line == "too long":
+                    raise MemoryLimitError(9, 2, 1)
+                yield SimpleNamespace(text=f"you said {line}", stats=None)
+
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"too long\nHello\n")))
+        chat_command._talk(Failing())
+        said = capsys.readouterr()
+        assert "error: a prompt of 9 tokens" in said.err
+        assert said.out == "you said Hello\n\n"
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+    def test_whatever_ends_it_the_prompt_cache_is_written(self, folders, tmp_path, number):
+        words = [sys.executable, "-m", "mlx_openelm", "chat", "-m", folders / "chat", "-n", "4"]
+        process = subprocess.Popen(
+            [*words, "--prompt-cache", tmp_path / "cache"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        process.stdin.write(b"Hello\n")
+        process.stdin.flush()
+        assert process.stdout.readline()
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode in (0, 128 + number)
+        assert os.listdir(tmp_path) == ["cache"]
 
     def test_base_models_are_refused(self, folders):
         assert "base model" in refused("chat", "-m", folders / "base", stdin=b"")
