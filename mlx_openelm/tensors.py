@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from .device import compute_streams
-from .errors import OutputError, WeightsError
+from .errors import WeightsError
 
 # The names that safetensors gives to the types that weights of a language model come in.
 SAFETENSORS_DTYPES = {
@@ -191,7 +191,7 @@ def write_safetensors(
         metadata: texts to keep in the header; readers of MLX look for `{"format": "mlx"}`.
         on_written: called with a tensor's name and a number of bytes as soon as they are in the file.
     Raises:
-        OutputError: if the disk is full or the file cannot be written.
+        OSError: if the disk is full or the file cannot be written.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -204,18 +204,13 @@ def write_safetensors(
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    try:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, values in _in_blocks(tensors):
-            tensor = tensors[name]
-            assert values.shape[1:] == tensor.shape[1:], f"{name}, planned as {tensor.shape}, came as {values.shape}"
-            assert values.dtype == tensor.dtype, f"{name}, planned as {tensor.dtype}, came as {values.dtype}"
-            file.write(as_bytes(values))
-            on_written(name, values.nbytes)
-    except OSError as error:
-        raise OutputError(
-            f"{getattr(file, 'name', 'the file')} cannot be written: {error.strerror or error}"
-        ) from error
+    file.write(len(raw).to_bytes(8, "little") + raw)
+    for name, values in _in_blocks(tensors):
+        tensor = tensors[name]
+        assert values.shape[1:] == tensor.shape[1:], f"{name}, planned as {tensor.shape}, came as {values.shape}"
+        assert values.dtype == tensor.dtype, f"{name}, planned as {tensor.dtype}, came as {values.dtype}"
+        file.write(as_bytes(values))
+        on_written(name, values.nbytes)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:

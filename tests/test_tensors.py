@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlx_openelm import tensors
-from mlx_openelm.errors import OutputError, WeightsError
+from mlx_openelm.errors import WeightsError
 from mlx_openelm.tensors import LazyTensor, read_safetensors, write_safetensors
 
 
@@ -120,5 +120,5 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_full_disk_is_reported():
-    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OutputError, match=r"[Nn]o space"):
+    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OSError, match=r"[Nn]o space"):
         write_safetensors(file, {"a": lazy(ARRAYS["a"])}, {})
