@@ -15,8 +15,7 @@ import mlx.core as mx
 from common import in_turn, report, summary
 
 from mlx_openelm import CacheConfig, OpenELM, OpenELMConfig, generate_tokens, load
-from mlx_openelm.bench import Ours, Peer, random_network
-from mlx_openelm.bench.models import Contestant
+from mlx_openelm.benchmark.models import Contestant, Ours, Peer, random_network
 
 LENGTHS = (5, 120, 17, 64, 9, 90, 33, 48)
 NARROW = OpenELMConfig.layerwise(16, 128, 32, num_gqa_groups=2, ffn_dim_divisor=16, vocab_size=1000)

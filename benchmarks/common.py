@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_openelm import OpenELMConfig
-from mlx_openelm.bench.machine import describe
-from mlx_openelm.bench.measure import Spread
-from mlx_openelm.model import parameter_shapes
+from mlx_openelm.benchmark.measure import Spread
+from mlx_openelm.machine.hardware import describe
+from mlx_openelm.model.openelm import parameter_shapes
 from mlx_openelm.tensors import LazyTensor, write_safetensors
 
 RESULTS = Path(__file__).parent / "results"

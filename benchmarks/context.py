@@ -17,8 +17,8 @@ from common import RESULTS, report
 from mlx_lm.generate import generate_step
 
 from mlx_openelm import CacheConfig, OpenELM, OpenELMConfig, generate_tokens
-from mlx_openelm.bench import Peer, random_network
-from mlx_openelm.cache import GROWTH_STEP
+from mlx_openelm.benchmark.models import Peer, random_network
+from mlx_openelm.cache.kv_cache import GROWTH_STEP
 
 CONFIG = replace(
     OpenELMConfig.layerwise(6, 256, 64, num_gqa_groups=2, ffn_dim_divisor=128, vocab_size=1000), max_context_length=8192

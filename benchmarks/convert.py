@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import Run, model_folder, report, run, summary
 
-from mlx_openelm.device import DTYPES
+from mlx_openelm.machine.device import DTYPES
 
 
 def measure(source: Path, size: str, dtype: str, rounds: int) -> None:

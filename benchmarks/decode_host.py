@@ -22,8 +22,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_openelm import OpenELMConfig, SamplingConfig, generate_tokens, load
-from mlx_openelm.engine import DecodeStep
-from mlx_openelm.sampling import Sampler
+from mlx_openelm.generation.engine import DecodeStep
+from mlx_openelm.generation.sampling import Sampler
 
 PROMPT = mx.array([5, 6, 7, 8])
 CONFIG = OpenELMConfig.layerwise(16, 128, 32, num_gqa_groups=2, ffn_dim_divisor=16, vocab_size=1000)

@@ -18,10 +18,10 @@ from pathlib import Path
 from common import report, summary
 
 from mlx_openelm import OpenELMConfig, load
-from mlx_openelm.data import Corpus, Filters, prepare_corpus
-from mlx_openelm.design import uniform_counterpart
-from mlx_openelm.documents import Source
-from mlx_openelm.pretrain import PretrainRecipe, fresh_trainer
+from mlx_openelm.data.corpus import Corpus, Filters, prepare_corpus
+from mlx_openelm.data.text_files import Source
+from mlx_openelm.model.design import uniform_counterpart
+from mlx_openelm.training.pretrain import PretrainRecipe, fresh_trainer
 
 SOURCES = ("tinystories_*.txt", "african_storybook_*.txt", "fairytales_*.txt", "fables_*.txt", "children_*.txt")
 LAYERWISE = OpenELMConfig.layerwise(

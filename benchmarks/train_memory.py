@@ -22,12 +22,12 @@ from common import in_turn, report, run, summary
 from mlx.utils import tree_unflatten
 
 from mlx_openelm import OpenELM, OpenELMConfig
-from mlx_openelm.backward import gradients_of
-from mlx_openelm.batch import Rows, make_batch
-from mlx_openelm.device import peak_memory_bytes
-from mlx_openelm.loss import Likelihood
-from mlx_openelm.model import Pass
-from mlx_openelm.pretrain import PretrainRecipe, initial_parameters
+from mlx_openelm.data.batch import Rows, make_batch
+from mlx_openelm.machine.device import peak_memory_bytes
+from mlx_openelm.model.openelm import Pass
+from mlx_openelm.training.gradients import gradients_of
+from mlx_openelm.training.loss import Likelihood
+from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters
 
 
 @dataclass(frozen=True)

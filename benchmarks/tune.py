@@ -22,13 +22,13 @@ import numpy as np
 from common import in_turn, report, summary, write_random_model
 
 from mlx_openelm import OpenELMConfig, load
-from mlx_openelm.adapters import about_base, read_tensors, save_adapter
-from mlx_openelm.backward import set_parameters
-from mlx_openelm.batch import Rows
-from mlx_openelm.lora import adapter_parameters, add_adapter
-from mlx_openelm.loss import Likelihood
-from mlx_openelm.trainer import Trainer
-from mlx_openelm.tune_recipe import TuneRecipe
+from mlx_openelm.data.batch import Rows
+from mlx_openelm.model.adapters import about_base, read_tensors, save_adapter
+from mlx_openelm.model.lora import adapter_parameters, add_adapter
+from mlx_openelm.training.gradients import set_parameters
+from mlx_openelm.training.loss import Likelihood
+from mlx_openelm.training.trainer import Trainer
+from mlx_openelm.training.tune_recipe import TuneRecipe
 
 RECIPE = TuneRecipe(
     steps=1000, learning_rate=1e-3, schedule="constant", initial_learning_rate=1e-3, clip=0.0, dtype="float32"

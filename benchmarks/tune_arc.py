@@ -20,8 +20,8 @@ from common import RESULTS, report
 
 from mlx_openelm.files.output import output_file
 from mlx_openelm.plot import plot_run
-from mlx_openelm.tune import prepare_tuning, tune
-from mlx_openelm.tune_recipe import TuneRecipe
+from mlx_openelm.training.tune import prepare_tuning, tune
+from mlx_openelm.training.tune_recipe import TuneRecipe
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ import numpy as np
 from common import report
 
 from mlx_openelm import OpenELMConfig, load
-from mlx_openelm.convert import convert
-from mlx_openelm.memory import tuning_memory
-from mlx_openelm.pretrain import PretrainRecipe, initial_parameters
-from mlx_openelm.tokenizer_files import write_tokenizer
-from mlx_openelm.tune import make_trainer, prepare_tuning
-from mlx_openelm.tune_recipe import TuneRecipe
+from mlx_openelm.conversion.convert import convert
+from mlx_openelm.tokenizer.files import write_tokenizer
+from mlx_openelm.training.memory import tuning_memory
+from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters
+from mlx_openelm.training.tune import make_trainer, prepare_tuning
+from mlx_openelm.training.tune_recipe import TuneRecipe
 
 CASES: dict[str, dict] = {
     "lora": {},

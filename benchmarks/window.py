@@ -16,7 +16,7 @@ import mlx.core as mx
 from common import RESULTS, report
 
 from mlx_openelm import CacheConfig, OpenELMConfig, generate_tokens
-from mlx_openelm.bench import random_network
+from mlx_openelm.benchmark.models import random_network
 
 CONFIG = replace(
     OpenELMConfig.layerwise(16, 128, 32, num_gqa_groups=2, ffn_dim_divisor=16, vocab_size=1000),

@@ -1,22 +1,26 @@
 """Apple's OpenELM language models with MLX; everything public is imported from here."""
 
-from .cache import CacheConfig, KVCache, kv_cache_bytes
-from .cache.prompt_cache import PromptCache
-from .chat import Chat
+from .cache.config import CacheConfig, kv_cache_bytes
+from .cache.kv_cache import KVCache
 from .config import PRESETS, OpenELMConfig
-from .config_files import config_from_dict, read_config
-from .convert import Conversion, convert  # a function in place of the folder of its name, and below of the file
-from .engine import Step, generate_tokens
+from .conversion.convert import (  # a function in place of the folder of its name, and below of the file
+    Conversion,
+    convert,
+)
+from .conversion.read.config import config_from_dict, read_config
 from .errors import OpenELMError
-from .generate import Piece, Stats, generate, stream_generate
-from .generate_batch import generate_batch
-from .model import ContextLengthWarning, OpenELM
-from .quantize import Quantization
-from .sampling import SamplingConfig
-from .speculate import DraftModel, PromptLookup, speculate_tokens
-from .tokenizer import Tokenizer
+from .generation.batch import generate_batch
+from .generation.chat import Chat
+from .generation.engine import Step, generate_tokens
+from .generation.prompt_cache import PromptCache
+from .generation.sampling import SamplingConfig
+from .generation.speculative import DraftModel, PromptLookup, speculate_tokens
+from .generation.text import Piece, Stats, generate, stream_generate
+from .loading import load
+from .model.openelm import ContextLengthWarning, OpenELM
+from .quantization import Quantization
+from .tokenizer.tokenizer import Tokenizer
 from .version import __version__
-from .weights import load
 
 __all__ = [
     "PRESETS",

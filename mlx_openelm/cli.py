@@ -7,10 +7,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mlx_openelm.commands import bench, chat, convert, design, generate, inspect, merge, pretrain, tune
-from mlx_openelm.commands.terminal import INTERRUPTED, fail, say
-from mlx_openelm.errors import OpenELMError
-from mlx_openelm.version import __version__
+from .commands import bench, chat, convert, design, generate, inspect, merge, pretrain, tune
+from .commands.terminal import INTERRUPTED, fail, say
+from .errors import OpenELMError
+from .version import __version__
 
 # Typer brings its own copy of Click or uses the installed one, as its version goes; these are those of either.
 _UsageError: type[Any]

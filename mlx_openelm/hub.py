@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import SourceError
 
 BUILT_IN_MODEL = "openelm-tiny"  # comes with the package
-_BUILT_IN_FOLDER = Path(__file__).parent / "models" / BUILT_IN_MODEL
+_BUILT_IN_FOLDER = Path(__file__).parent / "assets" / BUILT_IN_MODEL
 
 # All that is needed of a repository; the rest (PyTorch copies, pictures, code) stays where it is.
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .cache import CacheConfig
+from .cache.config import CacheConfig
 from .config import OpenELMConfig
-from .design import Design
 from .errors import OutputError, TrainingError
 from .files.output import OutputFile
+from .model.design import Design
 from .packages import optional_package
 
 _INCHES = (8.0, 6.4)

@@ -17,8 +17,8 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from .device import compute_streams
 from .errors import WeightsError
+from .machine.device import compute_streams
 
 # The names that safetensors gives to the types that weights of a language model come in.
 SAFETENSORS_DTYPES = {

@@ -10,15 +10,16 @@ from mlx.utils import tree_flatten
 
 from conftest import GOLDEN, assert_close, random_model, refused, run, write_folder
 from mlx_openelm import convert, load
-from mlx_openelm.adapters import SavedAdapter, about_base, apply_adapter, read_adapter, write_adapter
-from mlx_openelm.convert import adapters as adapters_module
-from mlx_openelm.convert import conversion, convert_adapter, open_adapter
-from mlx_openelm.convert.corenet_adapter import AlphaWarning
-from mlx_openelm.convert.torch_file import read_torch_file
+from mlx_openelm.conversion import convert as conversion
+from mlx_openelm.conversion.adapters import forms as adapters_module
+from mlx_openelm.conversion.adapters.corenet import AlphaWarning
+from mlx_openelm.conversion.adapters.forms import convert_adapter, open_adapter
+from mlx_openelm.conversion.read.torch_file import read_torch_file
 from mlx_openelm.errors import AdapterError, ConfigError, OutputError, OutputExistsError
 from mlx_openelm.files.manifest import MANIFEST
-from mlx_openelm.lora import LINEAR_TARGETS, adapter_paths
-from mlx_openelm.quantize import matrix_shape
+from mlx_openelm.model.adapters import SavedAdapter, about_base, apply_adapter, read_adapter, write_adapter
+from mlx_openelm.model.lora import LINEAR_TARGETS, adapter_paths
+from mlx_openelm.quantization import matrix_shape
 from torch_writer import Tensor, save
 
 TIED = GOLDEN / "tied_gqa2"

@@ -7,12 +7,12 @@ from mlx.utils import tree_flatten
 
 from conftest import draw, refused, run
 from mlx_openelm import CacheConfig, OpenELMConfig, generate_tokens
-from mlx_openelm.bench import PAPER_PROMPT, Case, Ours, Peer, Report, measure, random_network
-from mlx_openelm.bench.machine import battery_watts, chip_name, describe, memory_bandwidth, power_meter
-from mlx_openelm.bench.measure import Spread, bytes_per_step
-from mlx_openelm.bench.models import Run
+from mlx_openelm.benchmark.measure import PAPER_PROMPT, Case, Spread, bytes_per_step, measure
+from mlx_openelm.benchmark.models import Ours, Peer, Run, random_network
+from mlx_openelm.benchmark.report import Report
+from mlx_openelm.machine.hardware import battery_watts, chip_name, describe, memory_bandwidth, power_meter
 from mlx_openelm.plot import plot_bench
-from mlx_openelm.quantize import Quantization
+from mlx_openelm.quantization import Quantization
 
 SMALL = OpenELMConfig.layerwise(2, 128, 64, num_gqa_groups=2, ffn_dim_divisor=64, vocab_size=300)
 QUANTIZATIONS = [None, Quantization(4, 64), Quantization(8, 32)]
@@ -92,7 +92,7 @@ class TestMachine:
         assert found["versions"]["mlx"]
 
     def test_memory_gives_something(self, monkeypatch):
-        monkeypatch.setattr("mlx_openelm.bench.machine._COPIED_BYTES", 1 << 22)
+        monkeypatch.setattr("mlx_openelm.machine.hardware._COPIED_BYTES", 1 << 22)
         assert 1e8 < memory_bandwidth() < 1e14
 
     def test_power_is_a_number_or_unknown(self):
@@ -154,7 +154,7 @@ class TestCommand:
 
     @pytest.fixture(autouse=True)
     def little_memory_to_copy(self, monkeypatch):
-        monkeypatch.setattr("mlx_openelm.bench.machine._COPIED_BYTES", 1 << 20)
+        monkeypatch.setattr("mlx_openelm.machine.hardware._COPIED_BYTES", 1 << 20)
 
     def test_the_built_in_model_against_mlx_lm(self, tmp_path):
         status, out, _ = run("bench", "--against", "mlx-lm", *self.QUICK, "-o", tmp_path / "r.json")

@@ -6,8 +6,9 @@ import pytest
 
 from conftest import assert_close, random_model
 from mlx_openelm import PRESETS, CacheConfig, KVCache, OpenELMConfig, generate_tokens, kv_cache_bytes
-from mlx_openelm.cache import GROWTH_STEP, kv_cache
+from mlx_openelm.cache import kv_cache
 from mlx_openelm.cache.config import kv_bytes_per_layer
+from mlx_openelm.cache.kv_cache import GROWTH_STEP
 from mlx_openelm.cache.layouts import Quantized, Window
 from mlx_openelm.errors import CacheError
 

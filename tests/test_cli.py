@@ -97,7 +97,7 @@ class TestConvert:
     def test_ctrl_c_says_where_it_stopped(self, folders, tmp_path):
         code = (
             "import signal, os, importlib\n"
-            "o = importlib.import_module('mlx_openelm.convert.output'); w = o.write_safetensors\n"
+            "o = importlib.import_module('mlx_openelm.conversion.write.folder'); w = o.write_safetensors\n"
             "def write(file, tensors, metadata, on_written):\n"
             "    def seen(name, nbytes):\n"
             "        on_written(name, nbytes)\n"

@@ -10,8 +10,8 @@ import pytest
 
 from conftest import refused, run, write_folder
 from mlx_openelm import CacheConfig, generate, load
-from mlx_openelm.cache.prompt_cache import PromptCache
-from mlx_openelm.generate import stream_generate
+from mlx_openelm.generation.prompt_cache import PromptCache
+from mlx_openelm.generation.text import stream_generate
 
 PROMPTS = ["Once upon a time", "the fox", "She said that", "In 1923 the river", "But", "every morning"]
 

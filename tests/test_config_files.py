@@ -5,7 +5,7 @@ import yaml
 
 from conftest import GOLDEN, GOLDEN_CASES
 from mlx_openelm import PRESETS, OpenELMError, config_from_dict, read_config
-from mlx_openelm.config_files import read_config_file
+from mlx_openelm.conversion.read.config import read_config_file
 from mlx_openelm.errors import ConfigError
 
 

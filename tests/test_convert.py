@@ -17,9 +17,10 @@ from test_quantize import EVERY_QUANTIZATION
 
 from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model, write_folder
 from mlx_openelm import OpenELMError, Quantization, convert, load
-from mlx_openelm.convert import open_source, output
+from mlx_openelm.conversion.open import open_source
+from mlx_openelm.conversion.write import folder as output
 from mlx_openelm.errors import ConfigError, DiskSpaceError, OutputExistsError, SourceError, WeightsError
-from mlx_openelm.quantize import PackedTensor
+from mlx_openelm.quantization import PackedTensor
 from mlx_openelm.tensors import read_safetensors
 from torch_writer import Tensor, save
 

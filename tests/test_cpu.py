@@ -5,8 +5,8 @@ from mlx.utils import tree_flatten
 from test_quantize import EVERY_QUANTIZATION
 
 from conftest import assert_close, random_model
-from mlx_openelm import cpu
-from mlx_openelm.cpu import CPUQuantizedEmbedding, CPUQuantizedLinear, quantized_layers
+from mlx_openelm.model import cpu_layers as cpu
+from mlx_openelm.model.cpu_layers import CPUQuantizedEmbedding, CPUQuantizedLinear, quantized_layers
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mlx_openelm.data import Batches, Filters, prepare_corpus, validation_rows
-from mlx_openelm.documents import Source
+from mlx_openelm.data.corpus import Batches, Filters, prepare_corpus, validation_rows
+from mlx_openelm.data.text_files import Source
 from mlx_openelm.errors import DataError
 
 

@@ -4,9 +4,9 @@ import pytest
 
 from conftest import draw, refused, run
 from mlx_openelm import PRESETS, config_from_dict, read_config
-from mlx_openelm.design import design, fit, parse_count, parse_multipliers, uniform_counterpart
 from mlx_openelm.errors import ConfigError, MissingPackageError, OutputError
-from mlx_openelm.model import parameter_shapes
+from mlx_openelm.model.design import design, fit, parse_count, parse_multipliers, uniform_counterpart
+from mlx_openelm.model.openelm import parameter_shapes
 
 
 @pytest.mark.parametrize("size", PRESETS)

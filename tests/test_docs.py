@@ -64,6 +64,28 @@ def test_links_between_documents_lead_somewhere():
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+def functions_above(limit, path):
+    """Functions with more lines of code than this, without their signature and docstring."""
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, ast.FunctionDef):
+            first = function.body[1:2] if ast.get_docstring(function) else function.body[:1]
+            if first and function.end_lineno - first[0].lineno >= limit:
+                yield function.name
+
+
+def test_the_tree_in_the_design_is_complete_and_gives_a_reason_for_what_is_long():
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `([a-z_/]+\.py)` \| (.+) \|$", design, re.MULTILINE))
+    package = ROOT / "mlx_openelm"
+    files = {str(path.relative_to(package)): path for path in package.rglob("*.py")}
+    assert listed.keys() == {name for name in files if name == "__init__.py" or not name.endswith("/__init__.py")}
+    for name, what in listed.items():
+        lines = files[name].read_text(encoding="utf-8").count("\n")
+        assert lines <= 350 or "long" in what, f"{name} has {lines} lines"
+        for function in functions_above(60, files[name]):
+            assert f"`{function}()`" in what, f"{function} in {name} is long; say why in docs/design.md"
+
+
 def test_every_public_name_is_documented():
     for name in mlx_openelm.__all__:
         thing = getattr(mlx_openelm, name)

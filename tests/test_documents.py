@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from mlx_openelm.documents import Source, read_documents
+from mlx_openelm.data.text_files import Source, read_documents
 from mlx_openelm.errors import DataError
 
 

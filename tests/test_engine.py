@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from conftest import assert_close, random_model
-from mlx_openelm import CacheConfig, ContextLengthWarning, SamplingConfig, engine, generate_tokens
+from mlx_openelm import CacheConfig, ContextLengthWarning, SamplingConfig, generate_tokens
 from mlx_openelm.cache import kv_cache as cache_module
-from mlx_openelm.engine import prefill
 from mlx_openelm.errors import MemoryLimitError, PromptError
+from mlx_openelm.generation import engine
+from mlx_openelm.generation.engine import prefill
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 

@@ -3,8 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mlx_openelm.example_rows import ExampleBatches, all_rows
-from mlx_openelm.kinds import Example, Preference
+from mlx_openelm.data.example_batches import ExampleBatches, all_rows
+from mlx_openelm.data.formats import Example, Preference
 
 
 def example(number, length, num_answer=2):

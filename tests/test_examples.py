@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
+from mlx_openelm.data.dataset import ExampleOptions, marked, read_examples, read_splits
+from mlx_openelm.data.formats import Example
 from mlx_openelm.errors import DataError
-from mlx_openelm.examples import ExampleOptions, marked, read_examples, read_splits
-from mlx_openelm.kinds import Example
 
 
 def write(path, records):

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import GOLDEN
 from mlx_openelm import PRESETS, OpenELM
-from mlx_openelm.model import parameter_shapes
+from mlx_openelm.model.openelm import parameter_shapes
 
 REFERENCE = json.loads((GOLDEN / "full_size.json").read_text())
 

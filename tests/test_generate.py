@@ -6,9 +6,9 @@ import pytest
 
 from conftest import random_model
 from mlx_openelm import Chat, SamplingConfig, generate, generate_tokens, stream_generate
-from mlx_openelm.engine import Step
 from mlx_openelm.errors import PromptError, TokenizerError
-from mlx_openelm.generate import StopWatch
+from mlx_openelm.generation.engine import Step
+from mlx_openelm.generation.text import StopWatch
 
 PROMPT = "Once upon a time"
 

@@ -5,8 +5,8 @@ import pytest
 from mlx_openelm import CacheConfig, SamplingConfig, generate_tokens
 from mlx_openelm.cache import kv_cache
 from mlx_openelm.errors import CacheError, MemoryLimitError, PromptError
-from mlx_openelm.generate import Generation, stream_generate
-from mlx_openelm.generate_batch import generate_batch
+from mlx_openelm.generation.batch import generate_batch
+from mlx_openelm.generation.text import Generation, stream_generate
 
 RNG = np.random.default_rng(5)
 PROMPTS = [RNG.integers(3, 400, length).tolist() for length in (9, 30, 1, 17, 4, 50, 12, 2, 8, 21, 3)]
@@ -76,7 +76,7 @@ def test_text_prompts_and_the_order_of_numbers(tiny_model, tokenizer):
 
 
 def test_no_step_is_computed_behind_the_last_token(tiny_model, tokenizer, monkeypatch):
-    from mlx_openelm import engine
+    from mlx_openelm.generation import engine
 
     steps = []
     original = engine.DecodeStep.__call__
@@ -87,7 +87,7 @@ def test_no_step_is_computed_behind_the_last_token(tiny_model, tokenizer, monkey
 
 def test_places_of_rows_that_left_are_given_back(tiny_model, tokenizer, monkeypatch):
     """However many prompts there are, the buffers are as long as their texts are, and two steps of growth."""
-    from mlx_openelm import engine
+    from mlx_openelm.generation import engine
 
     monkeypatch.setattr(kv_cache, "GROWTH_STEP", 16)
     lengths = []
@@ -129,7 +129,7 @@ def test_what_cannot_be_done_is_refused(tiny_model, tokenizer, options, error, m
 
 
 def test_more_rows_than_fit_are_refused(tiny_model, tokenizer, monkeypatch):
-    from mlx_openelm import engine
+    from mlx_openelm.generation import engine
 
     monkeypatch.setattr(engine, "memory_limit_bytes", lambda: 3_000_000)
     assert list(generate_batch(tiny_model, tokenizer, PROMPTS[:1], batch_size=1, max_tokens=200))

@@ -18,9 +18,9 @@ import pytest
 
 from conftest import GOLDEN, random_model, refused, run, write_folder
 from mlx_openelm import OpenELMConfig
-from mlx_openelm.adapters import about_base, save_adapter
 from mlx_openelm.files.manifest import MANIFEST
-from mlx_openelm.lora import AdapterConfig, adapter_parameters, add_adapter
+from mlx_openelm.model.adapters import about_base, save_adapter
+from mlx_openelm.model.lora import AdapterConfig, adapter_parameters, add_adapter
 
 DYING = Path(__file__).with_name("dying.py")
 TEMPORARY = re.compile(r"openelm-mlx|\.partial|\.whole|\.part\b|\.lock")
@@ -148,7 +148,7 @@ def contents(folder: Path, compared: Callable[[str], bool]) -> dict[str, bytes |
 
 def unchecked(*words):
     """A command without the look at the free space that `convert` takes beforehand: exit status and stderr."""
-    code = "from mlx_openelm.convert import output; output._check_disk = lambda *_: None; "
+    code = "from mlx_openelm.conversion.write import folder; folder._check_disk = lambda *_: None; "
     code += "from mlx_openelm.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr

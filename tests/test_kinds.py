@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from mlx_openelm.errors import DataError, TokenizerError
-from mlx_openelm.kinds import (
+from mlx_openelm.data.formats import (
     Preference,
     encode_continuation,
     encode_conversation,
@@ -10,6 +9,7 @@ from mlx_openelm.kinds import (
     instruction_prompt,
     kind_of,
 )
+from mlx_openelm.errors import DataError, TokenizerError
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 

@@ -9,13 +9,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from conftest import assert_close, random_model, write_folder
 from mlx_openelm import OpenELMConfig, load
-from mlx_openelm.adapters import about_base, save_adapter
-from mlx_openelm.backward import gradients_of
-from mlx_openelm.batch import Rows, counted_targets, make_batch
-from mlx_openelm.convert import convert, open_source
-from mlx_openelm.convert.adapters import open_adapter
+from mlx_openelm.conversion.adapters.forms import open_adapter
+from mlx_openelm.conversion.convert import convert
+from mlx_openelm.conversion.open import open_source
+from mlx_openelm.data.batch import Rows, counted_targets, make_batch
 from mlx_openelm.errors import AdapterError, ConfigError
-from mlx_openelm.lora import (
+from mlx_openelm.merging import merge
+from mlx_openelm.model.adapters import about_base, save_adapter
+from mlx_openelm.model.lora import (
     EMBEDDING_TARGET,
     LINEAR_TARGETS,
     AdapterConfig,
@@ -25,10 +26,10 @@ from mlx_openelm.lora import (
     add_adapter,
     settle,
 )
-from mlx_openelm.loss import Likelihood
-from mlx_openelm.merge import merge
-from mlx_openelm.pretrain import PretrainRecipe
-from mlx_openelm.trainer import Trainer
+from mlx_openelm.training.gradients import gradients_of
+from mlx_openelm.training.loss import Likelihood
+from mlx_openelm.training.pretrain import PretrainRecipe
+from mlx_openelm.training.trainer import Trainer
 
 CONFIG = OpenELMConfig.layerwise(
     num_transformer_layers=2,
@@ -177,7 +178,7 @@ def test_dora_by_hand():
     """One output of weights (3, 4) with m = 10: the row keeps its direction and has the length 10."""
     linear = nn.Linear(2, 1, bias=False)
     linear.weight = mx.array([[3.0, 4.0]])
-    from mlx_openelm.lora import LoRALinear
+    from mlx_openelm.model.lora import LoRALinear
 
     layer = LoRALinear(linear, 1, 2.0, magnitude=True)
     assert layer.m.tolist() == [5.0]
@@ -323,9 +324,9 @@ def test_a_row_of_zeros_stays_one(tmp_path, where):
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
 def test_vectors_of_stock_quantized_embeddings_are_not_rounded(bases, mode, monkeypatch):
     """As on a GPU, where MLX's own layers are used: they give bfloat16 in these modes."""
-    import mlx_openelm.weights as weights
+    import mlx_openelm.loading as loading
 
-    monkeypatch.setattr(weights, "on_cpu", lambda: False)
+    monkeypatch.setattr(loading, "on_cpu", lambda: False)
     model, _ = load(bases[mode], dtype=mx.float32)
     add_adapter(model, replace(METHODS["dora"], targets=(EMBEDDING_TARGET,)))
     (_, adapter), *_ = adapters(model)

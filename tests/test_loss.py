@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from conftest import assert_close, random_model
-from mlx_openelm.loss import token_logprobs, token_losses
+from mlx_openelm.training.loss import token_logprobs, token_losses
 
 TOKENS = mx.random.randint(0, 400, (2, 21), key=mx.random.key(0))
 COUNTED = mx.random.uniform(shape=(2, 20), key=mx.random.key(1)) > 0.2

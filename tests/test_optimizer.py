@@ -5,8 +5,8 @@ import mlx.core as mx
 import pytest
 
 from conftest import assert_close
-from mlx_openelm.optimizer import Moments, adamw, clipped, learning_rate
-from mlx_openelm.pretrain import PretrainRecipe
+from mlx_openelm.training.optimizer import Moments, adamw, clipped, learning_rate
+from mlx_openelm.training.pretrain import PretrainRecipe
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 
 from conftest import assert_close, random_model
 from mlx_openelm.errors import ConfigError
-from mlx_openelm.loss import at_positions
-from mlx_openelm.preference import Preference, row_logprobs
+from mlx_openelm.training.dpo import Preference, row_logprobs
+from mlx_openelm.training.loss import at_positions
 
 CHOSEN, REJECTED = math.log(0.5), math.log(0.25)  # log-probabilities of the answers of one token
 

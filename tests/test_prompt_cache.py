@@ -3,10 +3,10 @@ import pytest
 
 from conftest import random_model
 from mlx_openelm import CacheConfig, SamplingConfig
-from mlx_openelm.cache.prompt_cache import PromptCache, fingerprint
 from mlx_openelm.errors import CacheError, OutputError
-from mlx_openelm.generate import Generation, stream_generate
-from mlx_openelm.model import FeedForward
+from mlx_openelm.generation.prompt_cache import PromptCache, fingerprint
+from mlx_openelm.generation.text import Generation, stream_generate
+from mlx_openelm.model.openelm import FeedForward
 
 TEXT = [(7 * number) % 397 for number in range(60)]
 KINDS = [CacheConfig(), CacheConfig(bits=8), CacheConfig(bits=4, quantize_after=30), CacheConfig(window=200)]

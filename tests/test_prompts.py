@@ -3,8 +3,8 @@ import json
 import pytest
 
 from mlx_openelm.errors import DataError, OutputError, OutputExistsError
-from mlx_openelm.generate import Generation, Stats
-from mlx_openelm.prompts import AnswerFile, Answers, Prompt, read_prompts
+from mlx_openelm.generation.prompt_file import AnswerFile, Answers, Prompt, read_prompts
+from mlx_openelm.generation.text import Generation, Stats
 
 PROMPTS = [Prompt({"prompt": text, "id": number}, [number]) for number, text in enumerate(["one", "two", "three"])]
 

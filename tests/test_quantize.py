@@ -4,7 +4,7 @@ import pytest
 from conftest import assert_close
 from mlx_openelm import Quantization
 from mlx_openelm.errors import ConfigError, QuantizationError
-from mlx_openelm.quantize import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES, join_packed, pack
+from mlx_openelm.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES, join_packed, pack
 from mlx_openelm.tensors import LazyTensor
 
 EVERY_QUANTIZATION = [Quantization(bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUP_SIZES] + [

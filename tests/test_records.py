@@ -3,9 +3,9 @@ import json
 
 import pytest
 
-from mlx_openelm.documents import BrokenLines
+from mlx_openelm.data.record_files import read_records
+from mlx_openelm.data.text_files import BrokenLines
 from mlx_openelm.errors import DataError
-from mlx_openelm.records import read_records
 
 RECORDS = [{"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": "Line\nbreak", "completion": "\u2028 “é”, and more"}]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)

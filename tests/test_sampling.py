@@ -7,7 +7,7 @@ import pytest
 from conftest import assert_close
 from mlx_openelm import SamplingConfig
 from mlx_openelm.errors import SamplingError
-from mlx_openelm.sampling import Sampler, restrict
+from mlx_openelm.generation.sampling import Sampler, restrict
 
 LOGITS = mx.log(mx.array([0.5, 0.05, 0.3, 0.15]))
 

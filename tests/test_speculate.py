@@ -9,8 +9,8 @@ from mlx.utils import tree_map
 from conftest import random_model
 from mlx_openelm import CacheConfig, SamplingConfig, generate_tokens
 from mlx_openelm.errors import CacheError, PromptError
-from mlx_openelm.sampling import Sampler
-from mlx_openelm.speculate import Drafter, DraftModel, Pace, PromptLookup, _Writer, speculate_tokens
+from mlx_openelm.generation.sampling import Sampler
+from mlx_openelm.generation.speculative import Drafter, DraftModel, Pace, PromptLookup, _Writer, speculate_tokens
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4, 1]
 SAMPLINGS = {

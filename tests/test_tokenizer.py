@@ -6,7 +6,7 @@ import pytest
 from conftest import GOLDEN
 from mlx_openelm import Tokenizer
 from mlx_openelm.errors import TokenizerError
-from mlx_openelm.tokenizer_files import write_tokenizer
+from mlx_openelm.tokenizer.files import write_tokenizer
 
 TEXTS = [
     "Once upon a time there was",

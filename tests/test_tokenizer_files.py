@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from mlx_openelm import Tokenizer, tokenizer_files
+from mlx_openelm import Tokenizer
 from mlx_openelm.errors import SourceError, TokenizerError
-from mlx_openelm.tokenizer_files import LLAMA_REPO, PUBLIC_COPIES, find_tokenizer, has_tokenizer, write_tokenizer
+from mlx_openelm.tokenizer import files as tokenizer_files
+from mlx_openelm.tokenizer.files import LLAMA_REPO, PUBLIC_COPIES, find_tokenizer, has_tokenizer, write_tokenizer
 
 
 @pytest.fixture

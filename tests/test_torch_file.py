@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import GOLDEN, GOLDEN_CASES
-from mlx_openelm.convert.torch_file import read_torch_file
+from mlx_openelm.conversion.read.torch_file import read_torch_file
 from mlx_openelm.errors import TorchFileError
 from mlx_openelm.tensors import read_safetensors
 from torch_writer import Call, Global, Raw, Tensor, describe, save

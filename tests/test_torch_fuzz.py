@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import GOLDEN
-from mlx_openelm.convert.torch_file import read_torch_file
+from mlx_openelm.conversion.read.torch_file import read_torch_file
 from mlx_openelm.errors import TorchFileError
 from torch_writer import Call, Global, Tensor, save
 

@@ -15,13 +15,13 @@ import pytest
 
 from conftest import assert_close, killed_at
 from mlx_openelm import OpenELMConfig, load
-from mlx_openelm import trainer as trainer_module
-from mlx_openelm.batch import make_batch
-from mlx_openelm.checkpoints import checkpoint_folders, load_checkpoint
-from mlx_openelm.data import Filters, prepare_corpus
-from mlx_openelm.documents import Source
+from mlx_openelm.data.batch import make_batch
+from mlx_openelm.data.corpus import Filters, prepare_corpus
+from mlx_openelm.data.text_files import Source
 from mlx_openelm.errors import ConfigError, OutputError, TrainingError
-from mlx_openelm.pretrain import PretrainRecipe, fresh_trainer, initial_parameters, pretrain
+from mlx_openelm.training import trainer as trainer_module
+from mlx_openelm.training.checkpoints import checkpoint_folders, load_checkpoint
+from mlx_openelm.training.pretrain import PretrainRecipe, fresh_trainer, initial_parameters, pretrain
 
 
 @pytest.fixture(scope="module")

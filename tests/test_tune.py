@@ -15,12 +15,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from conftest import assert_close, killed_at, random_model, refused, run, write_folder
 from mlx_openelm import OpenELMConfig, load
-from mlx_openelm import trainer as trainer_module
-from mlx_openelm.checkpoints import checkpoint_folders
 from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingError
-from mlx_openelm.memory import tuning_memory
-from mlx_openelm.tune import make_trainer, prepare_tuning, tune
-from mlx_openelm.tune_recipe import RECIPES, TuneRecipe
+from mlx_openelm.training import trainer as trainer_module
+from mlx_openelm.training.checkpoints import checkpoint_folders
+from mlx_openelm.training.memory import tuning_memory
+from mlx_openelm.training.tune import make_trainer, prepare_tuning, tune
+from mlx_openelm.training.tune_recipe import RECIPES, TuneRecipe
 
 CONFIG = OpenELMConfig.layerwise(
     num_transformer_layers=2,
@@ -116,7 +116,7 @@ def test_the_reference_is_the_model_as_it_was(recipe, files):
     recipe = replace(recipe, objective="dpo", data=str(files / "pairs.jsonl"), validation="", learning_rate=0.05)
     trainer = make_trainer(prepare_tuning(recipe))
     rows = trainer.data.step(0)
-    from mlx_openelm.batch import make_batch
+    from mlx_openelm.data.batch import make_batch
 
     before = trainer._prepare(make_batch(rows))["reference"]
     plain, _ = load(files / "model")
@@ -353,7 +353,7 @@ def test_what_cannot_be_tuned_is_refused(recipe, files, tmp_path, change, error,
     if change.pop("quantized", False):
         model = random_model(replace(CONFIG, ffn_dim_divisor=64))
         write_folder(tmp_path / "m", model)
-        from mlx_openelm.convert import convert
+        from mlx_openelm.conversion.convert import convert
 
         convert(tmp_path / "m", tmp_path / "q", quantize=4, group_size=32, tokenizer="none")
         change |= {"model": str(tmp_path / "q"), "tokenizer": str(files / "model" / "tokenizer.model")}

@@ -1,4 +1,4 @@
-"""The package as people install it: an editable install would hide a package or a file that is left out of the wheel."""
+"""The package as people install it: an editable install hides what is left out of the wheel."""
 
 import os
 import shutil

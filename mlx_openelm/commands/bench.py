@@ -19,11 +19,11 @@ from .options import Adapter, Force, Json, Revision, examples
 from .terminal import INTERRUPTED, print_json, say
 
 if TYPE_CHECKING:
-    from ..bench import Case, Report
-    from ..bench.measure import Result
-    from ..bench.models import Contestant
-    from ..cache import CacheConfig
-    from ..model import OpenELM
+    from ..benchmark.measure import Case, Result
+    from ..benchmark.models import Contestant
+    from ..benchmark.report import Report
+    from ..cache.config import CacheConfig
+    from ..model.openelm import OpenELM
 
 EXAMPLES = examples(
     "openelm-mlx bench --preset 1.1B --quantize 4",
@@ -71,9 +71,11 @@ def bench(
     revision: Revision = None,
 ) -> None:
     """Measure tokens per second, time to the first token, memory, and how near that is to what memory allows."""
-    from ..bench import PAPER_CASE, PAPER_PROMPT, Case, Ours, Peer, Report, measure
-    from ..bench.machine import describe, memory_bandwidth
-    from ..device import wired_memory
+    from ..benchmark.measure import PAPER_CASE, PAPER_PROMPT, Case, measure
+    from ..benchmark.models import Ours, Peer
+    from ..benchmark.report import Report
+    from ..machine.device import wired_memory
+    from ..machine.hardware import describe, memory_bandwidth
     from ..plot import check_picture, plot_bench
 
     if against is not None and against not in _PEERS:
@@ -157,12 +159,12 @@ def _networks(
     """Names and networks, one in memory at a time."""
     import mlx.core as mx
 
-    from ..bench import random_network
+    from ..benchmark.models import random_network
     from ..config import OpenELMConfig
-    from ..device import compute_dtype
     from ..hub import BUILT_IN_MODEL
-    from ..quantize import Quantization
-    from ..weights import dtype_named, load
+    from ..loading import dtype_named, load
+    from ..machine.device import compute_dtype
+    from ..quantization import Quantization
 
     sizes = _split(preset or "")
     configs = {size: OpenELMConfig.preset(size) for size in sizes}
@@ -194,7 +196,7 @@ def _numbers(option: str, text: str, least: int = 1) -> list[int]:
 
 
 def _kind(name: str) -> CacheConfig:
-    from ..cache import CacheConfig
+    from ..cache.config import CacheConfig
 
     if name == "full":
         return CacheConfig()
@@ -222,7 +224,7 @@ def _print_table(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..bench.report import HEADINGS
+    from ..benchmark.report import HEADINGS
 
     rows = report.rows()
     machine = report.machine

@@ -7,12 +7,12 @@ from typing import Any
 
 import typer
 
-from ..cache import CacheConfig
-from ..chat import Chat
+from ..cache.config import CacheConfig
 from ..errors import OpenELMError
 from ..files.lock import lock
+from ..generation.chat import Chat
+from ..generation.sampling import SamplingConfig
 from ..hub import BUILT_IN_MODEL
-from ..sampling import SamplingConfig
 from .generate import load_for_text, open_prompt_cache, print_stats
 from .options import (
     Adapter,

@@ -70,7 +70,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write the MLX folder of an OpenELM from whatever form its weights are in; or an adapter in another form."""
-    from ..convert import convert as run
+    from ..conversion.convert import convert as run
 
     if adapter is not None or to is not None:
         others = {
@@ -141,7 +141,7 @@ def convert(
 def _convert_adapter(
     adapter: str | None, to: str | None, output: str | None, others: list[str], force: bool, as_json: bool
 ) -> None:
-    from ..convert import convert_adapter
+    from ..conversion.adapters.forms import convert_adapter
 
     if adapter is None or to is None or output is None:
         fail("an adapter is converted with --adapter ADAPTER --to FORM --output DIR; one of them is missing")

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..cache import kv_bytes_per_layer
+from ..cache.config import kv_bytes_per_layer
 from ..config import OpenELMConfig
-from ..design import FFN_MULTIPLIERS, QKV_MULTIPLIERS, Design, design, fit
-from ..design import parse_count as count
-from ..design import parse_multipliers as multipliers
 from ..errors import ConfigError
 from ..files.output import output_file, write_file
+from ..model.design import FFN_MULTIPLIERS, QKV_MULTIPLIERS, Design, design, fit
+from ..model.design import parse_count as count
+from ..model.design import parse_multipliers as multipliers
 from .options import Force, Json, examples
 from .terminal import print_json, say
 

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..cache import CacheConfig
-from ..cache.prompt_cache import PromptCache, fingerprint
-from ..engine import MAX_TOKENS
+from ..cache.config import CacheConfig
 from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
 from ..files.lock import lock
 from ..files.output import output_file
-from ..generate import Generation, Stats, stream_generate
-from ..generate_batch import BATCH_SIZE, generate_batch
+from ..generation.batch import BATCH_SIZE, generate_batch
+from ..generation.engine import MAX_TOKENS
+from ..generation.prompt_cache import PromptCache, fingerprint
+from ..generation.sampling import SamplingConfig
+from ..generation.speculative import Drafter, DraftModel, PromptLookup
+from ..generation.text import Generation, Stats, stream_generate
 from ..hub import BUILT_IN_MODEL
-from ..model import OpenELM
-from ..sampling import SamplingConfig
-from ..speculate import Drafter, DraftModel, PromptLookup
-from ..tokenizer import Tokenizer
-from ..weights import dtype_named, load
+from ..loading import dtype_named, load
+from ..model.openelm import OpenELM
+from ..tokenizer.tokenizer import Tokenizer
 from .options import (
     Adapter,
     Dtype,
@@ -254,7 +254,7 @@ def _answer_file(
     about: dict[str, Any],
     force: bool,
 ) -> None:
-    from ..prompts import AnswerFile, Answers, read_prompts
+    from ..generation.prompt_file import AnswerFile, Answers, read_prompts
 
     prompts = read_prompts(path, tokenizer, chat=about["chat"], system=about["system"])
     ids = [prompt.tokens for prompt in prompts]

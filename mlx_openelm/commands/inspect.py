@@ -22,9 +22,9 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show a model layer by layer: heads, FFN widths, parameters, bytes."""
-    from ..convert import open_source
-    from ..convert.adapters import open_adapter
-    from ..info import describe, describe_adapter
+    from ..conversion.adapters.forms import open_adapter
+    from ..conversion.describe import describe, describe_adapter
+    from ..conversion.open import open_source
 
     source = open_source([model], config=config, revision=revision)
     found = describe(source)
@@ -75,7 +75,7 @@ def info(
 
 def doctor(as_json: Json = False) -> None:
     """Show versions, device and memory, what is slow here, and what to do about it."""
-    from ..doctor import examine
+    from ..machine.doctor import examine
 
     report = examine()
     if as_json:

@@ -41,8 +41,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its model, and write that as a model of its own."""
     from ..errors import ConfigError
-    from ..merge import merge_folder
-    from ..quantize import Quantization
+    from ..merging import merge_folder
+    from ..quantization import Quantization
 
     wanted = quantize is not None or mode is not None
     if dequantize and wanted:

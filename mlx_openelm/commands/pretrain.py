@@ -18,9 +18,9 @@ from .terminal import INTERRUPTED, byte_bar, fail, say
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from ..data import Corpus
-    from ..pretrain import PretrainRecipe
-    from ..tokenizer import Tokenizer
+    from ..data.corpus import Corpus
+    from ..tokenizer.tokenizer import Tokenizer
+    from ..training.pretrain import PretrainRecipe
 
 EXAMPLES = examples(
     'openelm-mlx pretrain --config recipe.yaml --data "stories/*.txt" --output runs/stories',
@@ -61,8 +61,8 @@ def pretrain(
     """Train a model from scratch. Any field of the recipe can be given too, as in --learning-rate 1e-3."""
     import mlx.core as mx
 
-    from ..checkpoints import check_fresh, checkpoint_folders, run_lock, together
-    from ..pretrain import PretrainRecipe, pretrain
+    from ..training.checkpoints import check_fresh, checkpoint_folders, run_lock, together
+    from ..training.pretrain import PretrainRecipe, pretrain
 
     recipe = PretrainRecipe.from_file(PretrainRecipe.named(config), _fields(context.args), data_folder)
     if not recipe.data:
@@ -97,11 +97,11 @@ def pretrain(
 
 def _prepare(recipe: PretrainRecipe, output: Path, group: mx.distributed.Group) -> tuple[Tokenizer, Corpus]:
     """The vocabulary and the token files of a run, made by its first process where they do not exist."""
-    from ..checkpoints import together
-    from ..data import Filters, prepare_corpus
-    from ..tokenizer import Tokenizer
-    from ..tokenizer_files import find_tokenizer
-    from ..vocabulary import train_tokenizer
+    from ..data.corpus import Filters, prepare_corpus
+    from ..data.train_tokenizer import train_tokenizer
+    from ..tokenizer.files import find_tokenizer
+    from ..tokenizer.tokenizer import Tokenizer
+    from ..training.checkpoints import together
 
     main = group.rank() == 0
     filters = Filters(recipe.min_characters, recipe.min_tokens, recipe.validation_share)

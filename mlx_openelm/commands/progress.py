@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .terminal import mib, say
 
 if TYPE_CHECKING:
-    from ..train import Metrics
+    from ..training.loop import Metrics
 
 
 class TrainingView:

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from ..tune_recipe import TuneRecipe
+from ..training.tune_recipe import TuneRecipe
 from .options import Dtype, Json, Model, TokenizerOption, examples
 from .progress import training_view
 from .terminal import INTERRUPTED, fail, mib, print_json, say
 
 if TYPE_CHECKING:
-    from ..examples import Example, ExampleSet
-    from ..memory import TuningMemory
-    from ..tokenizer import Tokenizer
-    from ..tune import Tuning
+    from ..data.dataset import Example, ExampleSet
+    from ..tokenizer.tokenizer import Tokenizer
+    from ..training.memory import TuningMemory
+    from ..training.tune import Tuning
 
 EXAMPLES = examples(
     "openelm-mlx tune --data answers.jsonl --validation 0.05 --output my-adapter",
@@ -118,10 +118,10 @@ def tune(
 
     import mlx.core as mx
 
-    from ..checkpoints import run_lock
-    from ..memory import tuning_memory
-    from ..tune import best_checkpoint, check_output, prepare_tuning
-    from ..tune import tune as run
+    from ..training.checkpoints import run_lock
+    from ..training.memory import tuning_memory
+    from ..training.tune import best_checkpoint, check_output, prepare_tuning
+    from ..training.tune import tune as run
 
     group = mx.distributed.init()
     main = group.rank() == 0
@@ -229,7 +229,7 @@ def _described(found: ExampleSet) -> str:
 
 
 def _marked(example: Example, tokenizer: Tokenizer) -> str:
-    from ..examples import marked
+    from ..data.dataset import marked
 
     if sys.stderr.isatty():
         styles: dict[bool, dict[str, Any]] = {True: {"fg": "green", "bold": True}, False: {"dim": True}}
@@ -242,7 +242,7 @@ def _marked(example: Example, tokenizer: Tokenizer) -> str:
 def _report(tuning: Tuning, output: Path, first: float | None, last: Any, as_json: bool) -> None:
     import json
 
-    from ..tune import best_checkpoint
+    from ..training.tune import best_checkpoint
 
     best = best_checkpoint(output)
     state = json.loads((best / "state.json").read_text(encoding="utf-8")) if best is not None else {}

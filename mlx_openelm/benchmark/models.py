@@ -1,0 +1,165 @@
+"""Who is measured: this package and its peer, on the same weights."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..cache.config import CacheConfig, kv_group_size
+from ..config import OpenELMConfig
+from ..generation.engine import PREFILL_CHUNK, Rows, as_prompt
+from ..generation.sampling import SamplingConfig
+from ..loading import assemble
+from ..machine.device import pays_to_compile
+from ..model.openelm import OpenELM, parameter_shapes
+from ..quantization import Quantization
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one measured generation took."""
+
+    first_token_seconds: float  # from the prompts to the first token of all rows
+    decode_seconds: float  # for the tokens behind the first ones
+    peak_memory_bytes: int  # of MLX's arrays, weights included
+    tokens: list[list[int]]  # of each row
+
+
+class Contestant(Protocol):
+    """Continues prompts as fast as it can."""
+
+    name: str
+
+    def run(self, prompts: Sequence[Sequence[int]], max_tokens: int, cache: CacheConfig) -> Run:
+        """Continue each prompt by so many tokens, always the likeliest, all prompts at once."""
+        ...
+
+
+class Ours:
+    """This package.
+
+    Args:
+        compiled: whether the step is compiled whole; by default where that pays.
+    """
+
+    name = "openelm-mlx"
+
+    def __init__(self, network: OpenELM, compiled: bool | None = None):
+        self.network = network
+        self._compiled = compiled
+
+    def run(self, prompts: Sequence[Sequence[int]], max_tokens: int, cache: CacheConfig) -> Run:
+        """See `Contestant`."""
+        compiled = pays_to_compile(max_tokens) if self._compiled is None else self._compiled
+        given = [as_prompt(self.network, prompt) for prompt in prompts]
+        with _memory_watched() as peak:
+            started = time.perf_counter()
+            rows = Rows(self.network, SamplingConfig(), compiled=compiled)
+            numbers = [rows.add(ids, self.network.make_cache(cache)) for ids in given]
+            steps = [rows.step(more=max_tokens > 1)]
+            first = time.perf_counter()
+            steps += [rows.step(more=left > 1) for left in range(max_tokens - 1, 0, -1)]
+            done = time.perf_counter()
+        tokens = [[step[number].token for step in steps] for number in numbers]
+        return Run(first - started, done - first, peak(), tokens)
+
+
+class Peer:
+    """Stock mlx-lm, with the weights of a network of this package."""
+
+    name = "mlx-lm"
+
+    def __init__(self, network: OpenELM):
+        from mlx_lm.models.openelm import Model, ModelArgs
+
+        self._model = Model(ModelArgs.from_dict(network.config.to_dict()))
+        packed = {
+            path: {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+            for path, layer in network.named_modules()
+            if hasattr(layer, "bits")
+        }
+        if packed:
+            nn.quantize(self._model, class_predicate=lambda path, _: packed.get(path, False))
+        parameters: Any = tree_flatten(network.parameters())
+        self._model.load_weights(parameters)
+
+    def run(self, prompts: Sequence[Sequence[int]], max_tokens: int, cache: CacheConfig) -> Run:
+        """See `Contestant`."""
+        return (self._alone if len(prompts) == 1 else self._together)(prompts, max_tokens, cache)
+
+    def _alone(self, prompts: Sequence[Sequence[int]], max_tokens: int, cache: CacheConfig) -> Run:
+        from mlx_lm.generate import generate_step
+        from mlx_lm.models.cache import make_prompt_cache
+
+        options: dict[str, Any] = {}
+        if cache.bits is not None:
+            head_dim = self._model.args.head_dim
+            options = {"kv_bits": cache.bits, "kv_group_size": kv_group_size(head_dim)}
+            options["quantized_kv_start"] = cache.quantize_after
+        with _memory_watched() as peak:
+            started = time.perf_counter()
+            kept = make_prompt_cache(self._model, cache.window)
+            steps = generate_step(
+                mx.array(list(prompts[0])), self._model, max_tokens=max_tokens, prompt_cache=kept, **options
+            )
+            tokens = [int(next(steps)[0])]
+            first = time.perf_counter()
+            tokens += [int(token) for token, _ in steps]
+            done = time.perf_counter()
+        return Run(first - started, done - first, peak(), [tokens])
+
+    def _together(self, prompts: Sequence[Sequence[int]], max_tokens: int, cache: CacheConfig) -> Run:
+        from mlx_lm.generate import BatchGenerator
+
+        with _memory_watched() as peak:
+            started = time.perf_counter()
+            generator = BatchGenerator(
+                self._model,
+                completion_batch_size=len(prompts),
+                prefill_batch_size=len(prompts),
+                prefill_step_size=PREFILL_CHUNK,
+            )
+            numbers = generator.insert([list(prompt) for prompt in prompts], [max_tokens] * len(prompts))
+            tokens: dict[int, list[int]] = {number: [] for number in numbers}
+            first = 0.0
+            while responses := generator.next_generated():
+                for response in responses:
+                    tokens[response.uid].append(int(response.token))
+                first = first or (time.perf_counter() if all(tokens.values()) else 0.0)
+            done = time.perf_counter()
+            generator.close()
+        return Run(first - started, done - first, peak(), list(tokens.values()))
+
+
+def random_network(config: OpenELMConfig, dtype: mx.Dtype, quantization: Quantization | None = None) -> OpenELM:
+    """A network of random weights, which takes as long as one that was trained."""
+    arrays: dict[str, mx.array] = {}
+    packed: dict[str, Quantization] = {}
+    keys = iter(mx.random.split(mx.random.key(0), len(parameter_shapes(config))))
+    for name, shape in parameter_shapes(config).items():
+        key = next(keys)
+        if len(shape) == 1:
+            arrays[name] = mx.ones(shape, dtype)
+            continue
+        matrix = mx.random.normal(shape, dtype, scale=shape[-1] ** -0.5, key=key)
+        path = name.removesuffix(".weight")
+        if quantization is not None and quantization.fits(shape):
+            packed[path] = quantization
+            arrays.update({f"{path}.{part}": array for part, array in quantization.quantize(matrix).items()})
+        else:
+            arrays[name] = matrix
+        mx.eval(list(arrays.values()))
+    return assemble(config, arrays, packed, dtype)
+
+
+@contextmanager
+def _memory_watched() -> Iterator[Any]:
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    yield mx.get_peak_memory

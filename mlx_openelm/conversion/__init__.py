@@ -1,0 +1,1 @@
+"""From any form of OpenELM weights to one MLX folder."""

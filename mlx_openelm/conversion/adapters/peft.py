@@ -1,0 +1,277 @@
+"""Adapters in the format of PEFT: `adapter_config.json` and `adapter_model.safetensors`, as of its version 0.21.
+
+Its matrices lie the other way round, it names them by their place in the Hugging Face model, and one rank, one alpha
+and one method hold for all, ranks and alphas with exceptions. Under PEFT, too, a tied output reads the base embedding.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ...errors import AdapterError, OpenELMError
+from ...model.adapters import CONFIG_FILE, SavedAdapter, read_adapter_config, read_tensors
+from ...model.lora import EMBEDDING, MAGNITUDE
+from ...tensors import save_arrays
+from ..read.torch_file import read_torch_file
+from .common import check_number, check_pairs, check_path, with_one_scale
+
+TENSOR_FILE, OLD_TENSOR_FILE = "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+_PARTS = {
+    "lora_A.weight": "lora_a",
+    "lora_B.weight": "lora_b",
+    "lora_embedding_A": "lora_a",
+    "lora_embedding_B": "lora_b",
+    "lora_magnitude_vector": MAGNITUDE,
+    "lora_magnitude_vector.weight": MAGNITUDE,
+}
+
+_USED_KEYS = {
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "use_dora",
+    "use_rslora",
+}
+_IGNORED_KEYS = {
+    "auto_mapping": "the class of another library",
+    "corda_config": "how training began, which init_lora_weights says",
+    "eva_config": "how training began, which init_lora_weights says",
+    "exclude_modules": "the tensors say where an adapter is",
+    "inference_mode": "whether another library trains it",
+    "layers_pattern": "the tensors say where an adapter is",
+    "layers_to_transform": "the tensors say where an adapter is",
+    "loftq_config": "how training began, which init_lora_weights says",
+    "lora_ga_config": "how training began, which init_lora_weights says",
+    "megatron_config": "how another library splits its work",
+    "megatron_core": "how another library splits its work",
+    "peft_version": "another library's version",
+    "qalora_group_size": "only with use_qalora, which is refused",
+    "revision": "of the base on the hub, which the user names",
+    "runtime_config": "how another library runs",
+    "target_modules": "the tensors say where an adapter is",
+    "task_type": "a head for another task would be in modules_to_save, which is refused",
+    "velora_config": "how another library saves memory in training",
+}
+_REFUSED_KEYS = {  # if they are set
+    "alora_invocation_tokens": "the adapter holds only from some tokens on",
+    "arrow_config": "several adapters are mixed",
+    "bias": "biases were trained, and an OpenELM has none",
+    "ensure_weight_tying": "the adapter of the embedding is on a tied output too",
+    "fan_in_fan_out": "the matrices of an OpenELM are (output, input)",
+    "init_lora_weights": "training began with a changed base; PEFT can save this as plain LoRA "
+    "(path_initial_model_for_weight_conversion)",
+    "kasa_config": "another method than LoRA and DoRA",
+    "layer_replication": "the model has other layers than its base",
+    "lora_bias": "biases were trained, and an OpenELM has none",
+    "modules_to_save": "whole matrices were trained beside the adapter",
+    "monteclora_config": "another method than LoRA and DoRA",
+    "target_parameters": "adapters on parameters are another method than those on matrices",
+    "trainable_token_indices": "single rows of the embedding were trained beside the adapter",
+    "use_bdlora": "another method than LoRA and DoRA",
+    "use_qalora": "another method than LoRA and DoRA",
+}
+_HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica")}
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT."""
+    return (folder / TENSOR_FILE).exists() or (folder / OLD_TENSOR_FILE).exists()
+
+
+def read_peft(folder: Path) -> SavedAdapter:
+    """The adapter in a folder of PEFT.
+
+    Raises:
+        AdapterError: if it is damaged, or more than LoRA or DoRA on the matrices of an OpenELM.
+    """
+    values, stored = read_adapter_config(folder), _read_stored(folder)
+    try:
+        _check_keys(values)
+        tensors = _rename(stored)
+        ranks = {name.removesuffix(".lora_a"): a.shape[1] for name, a in tensors.items() if name.endswith(".lora_a")}
+        scales = _scales(values, ranks)
+        _check_method(values, tensors)
+        tensors, scale = with_one_scale(tensors, scales)
+        dropout = values.get("lora_dropout") or 0.0
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise AdapterError(f"lora_dropout is {dropout!r}; a number from 0 to below 1 expected")
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from error
+    is_uniform = not values.get("rank_pattern") and not values.get("alpha_pattern")
+    return SavedAdapter(
+        "dora" if values.get("use_dora") else "lora",
+        scale,
+        tensors,
+        float(dropout),
+        float(values["lora_alpha"]) if is_uniform else None,
+        bool(values.get("use_rslora")) if is_uniform else False,
+    )
+
+
+def write_peft(folder: Path, adapter: SavedAdapter) -> None:
+    """Write an adapter as PEFT does, into a folder that exists.
+
+    Raises:
+        AdapterError: if PEFT's format cannot hold it.
+    """
+    ranks = adapter.ranks
+    _check_writable(adapter)
+    rank = Counter(rank for rank, _ in ranks.values()).most_common(1)[0][0]
+    alpha = _alpha(adapter, rank)
+    others = {path: other for path, (other, _) in ranks.items() if other != rank}
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base.get("name"),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rank_stabilised,
+        "use_dora": any(magnitude for _, magnitude in ranks.values()),
+        "target_modules": _target_modules(adapter),
+        "rank_pattern": {re.escape(path): other for path, other in others.items()},
+        "alpha_pattern": {re.escape(path): _alpha(adapter, other) for path, other in others.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": None,
+    }
+    tensors = {}
+    for name, tensor in adapter.tensors.items():
+        path, _, part = name.rpartition(".")
+        kind = "lora_embedding_" if path == EMBEDDING else "lora_"
+        ending = "" if path == EMBEDDING else ".weight"
+        names = {"lora_a": f"{kind}A{ending}", "lora_b": f"{kind}B{ending}", MAGNITUDE: "lora_magnitude_vector"}
+        tensors[f"{_PREFIX}{path}.{names[part]}"] = tensor.T
+    save_arrays(folder / TENSOR_FILE, tensors, {"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    if values.get("peft_type") != "LORA":
+        raise AdapterError(f"peft_type is {values.get('peft_type')!r}; only LORA can be read, with DoRA among it")
+    for key, value in values.items():
+        is_unset = value in (None, False, "", [], {})  # what PEFT writes for whatever was not asked for
+        if is_unset or key in _USED_KEYS or key in _IGNORED_KEYS or value in _HARMLESS.get(key, ()):
+            continue
+        reason = _REFUSED_KEYS.get(key, "that is not a known setting, and ignoring it could change the result")
+        raise AdapterError(f"{key} is {value!r}: {reason}")
+
+
+def _read_stored(folder: Path) -> Mapping[str, mx.array]:
+    if (folder / TENSOR_FILE).exists():
+        return read_tensors(folder / TENSOR_FILE)
+    try:
+        return {name: tensor.read() for name, tensor in read_torch_file(folder / OLD_TENSOR_FILE).items()}
+    except OpenELMError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _rename(stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Tensors under the names of this package, in its layout."""
+    tensors = {}
+    for name, tensor in stored.items():
+        ending = next((ending for ending in _PARTS if name.endswith(f".{ending}")), None)
+        if ending is None or not name.startswith(_PREFIX):
+            raise AdapterError(f"{name} is no tensor of an adapter")
+        path = name.removeprefix(_PREFIX).removesuffix(f".{ending}")
+        check_path(path)
+        if (path == EMBEDDING) != ("embedding" in ending) and _PARTS[ending] != MAGNITUDE:
+            raise AdapterError(f"{name} belongs to a layer of another kind than {path} is")
+        tensors[f"{path}.{_PARTS[ending]}"] = tensor.T
+    if not tensors:
+        raise AdapterError("there are no tensors in it")
+    check_pairs(tensors)
+    return tensors
+
+
+def _scales(values: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """What the product of both matrices counts, for each path."""
+    scales = {}
+    for path, found in ranks.items():
+        rank = check_number("r", _setting(values, "rank_pattern", "r", path))
+        alpha = check_number("lora_alpha", _setting(values, "alpha_pattern", "lora_alpha", path))
+        if rank != found:
+            raise AdapterError(f"{path} has the rank {found}, and {rank:g} by {CONFIG_FILE}")
+        scales[path] = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+    return scales
+
+
+def _setting(values: Mapping[str, Any], patterns: str, key: str, path: str) -> Any:
+    """The value for a path: of the first pattern that its end matches, else the common one."""
+    table = values.get(patterns) or {}
+    if not isinstance(table, dict):
+        raise AdapterError(f"{patterns} is {table!r}; a table expected")
+    for pattern, value in table.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return value
+        except re.error as error:
+            raise AdapterError(f"{patterns} holds {pattern!r}, which is no regular expression") from error
+    return values.get(key)
+
+
+def _check_method(values: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> None:
+    paths = {name.rpartition(".")[0] for name in tensors}
+    without = [path for path in paths if f"{path}.{MAGNITUDE}" not in tensors]
+    if not values.get("use_dora"):
+        if len(without) < len(paths):
+            raise AdapterError("there are magnitudes of DoRA, and use_dora is false")
+        return
+    if EMBEDDING in paths:
+        raise AdapterError(_COLUMNS)
+    if without:
+        raise AdapterError(f"the adapter is incomplete: {min(without)} has no magnitudes of DoRA")
+
+
+_COLUMNS = (
+    f"PEFT's DoRA on an embedding learns a length for each column, and that of MLX one for each token; "
+    f"{EMBEDDING} cannot go from one to the other"
+)
+
+
+def _check_writable(adapter: SavedAdapter) -> None:
+    if adapter.method == "full":
+        raise AdapterError("the model was trained in full, and PEFT keeps such weights as a model; use `merge`")
+    magnitudes = {path: magnitude for path, (_, magnitude) in adapter.ranks.items()}
+    if magnitudes.get(EMBEDDING):
+        raise AdapterError(_COLUMNS)
+    plain = [path for path, magnitude in magnitudes.items() if not magnitude]
+    if plain and len(plain) < len(magnitudes):
+        raise AdapterError(
+            f"{plain[0]} has plain LoRA and others have DoRA; in PEFT one use_dora holds for all, so that this adapter "
+            "cannot be written for it"
+        )
+
+
+def _alpha(adapter: SavedAdapter, rank: int) -> float:
+    """The alpha that gives the adapter's scale at a rank; the one it was made with, if that does."""
+    divisor = math.sqrt(rank) if adapter.rank_stabilised else rank
+    if adapter.alpha is not None and math.isclose(adapter.alpha / divisor, adapter.scale):
+        alpha = adapter.alpha
+    else:
+        alpha = adapter.scale * divisor
+    return round(alpha) if math.isclose(alpha, round(alpha)) else alpha
+
+
+def _target_modules(adapter: SavedAdapter) -> list[str]:
+    """Last parts of paths, if those of all layers have an adapter; else whole paths."""
+    paths = adapter.ranks
+    ends = {path.rpartition(".")[2] for path in paths}
+    num_layers = adapter.base.get("num_transformer_layers")
+    num_expected = sum(1 if EMBEDDING.endswith(end) else num_layers or 0 for end in ends)
+    return sorted(ends if len(paths) == num_expected else paths)

@@ -1,0 +1,37 @@
+"""The average of several checkpoints of one run, as which Apple released its final weights."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+
+from ..errors import WeightsError
+from ..quantization import PackedTensor
+from ..tensors import LazyTensor
+from .source import Source, Tensor
+
+
+def average(sources: Sequence[Source]) -> Source:
+    """A source whose tensors are the means of those of the others, added up in float32.
+
+    Raises:
+        WeightsError: if the models differ in shape.
+    """
+    first, *others = sources
+    for other in others:
+        if other.config != first.config:
+            raise WeightsError(f"{other.name} is a model of another shape than {first.name}: they have no average")
+    tensors: dict[str, Tensor] = {name: _mean([source.tensors[name] for source in sources]) for name in first.tensors}
+    return replace(first, tensors=tensors, name=f"the average of {len(sources)} checkpoints")
+
+
+def _mean(tensors: Sequence[Tensor]) -> LazyTensor:
+    full = [tensor.dequantize() if isinstance(tensor, PackedTensor) else tensor for tensor in tensors]
+
+    def read_rows(start: int, stop: int) -> mx.array:
+        total = mx.zeros((1,))
+        for tensor in full:
+            total = total + tensor.read_rows(start, stop)
+        return (total / len(full)).astype(full[0].dtype)
+
+    return LazyTensor(full[0].shape, full[0].dtype, read_rows)

@@ -1,0 +1,238 @@
+"""The way from a source to a written folder: what to quantize, which type, how many rows, which tokenizer."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..config import OpenELMConfig
+from ..errors import ConfigError
+from ..files.output import output_folder
+from ..machine.device import DTYPES
+from ..model.adapters import about_base, check_adapter, write_adapter
+from ..model.openelm import parameter_shapes
+from ..quantization import PackedTensor, Quantization, pack
+from ..tensors import LazyTensor, checked_cast
+from ..tokenizer.files import find_tokenizer, has_tokenizer, write_tokenizer
+from ..tokenizer.tokenizer import Tokenizer
+from .adapters.common import with_vocabulary
+from .open import TORCH_SUFFIXES, open_with_adapter
+from .source import Source, Tensor
+from .write.folder import write_model
+from .write.model_card import model_card
+
+ADAPTER_FOLDER = "adapter"  # within the folder of its model
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion wrote."""
+
+    folder: Path
+    config: OpenELMConfig
+    dtype: str
+    quantization: Quantization | None
+    num_parameters: int
+    bits_per_weight: float
+    source_bytes: int
+    output_bytes: int
+    not_quantized: tuple[str, ...]  # matrices whose width is no multiple of the group
+    tokenizer: str | None  # where it came from
+    warnings: tuple[str, ...]
+    adapter: Path | None = None  # folder of the adapter that was in the source
+
+
+def convert(
+    source: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    quantize: int | None = None,
+    group_size: int | None = None,
+    mode: str | None = None,
+    dequantize: bool = False,
+    dtype: str = "auto",
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    keep_padding: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+    alpha: float | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda name, done_bytes, total_bytes: None,
+) -> Conversion:
+    """Write the MLX folder of an OpenELM, whatever form its weights are in.
+
+    Tensors stream: peak memory stays near what the largest one takes. The folder appears when it is whole.
+
+    Args:
+        source: a folder or hub id (Hugging Face, MLX community, Apple's MLX port, written by this function), or a
+            CoreNet `.pt` file, or several, which are averaged. The adapter in a fine-tuning checkpoint of CoreNet
+            becomes a folder of its own, `adapter` in the model's.
+        output: where to write; by default the source's name in the current folder.
+        quantize: bits; with neither `quantize` nor `mode`, a quantized source stays as it is.
+        group_size: values that share a scale; 64 by default in the affine mode.
+        mode: `affine`, `mxfp4`, `mxfp8` or `nvfp4`.
+        dequantize: give a quantized source its full matrices back.
+        dtype: `auto` (a 16-bit type stays, float32 becomes bfloat16), `float16`, `bfloat16` or `float32`.
+        config: a preset (`270M`, `450M`, `1.1B`, `3B`), a CoreNet YAML file or a `config.json`.
+        tokenizer: file, folder or hub id; `"none"` writes the model alone.
+        keep_padding: keep the rows that fill up CoreNet's vocabulary.
+        force: replace a model folder at `output`.
+        revision: branch, tag or commit on the hub.
+        alpha: of the adapter in a fine-tuning checkpoint, if not what `config` says, or the rank.
+        on_progress: called with a tensor's name, the bytes written so far and all bytes.
+    Raises:
+        OpenELMError: of the kind that fits; nothing is written then.
+    """
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    wanted = _wanted_quantization(quantize, group_size, mode, dequantize)
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"{dtype!r} is not a type of weights; there are auto, {', '.join(DTYPES)}")
+    folder = Path(output).expanduser() if output is not None else _default_output(sources)
+    with output_folder(folder, overwrite=force) as place:
+        found, adapter = open_with_adapter(sources, config=config, revision=revision, alpha=alpha)
+        text, tokenizer_origin = _tokenizer_of(found, tokenizer, revision)
+        place.protect(*sources, config, found.folder, text.path if text else None)
+        if found.named_vocab_size and not keep_padding:
+            found = found.with_vocabulary(text.vocab_size if text else found.named_vocab_size)
+
+        if adapter is not None:
+            adapter = replace(
+                with_vocabulary(adapter, found.config.vocab_size), base=about_base(folder.name, found.config)
+            )
+            check_adapter(adapter, parameter_shapes(found.config))
+
+        target_dtype = _target_dtype(dtype, found)
+        tensors = {
+            name: _converted(name, found.tensors[name], target_dtype, wanted, dequantize)
+            for name in parameter_shapes(found.config)  # the same order, and so the same file, from every source
+        }
+        result = _summary(folder, found, tensors, target_dtype, tokenizer_origin)
+        if adapter is not None:
+            result = replace(result, adapter=folder / ADAPTER_FOLDER)
+        command = _command(sources, quantize, group_size, mode, dequantize, dtype, config, alpha)
+
+        def add_files(staging: Path) -> None:
+            (staging / "README.md").write_text(model_card(result, found, command), encoding="utf-8")
+            if text is not None:
+                write_tokenizer(text, staging)
+            if adapter is not None:
+                (staging / ADAPTER_FOLDER).mkdir()
+                write_adapter(staging / ADAPTER_FOLDER, adapter)
+
+        done_bytes = 0
+
+        def on_written(name: str, nbytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += nbytes
+            on_progress(name, done_bytes, result.output_bytes)
+
+        write_model(place, found.config, tensors, add_files=add_files, on_written=on_written)
+        return result
+
+
+def _wanted_quantization(
+    bits: int | None, group_size: int | None, mode: str | None, dequantize: bool
+) -> Quantization | None:
+    if bits is None and mode is None:
+        if group_size is not None:
+            raise ConfigError("--group-size belongs to --quantize, which is missing")
+        return None
+    if dequantize:
+        raise ConfigError("--quantize and --dequantize contradict one another")
+    return Quantization.of(bits, group_size, mode)
+
+
+def _default_output(sources: Sequence[str | Path]) -> Path:
+    """The source's name in the current folder."""
+    name = Path(str(sources[0]).rstrip("/")).name
+    return Path(Path(name).stem if name.endswith(TORCH_SUFFIXES) else name or "OpenELM")
+
+
+def _tokenizer_of(
+    source: Source, requested: str | Path | None, revision: str | None
+) -> tuple[Tokenizer | None, str | None]:
+    if requested == "none" or (requested is None and source.is_converted and not has_tokenizer(source.folder)):
+        return None, None
+    return find_tokenizer(
+        None if requested is None else str(requested),
+        source.folder,
+        source.config.vocab_size,
+        chat=source.is_chat,
+        revision=revision if requested is not None else None,
+    )
+
+
+def _target_dtype(requested: str, source: Source) -> mx.Dtype:
+    if requested != "auto":
+        return DTYPES[requested]
+    stored = source.tensors["transformer.norm.weight"].dtype  # the norms are never quantized
+    return mx.bfloat16 if stored == mx.float32 else stored
+
+
+def _converted(name: str, tensor: Tensor, dtype: mx.Dtype, wanted: Quantization | None, dequantize: bool) -> Tensor:
+    """A tensor as it will be written: checked, in the target type, and quantized where that is wanted and possible."""
+    if isinstance(tensor, PackedTensor):
+        if not dequantize and wanted in (None, tensor.quantization):
+            return PackedTensor(
+                {part: _cast(name, lazy, dtype) for part, lazy in tensor.parts.items()}, tensor.quantization
+            )
+        tensor = tensor.dequantize()
+    tensor = _cast(name, tensor, dtype)
+    return pack(tensor, wanted) if wanted is not None and wanted.fits(tensor.shape) else tensor
+
+
+def _cast(name: str, tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
+    """The tensor in another type of numbers; packed words stay as they are."""
+    if tensor.dtype in (mx.uint32, mx.uint8):
+        return tensor
+
+    return tensor.map(lambda array: checked_cast(name, array, dtype), dtype)
+
+
+def _summary(
+    folder: Path, source: Source, tensors: dict[str, Tensor], dtype: mx.Dtype, tokenizer_origin: str | None
+) -> Conversion:
+    packed = [tensor.quantization for tensor in tensors.values() if isinstance(tensor, PackedTensor)]
+    plain = [name for name, tensor in tensors.items() if len(tensor.shape) == 2 and isinstance(tensor, LazyTensor)]
+    output_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    parameters = source.config.num_parameters
+    warnings = []
+    if dtype == mx.float16 and source.config.model_dim >= OpenELMConfig.preset("3B").model_dim:
+        warnings.append("activations of the 3B model overflow float16, as Apple says itself; use --dtype bfloat16")
+    return Conversion(
+        folder=folder,
+        config=source.config,
+        dtype=str(dtype).removeprefix("mlx.core."),
+        quantization=max(packed, key=packed.count) if packed else None,
+        num_parameters=parameters,
+        bits_per_weight=output_bytes * 8 / parameters,
+        source_bytes=source.nbytes,
+        output_bytes=output_bytes,
+        not_quantized=tuple(plain) if packed else (),
+        tokenizer=tokenizer_origin,
+        warnings=tuple(warnings),
+    )
+
+
+def _command(
+    sources: Sequence[str | Path],
+    bits: int | None,
+    group_size: int | None,
+    mode: str | None,
+    dequantize: bool,
+    dtype: str,
+    config: str | Path | None,
+    alpha: float | None,
+) -> str:
+    """The command line that does the same, without folders of the machine it ran on."""
+    words = ["openelm-mlx", "convert", *(str(s) if not Path(s).exists() else Path(s).name for s in sources)]
+    words += [] if bits is None else ["--quantize", str(bits)]
+    words += [] if group_size is None else ["--group-size", str(group_size)]
+    words += [] if mode is None else ["--mode", mode]
+    words += ["--dequantize"] if dequantize else []
+    words += [] if dtype == "auto" else ["--dtype", dtype]
+    words += [] if config is None else ["--config", Path(config).name]
+    words += [] if alpha is None else ["--alpha", f"{alpha:g}"]
+    return shlex.join(words)

@@ -1,0 +1,1 @@
+"""Configurations and weights in the forms that others write."""

@@ -1,0 +1,90 @@
+"""Checkpoints of CoreNet, the PyTorch library that OpenELM was trained with, and what Apple's MLX port made of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...config import OpenELMConfig
+from ...errors import AdapterError, ConfigError
+from ...tensors import LazyTensor, read_safetensors
+from ..source import Source, make_source
+from .config import read_config_file
+from .huggingface import read_json
+from .torch_file import read_torch_file
+
+
+def read_checkpoint(path: Path, config: OpenELMConfig | None = None) -> Source:
+    """The model in a CoreNet `.pt` file.
+
+    Args:
+        config: what the checkpoint was trained as; without it a `config.json` has to lie beside the file.
+    Raises:
+        ConfigError: if nothing says what the configuration is.
+        AdapterError: if there is an adapter beside the model, which is not to get lost.
+        TorchFileError, WeightsError: if the file is damaged or does not belong to its configuration.
+    """
+    tensors = checkpoint_tensors(path)
+    if holds_adapter(tensors):
+        raise AdapterError(
+            f"{path} holds a model and an adapter; `openelm-mlx convert {path.name}` takes them apart, and no other "
+            "command reads it as a model"
+        )
+    return checkpoint_source(path, tensors, config)
+
+
+def checkpoint_tensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a CoreNet `.pt` file, under the paths of the Hugging Face checkpoints."""
+    return _rename(read_torch_file(path))
+
+
+def holds_adapter(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether a checkpoint is one of fine-tuning with LoRA or DoRA."""
+    return any(".lora_" in name for name in tensors)
+
+
+def checkpoint_source(path: Path, tensors: Mapping[str, LazyTensor], config: OpenELMConfig | None) -> Source:
+    """The model of a checkpoint, which holds no adapter or not any more; see `read_checkpoint`."""
+    if config is None:
+        if not (path.parent / "config.json").exists():
+            raise ConfigError(
+                f"{path} does not say how wide its layers are; name --config 270M, 450M, 1.1B or 3B, "
+                "a CoreNet YAML file or a config.json"
+            )
+        config = read_config_file(path.parent / "config.json")
+    return make_source(
+        config,
+        tensors,
+        has_padding=True,
+        name=path.name,
+        folder=path.parent,
+        is_chat="instruct" in path.name.lower(),
+    )
+
+
+def read_apple_mlx(folder: Path, config: OpenELMConfig | None = None) -> Source:
+    """The model in a folder of Apple's MLX port: CoreNet's names in `weights.safetensors`, full or 4-bit.
+
+    Raises:
+        ConfigError, WeightsError: if a file is damaged or the files do not belong together.
+    """
+    written = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    return make_source(
+        config or read_config_file(folder / "config.json"),
+        _rename(read_safetensors(folder / "weights.safetensors")),
+        written.get("quantization"),
+        has_padding=True,
+        name=folder.resolve().name,
+        folder=folder,
+        is_chat="instruct" in folder.resolve().name.lower(),
+    )
+
+
+def _rename(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """CoreNet's names to those of the Hugging Face checkpoints, which may stand there already."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("classifier."):
+            name = name.replace("classifier.", "lm_head.", 1)
+        elif not name.startswith(("transformer.", "lm_head.")):
+            name = f"transformer.{name}"
+        renamed[name] = tensor
+    return renamed

@@ -1,0 +1,285 @@
+"""Documents to token files on disk, and token files to the rows of any step.
+
+A corpus is tokenized once into a flat file of ids per source, with an index of its documents. Which rows a step sees is
+then a function of the seed and the step alone: a run that is resumed, or split over several processes, sees the same.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from ..files.output import output_folder
+from ..tokenizer.tokenizer import Tokenizer
+from .batch import Rows, counted_targets
+from .text_files import Source, read_documents
+
+PACKINGS = ("stream", "documents", "rows")
+_SPLITS = ("train", "validation")
+_HASH_STEPS = 1 << 32
+_END_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which documents are left out; CoreNet's recipe asks for 200 characters and 256 tokens."""
+
+    min_characters: int = 0
+    min_tokens: int = 0
+    validation_share: float = 0.02  # of the documents, chosen by a hash of their text
+
+
+class TokenFile:
+    """Documents as ids, each behind BOS and before EOS, on disk."""
+
+    def __init__(self, stem: Path, dtype: np.dtype):
+        self.offsets = np.load(stem.with_suffix(".offsets.npy"), mmap_mode="r")  # (documents + 1,)
+        size = int(self.offsets[-1])
+        self.tokens = np.memmap(stem.with_suffix(".tokens"), dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents there are."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens they have together."""
+        return len(self.tokens)
+
+    def document(self, number: int) -> np.ndarray:
+        """Ids of one document."""
+        return self.tokens[int(self.offsets[number]) : int(self.offsets[number + 1])]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token files of all sources, for training and for validation."""
+
+    train: tuple[TokenFile, ...]
+    validation: tuple[TokenFile, ...]
+    weights: tuple[float, ...]
+    fingerprint: str  # of the files, the tokenizer and the filters
+
+
+def prepare_corpus(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    filters: Filters,
+    cache: Path,
+    on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+) -> Corpus:
+    """Tokenize the sources into `cache`, or take what lies there from an earlier run.
+
+    Args:
+        on_progress: called with bytes of the files read so far, and of all.
+    Raises:
+        DataError: if a source is missing, broken, or nothing is left by the filters.
+    """
+    if not sources:
+        raise DataError("no data is named")
+    files = [source.files() for source in sources]
+    fingerprint = _fingerprint(sources, files, tokenizer, filters)
+    folder = cache / fingerprint[:16]
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    if not folder.exists():
+        total = sum(path.stat().st_size for paths in files for path in paths)
+        done = 0
+        with output_folder(folder) as output, output.replaced() as staging:
+            for number, (source, paths) in enumerate(zip(sources, files, strict=True)):
+                with ExitStack() as open_files:
+                    writers = {
+                        split: open_files.enter_context(_Writer(staging / f"{number}-{split}", dtype))
+                        for split in _SPLITS
+                    }
+                    for path in paths:
+                        for text in read_documents(path, source.text_key):
+                            ids = _ids(text, tokenizer, filters)
+                            if ids is not None:
+                                writers[_split(text, filters)].add(ids)
+                        done += path.stat().st_size
+                        on_progress(done, total)
+    opened = {
+        split: tuple(TokenFile(folder / f"{number}-{split}", dtype) for number in range(len(sources)))
+        for split in _SPLITS
+    }
+    for source, tokens in zip(sources, opened["train"], strict=True):
+        if tokens.num_documents == 0:
+            raise DataError(f"{source.path} leaves no text after the filters")
+    return Corpus(opened["train"], opened["validation"], tuple(source.weight for source in sources), fingerprint)
+
+
+class _Writer:
+    def __init__(self, stem: Path, dtype: np.dtype):
+        self._stem = stem
+        self._dtype = dtype
+        self._offsets = [0]
+        self._file = open(stem.with_suffix(".tokens"), "wb")  # noqa: SIM115, closed by `__exit__`
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def add(self, ids: list[int]) -> None:
+        self._file.write(np.array(ids, self._dtype).tobytes())
+        self._offsets.append(self._offsets[-1] + len(ids))
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        np.save(self._stem.with_suffix(".offsets.npy"), np.array(self._offsets, np.int64))
+
+
+def _ids(text: str, tokenizer: Tokenizer, filters: Filters) -> list[int] | None:
+    if not text.strip() or len(text) < filters.min_characters:
+        return None
+    ids = [*tokenizer.encode(text), tokenizer.eos_token_id]
+    return ids if len(ids) >= filters.min_tokens else None
+
+
+def _split(text: str, filters: Filters) -> str:
+    """By a hash of the text, so that copies of a document stand on the same side."""
+    return "validation" if zlib.crc32(text.encode()) < filters.validation_share * _HASH_STEPS else "train"
+
+
+def _fingerprint(sources: Sequence[Source], files: list[list[Path]], tokenizer: Tokenizer, filters: Filters) -> str:
+    about: dict[str, Any] = {
+        "files": [[[path.name, path.stat().st_size, _ends(path)] for path in paths] for paths in files],
+        "text_keys": [source.text_key for source in sources],
+        "vocabulary": tokenizer.vocab_hash(),
+        "filters": asdict(filters),
+    }
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _ends(path: Path) -> str:
+    """A hash of how a file begins and ends; with its size, enough to tell that it was changed."""
+    with open(path, "rb") as file:
+        head = file.read(_END_BYTES)
+        file.seek(max(0, path.stat().st_size - _END_BYTES))
+        return hashlib.sha256(head + file.read()).hexdigest()
+
+
+class Batches:
+    """The rows of every step of a run."""
+
+    def __init__(self, corpus: Corpus, batch_size: int, sequence_length: int, packing: str, seed: int):
+        assert packing in PACKINGS, f"unknown packing {packing}"
+        self.batch_size = batch_size
+        self.sequence_length = sequence_length
+        self._packing = packing
+        self._seed = seed
+        self._files = corpus.train
+        sizes = [
+            weight * (file.num_documents if packing == "rows" else file.num_tokens)
+            for weight, file in zip(corpus.weights, self._files, strict=True)
+        ]
+        self._ends = np.cumsum(sizes) / sum(sizes)  # shares of the sources, added up
+
+    def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
+        """Rows `first` to `first + count` of a step's `batch_size`; a process takes those that are its own."""
+        numbers = range(step * self.batch_size + first, step * self.batch_size + first + (count or self.batch_size))
+        tokens, segments = (np.stack(parts) for parts in zip(*map(self._row, numbers), strict=True))
+        isolated = self._packing == "documents"
+        return Rows(tokens, segments, counted_targets(segments, isolated), isolated)
+
+    def _row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row by number: its place in [0, 1) decides the source, and how many came before decides the place there."""
+        source = self._source_of(number)
+        return _row(self._files[source], self._rank(number, source), self.sequence_length, self._packing, self._seed)
+
+    def _source_of(self, number: int) -> int:
+        return int(np.searchsorted(self._ends, _spread(number), side="right").clip(max=len(self._ends) - 1))
+
+    def _rank(self, number: int, source: int) -> int:
+        """How many rows of this source came before."""
+        if len(self._files) == 1:
+            return number
+        block = 4096
+        before = sum(int(self._counts(b)[source]) for b in range(number // block))
+        start = number // block * block
+        return before + sum(self._source_of(n) == source for n in range(start, number))
+
+    @cache  # noqa: B019, one object a run
+    def _counts(self, block: int) -> np.ndarray:
+        numbers = range(block * 4096, (block + 1) * 4096)
+        return np.bincount([self._source_of(n) for n in numbers], minlength=len(self._files))
+
+
+def validation_rows(
+    corpus: Corpus, sequence_length: int, limit: int, first: int = 0, stride: int = 1, isolated: bool = False
+) -> Iterator[Rows]:
+    """Held-out documents of all sources, one after another, in rows that overlap by one token.
+
+    Args:
+        limit: of more rows than this, so many spread evenly over all sources are taken; 0 takes all.
+        first, stride: of those, a process takes the ones that are its own.
+        isolated: whether documents that share a row are kept from one another.
+    """
+    places = [
+        (file, start) for file in corpus.validation for start in range(0, max(0, file.num_tokens - 1), sequence_length)
+    ]
+    count = min(limit or len(places), len(places))
+    for number in range(first, count, stride):
+        file, start = places[number * len(places) // count]
+        tokens, segments = _cut(file, None, start, sequence_length)
+        yield Rows(tokens[None], segments[None], counted_targets(segments[None], isolated), isolated)
+
+
+def _spread(number: int) -> float:
+    """Numbers in [0, 1) that are spread evenly however many are taken (the golden ratio's multiples)."""
+    return (number * 0.6180339887498949 + 0.5) % 1.0
+
+
+def _row(file: TokenFile, number: int, length: int, packing: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    if packing == "rows":
+        epoch, place = divmod(number, file.num_documents)
+        document = file.document(int(_order(file, seed, epoch)[0][place]))[: length + 1].astype(np.int32)
+        padding = length + 1 - len(document)
+        segments = np.zeros(length + 1, np.int32)
+        segments[len(document) :] = -1
+        return np.pad(document, (0, padding)), segments
+    per_epoch = max(1, (file.num_tokens - 1) // length)
+    epoch, place = divmod(number, per_epoch)
+    shift = np.random.default_rng([seed, epoch, 1]).integers(length) if per_epoch > 1 else 0
+    return _cut(file, _order(file, seed, epoch), int((place * length + shift) % file.num_tokens), length)
+
+
+@lru_cache(maxsize=8)
+def _order(file: TokenFile, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """An order of the documents, and where each begins in it."""
+    order = np.random.default_rng([seed, epoch]).permutation(file.num_documents)
+    lengths = np.diff(file.offsets)[order]
+    return order, np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _cut(
+    file: TokenFile, order: tuple[np.ndarray, np.ndarray] | None, start: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`length` + 1 tokens from `start` on, of the documents one after another; the first follows the last."""
+    documents, begins = order if order is not None else (np.arange(file.num_documents), np.asarray(file.offsets))
+    tokens = np.zeros(length + 1, np.int32)
+    segments = np.full(length + 1, -1, np.int32)
+    place = int(np.searchsorted(begins, start, side="right")) - 1
+    filled = 0
+    skip = start - int(begins[place])
+    segment = 0
+    while filled <= length:
+        if place == len(documents):
+            if order is None:  # validation ends where the documents end
+                break
+            place = 0
+        ids = file.document(int(documents[place]))[skip : skip + length + 1 - filled]
+        tokens[filled : filled + len(ids)] = ids
+        segments[filled : filled + len(ids)] = segment
+        filled += len(ids)
+        segment += 1
+        place += 1
+        skip = 0
+    return tokens, segments

@@ -1,0 +1,237 @@
+"""Examples to tune on, from a file of records or a folder with files for training, validation and test."""
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError, TokenizerError
+from ..tokenizer.tokenizer import Tokenizer
+from .formats import FIELD_NAMES, Example, Preference, encode_record, kind_of
+from .record_files import RECORD_ENDINGS, read_records
+from .text_files import BrokenLines
+
+TOO_LONG = ("cut", "drop")
+TRAIN_ON = ("completion", "all")
+_TRAIN, _VALIDATION, _TEST = ("train",), ("valid", "validation", "val", "dev"), ("test",)
+
+
+@dataclass(frozen=True)
+class ExampleOptions:
+    """How records become examples.
+
+    Attributes:
+        max_length: tokens of an example, BOS and EOS among them.
+        max_prompt: tokens before the first answer, of which the last ones are kept behind BOS; 0: all of them.
+        too_long: "cut" its end off, or "drop" it.
+        train_on: the "completion", which is any answer, or "all" tokens behind BOS; of pairs always the answers.
+        columns: names in the file of fields that have another one here, as {"prompt": "question"}.
+        indent: of an instruction's lines; see `instruction_prompt`.
+    Raises:
+        DataError: if `columns` names a field that no kind of record has.
+    """
+
+    max_length: int = 1024
+    max_prompt: int = 0
+    too_long: str = "cut"
+    train_on: str = "completion"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    indent: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.max_length > 1, "an example is BOS and a token at least"
+        assert self.max_prompt >= 0, "a prompt cannot have less than no tokens"
+        assert self.too_long in TOO_LONG, f"unknown way with long examples {self.too_long}"
+        assert self.train_on in TRAIN_ON, f"unknown part to train on {self.train_on}"
+        for name in self.columns:
+            if name not in FIELD_NAMES:
+                raise DataError(
+                    f"{name!r} is not a field of any kind of record; there are {', '.join(sorted(FIELD_NAMES))}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleSet:
+    """Examples of one kind, and what became of the records of their file."""
+
+    kind: str
+    examples: tuple[Example, ...] | tuple[Preference, ...]
+    path: Path
+    num_cut: int = 0
+    num_dropped: int = 0  # too long, without an answer, or pairs of equal answers
+    num_broken: int = 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the kind, the ids and which of them are answers, in their order."""
+        digest = hashlib.sha256(self.kind.encode())
+        for example in self.examples:
+            digest.update(_content(example))
+        return digest.hexdigest()
+
+
+def read_examples(
+    path: Path,
+    tokenizer: Tokenizer,
+    options: ExampleOptions = ExampleOptions(),
+) -> ExampleSet:
+    """Examples of all records of a file, which are of one kind.
+
+    Raises:
+        DataError: if the file cannot be read, a record is not what it has to be, or nothing is left; with the file and
+            the number of the record.
+    """
+    broken = BrokenLines(path)
+    kind = ""
+    examples: list[Any] = []
+    num_cut = num_dropped = 0
+    for number, record in enumerate(read_records(path, broken), start=1):
+        try:
+            fields = _fields(record, options.columns)
+            found = kind_of(fields, options.columns)
+            if kind and found != kind:
+                raise DataError(f"of the kind {found}, and those before it are of the kind {kind}")
+            kind = found
+            whole = encode_record(kind, fields, tokenizer, indent=options.indent)
+        except (DataError, TokenizerError) as error:
+            raise DataError(f"{path}, record {number + broken.count}: {error}") from error
+        example = _fitted(whole, options)
+        too_long = max(len(side.tokens) for side in whole.sides) > options.max_length
+        if not _teaches(whole) or not _teaches(example) or (too_long and options.too_long == "drop"):
+            num_dropped += 1
+        else:
+            num_cut += too_long
+            examples.append(example)
+    if not examples:
+        dropped = f": {num_dropped:,} are too long, hold no answer, or are pairs of equal ones" if num_dropped else ""
+        raise DataError(f"{path} leaves no example to train on{dropped}")
+    return ExampleSet(kind, tuple(examples), path, num_cut, num_dropped, broken.count)
+
+
+def _fields(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Fields that are there, by our names."""
+    for column in columns.values():
+        if column not in record:
+            raise DataError(f"there is no {column!r}; there are {', '.join(map(str, record))}")
+    others = {name: value for name, value in record.items() if name not in columns.values()}
+    ours = {name: record[column] for name, column in columns.items()}
+    return {name: value for name, value in {**others, **ours}.items() if value is not None}
+
+
+def _fitted(example: Example | Preference, options: ExampleOptions) -> Example | Preference:
+    if isinstance(example, Preference):
+        return Preference(*(_cut(_shortened(side, options.max_prompt), options.max_length) for side in example.sides))
+    example = _shortened(example, options.max_prompt)
+    if options.train_on == "all":
+        example = Example(example.tokens, np.arange(len(example.tokens)) > 0)
+    return _cut(example, options.max_length)
+
+
+def _shortened(example: Example, max_prompt: int) -> Example:
+    """Without the beginning of a prompt that is too long, but with BOS."""
+    excess = int(np.argmax(example.answer)) - max_prompt
+    if not max_prompt or excess <= 0:
+        return example
+    kept = np.r_[0, excess + 1 : len(example.tokens)]
+    return Example(example.tokens[kept], example.answer[kept])
+
+
+def _cut(example: Example, length: int) -> Example:
+    return Example(example.tokens[:length], example.answer[:length])
+
+
+def _teaches(example: Example | Preference) -> bool:
+    """Whether there is an answer, and of pairs, two that differ."""
+    if isinstance(example, Preference) and np.array_equal(example.chosen.tokens, example.rejected.tokens):
+        return False
+    return all(side.answer.any() for side in example.sides)
+
+
+def _content(example: Example | Preference) -> bytes:
+    """What tells examples apart."""
+    return b"".join(
+        len(side.tokens).to_bytes(4, "little") + side.tokens.tobytes() + side.answer.tobytes() for side in example.sides
+    )
+
+
+def read_splits(
+    path: Path,
+    tokenizer: Tokenizer,
+    options: ExampleOptions = ExampleOptions(),
+    validation: str | Path | float | None = None,
+    seed: int = 0,
+) -> tuple[ExampleSet, ExampleSet | None, ExampleSet | None]:
+    """Examples to train on, to validate with and to test with.
+
+    Args:
+        path: a file, or a folder with files that are called train, valid (validation, val, dev) and test.
+        validation: a file, or the share of the examples to train on that is held out, where equal examples stand on the
+            same side; either goes before a file of the folder.
+        seed: another one holds out other examples.
+    Raises:
+        DataError: as `read_examples` does; if there is nothing to train on, or kinds differ.
+    """
+    train_path: Path | None = path
+    valid_path = test_path = None
+    if path.is_dir():
+        train_path, valid_path, test_path = (_split_file(path, names) for names in (_TRAIN, _VALIDATION, _TEST))
+    if train_path is None:
+        raise DataError(f"{path} holds no file to train on; it would be called train.jsonl, or end in another way")
+    if isinstance(validation, str | Path):
+        valid_path, validation = Path(validation), None
+    elif validation is not None:
+        valid_path = None
+    train = read_examples(train_path, tokenizer, options)
+    valid, test = (read_examples(other, tokenizer, options) if other else None for other in (valid_path, test_path))
+    for held_out in (valid, test):
+        if held_out is not None and held_out.kind != train.kind:
+            raise DataError(
+                f"{held_out.path} is of the kind {held_out.kind}, and {train.path} of the kind {train.kind}"
+            )
+    if validation is not None:
+        train, valid = _held_out(train, validation, seed)
+    return train, valid, test
+
+
+def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
+    found = [path for name in names for ending in RECORD_ENDINGS if (path := folder / f"{name}{ending}").is_file()]
+    if len(found) > 1:
+        raise DataError(f"{found[0]} and {found[1].name} are both there; one of them has to go")
+    return found[0] if found else None
+
+
+def _held_out(examples: ExampleSet, share: float, seed: int) -> tuple[ExampleSet, ExampleSet]:
+    """Those to train on and those held out, which have the smallest hashes: as many as asked for, and one at least."""
+    if not 0 < share < 1:
+        raise DataError(f"a share of {share} cannot be held out for validation; it has to be above 0 and below 1")
+    hashes = [zlib.crc32(_content(example), seed) for example in examples.examples]
+    largest = sorted(hashes)[max(1, round(share * len(hashes))) - 1]
+    sides: tuple[list[Any], list[Any]] = ([], [])
+    for example, value in zip(examples.examples, hashes, strict=True):
+        sides[value <= largest].append(example)
+    if not sides[0]:
+        raise DataError(f"{examples.path} leaves no example to train on once a share of {share} is held out")
+    return replace(examples, examples=tuple(sides[0])), ExampleSet(examples.kind, tuple(sides[1]), examples.path)
+
+
+def marked(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """An example's text in stretches, each with whether it is an answer; joined, they are what its ids decode to."""
+    decoder = tokenizer.stream_decoder()
+    stretches: list[tuple[str, bool]] = []
+    for is_answer, run in groupby(
+        zip(example.tokens.tolist(), example.answer.tolist(), strict=True), lambda pair: pair[1]
+    ):
+        stretches.append(("".join(decoder.push(token) for token, _ in run), is_answer))
+    stretches[-1] = (stretches[-1][0] + decoder.finish(), stretches[-1][1])
+    stretches = [(text, is_answer) for text, is_answer in stretches if text]
+    if not stretches:
+        return []
+    # A stream keeps the space that `encode` put in front; `decode` takes it away.
+    surplus = sum(len(text) for text, _ in stretches) - len(tokenizer.decode(example.tokens.tolist()))
+    return [(stretches[0][0][surplus:], stretches[0][1]), *stretches[1:]]

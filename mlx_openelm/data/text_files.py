@@ -1,0 +1,171 @@
+"""Texts to train on, read one after another from files of several kinds: memory does not grow with the corpus."""
+
+import glob
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import DataError
+from ..packages import optional_package
+
+SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a .txt file
+_NUMBERED = re.compile(r"\{file_id(:0\d+d)?\}")
+_MAX_BROKEN = 10
+_UTF8 = "utf-8-sig"  # some editors and spreadsheets put a mark in front, which is no text
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files that belong together.
+
+    Attributes:
+        path: a file, a glob, or a pattern of CoreNet with `{file_id:05d}` and a range.
+        weight: how often a token of this source is seen, beside those of other sources.
+        text_key: field of a JSON line or column of a Parquet file that holds the text.
+        first, last: range of `file_id`, both included.
+    """
+
+    path: str
+    weight: float = 1.0
+    text_key: str = "text"
+    first: int = 0
+    last: int = 0
+
+    def files(self) -> list[Path]:
+        """The files that there are, in order.
+
+        Raises:
+            DataError: if there is none.
+        """
+        if self.weight <= 0:
+            raise DataError(f"{self.path} has the weight {self.weight}; it has to be above 0")
+        names = [self.path]
+        if _NUMBERED.search(self.path):
+            names = [self.path.format(file_id=number) for number in range(self.first, self.last + 1)]
+        found = [Path(match) for name in names for match in sorted(glob.glob(name, recursive=True)) or [name]]
+        for path in found:
+            if not path.is_file():
+                raise DataError(f"{path} does not exist")
+        return found
+
+
+def read_documents(path: Path, text_key: str = "text", max_broken: int = _MAX_BROKEN) -> Iterator[str]:
+    """Texts of a `.txt`, `.jsonl`, `.jsonl.gz`, `.jsonl.zst` or `.parquet` file.
+
+    The documents of a `.txt` file are separated by lines of `<|endoftext|>`; without any it is one document.
+
+    Args:
+        max_broken: lines of JSON that may be broken; they are passed over.
+    Raises:
+        DataError: if the file cannot be read, or more lines are broken; with the file and the line.
+    """
+    if path.suffix == ".parquet":
+        yield from (row[text_key] for row in parquet_rows(path, [text_key]) if isinstance(row[text_key], str))
+        return
+    with open_text(path) as file:
+        is_json = ".jsonl" in path.suffixes or path.suffix == ".json"
+        yield from _json_lines(file, text_key, BrokenLines(path, max_broken)) if is_json else _plain(file)
+
+
+class BrokenLines:
+    """Lines of a file that are passed over, up to a limit.
+
+    Attributes:
+        count: how many there were so far.
+    """
+
+    def __init__(self, path: Path, limit: int = _MAX_BROKEN):
+        self.count = 0
+        self._path = path
+        self._limit = limit
+
+    def skip(self, number: int, reason: str) -> None:
+        """Pass over one line.
+
+        Raises:
+            DataError: if it is one too many.
+        """
+        if self.count == self._limit:
+            before = f", and {self.count} lines before it were broken too" if self.count else ""
+            raise DataError(f"{self._path}, line {number}: {reason}{before}")
+        self.count += 1
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A file of UTF-8, unpacked where its name ends in `.gz` or `.zst`.
+
+    Raises:
+        DataError: for what cannot be read, here or later within the block.
+    """
+    broken: tuple[type[Exception], ...] = (OSError, EOFError, UnicodeDecodeError, zlib.error)
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding=_UTF8) as text:
+                yield text
+        elif path.suffix == ".zst":
+            zstandard = optional_package("zstandard", "Zstandard files need", "train")
+            broken += (zstandard.ZstdError,)
+            unpack = zstandard.ZstdDecompressor().stream_reader
+            with open(path, "rb") as file, unpack(file, read_across_frames=True) as raw:
+                yield io.TextIOWrapper(raw, encoding=_UTF8)
+        else:
+            with open(path, encoding=_UTF8) as plain:
+                yield plain
+    except broken as error:
+        raise _unreadable(path, error) from error
+
+
+def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file by the names of its columns, all or some of them.
+
+    Raises:
+        DataError: if the file cannot be read or lacks a column.
+    """
+    parquet = optional_package("pyarrow.parquet", "Parquet files need", "train")
+    try:
+        file = parquet.ParquetFile(path)
+        for name in columns or ():
+            if name not in file.schema_arrow.names:
+                raise DataError(f"{path} has no column {name!r}; it has {', '.join(file.schema_arrow.names)}")
+        for batch in file.iter_batches(columns=columns):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return DataError(f"{path} cannot be read: {reason}")
+
+
+def _plain(file: TextIO) -> Iterator[str]:
+    lines: list[str] = []
+    for line in file:
+        if line.strip() == SEPARATOR:
+            yield "".join(lines).strip("\n")
+            lines = []
+        else:
+            lines.append(line)
+    yield "".join(lines).strip("\n")
+
+
+def _json_lines(file: TextIO, text_key: str, broken: BrokenLines) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[text_key]
+            if not isinstance(text, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken.skip(number, f"no JSON with a text under {text_key!r}")
+            continue
+        yield text

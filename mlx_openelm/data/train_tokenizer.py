@@ -1,0 +1,69 @@
+"""A vocabulary of one's own: SentencePiece BPE with byte fallback, built like Llama's."""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..errors import DataError, TokenizerError
+from ..files.output import output_file
+from ..tokenizer.tokenizer import Tokenizer
+from .text_files import Source, read_documents
+
+_LONGEST_SENTENCE = 4000  # bytes; SentencePiece passes over longer ones
+
+
+def train_tokenizer(
+    sources: Sequence[Source], size: int, path: Path, *, sample_bytes: int = 50_000_000, seed: int = 0
+) -> Tokenizer:
+    """Make a `tokenizer.model` of `size` pieces at `path` from a sample of the documents, of each source by its weight.
+
+    Spaces, control tokens and the order of pieces are as in Llama's vocabulary: no normalisation but NFC, a space in
+    front, digits by themselves, unknown characters as bytes.
+
+    Raises:
+        DataError: if there is no text.
+        TokenizerError: if so many pieces cannot be had from it.
+        OutputError: if there is a file at `path`, or it cannot be written.
+    """
+    import sentencepiece
+
+    lines = list(_sample(sources, sample_bytes, seed))
+    if not lines:
+        raise DataError("there is no text to make a vocabulary from")
+    with output_file(path) as output, output.replaced() as file:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=file,
+                vocab_size=size,
+                model_type="bpe",
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                split_digits=True,
+                allow_whitespace_only_pieces=True,
+                character_coverage=0.9999,
+                max_sentence_length=_LONGEST_SENTENCE,
+                num_threads=1,  # several would make the result depend on chance
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise TokenizerError(f"a vocabulary of {size:,} pieces cannot be made: {str(error)[:200]}") from error
+    return Tokenizer(path)
+
+
+def _sample(sources: Sequence[Source], sample_bytes: int, seed: int) -> Iterator[str]:
+    """Lines of documents chosen at random: of each source a share like its weight, of all no more than the sample."""
+    import unicodedata
+
+    largest = max(source.weight for source in sources)
+    files = [(path, source.text_key, source.weight / largest) for source in sources for path in source.files()]
+    expected_bytes = sum(path.stat().st_size * share for path, _, share in files)
+    part = min(1.0, sample_bytes / max(1, expected_bytes))
+    chance = random.Random(seed)
+    for path, text_key, share in files:
+        for text in read_documents(path, text_key):
+            if chance.random() < part * share:
+                for line in unicodedata.normalize("NFC", text).split("\n"):
+                    if line.strip():
+                        yield line

@@ -1,0 +1,73 @@
+"""A conversation with an Instruct model, whose keys and values stay between turns."""
+
+from collections.abc import Iterable, Iterator
+
+from ..errors import TokenizerError
+from ..model.openelm import OpenELM
+from ..tokenizer.tokenizer import Tokenizer
+from .engine import MAX_TOKENS
+from .prompt_cache import PromptCache
+from .sampling import SamplingConfig
+from .text import Piece, stream_generate
+
+
+class Chat:
+    """Messages so far, and the model's memory of them: a turn costs only its own tokens.
+
+    Raises:
+        TokenizerError: if the model has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: OpenELM,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
+        max_tokens: int = MAX_TOKENS,
+        stop: Iterable[str] = (),
+        cache: PromptCache | None = None,
+    ):
+        if not tokenizer.has_chat_template:
+            raise TokenizerError("this model has no chat template: it is a base model, for which there is `generate`")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.system = system
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.stop = tuple(stop)
+        self.cache = cache if cache is not None else PromptCache(model)
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.cache.clear()
+
+    def reply(self, text: str) -> Iterator[Piece]:
+        """The answer to a message; once it is complete, or given up, both belong to the conversation.
+
+        Raises:
+            PromptError, MemoryLimitError: as `stream_generate` does; the conversation is then as before.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        tokens = self.tokenizer.encode_chat(messages)
+        answer: list[str] = []
+        stream = stream_generate(
+            self.model,
+            self.tokenizer,
+            tokens,
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            stop=self.stop,
+            cache=self.cache,
+        )
+        try:
+            for piece in stream:
+                answer.append(piece.text if answer else piece.text.lstrip())
+                yield piece
+        finally:
+            stream.close()
+            if answer:
+                self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]

@@ -1,0 +1,148 @@
+"""Keys and values that outlive a generation, in memory or in a file, for texts that begin alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..cache.config import CacheConfig
+from ..cache.kv_cache import KVCache
+from ..errors import CacheError
+from ..files.output import OutputFile, output_file
+
+if TYPE_CHECKING:
+    from ..model.openelm import OpenELM
+
+_FORMAT = "openelm-mlx prompt cache 1"
+_SPREAD = 2654435761  # near 2**32 over the golden ratio: neighbours get factors far from one another
+
+
+class PromptCache:
+    """Keys and values of a text, of which the next one keeps what both begin with.
+
+    Args:
+        config: how keys and values are kept.
+
+    Attributes:
+        tokens: the ids of the text.
+        kv: their keys and values.
+    """
+
+    def __init__(self, model: OpenELM, config: CacheConfig = CacheConfig()):  # noqa: B008, frozen
+        self._model = model
+        self._fingerprint: str | None = None
+        self.config = config
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the text."""
+        self.tokens: list[int] = []
+        self.kv: KVCache = self._model.make_cache(self.config)
+
+    def reuse(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Go back to what the text shares with `tokens`; gives this and the rest, at least one token to go on from."""
+        shared = 0
+        for kept, token in zip(self.tokens, tokens[:-1], strict=False):
+            if kept != token:
+                break
+            shared += 1
+        goes_back = shared < len(self.tokens)
+        if goes_back and (not self.kv.can_forget or (self.kv.is_quantized and shared < self.config.quantize_after)):
+            self.clear()
+            return [], list(tokens)
+        self.kv.trim(len(self.tokens) - shared)
+        self.tokens = self.tokens[:shared]
+        return list(tokens[:shared]), list(tokens[shared:])
+
+    def hold(self, tokens: Sequence[int]) -> None:
+        """Say what text the keys and values now belong to, as far as they go; those of a token more are dropped."""
+        self.tokens = list(tokens[: self.kv.offset])
+        surplus = self.kv.offset - len(self.tokens)
+        if surplus and not self.kv.can_forget:
+            self.clear()
+        else:
+            self.kv.trim(surplus)
+
+    def save(self, path: str | Path) -> None:
+        """Write text, keys and values to a file, in place of the one that may be there.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        with output_file(path, overwrite=True) as output:
+            self.write(output)
+
+    def write(self, output: OutputFile) -> None:
+        """Write text, keys and values to a file that is locked since it was read."""
+        about = {
+            "format": _FORMAT,
+            "model": self._fingerprint or fingerprint(self._model),
+            "config": json.dumps(asdict(self.config)),
+            "tokens": json.dumps(self.tokens),
+            "quantized": json.dumps(self.kv.is_quantized),
+        }
+        arrays: Any = self.kv.to_arrays()
+        mx.eval(arrays)
+        with output.replaced() as file:
+            mx.save_safetensors(file, arrays, about)
+
+    @classmethod
+    def load(cls, model: OpenELM, path: Path, config: CacheConfig | None = None) -> PromptCache:
+        """A cache from a file.
+
+        Args:
+            config: how keys and values are to be kept; by default as in the file.
+
+        Raises:
+            CacheError: if the file is none of these, belongs to another model, or keeps keys and values otherwise.
+        """
+        arrays: Any
+        about: Any
+        try:
+            arrays, about = mx.load(str(path), format="safetensors", return_metadata=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CacheError(f"{path} is no prompt cache: {error}") from error
+        if about.get("format") != _FORMAT:
+            raise CacheError(f"{path} is no prompt cache, or one of another version of this package")
+        own = fingerprint(model)
+        if about["model"] != own:
+            raise CacheError(
+                f"{path} was made with another model, adapter or type of weights; delete it or name another"
+            )
+        saved = CacheConfig(**json.loads(about["config"]))
+        if config is not None and config != saved:
+            raise CacheError(
+                f"{path} keeps keys and values {saved.in_words} and not {config.in_words}; name another file"
+            )
+        cache = cls(model, saved)
+        cache._fingerprint = own
+        cache.tokens = json.loads(about["tokens"])
+        try:
+            cache.kv.take_arrays(arrays, len(cache.tokens), json.loads(about["quantized"]))
+        except (KeyError, ValueError) as error:
+            raise CacheError(f"{path} is damaged: {error}") from error
+        return cache
+
+
+def fingerprint(model: OpenELM) -> str:
+    """A number that changes with the model's shape, its weights, their type, and what is put on it."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    parameters: Any = tree_flatten(model.parameters())
+    for name, array in parameters:
+        digest.update(f"{name} {array.shape} {array.dtype} {_sum_of_bits(array).item()}".encode())
+    return digest.hexdigest()
+
+
+def _sum_of_bits(array: mx.array) -> mx.array:
+    """Of the words, each times an odd number of its place, modulo 2 to the power of 32."""
+    types = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint32}
+    words = array.reshape(-1).view(types[array.dtype.size]).astype(mx.uint32)
+    places = mx.arange(words.size, dtype=mx.uint32) * _SPREAD
+    return (words * (2 * places + 1)).sum()

@@ -1,0 +1,207 @@
+"""Prompts from a file, and a file of answers that can be continued after an interruption."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..data.record_files import RECORD_ENDINGS, read_records
+from ..data.text_files import BrokenLines
+from ..errors import DataError, OutputError, TokenizerError
+from ..files.output import OutputFile, output_file
+from ..tokenizer.tokenizer import Tokenizer
+from .text import Generation
+
+_NEEDED = "prompt", "messages"
+_ANSWER = "text", "finish_reason", "prompt_tokens", "generated_tokens"  # fields of an answer beside those of its prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a file: its record as it was, and its ids."""
+
+    record: Mapping[str, Any]
+    tokens: list[int]
+
+
+def read_prompts(path: Path, tokenizer: Tokenizer, *, chat: bool, system: str | None = None) -> list[Prompt]:
+    """The prompts of a file of records (see `read_records`), each with the field `prompt`, or `messages` of a chat.
+
+    Args:
+        chat: whether a `prompt` is a message to answer; else it is text to continue.
+        system: the message that stands before each `prompt` of a chat.
+
+    Raises:
+        DataError: if the file cannot be read, has no prompt, or has a record that is none; with its number.
+    """
+    if not path.name.endswith(RECORD_ENDINGS):
+        raise DataError(f"{path} is of no kind that is known; there are {', '.join(RECORD_ENDINGS)}")
+    broken = BrokenLines(path, limit=0)
+    prompts = [
+        Prompt(record, _ids(record, tokenizer, chat, system, f"{path}, record {number}"))
+        for number, record in enumerate(read_records(path, broken), start=1)
+    ]
+    if not prompts:
+        raise DataError(f"{path} holds no prompt")
+    return prompts
+
+
+def _ids(record: Mapping[str, Any], tokenizer: Tokenizer, chat: bool, system: str | None, where: str) -> list[int]:
+    before = [{"role": "system", "content": system}] if system else []
+    found = [name for name in _NEEDED if name in record]
+    if len(found) != 1:
+        raise DataError(f"{where}: it needs either the field prompt or messages; it has {', '.join(record) or 'none'}")
+    if clash := [name for name in _ANSWER if name in record]:
+        raise DataError(f"{where}: the field {clash[0]} is needed for the answer; give it another name")
+    value = record[found[0]]
+    try:
+        if found == ["messages"]:
+            if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+                raise DataError(f"{where}: messages is no list of objects with role and content")
+            return tokenizer.encode_chat(value)
+        if not isinstance(value, str) or not value:
+            raise DataError(f"{where}: the prompt is empty or no text")
+        return tokenizer.encode_chat([*before, {"role": "user", "content": value}]) if chat else tokenizer.encode(value)
+    except TokenizerError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+class Answers:
+    """Answers to prompts, each a line of JSON, written in the order of the prompts as soon as those before are there.
+
+    Args:
+        prompts: that are answered.
+        write: takes a line.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], write: Callable[[str], None]):
+        self._prompts = prompts
+        self._write = write
+        self._lines: dict[int, str] = {}
+        self._written = 0
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the prompts without an answer."""
+        return [number for number in range(len(self._prompts)) if number not in self._lines]
+
+    def add(self, number: int, generation: Generation) -> None:
+        """Keep the answer to a prompt."""
+        assert generation.stats is not None, "a generation without a token is no answer"
+        stats = generation.stats
+        values = generation.text, generation.finish_reason, stats.prompt_tokens, stats.generated_tokens
+        answer = {**self._prompts[number].record, **dict(zip(_ANSWER, values, strict=True))}
+        line = json.dumps(answer, ensure_ascii=False, default=str)
+        if any("\ud800" <= character <= "\udfff" for character in line):  # half a character, which UTF-8 cannot hold
+            line = json.dumps(answer, default=str)
+        self._lines[number] = line
+        self._keep(number)
+
+    def finish(self) -> None:
+        """All answers are there."""
+        assert not self.missing, "answers are missing"
+
+    def close(self) -> None:
+        """No more answers come for now."""
+
+    def _keep(self, number: int) -> None:
+        while self._written in self._lines:
+            self._write(self._lines[self._written])
+            self._written += 1
+
+
+class AnswerFile(Answers):
+    """Answers in a file, once all are there; until then a file beside it, locked like the first, holds those that are.
+
+    Each line of the file beside it carries a checksum over the run and the answer. What has none is not an answer of
+    this run, whoever wrote it, and is computed again.
+
+    Args:
+        path: a `.jsonl` file.
+        settings: whatever the answers depend on; a run is continued only with the same.
+        overwrite: whether an existing file may be replaced.
+
+    Raises:
+        OutputExistsError: if the file exists and may not be replaced.
+        OutputLockedError: if another process writes it.
+        OutputError: if the file beside it belongs to other prompts or settings, or cannot be written.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], path: Path, settings: Mapping[str, Any], *, overwrite: bool = False):
+        super().__init__(prompts, self._append)
+        given = [[dict(prompt.record), prompt.tokens] for prompt in prompts]
+        about = json.dumps({**settings, "prompts": given}, sort_keys=True, default=str)
+        self._run = sha256(about.encode()).hexdigest()
+        with ExitStack() as claims:
+            self._output = claims.enter_context(output_file(path, overwrite=overwrite))
+            self._part = claims.enter_context(output_file(f"{self._output.path}.part", overwrite=True))
+            self._lines = self._answers_of(self._part)
+            kept = [self._line(number, answer) for number, answer in self._lines.items()]
+            self._part.write("".join(f"{line}\n" for line in (self._heading, *kept)))
+            self._file: TextIO = claims.enter_context(open(self._part.path, "a", encoding="utf-8"))
+            self._claims = claims.pop_all()
+
+    def finish(self) -> None:
+        """Put all answers, in order, in their place."""
+        super().finish()
+        with self._claims:
+            self._output.write("".join(f"{self._lines[number]}\n" for number in range(len(self._prompts))))
+            self._part.remove()
+
+    def close(self) -> None:
+        """Let go of the file; a later run continues from what is there."""
+        self._claims.close()
+
+    @property
+    def _heading(self) -> str:
+        return json.dumps({"run": self._run})
+
+    def _line(self, number: int, answer: str) -> str:
+        checksum = sha256(f"{self._run} {number} {answer}".encode()).hexdigest()
+        return f"{number}\t{checksum}\t{answer}"
+
+    def _keep(self, number: int) -> None:
+        self._append(self._line(number, self._lines[number]))
+
+    def _append(self, line: str) -> None:
+        try:
+            print(line, file=self._file, flush=True)
+        except OSError as error:
+            raise OutputError(f"{self._part.name} cannot be written: {error.strerror}") from error
+
+    def _answers_of(self, part: OutputFile) -> dict[int, str]:
+        """What an earlier run wrote.
+
+        Raises:
+            OutputError: if the file has answers and is not one of this run.
+        """
+        try:
+            heading, *lines = part.path.read_bytes().decode(errors="replace").split("\n")
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise OutputError(f"{part.name} cannot be read: {error.strerror}") from error
+        answers = dict(filter(None, map(self._answer_of, lines)))
+        if answers or heading == self._heading or (not lines and self._heading.startswith(heading)):
+            return answers
+        if not _OTHER_RUN.fullmatch(heading):
+            raise OutputError(f"{part.name} is not a file of answers; move it away, or choose another output")
+        if len(lines) > 1:
+            raise OutputError(
+                f"{part.name} belongs to a run with other prompts or options; delete it, or choose another output"
+            )
+        return {}
+
+    def _answer_of(self, line: str) -> tuple[int, str] | None:
+        number, _, rest = line.partition("\t")
+        answer = rest.partition("\t")[2]
+        if not number.isdecimal() or int(number) >= len(self._prompts) or line != self._line(int(number), answer):
+            return None
+        return int(number), answer
+
+
+_OTHER_RUN = re.compile(r'\{"run": "[0-9a-f]{64}"\}')

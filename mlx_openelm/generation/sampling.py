@@ -1,0 +1,134 @@
+"""From logits to the next token."""
+
+import os
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import SamplingError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen; the defaults always take the likeliest.
+
+    Raises:
+        SamplingError: if a value is outside its range.
+    """
+
+    temperature: float = 0.0  # 0 takes the likeliest token, 1 samples from what the model says
+    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
+    top_k: int = 0  # sample from this many of the likeliest; 0 from all
+    min_p: float = 0.0  # leave out what is less likely than this share of the likeliest
+    repetition_penalty: float = 1.0  # above 1 makes recent tokens less likely
+    repetition_context: int = 256  # how many of the last tokens count as recent
+    seed: int | None = None  # the same seed gives the same text; None another text each time
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("top_k", self.top_k, self.top_k >= 0, "at least 0")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        _check("seed", self.seed or 0, 0 <= (self.seed or 0) < 1 << 63, "from 0 to 2**63 - 1")
+        _check("repetition_context", self.repetition_context, self.repetition_context >= 1, "at least 1")
+
+
+State = tuple[mx.array, mx.array]  # random key (2,) and recent tokens (C,), or with rows before: (B, 2) and (B, C)
+
+
+class Sampler:
+    """Chooses the next token by a state that goes from one choice to the next.
+
+    The state has a fixed shape and nothing leaves the device, so that a step of decoding can be compiled with its
+    choice; the global random state of MLX is left alone.
+    """
+
+    def __init__(self, config: SamplingConfig):
+        self.config = config
+
+    def start(self, prompt: mx.array, seed: int | None = None) -> State:
+        """The state after the tokens (L,) of a prompt, at least one, which count for the repetition penalty.
+
+        Args:
+            seed: in place of the configuration's.
+        """
+        seed = seed if seed is not None else self.config.seed
+        recent = prompt[-self.config.repetition_context :].astype(mx.uint32)  # what argmax and categorical give
+        if recent.size < self.config.repetition_context:
+            room = self.config.repetition_context - recent.size
+            recent = mx.concatenate([mx.repeat(recent[:1], room), recent])  # the oldest once more changes nothing
+        return mx.random.key(seed if seed is not None else _fresh_seed()), recent
+
+    def choose(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
+        """The next token, () uint32, its log-probability, () float32, and the state behind it, from logits (V,).
+
+        The log-probability is what the model itself gives, before penalty, temperature and cuts.
+        """
+        key, recent = state
+        logits = logits.astype(mx.float32)
+        scores = self._penalize(logits, recent)
+        if self.config.temperature == 0:
+            token = mx.argmax(scores)
+        else:
+            scores = restrict(scores / self.config.temperature, self.config)
+            key, own = mx.random.split(key)
+            token = mx.random.categorical(scores, key=own)
+        if self.config.repetition_penalty != 1:
+            recent = mx.concatenate([recent[1:], token[None]])
+        return token, logits[token] - mx.logsumexp(logits), (key, recent)
+
+    def choose_rows(self, logits: mx.array, states: State) -> tuple[mx.array, mx.array, State]:
+        """As `choose` for each of B rows, from logits (B, V): tokens (B,), log-probabilities (B,), states."""
+        if logits.shape[0] > 1:
+            return mx.vmap(self.choose)(logits, states)
+        token, logprob, (key, recent) = self.choose(logits[0], (states[0][0], states[1][0]))
+        return token[None], logprob[None], (key[None], recent[None])
+
+    def choose_along(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
+        """One choice after another from logits (L, V): tokens (L,), log-probabilities (L,), the states behind each."""
+        if self.config.temperature == 0 and self.config.repetition_penalty == 1:  # no choice changes the state
+            logits = logits.astype(mx.float32)
+            tokens = mx.argmax(logits, axis=-1)
+            chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+            key, recent = (mx.broadcast_to(part, (len(logits), *part.shape)) for part in state)
+            return tokens, chosen - mx.logsumexp(logits, axis=-1), (key, recent)
+        choices = []
+        for row in logits:
+            *choice, state = self.choose(row, state)
+            choices.append((*choice, *state))
+        token, logprob, key, recent = (mx.stack(list(parts)) for parts in zip(*choices, strict=True))
+        return token, logprob, (key, recent)
+
+    def _penalize(self, logits: mx.array, recent: mx.array) -> mx.array:
+        """Logits with those of recent tokens made smaller (Keskar et al., arXiv:1909.05858)."""
+        penalty = self.config.repetition_penalty
+        if penalty == 1:
+            return logits
+        found = logits[recent]
+        return mx.put_along_axis(logits, recent, mx.where(found > 0, found / penalty, found * penalty), axis=0)
+
+
+def restrict(scores: mx.array, config: SamplingConfig) -> mx.array:
+    """Scores (V,) where tokens outside top-k, then top-p, then min-p are minus infinity; the likeliest always stays."""
+    if 0 < config.top_k < scores.shape[-1]:
+        smallest_kept = mx.min(mx.topk(scores, config.top_k))
+        scores = mx.where(scores < smallest_kept, -mx.inf, scores)
+    if config.top_p < 1:
+        order = mx.argsort(-scores)
+        probabilities = mx.softmax(scores)[order]
+        before = mx.cumsum(probabilities) - probabilities  # of all likelier tokens
+        scores = mx.put_along_axis(scores, order, mx.where(before < config.top_p, scores[order], -mx.inf), axis=0)
+    if config.min_p > 0:
+        probabilities = mx.softmax(scores)
+        scores = mx.where(probabilities < config.min_p * mx.max(probabilities), -mx.inf, scores)
+    return scores
+
+
+def _fresh_seed() -> int:
+    return int.from_bytes(os.urandom(7), "little")
+
+
+def _check(name: str, value: float, holds: bool, range_in_words: str) -> None:
+    if not holds:
+        raise SamplingError(f"{name} is {value}; it has to be {range_in_words}")

@@ -1,0 +1,132 @@
+"""Models into memory: from any folder that holds an OpenELM, converted or not."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import OpenELMConfig
+from .conversion.adapters.forms import open_adapter
+from .conversion.open import open_source
+from .conversion.source import Source
+from .errors import ConfigError
+from .hub import BUILT_IN_MODEL
+from .machine.device import DTYPES, compute_dtype, on_cpu
+from .model.adapters import apply_adapter
+from .model.cpu_layers import quantized_layers
+from .model.openelm import OpenELM
+from .quantization import PackedTensor, Quantization
+from .tokenizer.files import find_tokenizer, has_tokenizer
+from .tokenizer.tokenizer import Tokenizer
+
+
+def load(
+    model: str | Path = BUILT_IN_MODEL,
+    *,
+    dtype: mx.Dtype | None = None,
+    tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+) -> tuple[OpenELM, Tokenizer | None]:
+    """A model ready to use and its tokenizer.
+
+    Args:
+        model: a folder or hub id: written by `convert`, from Apple, from the MLX community, or of Apple's MLX port; or
+            a CoreNet `.pt` file. By default the small model that comes with the package.
+        dtype: to compute in; by default float32 on the CPU, where 16 bits are slow, and elsewhere the stored type.
+        tokenizer: file, folder or hub id of another tokenizer; `"none"` looks for none.
+        config: as for `convert`, where the source does not say it.
+        revision: branch, tag or commit on the hub.
+        adapter: folder of an adapter to put on it: of `tune`, mlx-lm or PEFT, or a CoreNet `.pt` file.
+
+    Returns:
+        The network, and `None` for the tokenizer of a folder that was converted with `--tokenizer none`.
+
+    Raises:
+        OpenELMError: of the kind that fits, if anything is missing, damaged or contradictory.
+    """
+    source, text = open_model(model, tokenizer=tokenizer, config=config, revision=revision)
+    network = load_source(source, dtype)
+    if adapter is not None:
+        apply_adapter(network, open_adapter(adapter, vocab_size=network.config.vocab_size))
+        network.eval()
+    return network, text
+
+
+def open_model(
+    model: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
+    revision: str | None = None,
+) -> tuple[Source, Tokenizer | None]:
+    """A model that is still on disk, without rows that only fill its vocabulary up, and its tokenizer; see `load`."""
+    source = open_source([model], config=config, revision=revision)
+    text = _tokenizer(source, tokenizer)
+    if source.named_vocab_size:
+        source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
+    return source, text
+
+
+def dtype_named(name: str) -> mx.Dtype | None:
+    """The type to compute in by its name; `None`, the choice of `load`, for `auto`.
+
+    Raises:
+        ConfigError: if there is no such type.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise ConfigError(f"{name!r} is not a type of weights; there are auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name)
+
+
+def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
+    """The network of an opened source, computing in `dtype`.
+
+    Raises:
+        WeightsError: if a tensor holds NaN or infinity.
+    """
+    dtype = dtype or compute_dtype(source.tensors["transformer.norm.weight"].dtype)
+    packed = {
+        name.removesuffix(".weight"): tensor.quantization
+        for name, tensor in source.tensors.items()
+        if isinstance(tensor, PackedTensor)
+    }
+    arrays: dict[str, mx.array] = {}
+    for name, tensor in source.tensors.items():
+        if isinstance(tensor, PackedTensor):
+            path = name.removesuffix(".weight")
+            arrays.update({f"{path}.{part}": lazy.read() for part, lazy in tensor.parts.items()})
+        else:
+            arrays[name] = tensor.read()
+    return assemble(source.config, arrays, packed, dtype)
+
+
+def assemble(
+    config: OpenELMConfig, arrays: Mapping[str, mx.array], packed: Mapping[str, Quantization], dtype: mx.Dtype
+) -> OpenELM:
+    """A network of these weights, computing in `dtype`.
+
+    Args:
+        arrays: by the names of parameters, those of quantized matrices in their parts.
+        packed: the quantized matrices by their paths.
+    """
+    model = OpenELM(config)
+    if packed and on_cpu():
+        quantized_layers(model, packed, dtype)
+    elif packed:
+        nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
+    packed_types = (mx.uint32, mx.uint8)
+    arrays = {n: a if a.dtype in packed_types else a.astype(dtype) for n, a in arrays.items()}
+    mx.eval(list(arrays.values()))
+    model.load_weights(list(arrays.items()))
+    model.eval()
+    return model
+
+
+def _tokenizer(source: Source, requested: str | Path | None) -> Tokenizer | None:
+    if requested == "none" or (requested is None and source.is_converted and not has_tokenizer(source.folder)):
+        return None
+    wanted = None if requested is None else str(requested)
+    return find_tokenizer(wanted, source.folder, source.config.vocab_size, chat=source.is_chat)[0]

@@ -1,0 +1,105 @@
+"""What this machine offers to MLX, what is slow about it, and what to do."""
+
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..packages import installed_version
+from ..version import __version__
+from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu, physical_memory_bytes
+
+_PACKAGES = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "huggingface-hub", "typer")
+_SLOW_GFLOPS = 20  # a vectorised BLAS is above on any core of the last ten years, the reference one far below
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings of `examine`."""
+
+    versions: dict[str, str]
+    python: str
+    system: str
+    device: str
+    memory_bytes: int
+    memory_limit_bytes: int
+    wired_limit_bytes: int | None  # Metal only; None where the system does not tell
+    float32_matmul_gflops: float
+    blas: str | None  # the library that multiplies matrices on the CPU of a Linux machine
+    advice: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All findings, for JSON."""
+        return asdict(self)
+
+
+def examine() -> Report:
+    """Look at the machine; takes a second, for one measured matrix multiplication."""
+    gflops = _matmul_gflops()
+    blas = blas_in_use() if sys.platform.startswith("linux") and on_cpu() else None
+    return Report(
+        versions={"openelm-mlx": __version__, **{name: installed_version(name) or "missing" for name in _PACKAGES}},
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        device=device_name(),
+        memory_bytes=physical_memory_bytes(),
+        memory_limit_bytes=memory_limit_bytes(),
+        wired_limit_bytes=_wired_limit(),
+        float32_matmul_gflops=gflops,
+        blas=blas,
+        advice=tuple(_advice(gflops, blas)),
+    )
+
+
+def _advice(gflops: float, blas: str | None) -> list[str]:
+    advice: list[str] = []
+    if not on_cpu():
+        return advice
+    if sys.platform == "darwin":
+        advice.append("MLX computes on the CPU: this is no Apple silicon, or another default device was set")
+        return advice
+    advice.append(
+        "without a GPU, 16-bit arithmetic is slow and 16-bit quantized arithmetic very slow; models are computed in "
+        "float32 here unless --dtype says otherwise"
+    )
+    if gflops < _SLOW_GFLOPS:
+        advice.append(
+            f"float32 matrices multiply at {gflops:.1f} GFLOP/s with {blas or 'the BLAS in use'}, which is slow: "
+            "install OpenBLAS (Debian and Ubuntu: libopenblas0-pthread) and start with "
+            f"LD_PRELOAD={_openblas() or 'the path of its libblas.so.3'}"
+        )
+    if shutil.which("g++") is None:
+        advice.append("there is no g++, which MLX starts to compile fused kernels on the CPU; training needs it")
+    return advice
+
+
+def _matmul_gflops(size: int = 512) -> float:
+    a = mx.random.normal((size, size), key=mx.random.key(0))
+    mx.eval(a, a @ a)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def _openblas() -> str | None:
+    """Where OpenBLAS lies, if the system has it."""
+    return next((str(path) for path in sorted(Path("/usr/lib").glob("*/openblas*/libblas.so.3"))), None)
+
+
+def _wired_limit() -> int | None:
+    if not mx.metal.is_available():
+        return None
+    try:
+        told = subprocess.run(["sysctl", "-n", "iogpu.wired_limit_mb"], capture_output=True, text=True, check=True)
+        return int(told.stdout) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None

@@ -1,0 +1,152 @@
+"""The machine that is measured on: what it is, how fast its memory is, and what it draws."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..packages import installed_version
+from ..version import __version__
+from .device import compute_streams, device_name, on_cpu
+
+_COPIED_BYTES = 1 << 28
+_ROUNDS = 7
+_RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+def describe(command: str) -> dict[str, Any]:
+    """What ran where, to stand beside a result."""
+    return {
+        "chip": chip_name(),
+        "device": device_name(),
+        "system": _system(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "preloaded": Path(os.environ["LD_PRELOAD"]).name if os.environ.get("LD_PRELOAD") else None,
+        "versions": {
+            "mlx": installed_version("mlx"),
+            "mlx-lm": installed_version("mlx-lm"),
+            "openelm-mlx": __version__,
+        },
+        "commit": _commit(),
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _system() -> str:
+    """Its name, on a Mac with its version, and the kind of processor."""
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]} {platform.machine()}"
+    return f"{platform.system()} {platform.machine()}"
+
+
+def chip_name() -> str:
+    """The processor's name as its maker gives it."""
+    if not on_cpu():
+        return str(mx.device_info().get("device_name", "GPU"))
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
+
+
+def memory_bandwidth() -> float:
+    """Bytes per second that memory gives: the best of some copies of a large array, on a CPU by all cores at once.
+
+    Reading and writing both count. A matrix that is multiplied by one vector is only read, which some machines do
+    faster; the better of the two is taken.
+    """
+    streams = compute_streams()
+    parts = [mx.zeros((_COPIED_BYTES // len(streams) // 4,), mx.float32) for _ in streams]
+    columns = 4096
+    matrix = mx.zeros((_COPIED_BYTES // 4 // columns, columns), mx.float32)
+    vector = mx.zeros((1, columns), mx.float32)
+    mx.eval(parts, matrix, vector)
+
+    def copy() -> None:
+        mx.eval([mx.add(part, 1, stream=stream) for part, stream in zip(parts, streams, strict=True)])
+
+    def read() -> None:
+        mx.eval(vector @ matrix.T)
+
+    return max(2 * _COPIED_BYTES / _fastest(copy), _COPIED_BYTES / _fastest(read))
+
+
+def power_meter() -> Callable[[], float | None]:
+    """Called at the end of a span, the watts that were drawn in it, where the system tells them without root.
+
+    On Linux by the counter of the processor, where it may be read; on an NVIDIA GPU what it draws at the end; on a Mac
+    what its battery gives, if it runs on it.
+    """
+    started = time.perf_counter()
+    if not on_cpu() and not mx.metal.is_available():
+        return lambda: _number(_output("nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"))
+    if sys.platform == "darwin":
+        return lambda: battery_watts(_output("ioreg", "-rn", "AppleSmartBattery") or "")
+    before = _energy()
+
+    def watts() -> float | None:
+        after = _energy()
+        if before is None or after is None or after < before:  # it turns over now and then
+            return None
+        return (after - before) / 1e6 / (time.perf_counter() - started)
+
+    return watts
+
+
+def battery_watts(text: str) -> float | None:
+    """What a battery gives by the listing of `ioreg`; `None` while it is charged, or where there is none."""
+    fields = dict(re.findall(r'"(InstantAmperage|Voltage|ExternalConnected)" = (\w+)', text))
+    if fields.get("ExternalConnected") != "No" or not {"InstantAmperage", "Voltage"} <= fields.keys():
+        return None
+    milliamperes = int(fields["InstantAmperage"])
+    milliamperes -= 1 << 64 if milliamperes >= 1 << 63 else 0  # negative while it gives
+    return -milliamperes * int(fields["Voltage"]) / 1e6
+
+
+def _fastest(work: Callable[[], None]) -> float:
+    seconds = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _energy() -> float | None:
+    try:
+        return float(_RAPL.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _commit() -> str | None:
+    """Of the working copy that this package stands in, if it is one."""
+    root = Path(__file__).resolve().parents[2]
+    return _output("git", "-C", str(root), "rev-parse", "--short", "HEAD") if (root / ".git").exists() else None
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float((text or "").splitlines()[0])
+    except (ValueError, IndexError):
+        return None

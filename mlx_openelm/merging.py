@@ -1,0 +1,210 @@
+"""Adapters merged into the weights of their model: exactly, row by row, and written as a model folder.
+
+A merged matrix is w + s A B, of DoRA each row at its learned length. An adapter on a tied embedding changes only what
+goes in; so that merging it does not change what comes out, an output matrix of its own with the base embedding is
+written. Quantized matrices are merged in full: quantizing the result again loses small changes, and how much is
+measured.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from .conversion.adapters.forms import open_adapter
+from .conversion.open import open_source
+from .conversion.source import Source, Tensor
+from .conversion.write.folder import write_model
+from .errors import AdapterError
+from .evaluation.divergence import divergences
+from .files.output import OutputFolder, output_folder
+from .loading import dtype_named, load_source, open_model
+from .model.adapters import SavedAdapter, check_adapter
+from .model.lora import EMBEDDING, MAGNITUDE
+from .model.openelm import parameter_shapes
+from .quantization import PackedTensor, Quantization, pack
+from .tensors import LazyTensor, checked_cast
+from .tokenizer.files import write_tokenizer
+
+_OUTPUT = "lm_head"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What a merge wrote."""
+
+    folder: Path
+    num_merged: int  # matrices
+    unties: bool  # the output got a matrix of its own
+    dequantized: bool  # the base was quantized and the result is not
+    output_bytes: int
+    divergence: float | None = None  # of the quantized result from the model with its adapter, nats per token
+    adapter_divergence: float | None = None  # of the model with its adapter from the model without
+
+
+def merge_folder(
+    model: str | Path,
+    adapter: str | Path,
+    folder: Path,
+    *,
+    quantization: Quantization | None = None,
+    dtype: str = "auto",
+    tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+) -> Merge:
+    """Merge an adapter into a model, and write that with its tokenizer and a card.
+
+    Args:
+        model: folder, hub id or built-in model.
+        adapter: see `open_adapter`.
+        quantization: to quantize the result again; what that costs is measured.
+        dtype: of the result: `auto` keeps that of the model.
+        tokenizer, config, revision: as for `load`.
+        force: replace a model folder at `folder`.
+        on_progress: called with the bytes written so far, and all.
+    Raises:
+        OpenELMError: of the kind that fits; nothing is written then.
+    """
+    with output_folder(folder, overwrite=force) as output:
+        source, text = open_model(model, tokenizer=tokenizer, config=config, revision=revision)
+        found = open_adapter(adapter, vocab_size=source.config.vocab_size)
+        output.protect(source.folder, model, adapter, tokenizer, config)
+
+        def add_files(staging: Path) -> None:
+            (staging / "README.md").write_text(_card(source, adapter, found, quantization), encoding="utf-8")
+            if text is not None:
+                write_tokenizer(text, staging)
+
+        done = 0
+
+        def on_written(name: str, nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            on_progress(done, source.nbytes)
+
+        result = _merge(output, source, found, quantization, dtype_named(dtype), add_files, on_written)
+    if quantization is None:
+        return result
+    base, merged = load_source(source), load_source(open_source([folder]))
+    exact = load_source(merged_source(source, found))
+    of_merged, of_base = divergences(exact, [merged, base])
+    return replace(result, divergence=of_merged, adapter_divergence=of_base)
+
+
+def _card(source: Source, adapter: str | Path, found: SavedAdapter, quantization: Quantization | None) -> str:
+    kind = f", quantized to {quantization.bits} bits" if quantization else ""
+    return (
+        f"# {source.name} with {Path(adapter).name}\n\n{source.name}, into which the adapter {Path(adapter).name} "
+        f"({found.method}) was merged by `openelm-mlx merge`{kind}. The licence of {source.name} goes on to hold.\n"
+    )
+
+
+def merged_source(source: Source, adapter: SavedAdapter, dtype: mx.Dtype | None = None) -> Source:
+    """A model with an adapter merged into it, still on disk: rows are merged when they are read.
+
+    Args:
+        dtype: of the result; by default that of the model.
+    Raises:
+        AdapterError: if the adapter was made for another model.
+    """
+    dtype = dtype or source.tensors["transformer.norm.weight"].dtype
+    tensors = {name: _in_full(name, tensor, dtype) for name, tensor in source.tensors.items()}
+    config = source.config
+    if adapter.method == "full":
+        for name, tensor in adapter.tensors.items():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                raise AdapterError(f"the adapter is for another model: {name} of shape {tensor.shape} is not there")
+            tensors[name] = _of_array(checked_cast(name, tensor, dtype))
+        return replace(source, tensors=dict(tensors))
+    check_adapter(adapter, {name: tensor.shape for name, tensor in tensors.items()})
+    if EMBEDDING in adapter.ranks and config.share_input_output_layers:
+        config = replace(config, share_input_output_layers=False)
+        tensors[f"{_OUTPUT}.weight"] = tensors[f"{EMBEDDING}.weight"]
+    for path in adapter.ranks:
+        tensors[f"{path}.weight"] = _merged(path, tensors[f"{path}.weight"], adapter, dtype)
+    return replace(source, config=config, tensors=dict(tensors))
+
+
+def merge(
+    source: Source,
+    adapter: SavedAdapter,
+    folder: Path,
+    *,
+    quantization: Quantization | None = None,
+    dtype: mx.Dtype | None = None,
+    add_files: Callable[[Path], object] = lambda staging: None,
+    force: bool = False,
+    on_written: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> Merge:
+    """Write a model with an adapter merged into it.
+
+    Args:
+        quantization: to quantize the result again; see `divergences`.
+        dtype: of the result; by default that of the model.
+        add_files, force, on_written: as for `write_model`.
+    Raises:
+        AdapterError: if the adapter was made for another model.
+        OutputError: if the folder exists or cannot be written.
+    """
+    with output_folder(folder, overwrite=force) as output:
+        output.protect(source.folder)
+        return _merge(output, source, adapter, quantization, dtype, add_files, on_written)
+
+
+def _merge(
+    output: OutputFolder,
+    source: Source,
+    adapter: SavedAdapter,
+    quantization: Quantization | None,
+    dtype: mx.Dtype | None,
+    add_files: Callable[[Path], object],
+    on_written: Callable[[str, int], None],
+) -> Merge:
+    merged = merged_source(source, adapter, dtype)
+    tensors: dict[str, Tensor] = {name: merged.tensors[name] for name in parameter_shapes(merged.config)}
+    if quantization is not None:
+        tensors = {
+            name: pack(tensor, quantization) if quantization.fits(tensor.shape) else tensor  # type: ignore[arg-type]
+            for name, tensor in tensors.items()
+        }
+    write_model(output, merged.config, tensors, add_files=add_files, on_written=on_written)
+    return Merge(
+        output.name,
+        len(adapter.ranks) or len(adapter.tensors),
+        merged.config != source.config,
+        quantization is None and any(isinstance(tensor, PackedTensor) for tensor in source.tensors.values()),
+        sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def _in_full(name: str, tensor: Tensor, dtype: mx.Dtype) -> LazyTensor:
+    full = tensor.dequantize() if isinstance(tensor, PackedTensor) else tensor
+    return full if full.dtype == dtype else full.map(lambda rows: checked_cast(name, rows, dtype), dtype)
+
+
+def _of_array(array: mx.array) -> LazyTensor:
+    return LazyTensor(array.shape, array.dtype, lambda start, stop: array[start:stop] if array.ndim else array)
+
+
+def _merged(path: str, base: LazyTensor, adapter: SavedAdapter, dtype: mx.Dtype) -> LazyTensor:
+    """The matrix of a path; one of its rows needs no other row."""
+    parts: Mapping[str, mx.array] = {
+        name: adapter.tensors[f"{path}.{name}"].astype(mx.float32)
+        for name in ("lora_a", "lora_b", MAGNITUDE)
+        if f"{path}.{name}" in adapter.tensors
+    }
+    a, b = parts["lora_a"], parts["lora_b"]
+    left, right = (a, b) if path == EMBEDDING else (b.T, a.T)  # (rows, rank), (rank, columns)
+
+    def read_rows(start: int, stop: int) -> mx.array:
+        rows = base.read_rows(start, stop).astype(mx.float32) + adapter.scale * (left[start:stop] @ right)
+        if MAGNITUDE in parts:
+            length = mx.linalg.norm(rows, axis=1, keepdims=True)
+            rows = mx.where(length > 0, rows * (parts[MAGNITUDE][start:stop, None] / length), rows)
+        return checked_cast(path, rows, dtype)
+
+    return LazyTensor(base.shape, dtype, read_rows)

@@ -1,0 +1,280 @@
+"""The OpenELM network, top to bottom (paper: arXiv:2404.14619).
+
+Parameters carry the names of the Hugging Face checkpoints. In shapes: B batch, L new tokens, S cached tokens plus L,
+H query heads, K key/value heads, D head_dim, M model_dim, F this layer's FFN width, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..cache.config import CacheConfig
+from ..cache.kv_cache import KVCache, StepCache
+from ..cache.layouts import attention
+from ..config import OpenELMConfig
+from ..machine.device import on_cpu
+from .rope import Rope
+
+NORM_EPS = 1e-6
+ATTENTION_BLOCK = 128  # queries, in training
+
+
+class ContextLengthWarning(UserWarning):
+    """Text goes on past the positions that the model was trained with, so its quality falls."""
+
+
+class OpenELM(nn.Module):
+    """A decoder-only language model whose layers differ in width."""
+
+    def __init__(self, config: OpenELMConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        if not config.share_input_output_layers:
+            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+
+    def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
+        """Logits of the token after each given one.
+
+        Args:
+            tokens: ids (B, L).
+            cache: what came before them; they are added to it.
+
+        Returns:
+            (B, L, V) in the type of the weights.
+
+        Warns:
+            ContextLengthWarning: once, when a sequence grows past `max_context_length`.
+        """
+        return self.logits(self.transformer(tokens, cache))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(..., V) from hidden states (..., M): lets prefill skip the positions that nobody reads."""
+        if self.config.share_input_output_layers:
+            return self.transformer.token_embeddings.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    @property
+    def output_name(self) -> str:
+        """Name of the parameter behind `logits`."""
+        tied = self.config.share_input_output_layers
+        return "transformer.token_embeddings.weight" if tied else "lm_head.weight"
+
+    @property
+    def output_weight(self) -> mx.array:
+        """The matrix (V, M) behind `logits`, of a model that is not quantized."""
+        return (self.transformer.token_embeddings if self.config.share_input_output_layers else self.lm_head).weight
+
+    def make_cache(self, config: CacheConfig = CacheConfig()) -> KVCache:  # noqa: B008, frozen
+        """An empty cache for one batch of sequences."""
+        return KVCache(self.config.num_transformer_layers, config, self.config.rope_freq_constant)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all layers of one forward pass share."""
+
+    rows: int
+    rotate: Callable[[mx.array], mx.array]  # heads (B, N, L, D) by their positions
+    attend: Callable[[int, mx.array, mx.array, mx.array], mx.array]  # layer, queries, keys, values; the last may read
+    last_only: bool = False  # the last layer computes but the last token's hidden state
+
+    @classmethod
+    def alone(cls, config: OpenELMConfig, rows: int, mask: mx.array | None = None, training: bool = False) -> "Pass":
+        """A pass over whole rows, without anything before them; see `segment_mask`."""
+        read = blockwise_attention if training else attention
+        attend = lambda layer, queries, keys, values: read(queries, keys, values, mask)  # noqa: E731
+        return cls(rows, Rope(config.rope_freq_constant, 0), attend)
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and the last norm: tokens (B, L) to hidden states (B, L, M).
+
+    `segments` (B, L) numbers the documents that share a row: none of them sees another.
+    """
+
+    def __init__(self, config: OpenELMConfig):
+        super().__init__()
+        self.config = config
+        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = [Layer(config, layer) for layer in range(config.num_transformer_layers)]
+        self.norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: KVCache | None = None,
+        segments: mx.array | None = None,
+        last_only: bool = False,
+    ) -> mx.array:
+        """With `last_only`, hidden states (B, 1, M) of the last tokens alone."""
+        B, L = tokens.shape
+        self.warn_past_context(cache, L)
+        if cache is None:
+            mask = None if segments is None else segment_mask(segments)
+            return self.run(tokens, Pass.alone(self.config, B, mask, self.training))
+        with cache.guarded():
+            hidden = self.run(tokens, self.passing(B, cache, last_only and L > 1))
+            cache.advance(L)
+        return hidden
+
+    def passing(self, rows: int, cache: KVCache | StepCache, last_only: bool = False) -> Pass:
+        """A pass whose tokens come behind those in a cache."""
+        return Pass(rows, Rope(self.config.rope_freq_constant, cache.positions), cache.attend, last_only)
+
+    def run(self, tokens: mx.array, shared: Pass) -> mx.array:
+        """The pass itself."""
+        B, L = tokens.shape
+        x = self.token_embeddings(tokens).astype(self.norm.weight.dtype)  # (B, L, M)
+        if L == 1:
+            x = x.reshape(B, -1)  # spares each product of matrices two changes of shape
+        for layer in self.layers:
+            x = layer(x, shared)
+        return self.norm(x).reshape(B, -1, x.shape[-1])
+
+    def warn_past_context(self, cache: KVCache | None, num_new: int) -> None:
+        """Warn if so many tokens more grow past what the model was trained with; a window has no far tokens."""
+        limit = self.config.max_context_length
+        if cache is not None and cache.config.window is not None and cache.config.window <= limit:
+            return
+        length = cache.longest if cache is not None else 0
+        if length <= limit < length + num_new:
+            warnings.warn(
+                f"the text grows past the {limit} positions that the model was trained with",
+                ContextLengthWarning,
+                stacklevel=3,
+            )
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward network, each behind a norm and around a residual."""
+
+    def __init__(self, config: OpenELMConfig, layer: int):
+        super().__init__()
+        self.is_last = layer == config.num_transformer_layers - 1
+        self.attn = Attention(config, layer)
+        self.ffn = FeedForward(config, layer)
+        self.attn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
+        self.ffn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
+
+    def __call__(self, x: mx.array, shared: Pass) -> mx.array:
+        """Hidden states (B, L, M), or (B, M) of one token a row."""
+        last_only = shared.last_only and self.is_last
+        read = self.attn(self.attn_norm(x), shared, last_only)
+        x = (x[:, -1:] if last_only else x) + read
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with this layer's number of heads, normed queries and keys, and rotary positions."""
+
+    def __init__(self, config: OpenELMConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_query_heads = config.num_query_heads[layer]
+        self.num_kv_heads = config.num_kv_heads[layer]
+        self.head_dim = config.head_dim
+        self.normalize_qk = config.normalize_qk_projections
+
+        num_heads = self.num_query_heads + 2 * self.num_kv_heads
+        self.qkv_proj = nn.Linear(config.model_dim, num_heads * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(self.num_query_heads * self.head_dim, config.model_dim, bias=False)
+        if self.normalize_qk:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+
+    def __call__(self, x: mx.array, shared: Pass, last_only: bool = False) -> mx.array:
+        B = shared.rows
+        H, K = self.num_query_heads, self.num_kv_heads
+        qkv = swap_heads(self.qkv_proj(x).reshape(B, -1, H + 2 * K, self.head_dim))  # (B, H + 2K, L, D)
+        if on_cpu():
+            heads, values = mx.split(qkv, [H + K], axis=1)
+            queries, keys = mx.split(shared.rotate(self._normed(heads)), [H], axis=1)
+        else:
+            queries, keys, values = mx.split(qkv, [H, H + K], axis=1)
+            if self.normalize_qk:  # before RoPE: the checkpoints were trained in this order
+                queries, keys = self.q_norm(queries), self.k_norm(keys)
+            queries, keys = shared.rotate(queries), shared.rotate(keys)
+        if last_only:
+            queries = queries[:, :, -1:]
+        read = swap_heads(shared.attend(self.layer, queries, keys, values))  # (B, L, H, D)
+        shape = (B,) if x.ndim == 2 else read.shape[:2]
+        return self.out_proj(read.reshape(*shape, -1))
+
+    def _normed(self, heads: mx.array) -> mx.array:
+        """Queries and keys (B, H + K, L, D), each by its own norm but together: on the CPU a norm is many steps."""
+        if not self.normalize_qk:
+            return heads
+        counts = (self.num_query_heads, self.q_norm.weight), (self.num_kv_heads, self.k_norm.weight)
+        weight = mx.concatenate([mx.broadcast_to(w, (count, 1, self.head_dim)) for count, w in counts])
+        return mx.fast.rms_norm(heads, None, NORM_EPS) * weight
+
+
+class FeedForward(nn.Module):
+    """The feed-forward network of this layer's width, gated (`proj_1` holds gate, then input) or plain."""
+
+    def __init__(self, config: OpenELMConfig, layer: int):
+        super().__init__()
+        self.gated = config.ffn_with_glu
+        self.activation = config.activation_fn_name
+        ffn_dim = config.ffn_dims[layer]
+        self.proj_1 = nn.Linear(config.model_dim, 2 * ffn_dim if self.gated else ffn_dim, bias=False)
+        self.proj_2 = nn.Linear(ffn_dim, config.model_dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        hidden = self.proj_1(x)  # (B, L, 2F) or (B, L, F)
+        if not self.gated:
+            return self.proj_2(activate(self.activation, hidden))
+        gate, hidden = mx.split(hidden, 2, axis=-1)
+        return self.proj_2(activate(self.activation, gate) * hidden)
+
+
+def swap_heads(x: mx.array) -> mx.array:
+    """(B, L, H, D) to (B, H, L, D), or back."""
+    B, one, other, D = x.shape
+    if 1 in (one, other):  # the numbers stay in order
+        return x.reshape(B, other, one, D)
+    return x.transpose(0, 2, 1, 3)
+
+
+def blockwise_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
+    """`attention` of as many queries as keys, in blocks of queries with no more keys than these may see.
+
+    Gradients need the scores, which no fused kernel keeps: nearly half of them are never made this way.
+    """
+    blocks = []
+    for start in range(0, queries.shape[2], ATTENTION_BLOCK):
+        end = start + ATTENTION_BLOCK
+        seen = mask[..., start:end, :end] if mask is not None else None
+        blocks.append(mx.checkpoint(attention)(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], seen))
+    return mx.concatenate(blocks, axis=2)
+
+
+def segment_mask(segments: mx.array) -> mx.array:
+    """Which positions each may attend to, bool (B, 1, L, L): itself and those before it in its own segment (B, L)."""
+    positions = mx.arange(segments.shape[1])
+    causal = positions[None, :] <= positions[:, None]
+    return (segments[:, None, :, None] == segments[:, None, None, :]) & causal
+
+
+def activate(name: str, x: mx.array) -> mx.array:
+    """An activation by its name in the configuration.
+
+    Written in plain operations: MLX's own versions are compiled, which on the CPU starts a C++ compiler.
+    """
+    if name == "swish":
+        return x * mx.sigmoid(x)
+    if name == "gelu":
+        return x * (1 + mx.erf(x * 2**-0.5)) / 2
+    assert name == "relu", f"a configuration let the activation {name} pass"
+    return mx.maximum(x, 0)
+
+
+def parameter_shapes(config: OpenELMConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by name; nothing is allocated."""
+    parameters = tree_flatten(OpenELM(config).parameters(), destination={})
+    return {name: array.shape for name, array in dict(parameters).items()}

@@ -1,0 +1,47 @@
+"""Rotary positions (Su et al., arXiv:2104.09864)."""
+
+import math
+
+import mlx.core as mx
+
+from ..machine.device import on_cpu
+
+
+class Rope:
+    """Rotates heads by the positions of a pass: the two halves of each head against one another.
+
+    Args:
+        base: of the wavelengths.
+        positions: of the first token, the same for all rows; or, as an array, () the same or (B,) for each.
+    """
+
+    def __init__(self, base: float, positions: int | mx.array):
+        self._base = base
+        self._positions = positions
+        self._table: tuple[mx.array, mx.array] | None = None
+
+    def __call__(self, heads: mx.array) -> mx.array:
+        """Heads (B, N, L, D), rotated by position after position along L."""
+        if on_cpu() and isinstance(self._positions, mx.array):
+            return self._by_table(heads, self._positions)
+        return mx.fast.rope(
+            heads, heads.shape[-1], traditional=False, base=self._base, scale=1.0, offset=self._positions
+        )
+
+    def _by_table(self, heads: mx.array, positions: mx.array) -> mx.array:
+        """In plain operations, as MLX does it on the CPU, but with the angles of all layers computed once."""
+        if self._table is None:
+            angles = _angles(positions, heads.shape[2], heads.shape[3] // 2, self._base)
+            self._table = mx.cos(angles), mx.sin(angles)
+        cosine, sine = self._table
+        first, second = mx.split(heads, 2, axis=-1)
+        rotated = mx.concatenate([first * cosine - second * sine, first * sine + second * cosine], axis=-1)
+        return rotated.astype(heads.dtype)
+
+
+def _angles(positions: mx.array, length: int, half: int, base: float) -> mx.array:
+    """In radians, (L, D / 2), or (B, 1, L, D / 2) of rows with positions of their own."""
+    frequencies = mx.exp(mx.arange(half) * (-math.log(base) / half))
+    each = positions[..., None] + mx.arange(length) if length > 1 else positions[..., None]
+    angles = each[..., None] * frequencies
+    return angles[:, None] if angles.ndim == 3 else angles

@@ -1,0 +1,1 @@
+"""Text to ids and back, and the files that a tokenizer is found in and written to."""

@@ -1,0 +1,140 @@
+"""Checkpoints of a run: one that exists is whole."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import OpenELMError, TrainingError
+from ..files.lock import lock_folder
+from ..files.output import output_folder, remove_folder
+from ..tensors import save_arrays
+from .optimizer import Moments, Tensors
+
+PARAMETER_FILES = ("model.safetensors", "adapters.safetensors")
+WriteParameters = Callable[[Path, Tensors], None]
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on."""
+
+    parameters: Tensors
+    moments: Moments
+    state: dict[str, Any]  # step, recipe, fingerprint of the data, best validation loss
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Checkpoints of a run, the oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def check_fresh(run: Path) -> None:
+    """Make sure that a run may begin in this folder.
+
+    Raises:
+        TrainingError: if another one has left checkpoints or an adapter there.
+    """
+    if checkpoint_folders(run):
+        raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
+    if any((run / name).exists() for name in PARAMETER_FILES):
+        raise TrainingError(f"{run} holds a model or an adapter without its checkpoints; name another --output")
+
+
+@contextmanager
+def run_lock(run: Path, group: mx.distributed.Group) -> Iterator[None]:
+    """Keep other processes out of the folder of a run; of several processes of the run, the first holds the lock.
+
+    Raises:
+        OutputLockedError: if another run is being written there.
+    """
+    with ExitStack() as held:
+
+        def enter() -> None:
+            if group.rank() == 0:
+                held.enter_context(lock_folder(run, "checkpoints", "corpus"))
+
+        together(group, enter)
+        yield
+
+
+_T = TypeVar("_T")
+
+
+def together(group: mx.distributed.Group, action: Callable[[], _T]) -> _T:
+    """Do what can fail in one process; if it does, the others end too, instead of waiting for it.
+
+    Raises:
+        OpenELMError: the process's own, or a `TrainingError` in the others.
+    """
+    failure: OpenELMError | None = None
+    try:
+        result = action()
+    except OpenELMError as error:
+        failure = error
+    if group.size() > 1:
+        failed = mx.distributed.all_sum(mx.array(float(failure is not None)))
+        if failure is None and float(np.array(failed)):
+            raise TrainingError("another process of the run could not go on; it says why")
+        mx.eval(failed)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def save_checkpoint(run: Path, checkpoint: Checkpoint, write: WriteParameters, keep: int) -> Path:
+    """Write a checkpoint, and remove the oldest but the last `keep` and the best.
+
+    Args:
+        write: puts the parameters into a folder, in a form that they can be used in.
+    Raises:
+        OutputError: if it cannot be written; those before stay.
+    """
+    folder = checkpoint_folder(run, checkpoint.state["step"])
+    moments = {f"first.{name}": m for name, m in checkpoint.moments.first.items()}
+    moments |= {f"second.{name}": m for name, m in checkpoint.moments.second.items()}
+    with output_folder(folder, overwrite=True) as output, output.replaced() as staging:
+        write(staging, checkpoint.parameters)
+        save_arrays(staging / "optimizer.safetensors", {**moments, "steps": checkpoint.moments.steps}, {})
+        (staging / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
+    best = checkpoint.state.get("best_step")
+    for old in checkpoint_folders(run)[:-keep]:
+        if best is None or old != checkpoint_folder(run, best):
+            remove_folder(old)
+    return folder
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        TrainingError: if it is damaged.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        name = next(name for name in PARAMETER_FILES if (folder / name).exists())
+        parameters: Any = mx.load(str(folder / name))
+        saved: Any = mx.load(str(folder / "optimizer.safetensors"))
+        moments = Moments(
+            {name: saved[f"first.{name}"] for name in parameters},
+            {name: saved[f"second.{name}"] for name in parameters},
+            saved["steps"],
+        )
+        mx.eval(parameters, moments)
+        assert type(state["step"]) is int
+    except Exception as error:  # damage shows in many ways
+        raise TrainingError(f"{folder} is damaged: {' '.join(str(error).split())[:200]}") from error
+    return Checkpoint(parameters, moments, state)

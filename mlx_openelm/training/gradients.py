@@ -1,0 +1,169 @@
+"""Gradients of a training step: of the whole network at once, or layer by layer with little memory.
+
+Layer by layer, only what goes from layer to layer is kept, each layer is computed a second time on the way back, and
+its gradients are evaluated before the next one's turn: no more than one layer's activations exist at a time.
+Checkpointing within one graph promises the same, but leaves the order to MLX, and recomputed activations wait there
+until weight gradients are evaluated.
+
+What is trained is a part of the network's parameters, given by name; the rest stays where it is in the network, in the
+type that it has, and no gradient is computed below the lowest layer that is trained.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+
+from ..data.batch import Batch
+from ..model.lora import MAGNITUDE, set_dropout_keys, unsettle
+from ..model.openelm import OpenELM, Pass, segment_mask
+from .loss import Objective
+from .optimizer import Tensors
+
+Gradients = Callable[[Tensors, Batch], tuple[mx.array, Tensors]]
+
+_LAYERS = "transformer.layers."
+_EMBEDDING = "transformer.token_embeddings."
+
+
+def gradients_of(model: OpenELM, objective: Objective, dtype: mx.Dtype, recompute_layers: bool) -> Gradients:
+    """A function of the trained parameters (float32) and a batch.
+
+    It gives the sums of the objective, float32 (K,), and the gradients of the sum that it minimises, float32. A batch
+    may hold a random key as `dropout`. Both ways of `recompute_layers` give the same.
+
+    Args:
+        dtype: to compute in.
+    """
+    if recompute_layers:
+        return LayerwiseBackward(model, objective, dtype)
+    return mx.compile(partial(_at_once, model, objective, dtype))
+
+
+def batch_losses(
+    model: OpenELM, objective: Objective, dtype: mx.Dtype, parameters: Tensors, batch: Batch
+) -> tuple[mx.array, mx.array]:
+    """The sums (K,), and the one to differentiate, ()."""
+    set_parameters(model, dtype, parameters)
+    layers = model.transformer.layers
+    keys = _dropout_keys(batch, len(layers))
+    for place, module in enumerate((*layers, model.transformer.token_embeddings)):
+        set_dropout_keys(module, *keys[place : place + 1])
+    hidden = model.transformer(batch["inputs"], segments=batch.get("segments"))
+    return objective(model, hidden, batch, _trains_output(model, parameters))
+
+
+class LayerwiseBackward:
+    """The way back through a network, one layer at a time."""
+
+    def __init__(self, model: OpenELM, objective: Objective, dtype: mx.Dtype):
+        self._model = model
+        self._objective = objective
+        self._dtype = dtype
+        self._layers = range(len(model.transformer.layers))
+        self._embed = mx.compile(partial(self._embedded, dtype))
+        self._forward = [mx.compile(partial(self._run_layer, layer)) for layer in self._layers]
+        self._backward = [mx.compile(partial(self._layer_gradients, layer)) for layer in self._layers]
+        self._head = mx.compile(self._head_gradients)
+        self._embedding_gradients = mx.compile(mx.grad(self._embedding_product))
+
+    def __call__(self, parameters: Tensors, batch: Batch) -> tuple[mx.array, Tensors]:
+        """Sums and gradients, evaluated; see `gradients_of`."""
+        masks = [segment_mask(batch["segments"])] if "segments" in batch else []
+        keys = _dropout_keys(batch, len(self._layers))
+        own = [_named(parameters, f"{_LAYERS}{layer}.") for layer in self._layers]
+        of_embedding = _named(parameters, _EMBEDDING)
+        lowest = 0 if of_embedding else next((layer for layer in self._layers if own[layer]), len(self._layers))
+
+        x = self._embed(of_embedding, batch["inputs"], keys[-1:])
+        inputs = {}
+        for layer in self._layers:
+            if layer >= lowest:
+                inputs[layer] = x
+            x = self._forward[layer](own[layer], x, masks, keys[layer : layer + 1])
+            mx.eval(x)
+        rest = {name: p for name, p in parameters.items() if not name.startswith(_LAYERS)}
+        sums, found, of_x = self._head(rest, x, batch)
+        mx.eval(sums, found, of_x)
+        for layer in reversed(range(lowest, len(self._layers))):
+            of_own, of_x = self._backward[layer](own[layer], inputs.pop(layer), masks, keys[layer : layer + 1], of_x)
+            mx.eval(of_own, of_x)
+            found.update({f"{_LAYERS}{layer}.{name}": gradient for name, gradient in of_own.items()})
+        if of_embedding:
+            of_own = self._embedding_gradients(of_embedding, batch["inputs"], keys[-1:], of_x)
+            for name, gradient in of_own.items():
+                found[_EMBEDDING + name] = found[_EMBEDDING + name] + gradient
+                mx.eval(found[_EMBEDDING + name])
+        return sums, {name: found[name] for name in parameters}
+
+    def _embedded(self, dtype: mx.Dtype, own: Tensors, inputs: mx.array, key: list[mx.array]) -> mx.array:
+        module = self._model.transformer.token_embeddings
+        set_parameters(module, dtype, own)
+        set_dropout_keys(module, *key)
+        return module(inputs).astype(dtype)
+
+    def _embedding_product(self, own: Tensors, inputs: mx.array, key: list[mx.array], of_x: mx.array) -> mx.array:
+        """In float32: gradients of a frequent token's row are a sum over all its places."""
+        return (self._embedded(mx.float32, own, inputs, key) * of_x.astype(mx.float32)).sum()
+
+    def _run_layer(self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array]) -> mx.array:
+        module = self._model.transformer.layers[layer]
+        set_parameters(module, self._dtype, own)
+        set_dropout_keys(module, *key)
+        mask = masks[0] if masks else None
+        return module(x, Pass.alone(self._model.config, x.shape[0], mask, module.training))
+
+    def _layer_gradients(
+        self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array], of_output: mx.array
+    ) -> tuple[Tensors, mx.array]:
+        """Gradients of the layer's parameters and input, from that of its output."""
+
+        def product(own: Tensors, x: mx.array) -> mx.array:
+            return (self._run_layer(layer, own, x, masks, key) * of_output).sum()
+
+        return mx.grad(product, argnums=(0, 1))(own, x)
+
+    def _head_gradients(self, rest: Tensors, x: mx.array, batch: Batch) -> tuple[mx.array, Tensors, mx.array]:
+        """Sums, and gradients of the parameters outside the layers and of the last layer's output."""
+
+        def total(rest: Tensors, x: mx.array) -> tuple[mx.array, mx.array]:
+            set_parameters(self._model, self._dtype, rest)
+            hidden = self._model.transformer.norm(x)
+            sums, total = self._objective(self._model, hidden, batch, _trains_output(self._model, rest))
+            return total, sums
+
+        (_, sums), (of_rest, of_x) = mx.value_and_grad(total, argnums=(0, 1))(rest, x)
+        return sums, of_rest, of_x
+
+
+def set_parameters(module: Any, dtype: mx.Dtype, parameters: Mapping[str, mx.array]) -> None:
+    """Give a module parameters of its own, in the type to compute in; magnitudes of DoRA stay as they are."""
+    cast = [(name, p if name.endswith(f".{MAGNITUDE}") else p.astype(dtype)) for name, p in parameters.items()]
+    module.update(tree_unflatten(cast))
+    unsettle(module)
+
+
+def _at_once(
+    model: OpenELM, objective: Objective, dtype: mx.Dtype, parameters: Tensors, batch: Batch
+) -> tuple[mx.array, Tensors]:
+    def total(parameters: Tensors) -> tuple[mx.array, mx.array]:
+        sums, total = batch_losses(model, objective, dtype, parameters, batch)
+        return total, sums
+
+    (_, sums), gradients = mx.value_and_grad(total)(parameters)
+    return sums, gradients
+
+
+def _dropout_keys(batch: Batch, num_layers: int) -> list[mx.array]:
+    """One for each layer, and the embedding's as the last; none without dropout."""
+    return list(mx.random.split(batch["dropout"], num_layers + 1)) if "dropout" in batch else []
+
+
+def _trains_output(model: OpenELM, parameters: Mapping[str, mx.array]) -> bool:
+    return model.output_name in parameters
+
+
+def _named(parameters: Tensors, prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}

@@ -1,0 +1,157 @@
+"""How much memory tuning takes, predicted from shapes alone.
+
+What a step holds at its peak is counted in numbers per token, of the width of each layer's parts. The factors are
+those that fit 112 measured steps of networks of many shapes best, on MLX's CPU backend with float32 (worst case 11 %);
+`benchmarks/tune_memory.py` compares predictions with what happens.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..config import OpenELMConfig
+from ..data.example_batches import row_width
+from ..machine.device import DTYPES, memory_limit_bytes
+from .loss import DEFAULT_CHUNK
+from .tune import Tuning
+
+_STATE_BYTES = 12  # of a trained number: its gradient and two moments
+_UPDATE_BYTES = 28  # while the optimizer moves it: both twice, and what it becomes
+_FEED_FORWARD = (15.7, 5.3, 13.0)  # at work there, per token: times model_dim, the width of qkv, the FFN's
+_ATTENTION = (5.5, 14.3, 3.8)
+_LONG_ATTENTION = (17.0, 0.0063)  # in place of 14.3 where it is more: and this much for each token of the row
+_SAVED = (4.1, 2.2, 5.1)  # kept of a layer for the way back
+_SAVED_LONG = 0.0006
+_LOGITS = 10.5  # a chunk's logits, in so many forms at a time
+_MAGNITUDES = 2.0  # of everything a DoRA layer gives
+
+
+@dataclass(frozen=True)
+class TuningMemory:
+    """Predicted memory of a step in one process, in bytes."""
+
+    weights_bytes: int  # of the model and what is trained
+    state_bytes: int  # gradients and moments
+    activation_bytes: int  # what a step holds beside them
+    limit_bytes: int  # what this machine has for it
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it."""
+        return self.weights_bytes + self.state_bytes + self.activation_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether this machine can hold it."""
+        return self.peak_bytes <= self.limit_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        return {**asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What decides how much a step holds.
+
+    Attributes:
+        rows, length: computed at once, and tokens that each predicts.
+        counted: tokens whose logits are computed.
+        method: `lora`, `dora` or `full`.
+    """
+
+    config: OpenELMConfig
+    rows: int
+    length: int
+    counted: int
+    method: str = "lora"
+    recompute_layers: bool = False
+    is_quantized: bool = False
+    loss_chunk: int = DEFAULT_CHUNK
+    dtype: mx.Dtype = mx.float32
+
+
+def tuning_memory(tuning: Tuning, processes: int = 1) -> TuningMemory:
+    """The memory of the largest step of a run, in each of its processes."""
+    recipe, entries = tuning.recipe, tuning.rows.rows_per_entry
+    own = dict(tree_flatten(tuning.model.parameters()))
+    sides = [side for example in tuning.train.examples for side in example.sides]
+    rows = max(1, recipe.batch_size // processes) * entries
+    length = recipe.max_length if recipe.pack else row_width(max(len(side.tokens) for side in sides), recipe.max_length)
+    answers = sorted((int(side.answer.sum()) for side in sides), reverse=True)[:rows]
+    shape = StepShape(
+        tuning.model.config,
+        rows,
+        length,
+        rows * length if recipe.pack else min(sum(answers), rows * length),
+        recipe.method,
+        recipe.recompute_layers,
+        any(name.endswith(".scales") for name in own),
+        recipe.loss_chunk,
+        DTYPES[recipe.dtype],
+    )
+    return step_memory(shape, sum(array.nbytes for array in own.values()), tuning.num_parameters)
+
+
+def step_memory(shape: StepShape, weights_bytes: int, num_trained: int) -> TuningMemory:
+    """The memory of a step.
+
+    Args:
+        weights_bytes: of the model with its adapter.
+        num_trained: numbers that are trained.
+    """
+    activations = _activation_bytes(shape)
+    state = _STATE_BYTES * num_trained
+    activations = max(activations, _UPDATE_BYTES * num_trained - state)  # the two do not come at the same time
+    return TuningMemory(weights_bytes, state, int(activations), memory_limit_bytes())
+
+
+def _activation_bytes(shape: StepShape) -> float:
+    config, tokens = shape.config, shape.rows * shape.length
+    layers = [
+        (config.model_dim, (queries + 2 * keys) * config.head_dim, ffn_dim)
+        for queries, keys, ffn_dim in zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, strict=True)
+    ]
+    at_work = [_at_work(widths, shape) for widths in layers]
+    inputs = float(tokens * config.model_dim)
+    saved = [inputs if shape.recompute_layers else _saved(widths, shape) for widths in layers]
+    largest = max(layers, key=sum)
+    weights = config.model_dim * (largest[1] * 5 // 3 + 3 * largest[2])  # about those of the largest layer
+    vocabulary = config.vocab_size * config.model_dim
+    # A layer is computed while what is kept of those before it waits; or the logits of a chunk, when all do.
+    layer, head = [sum(saved[:number]) + work for number, work in enumerate(at_work)], sum(saved)
+    if shape.is_quantized:
+        layer = [numbers + 1.6 * weights for numbers in layer]
+        head += 1.6 * weights + vocabulary
+    size = shape.dtype.size
+    logits = _LOGITS * min(shape.loss_chunk, shape.counted) * config.vocab_size + 2 * shape.counted * config.model_dim
+    stages = [*(numbers * size for numbers in layer), head * size + logits * mx.float32.size]
+    if shape.method == "full" and shape.recompute_layers:  # gradients of the layers before are still to come
+        to_come = [mx.float32.size * sum(config.layer_parameters[:number]) for number in range(len(stages))]
+        stages = [nbytes - gradients for nbytes, gradients in zip(stages, to_come, strict=True)]
+    return max(stages)
+
+
+def _at_work(widths: tuple[int, int, int], shape: StepShape) -> float:
+    """Numbers that one layer holds on the way back."""
+    model_dim, qkv, ffn_dim = widths
+    tokens = shape.rows * shape.length
+    feed_forward = sum(factor * width for factor, width in zip(_FEED_FORWARD, widths, strict=True))
+    first, of_qkv, last = _ATTENTION
+    of_qkv = max(of_qkv, _LONG_ATTENTION[0] + _LONG_ATTENTION[1] * shape.length)
+    attention = first * model_dim + of_qkv * qkv + last * ffn_dim
+    return tokens * (max(feed_forward, attention) + _of_magnitudes(widths, shape))
+
+
+def _saved(widths: tuple[int, int, int], shape: StepShape) -> float:
+    """Numbers that wait of one layer for the way back."""
+    kept = sum(factor * width for factor, width in zip(_SAVED, widths, strict=True))
+    kept += _SAVED_LONG * shape.length * widths[1]
+    return shape.rows * shape.length * (kept + _of_magnitudes(widths, shape) / 2)
+
+
+def _of_magnitudes(widths: tuple[int, int, int], shape: StepShape) -> float:
+    model_dim, qkv, ffn_dim = widths
+    return _MAGNITUDES * (2 * model_dim + qkv + 2 * ffn_dim) if shape.method == "dora" else 0.0

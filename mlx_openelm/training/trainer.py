@@ -1,0 +1,160 @@
+"""What moves parameters: one step of training, whatever is trained.
+
+What is trained and its optimizer are float32; the step computes in the recipe's type. A gradient is the sum over
+whatever counts in all micro-batches and processes, divided by its number: how a batch is split changes nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from ..data.batch import Batch, Rows, make_batch
+from ..errors import TrainingError
+from ..machine.device import DTYPES
+from ..model.lora import set_dropout_keys
+from ..model.openelm import OpenELM
+from .gradients import batch_losses, gradients_of, set_parameters
+from .loss import Objective
+from .optimizer import Moments, Tensors, adamw, clipped, learning_rate
+from .recipe import Recipe
+
+
+class TrainingData(Protocol):
+    """Rows to train on and to validate with, the same whenever they are asked for."""
+
+    rows_per_step: int
+    rows_per_entry: int  # rows that stay together: 2 for pairs
+    fingerprint: str  # of all that decides what the rows are
+
+    def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
+        """Rows `first` to `first + count` of a step's."""
+
+    def validation(self, first: int, stride: int) -> Iterable[Rows]:
+        """Every `stride`-th batch of held-out rows, from number `first` on."""
+
+
+class Trainer:
+    """Parameters, optimizer and data of a run, and the step that moves them on.
+
+    Args:
+        model: the network, whose parameters that are not trained stay as they are.
+        parameters: what is trained, float32.
+        micro_batch_size: rows that one process computes at once; 0: all of its own.
+        prepare: adds to a batch what the objective needs beside it.
+    Raises:
+        TrainingError: if the batch cannot be split over the processes.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: OpenELM,
+        parameters: Tensors,
+        data: TrainingData,
+        objective: Objective,
+        *,
+        micro_batch_size: int = 0,
+        dropout: bool = False,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
+        group: mx.distributed.Group | None = None,
+    ):
+        self.recipe = recipe
+        self.model = model
+        self.parameters = parameters
+        self.data = data
+        self.objective = objective
+        self.group = group or mx.distributed.init()
+        world = self.group.size()
+        if data.rows_per_step % world:
+            raise TrainingError(f"a batch of {data.rows_per_step} rows cannot be split over {world} processes")
+        if data.rows_per_step // world % data.rows_per_entry:
+            pairs = data.rows_per_step // data.rows_per_entry
+            raise TrainingError(f"{pairs} pairs of answers cannot be split over {world} processes")
+        self.moments = Moments.zeros(parameters)
+        self.step = 0
+        self._own_rows = data.rows_per_step // world
+        self._micro_batch = min(micro_batch_size or self._own_rows, self._own_rows)
+        self._dropout = dropout
+        self._prepare = prepare
+        dtype = DTYPES[recipe.dtype]
+        self._gradients = gradients_of(model, objective, dtype, recipe.recompute_layers)
+        self._losses = mx.compile(partial(batch_losses, model, objective, dtype))
+        self._update = mx.compile(partial(_update, recipe))
+        model.train()
+
+    def take_step(self) -> dict[str, float]:
+        """One step; gives the objective's figures, `gradient_norm`, and as `count` what they were divided by.
+
+        A step in which nothing counts changes nothing.
+
+        Raises:
+            TrainingError: if the loss is no number; parameters stay as they were.
+        """
+        rows = self.data.step(self.step, self.group.rank() * self._own_rows, self._own_rows)
+        sums: mx.array = mx.zeros((len(self.objective.names) + 1,))
+        gradients: Tensors | None = None
+        for start in range(0, self._own_rows, self._micro_batch):
+            part = rows.part(start, start + self._micro_batch)
+            if gradients is not None and not part.counted.any():
+                continue
+            batch = self._prepare(make_batch(part))
+            if self._dropout:
+                place = self.step * self.data.rows_per_step + self.group.rank() * self._own_rows + start
+                batch["dropout"] = mx.random.key((self.recipe.seed + 1 << 32) + place)
+            more, new = self._gradients(self.parameters, batch)
+            sums = sums + more
+            gradients = new if gradients is None else {name: g + new[name] for name, g in gradients.items()}
+            mx.eval(sums, gradients)
+        assert gradients is not None
+        if self.group.size() > 1:
+            sums, gradients = mx.distributed.all_sum(sums), tree_map(mx.distributed.all_sum, gradients)
+        *figures, count = np.array(sums).tolist()
+        if not count:
+            self.step += 1
+            return {**dict.fromkeys(self.objective.names, 0.0), "gradient_norm": 0.0, "count": 0}
+        rate = learning_rate(self.recipe, self.step)
+        found = self._update(mx.array(rate), self.parameters, gradients, self.moments, sums[-1])
+        mx.eval(found)
+        parameters, moments, norm, total = found
+        if not all(math.isfinite(number) for number in (*figures, norm.item(), total.item())):
+            raise TrainingError(
+                f"the loss is no number at step {self.step + 1} (learning rate {rate:.3g}, gradient norm "
+                f"{norm.item():.3g}); try a lower --learning-rate"
+                + (", or --dtype bfloat16" if self.recipe.dtype == "float16" else "")
+            )
+        self.parameters, self.moments = parameters, Moments(*moments)
+        self.step += 1
+        means = dict(zip(self.objective.names, (figure / count for figure in figures), strict=True))
+        return {**means, "gradient_norm": norm.item(), "count": int(count)}
+
+    def validation(self) -> dict[str, float]:
+        """The objective's figures on all held-out rows; not a number where there are none."""
+        total = mx.zeros((len(self.objective.names) + 1,))
+        for rows in self.data.validation(self.group.rank(), self.group.size()):
+            total = total + self._losses(self.parameters, self._prepare(make_batch(rows)))[0]
+            mx.eval(total)
+        if self.group.size() > 1:
+            total = mx.distributed.all_sum(total)
+        *figures, count = np.array(total).tolist()
+        return {n: f / count if count else math.nan for n, f in zip(self.objective.names, figures, strict=True)}
+
+    def current_model(self) -> OpenELM:
+        """The network with the present weights, to generate with."""
+        set_parameters(self.model, DTYPES[self.recipe.dtype], self.parameters)
+        set_dropout_keys(self.model)
+        return self.model
+
+
+def _update(
+    recipe: Recipe, rate: mx.array, parameters: Tensors, gradients: Tensors, moments: Moments, count: mx.array
+) -> tuple[Tensors, Moments, mx.array, mx.array]:
+    """New parameters and moments, the gradient's norm, and the sum of all parameters: no number if any of them is."""
+    gradients = {name: g / count for name, g in gradients.items()}
+    gradients, norm = clipped(gradients, recipe.clip)
+    parameters, moments = adamw(recipe, rate, parameters, gradients, Moments(*moments))
+    return parameters, moments, norm, sum((p.sum() for p in parameters.values()), mx.zeros(()))

@@ -1,0 +1,292 @@
+"""Fine-tuning: what of a model is trained and on what, and the run.
+
+LoRA, DoRA and full fine-tuning differ in which parameters are trained, likelihood and preferences in the objective.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..data.batch import Batch, Rows
+from ..data.dataset import ExampleOptions, ExampleSet, read_splits
+from ..data.example_batches import ExampleBatches, all_rows
+from ..errors import AdapterError, ConfigError, DataError, OutputError, TokenizerError, TrainingError
+from ..files.output import output_file
+from ..loading import dtype_named, load
+from ..machine.device import DTYPES
+from ..model.adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
+from ..model.lora import MAGNITUDE, adapter_parameters, add_adapter, last_layers
+from ..model.openelm import OpenELM
+from ..tensors import as_bytes
+from ..tokenizer.tokenizer import Tokenizer
+from .checkpoints import check_fresh, checkpoint_folder, checkpoint_folders, run_lock
+from .dpo import Preference, reference_logprobs
+from .loop import Metrics, train
+from .loss import Likelihood, Objective
+from .optimizer import Tensors
+from .trainer import Trainer
+from .tune_recipe import TuneRecipe
+
+
+class ExampleRows:
+    """The rows of examples that a recipe asks for, to train on and to validate with."""
+
+    def __init__(self, recipe: TuneRecipe, examples: ExampleSet, held_out: ExampleSet | None, fingerprint: str):
+        self._recipe = recipe
+        self._held_out = held_out
+        self._batches = ExampleBatches(
+            examples.examples,
+            recipe.batch_size * recipe.accumulate,
+            max_length=recipe.max_length,
+            pack=recipe.pack,
+            seed=recipe.seed,
+        )
+        self.rows_per_entry = self._batches.rows_per_entry
+        self.rows_per_step = recipe.batch_size * recipe.accumulate * self.rows_per_entry
+        self.steps_per_epoch = self._batches.steps_per_epoch
+        marks = [fingerprint, examples.fingerprint, held_out.fingerprint if held_out else ""]
+        self.fingerprint = hashlib.sha256("".join(marks).encode()).hexdigest()
+
+    def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
+        """Rows `first` to `first + count` of a step's, in whole entries."""
+        share = None if count is None else count // self.rows_per_entry
+        return self._batches.step(step, first // self.rows_per_entry, share)
+
+    def validation(self, first: int, stride: int) -> Iterator[Rows]:
+        """Every `stride`-th batch of held-out examples."""
+        if self._held_out is not None:
+            yield from all_rows(self._held_out.examples, self._recipe.batch_size, first, stride)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A model and examples, ready to be tuned.
+
+    Attributes:
+        recipe: with everything found out that it left open: steps, warm-up, length, type.
+        parameters: what is trained, float32, by name; a trainer takes them over.
+        num_parameters: how many numbers that is.
+    """
+
+    recipe: TuneRecipe
+    model: OpenELM
+    tokenizer: Tokenizer
+    train: ExampleSet
+    held_out: ExampleSet | None
+    rows: ExampleRows
+    parameters: Tensors
+    num_parameters: int
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What an adapter remembers of its model."""
+        return about_base(Path(self.recipe.model).name, self.model.config)
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        if self.recipe.objective == "dpo":
+            return Preference(self.recipe.beta, self.recipe.preference_loss, self.recipe.loss_chunk)
+        return Likelihood(self.recipe.z_loss, self.recipe.loss_chunk)
+
+
+def prepare_tuning(recipe: TuneRecipe) -> Tuning:
+    """Load the model, read the examples, and find out what the recipe leaves open.
+
+    Raises:
+        OpenELMError: of the kind that fits, if anything is missing or contradictory.
+    """
+    if not recipe.data:
+        raise DataError("no data is named; give --data FILE_OR_DIR, or `data` in the recipe")
+    model, tokenizer = load(recipe.model, dtype=dtype_named(recipe.dtype), tokenizer=recipe.tokenizer or None)
+    if tokenizer is None:
+        raise TokenizerError(f"{recipe.model} was converted without a tokenizer; give one with --tokenizer")
+    context = model.config.max_context_length
+    if recipe.max_length > context:
+        raise ConfigError(f"max_length is {recipe.max_length} and the model's context {context}")
+    dtype = str(model.transformer.norm.weight.dtype).removeprefix("mlx.core.")
+    recipe = replace(recipe, max_length=recipe.max_length or context, dtype=dtype)
+
+    options = ExampleOptions(
+        max_length=recipe.max_length,
+        max_prompt=recipe.max_prompt,
+        too_long=recipe.too_long,
+        train_on=recipe.train_on,
+        columns=recipe.columns,
+        indent=recipe.indent,
+    )
+    share = _share(recipe.validation)
+    validation = share if share is not None else recipe.validation or None
+    if not Path(recipe.data).exists():
+        raise DataError(f"{recipe.data} does not exist")
+    examples, held_out, _ = read_splits(Path(recipe.data), tokenizer, options, validation, recipe.seed)
+    if (examples.kind == "preference") != (recipe.objective == "dpo"):
+        needed = (
+            "prompt, chosen and rejected"
+            if recipe.objective == "dpo"
+            else "a text or an answer; --method dpo takes pairs"
+        )
+        raise DataError(f"{examples.path} holds examples of the kind {examples.kind}; this method needs {needed}")
+    if recipe.early_stop and held_out is None:
+        raise DataError("early_stop needs examples to validate with; give --validation FILE or a share like 0.05")
+    rows = ExampleRows(recipe, examples, held_out, _fingerprint(model))
+    parameters = _trained(model, recipe)
+    steps = recipe.steps or max(1, round(recipe.epochs * rows.steps_per_epoch))
+    recipe = replace(recipe, steps=steps)
+    count = sum(p.size for p in parameters.values())
+    return Tuning(recipe, model, tokenizer, examples, held_out, rows, parameters, count)
+
+
+def tune(
+    tuning: Tuning,
+    output: Path,
+    *,
+    resume: bool = False,
+    group: mx.distributed.Group | None = None,
+    on_step: Callable[[Metrics], None] = lambda metrics: None,
+    on_message: Callable[[str], None] = lambda message: None,
+) -> Generator[Metrics, None, None]:
+    """Train to the recipe's last step; see `train`. A checkpoint is an adapter.
+
+    At the end, or when it is interrupted, `output` itself is the adapter with the best loss on held-out examples, or
+    where there are none, the last one.
+
+    Raises:
+        TrainingError: if the run cannot start or go on; the last good adapter stays.
+    """
+    group = group or mx.distributed.init()
+    trainer = make_trainer(tuning, group)
+
+    def write(folder: Path, parameters: Tensors) -> None:
+        save_adapter(folder, parameters, tuning.recipe.method, tuning.recipe.adapter, tuning.base)
+
+    with run_lock(output, group):
+        try:
+            yield from train(
+                trainer, tuning.tokenizer, output, write, resume=resume, on_step=on_step, on_message=on_message
+            )
+        except BaseException:
+            with suppress(OutputError):  # what ended the run is told
+                _publish(trainer, output)
+            raise
+        _publish(trainer, output)
+
+
+def check_output(run: Path, resume: bool) -> None:
+    """Make sure that a run may be kept in this folder, before anything is loaded.
+
+    Raises:
+        TrainingError: if another run is there, or none to go on with.
+        OutputError: if it is something else, as a model.
+    """
+    if run.exists() and not run.is_dir():
+        raise OutputError(f"{run} is a file; a run is kept in a folder")
+    if (run / "config.json").exists():
+        raise OutputError(f"{run} is a model folder; name another --output")
+    if not resume:
+        check_fresh(run)
+    elif not checkpoint_folders(run):
+        raise TrainingError(f"{run} holds no checkpoint to go on with; start without --resume")
+
+
+def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> Trainer:
+    """The trainer of what is to be tuned.
+
+    Raises:
+        TrainingError: if the batch cannot be split over the processes.
+    """
+    recipe, group = tuning.recipe, group or mx.distributed.init()
+    parameters = dict(tuning.parameters)
+    tuning.parameters.clear()  # else what was trained first would stay in memory
+    rows = max(1, recipe.batch_size // group.size()) * tuning.rows.rows_per_entry
+    prepare: Callable[[Batch], Batch] = _unchanged
+    if recipe.objective == "dpo":
+        dtype = DTYPES[recipe.dtype]
+        before = {name: p if name.endswith(f".{MAGNITUDE}") else p.astype(dtype) for name, p in parameters.items()}
+        reference = mx.compile(partial(reference_logprobs, tuning.model, dtype, before))
+
+        def prepare(batch: Batch) -> Batch:
+            found: Batch = {**batch, "reference": reference(batch)}
+            mx.eval(found)
+            return found
+
+    return Trainer(
+        recipe,
+        tuning.model,
+        parameters,
+        tuning.rows,
+        tuning.objective,
+        micro_batch_size=rows,
+        dropout=recipe.adapter is not None and recipe.dropout > 0,
+        prepare=prepare,
+        group=group,
+    )
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the best loss on held-out examples; where none was measured, the last."""
+    folders = checkpoint_folders(run)
+    if not folders:
+        return None
+    best = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))["best_step"]
+    named = checkpoint_folder(run, best) if best is not None else folders[-1]
+    return named if named in folders else folders[-1]
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def _publish(trainer: Trainer, run: Path) -> None:
+    """Copy the best adapter to where people look for it."""
+    folder = best_checkpoint(run) if trainer.group.rank() == 0 else None
+    if folder is None:
+        return
+    for name in (TENSOR_FILE, CONFIG_FILE):
+        with (
+            open(folder / name, "rb") as best,
+            output_file(run / name, overwrite=True) as output,
+            output.replaced() as file,
+        ):
+            shutil.copyfileobj(best, file)
+
+
+def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
+    """What is trained of a model, float32; an adapter is put on it."""
+    if recipe.adapter is not None:
+        add_adapter(model, recipe.adapter, recipe.seed)
+        return adapter_parameters(model)
+    own = dict(tree_flatten(model.parameters()))
+    if any(name.endswith(".scales") for name in own):
+        raise AdapterError(
+            f"{recipe.model} is quantized and cannot be trained in full; convert it with --dequantize, or use lora"
+        )
+    layers = tuple(f"transformer.layers.{layer}." for layer in last_layers(model, recipe.layers))
+    names = [name for name in own if not recipe.layers or name.startswith(layers)]
+    trained = {name: own[name].astype(mx.float32) for name in names}
+    mx.eval(trained)
+    return trained
+
+
+def _fingerprint(model: OpenELM) -> str:
+    """A hash of the configuration and of the first row of every tensor: enough to tell models apart."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, array in dict(tree_flatten(model.parameters())).items():
+        digest.update(name.encode() + bytes(as_bytes(array[0] if array.ndim > 1 else array)))
+    return digest.hexdigest()
+
+
+def _share(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
