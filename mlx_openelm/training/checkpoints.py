@@ -110,11 +110,15 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, write: WriteParameters, k
         write(staging, checkpoint.parameters)
         save_arrays(staging / "optimizer.safetensors", {**moments, "steps": checkpoint.moments.steps}, {})
         (staging / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
-    best = checkpoint.state.get("best_step")
-    for old in checkpoint_folders(run)[:-keep]:
-        if best is None or old != checkpoint_folder(run, best):
-            remove_folder(old)
+    remove_old_checkpoints(run, keep, checkpoint.state.get("best_step"))
     return folder
+
+
+def remove_old_checkpoints(run: Path, keep: int, best_step: int | None) -> None:
+    """Remove all checkpoints but the last `keep` and the best; one that somebody has changed stays too."""
+    for old in checkpoint_folders(run)[:-keep]:
+        if best_step is None or old != checkpoint_folder(run, best_step):
+            remove_folder(old)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

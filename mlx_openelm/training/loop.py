@@ -22,6 +22,7 @@ from .checkpoints import (
     check_fresh,
     checkpoint_folders,
     load_checkpoint,
+    remove_old_checkpoints,
     run_lock,
     save_checkpoint,
     together,
@@ -98,6 +99,8 @@ def _train(
     progress = _Progress()
     if resume:
         progress = together(trainer.group, lambda: _resume(trainer, run, on_message))
+        if writes:  # the run may have been killed before it did so
+            remove_old_checkpoints(run, recipe.keep_checkpoints, progress.best_step)
     else:
         together(trainer.group, lambda: check_fresh(run))
     together(trainer.group, lambda: _cut_metrics(run, trainer.step, recipe.checkpoint_every) if writes else None)
