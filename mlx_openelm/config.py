@@ -1,4 +1,4 @@
-"""What an OpenELM is: `OpenELMConfig` and the four published models. `conversion/read/config.py` reads it from files."""
+"""The shape of an OpenELM: `OpenELMConfig` and the four published sizes (`conversion/read/config.py` reads files).
 
 Layer-wise scaling (OpenELM paper, arXiv:2404.14619, section 2) gives each layer its own number of heads and its own FFN
 width. A configuration says so by two multipliers, from which the widths follow.
