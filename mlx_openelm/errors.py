@@ -3,6 +3,7 @@
 The command line prints the message as one line and exits with status 2; a program catches `OpenELMError`.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -83,7 +84,10 @@ class OutputLockedError(OutputError):
 
     def __init__(self, path: Path, process: int | None):
         who = f"process {process}" if process else "another process"
-        super().__init__(f"{who} is writing {path}; wait until it has finished, or choose another output")
+        remedy = "wait until it has finished, or choose another output"
+        if process == os.getpid():
+            who, remedy = "this process", "end what writes there first, or name another output"
+        super().__init__(f"{who} is writing {path}; {remedy}")
 
 
 class DiskSpaceError(OutputError):

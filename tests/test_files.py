@@ -158,6 +158,15 @@ class TestFolder:
         with pytest.raises(OutputError, match="weights"):
             write_folder(tmp_path / "a", overwrite=True)
 
+    def test_a_large_file_with_other_values_of_the_same_size_is_noticed(self, tmp_path):
+        """Even where the blocks that are compared are the same, because it was changed at another time."""
+        write_folder(tmp_path / "a", {"weights": "w" * 9_000_000})
+        with open(tmp_path / "a" / "weights", "r+") as file:
+            file.seek(70_000)
+            file.write("x")
+        with pytest.raises(OutputError, match="weights"):
+            write_folder(tmp_path / "a", overwrite=True)
+
     def test_of_other_programs_is_not_replaced(self, tmp_path):
         for name in ("config.json", "model.safetensors", "README.md"):
             (tmp_path / "a").mkdir(exist_ok=True)
@@ -267,6 +276,22 @@ def test_a_folder_is_removed_only_if_it_is_as_it_was_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_link_to_a_folder_is_not_removed(tmp_path):
+    write_folder(tmp_path / "elsewhere")
+    (tmp_path / "a").symlink_to("elsewhere")
+    assert not remove_folder(tmp_path / "a")
+    assert tree(tmp_path / "elsewhere") == NEW
+    assert sorted(os.listdir(tmp_path)) == ["a", "elsewhere"]
+
+
+def test_a_file_that_is_read_is_not_replaced(tmp_path):
+    (tmp_path / "input").write_text("x")
+    (tmp_path / "link").symlink_to("input")
+    for name in ("input", "link"):
+        with output_file(tmp_path / name, overwrite=True) as place, pytest.raises(OutputError, match="is read"):
+            place.protect(None, tmp_path / "missing", tmp_path / "input")
+
+
 def test_what_is_moved_away_replaces_nothing(tmp_path):
     for number in range(3):
         (tmp_path / "a").write_text(str(number))
@@ -310,22 +335,30 @@ class TestLeftovers:
 
     def test_of_others_stay(self, tmp_path):
         """Names that look like those of leftovers, and are not such."""
-        kept = [".m.partial-123", ".m.openelm-mlx-xyz", ".m.replaced-9", ".other.openelm-mlx-0123456789abcdef"]
+        kept = [".m.partial-123", ".m.openelm-mlx-xyz", ".m.replaced-9", ".other.openelm-mlx-new-0123456789abcdef"]
         for name in kept:
             (tmp_path / name).mkdir()
             (tmp_path / name / "precious").write_text("x")
-        (tmp_path / ".m.openelm-mlx-0123456789abcdef").symlink_to("/etc")
-        strange = tmp_path / ".m.openelm-mlx-fedcba9876543210"  # whole, but not written by this package
+        (tmp_path / ".m.openelm-mlx-new-0123456789abcdef").symlink_to("/etc")
+        strange = tmp_path / ".m.openelm-mlx-new-fedcba9876543210"  # whole, but not written by this package
         strange.mkdir()
         (strange / "precious").write_text("x")
         (tmp_path / "m").mkdir()
         write_folder(tmp_path / "m", overwrite=True)
-        assert sorted(os.listdir(tmp_path)) == sorted([*kept, ".m.openelm-mlx-0123456789abcdef", strange.name, "m"])
+        assert sorted(os.listdir(tmp_path)) == sorted([*kept, ".m.openelm-mlx-new-0123456789abcdef", strange.name, "m"])
         assert (strange / "precious").exists()
+
+    def test_old_content_that_was_partly_removed_does_not_come_back(self, tmp_path):
+        write_folder(tmp_path / "m")
+        old = (tmp_path / "m").rename(tmp_path / ".m.openelm-mlx-old-0123456789abcdef")
+        (old / "config.json").unlink()
+        write_folder(tmp_path / "m", {"new": "new"})
+        assert tree(tmp_path) == {"m/new": "new"}
+        assert os.listdir(tmp_path) == ["m"]
 
     def test_a_whole_folder_that_only_lacks_its_name_gets_it(self, tmp_path):
         write_folder(tmp_path / "m")
-        (tmp_path / "m").rename(tmp_path / ".m.openelm-mlx-0123456789abcdef")
+        (tmp_path / "m").rename(tmp_path / ".m.openelm-mlx-new-0123456789abcdef")
         with pytest.raises(OutputExistsError):
             write_folder(tmp_path / "m")
         assert tree(tmp_path) == {f"m/{name}": text for name, text in NEW.items()}
@@ -377,16 +410,61 @@ class TestLock:
             pass
         process.communicate("")
 
-    def test_a_lock_on_a_folder_covers_what_is_in_it(self, tmp_path):
+    def test_the_same_process_is_no_exception(self, tmp_path):
+        with (
+            lock(tmp_path / "a"),
+            pytest.raises(OutputLockedError, match="this process is writing"),
+            lock(tmp_path / "a"),
+        ):
+            pass
+        with lock_folder(tmp_path / "run"), pytest.raises(OutputLockedError), lock_folder(tmp_path / "run"):
+            pass
+        assert os.listdir(tmp_path) == []
+
+    def test_what_others_write_in_a_locked_folder_is_left_alone(self, tmp_path):
+        """Neither a picture in the folder of a run, nor what goes to a folder that runs share."""
+        (tmp_path / "run").mkdir()
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "run" / "corpus").symlink_to("../shared")
+        with output_file(tmp_path / "run" / "a") as file, output_folder(tmp_path / "shared" / "b") as folder:
+            with file.replaced() as content, folder.replaced() as place:
+                with lock_folder(tmp_path / "run", "corpus", "missing"):
+                    assert len(list(tmp_path.rglob(".*openelm-mlx-new-*"))) == 2
+                content.write(b"x")
+                (place / "y").write_text("y")
+        assert tree(tmp_path) == {"run/a": "x", "run/corpus": "-> ../shared", "shared/b/y": "y"}
+
+    def test_what_killed_writers_left_in_a_folder_is_removed(self, tmp_path):
+        write_folder(tmp_path / "run" / "step-1")
+        half = tmp_path / "run" / ".step-2.openelm-mlx-new-0123456789abcdef"
+        shutil.copytree(tmp_path / "run" / "step-1", half)
+        (half / UNFINISHED).touch()
+        shutil.copytree(tmp_path / "run" / "step-1", tmp_path / "run" / ".step-0.openelm-mlx-old-0123456789abcdef")
+        (tmp_path / "run" / ".step-2.openelm-mlx.lock").write_text("99999999")
+        (tmp_path / "run" / ".metrics.openelm-mlx-new-0123456789abcdef").write_text("half")
         with lock_folder(tmp_path / "run"):
-            write_file(tmp_path / "run" / "a", "x")
-            with lock_folder(tmp_path / "run"):
-                pass
-            process = subprocess.run(
-                [sys.executable, "-c", _HOLD, "lock_folder", tmp_path / "run"], capture_output=True
-            )
-            assert b"OutputLockedError" in process.stderr
-        assert tree(tmp_path) == {"run/a": "x"}
+            pass
+        assert os.listdir(tmp_path / "run") == ["step-1"]
+
+    def test_a_file_under_the_name_of_a_lock_keeps_its_content(self, tmp_path):
+        (tmp_path / "precious").write_text("precious")
+        os.link(tmp_path / "precious", tmp_path / ".a.openelm-mlx.lock")
+        with pytest.raises(OutputError, match="is not a lock"):
+            write_file(tmp_path / "a", "x")
+        assert (tmp_path / "precious").read_text() == "precious"
+        os.unlink(tmp_path / ".a.openelm-mlx.lock")
+        (tmp_path / ".a.openelm-mlx.lock").write_text("my own lock")
+        with pytest.raises(OutputError, match="is not a lock"):
+            write_file(tmp_path / "a", "x")
+        assert (tmp_path / ".a.openelm-mlx.lock").read_text() == "my own lock"
+
+    def test_of_a_folder_that_was_renamed_meanwhile(self, tmp_path):
+        with lock_folder(tmp_path / "run"):
+            (tmp_path / "run").rename(tmp_path / "moved")
+            process = self.hold("lock_folder", tmp_path / "run")
+        with pytest.raises(OutputLockedError), lock_folder(tmp_path / "run"):  # the other one's lock is still there
+            pass
+        process.communicate("")
 
 
 class _Proxy:

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from conftest import GOLDEN, random_model, refused, run, write_folder
+from conftest import GOLDEN, killed_at, random_model, refused, run, write_folder
 from mlx_openelm import OpenELMConfig
+from mlx_openelm.errors import OutputError, OutputLockedError
 from mlx_openelm.files.manifest import MANIFEST
 from mlx_openelm.model.adapters import about_base, save_adapter
 from mlx_openelm.model.lora import AdapterConfig, adapter_parameters, add_adapter
+from mlx_openelm.training.tune import prepare_tuning, tune
+from mlx_openelm.training.tune_recipe import TuneRecipe
 
 DYING = Path(__file__).with_name("dying.py")
 TEMPORARY = re.compile(r"openelm-mlx|\.partial|\.whole|\.part\b|\.lock")
@@ -125,10 +128,11 @@ WRITERS = {
         f"generate {_SMALL} -i {{p}}/prompts.jsonl -o {{o}}/out -n 4 --batch-size 2 --force",
         before=f"generate {_SMALL} -i {{p}}/prompts.jsonl -o {{o}}/out -n 2",
     ),
-    "a prompt cache": Writer(f"generate {_SMALL} -p Once -n 4 --prompt-cache {{o}}/out"),
+    "a prompt cache": Writer(f"generate {_SMALL} -p Once -n 4 --prompt-cache {{o}}/out", compared=lambda name: False),
     "a prompt cache again": Writer(
         f"generate {_SMALL} -p Once -n 4 --prompt-cache {{o}}/out",
         before=f"generate {_SMALL} -p Twice -n 9 --prompt-cache {{o}}/out",
+        compared=lambda name: False,  # what is reused of the first run gives other roundings
     ),
     "a design": Writer("design --params 270M --save {o}/out", replaces=True),
     "a picture": Writer("design --params 270M --plot {o}/out.png", replaces=True, appears="out.png"),
@@ -347,8 +351,144 @@ class TestForce:
         assert sorted(os.listdir(tmp_path)) == ["big", "model"]
         assert os.listdir(tmp_path / "big") == ["old"]
 
+    def test_an_input_is_not_replaced_by_its_answers(self, place, tmp_path):
+        shutil.copyfile(place / "prompts.jsonl", tmp_path / "p.jsonl")
+        (tmp_path / "link.jsonl").symlink_to("p.jsonl")
+        for name in ("p.jsonl", "link.jsonl"):
+            words = ["-m", place / "small", "-i", tmp_path / "p.jsonl", "-o", tmp_path / name, "--force"]
+            assert "is read by this command" in refused("generate", *words)
+        assert (tmp_path / "p.jsonl").read_bytes() == (place / "prompts.jsonl").read_bytes()
+
+    def test_one_file_for_two_results_is_refused_at_once(self, tmp_path):
+        assert "this process" in refused(
+            "design", "--params", "270M", "--save", tmp_path / "x", "--plot", tmp_path / "x"
+        )
+        assert os.listdir(tmp_path) == []
+
+
+class TestRunFolder:
+    """What a run may overwrite in its folder: only what it wrote itself."""
+
+    @staticmethod
+    def tune(place, output, *more):
+        words = [
+            "-m",
+            place / "small",
+            "-d",
+            place / "data.jsonl",
+            "--rank",
+            2,
+            "--checkpoint-every",
+            2,
+            "--dtype",
+            "float32",
+        ]
+        return ["tune", *words, "-o", output, *more]
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("metrics.jsonl", "my own notes\nline two\n"),
+            ("metrics.jsonl", '{"step": 10, "accuracy": 0.9}\n'),
+            ("adapter_config.json", "{}"),
+            ("adapters.safetensors", "x"),
+            ("adapter_model.safetensors", "x"),
+            ("model-00001-of-00002.safetensors", "x"),
+            ("config.json", "{}"),
+            ("checkpoints", "a file"),
+        ],
+    )
+    def test_a_fresh_one_leaves_what_is_there(self, place, tmp_path, name, content):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / name).write_text(content)
+        assert name in refused(*self.tune(place, tmp_path / "run", "--steps", 2))
+        recipe = place / "recipe.yaml"
+        status, _, err = run("pretrain", "--config", recipe, "--steps", 2, "-o", tmp_path / "run")
+        assert (status, name in err) == (2, True)
+        assert contents(tmp_path, lambda name: True) == {f"run/{name}": content.encode()}
+
+    def test_what_appears_in_the_place_of_the_adapter_stays(self, place, tmp_path, monkeypatch):
+        recipe = TuneRecipe(
+            model=str(place / "small"), data=str(place / "data.jsonl"), rank=2, steps=2, dtype="float32", log_every=1
+        )
+        steps = tune(prepare_tuning(recipe), tmp_path / "run")
+        next(steps)
+        (tmp_path / "run" / "adapters.safetensors").write_text("mine")
+        with pytest.raises(OutputError, match="in the meantime"):
+            list(steps)
+        assert (tmp_path / "run" / "adapters.safetensors").read_text() == "mine"
+
+    def test_an_adapter_that_was_changed_before_it_is_resumed_gets_another_name(self, place, tmp_path):
+        assert run(*self.tune(place, tmp_path / "run", "--steps", 2))[0] == 0
+        (tmp_path / "run" / "adapters.safetensors").write_text("mine")
+        status, _, err = run(*self.tune(place, tmp_path / "run", "--steps", 4, "--resume"))
+        assert status == 0
+        assert "it is now adapters-old.safetensors" in err
+        assert (tmp_path / "run" / "adapters-old.safetensors").read_text() == "mine"
+
+    def test_is_one_place_however_it_is_spelled(self, place, tmp_path):
+        assert run(*self.tune(place, tmp_path / "home" / "run", "--steps", 2))[0] == 0
+        before = contents(tmp_path, lambda name: True)
+        for output in ("~/run", f"{tmp_path}/new/../home/run"):
+            err = refused(*self.tune(place, output, "--steps", 2, "--seed", 9), HOME=str(tmp_path / "home"))
+            assert "holds checkpoints already" in err
+        assert contents(tmp_path, lambda name: True) == before
+
+    def test_a_link_to_it_may_be_moved_meanwhile(self, place, tmp_path):
+        recipe = TuneRecipe(
+            model=str(place / "small"), data=str(place / "data.jsonl"), rank=2, steps=2, dtype="float32", log_every=1
+        )
+        (tmp_path / "latest").symlink_to("a")
+        steps = tune(prepare_tuning(recipe), tmp_path / "latest")
+        next(steps)
+        (tmp_path / "latest").unlink()
+        (tmp_path / "latest").symlink_to("b")
+        list(steps)
+        assert sorted(os.listdir(tmp_path)) == ["a", "latest"]
+        assert (tmp_path / "a" / "adapters.safetensors").exists()
+
+    def test_a_run_that_nobody_closed_is_not_joined_by_another(self, place, tmp_path):
+        recipe = TuneRecipe(
+            model=str(place / "small"), data=str(place / "data.jsonl"), rank=2, steps=4, dtype="float32", log_every=1
+        )
+        first = tune(prepare_tuning(recipe), tmp_path / "run")
+        next(first)
+        with pytest.raises(OutputLockedError, match="this process is writing"):
+            next(tune(prepare_tuning(recipe), tmp_path / "run"))
+        assert [metrics.step for metrics in first] == [2, 3, 4]
+
+    def test_a_live_one_names_its_process(self, place, tmp_path):
+        words = [str(word) for word in self.tune(place, tmp_path / "run", "--steps", 100_000, "--log-every", 1)]
+        process = subprocess.Popen([sys.executable, "-m", "mlx_openelm", *words], stderr=subprocess.PIPE, text=True)
+        while "step 3 of" not in process.stderr.readline():
+            pass
+        for more in ([], ["--resume"]):
+            assert f"process {process.pid} is writing" in refused(*self.tune(place, tmp_path / "run", *more))
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+
+    def test_a_pipe_in_the_place_of_the_metrics_is_refused(self, place, tmp_path):
+        assert run(*self.tune(place, tmp_path / "run", "--steps", 2))[0] == 0
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        os.mkfifo(tmp_path / "run" / "metrics.jsonl")
+        status, _, err = run(*self.tune(place, tmp_path / "run", "--steps", 4, "--resume"))
+        assert status == 2
+        assert "not a regular file" in err
+
+    def test_begins_again_after_it_was_killed_before_a_checkpoint(self, place, tmp_path):
+        folder = tmp_path / "run"
+        words = self.tune(place, folder, "--log-every", 1, "--checkpoint-every", 100_000)
+        killed_at([sys.executable, "-m", "mlx_openelm", *map(str, words), "--steps", "99999"], 3)
+        assert (folder / "metrics.jsonl").exists()
+        assert not (folder / "checkpoints").exists()
+        assert run(*words, "--steps", 4)[0] == 0
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3, 4]
+        assert not [path for path in folder.rglob(".*") if path.name != MANIFEST]
+
     def test_a_run_is_not_begun_over_an_adapter(self, place, tmp_path):
         shutil.copytree(place / "adapter", tmp_path / "a")
         words = ["tune", "-m", place / "small", "-d", place / "data.jsonl", "--steps", 1, "-o", tmp_path / "a"]
-        assert "without its checkpoints" in refused(*words)
+        assert "of a model or an adapter" in refused(*words)
         assert contents(tmp_path / "a", lambda name: True) == contents(place / "adapter", lambda name: True)

@@ -1,8 +1,10 @@
 import json
+from contextlib import ExitStack
 
 import pytest
 
 from mlx_openelm.errors import DataError, OutputError, OutputExistsError
+from mlx_openelm.files.output import output_file
 from mlx_openelm.generation.prompt_file import AnswerFile, Answers, Prompt, read_prompts
 from mlx_openelm.generation.text import Generation, Stats
 
@@ -78,10 +80,27 @@ def test_answers_come_in_the_order_of_prompts():
     }
 
 
+class Claimed(AnswerFile):
+    """An answer file that claims its output itself, as the command does."""
+
+    def __init__(self, prompts, path, settings, overwrite=False):
+        with ExitStack() as claims:
+            super().__init__(prompts, claims.enter_context(output_file(path, overwrite=overwrite)), settings)
+            self._claims = claims.pop_all()
+
+    def finish(self):
+        super().finish()
+        self._claims.close()
+
+    def close(self):
+        super().close()
+        self._claims.close()
+
+
 class TestAnswerFile:
     def test_it_is_there_when_it_is_whole(self, tmp_path):
         path = tmp_path / "new" / "a.jsonl"
-        answers = AnswerFile(PROMPTS, path, {})
+        answers = Claimed(PROMPTS, path, {})
         for number in (2, 0, 1):
             assert not path.exists()
             answers.add(number, answer(f"answer {number}"))
@@ -92,17 +111,17 @@ class TestAnswerFile:
 
     def test_it_goes_on_after_an_interruption_even_within_a_line(self, tmp_path):
         path = tmp_path / "a.jsonl"
-        answers = AnswerFile(PROMPTS, path, {"seed": 1})
+        answers = Claimed(PROMPTS, path, {"seed": 1})
         answers.add(2, answer("c\u2028ü"))
         answers.add(0, answer("a"))
         answers.close()
         part = tmp_path / "a.jsonl.part"
         part.write_bytes(part.read_bytes()[:-5])
-        answers = AnswerFile(PROMPTS, path, {"seed": 1})
+        answers = Claimed(PROMPTS, path, {"seed": 1})
         assert answers.missing == [0, 1]
         answers.add(1, answer("b"))
         answers.close()
-        answers = AnswerFile(PROMPTS, path, {"seed": 1})
+        answers = Claimed(PROMPTS, path, {"seed": 1})
         assert answers.missing == [0]
         answers.add(0, answer("a"))
         answers.finish()
@@ -118,31 +137,31 @@ class TestAnswerFile:
         ],
     )
     def test_it_does_not_mix_runs(self, tmp_path, prompts, settings):
-        answers = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1})
+        answers = Claimed(PROMPTS, tmp_path / "a.jsonl", {"seed": 1})
         answers.add(0, answer("a"))
         answers.close()
         with pytest.raises(OutputError, match="other prompts or options"):
-            AnswerFile(prompts, tmp_path / "a.jsonl", settings)
+            Claimed(prompts, tmp_path / "a.jsonl", settings)
 
     def test_a_beginning_that_was_cut_is_begun_again(self, tmp_path):
         (tmp_path / "a.jsonl.part").write_text('{"run"')
-        answers = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {})
+        answers = Claimed(PROMPTS, tmp_path / "a.jsonl", {})
         assert answers.missing == [0, 1, 2]
         answers.add(0, answer("a"))
         answers.close()
-        again = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {})
+        again = Claimed(PROMPTS, tmp_path / "a.jsonl", {})
         again.close()
         assert again.missing == [1, 2]
 
     def test_a_run_without_an_answer_is_begun_again_whatever_it_was(self, tmp_path):
-        AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1}).close()
-        AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 2}).close()
+        Claimed(PROMPTS, tmp_path / "a.jsonl", {"seed": 1}).close()
+        Claimed(PROMPTS, tmp_path / "a.jsonl", {"seed": 2}).close()
 
     @pytest.mark.parametrize("content", [b'{"run": 1}\n\xff\t{}\n', b'{"run": 1}\nhello\n', b"precious", b"\n"])
     def test_a_file_that_is_something_else_stays(self, tmp_path, content):
         (tmp_path / "a.jsonl.part").write_bytes(content)
         with pytest.raises(OutputError, match="is not a file of answers"):
-            AnswerFile(PROMPTS, tmp_path / "a.jsonl", {})
+            Claimed(PROMPTS, tmp_path / "a.jsonl", {})
         assert (tmp_path / "a.jsonl.part").read_bytes() == content
 
     @pytest.mark.parametrize(
@@ -157,7 +176,7 @@ class TestAnswerFile:
         ],
     )
     def test_what_has_no_checksum_of_its_own_is_computed_again(self, tmp_path, line):
-        answers = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1})
+        answers = Claimed(PROMPTS, tmp_path / "a.jsonl", {"seed": 1})
         answers.add(2, answer("c"))
         answers.close()
         part = tmp_path / "a.jsonl.part"
@@ -165,7 +184,7 @@ class TestAnswerFile:
         part.write_text(
             f"{heading}\n{line.replace('{sum}', genuine.split()[1])}\n{genuine}\n{genuine.replace('c', 'd')}\n"
         )
-        answers = AnswerFile(PROMPTS, tmp_path / "a.jsonl", {"seed": 1})
+        answers = Claimed(PROMPTS, tmp_path / "a.jsonl", {"seed": 1})
         assert answers.missing == [0, 1]
         for number in answers.missing:
             answers.add(number, answer("a"))
@@ -177,15 +196,15 @@ class TestAnswerFile:
         (tmp_path / "victim").write_text("precious")
         (tmp_path / "a.jsonl.part").symlink_to("victim")
         with pytest.raises(OutputError, match="is not a file of answers"):
-            AnswerFile(PROMPTS, tmp_path / "a.jsonl", {})
+            Claimed(PROMPTS, tmp_path / "a.jsonl", {})
         assert (tmp_path / "victim").read_text() == "precious"
 
     def test_the_answers_are_written_where_a_link_leads(self, tmp_path):
         (tmp_path / "old").write_text("old")
         (tmp_path / "link").symlink_to("old")
         with pytest.raises(OutputExistsError):
-            AnswerFile(PROMPTS[:1], tmp_path / "link", {})
-        answers = AnswerFile(PROMPTS[:1], tmp_path / "link", {}, overwrite=True)
+            Claimed(PROMPTS[:1], tmp_path / "link", {})
+        answers = Claimed(PROMPTS[:1], tmp_path / "link", {}, overwrite=True)
         answers.add(0, answer("a"))
         answers.finish()
         assert json.loads((tmp_path / "old").read_text())["text"] == "a"
@@ -193,7 +212,7 @@ class TestAnswerFile:
 
     def test_half_a_character_is_kept(self, tmp_path):
         record = json.loads('{"prompt": "x", "note": "\\ud800"}')
-        answers = AnswerFile([Prompt(record, [1])], tmp_path / "a.jsonl", {})
+        answers = Claimed([Prompt(record, [1])], tmp_path / "a.jsonl", {})
         answers.add(0, answer("a"))
         answers.finish()
         assert json.loads((tmp_path / "a.jsonl").read_text())["note"] == record["note"]
@@ -201,4 +220,4 @@ class TestAnswerFile:
     def test_a_place_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(OutputError, match="cannot be written"):
-            AnswerFile(PROMPTS, tmp_path / "file" / "a.jsonl", {})
+            Claimed(PROMPTS, tmp_path / "file" / "a.jsonl", {})

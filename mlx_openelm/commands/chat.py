@@ -9,7 +9,7 @@ import typer
 
 from ..cache.config import CacheConfig
 from ..errors import OpenELMError
-from ..files.lock import lock
+from ..files.output import output_file
 from ..generation.chat import Chat
 from ..generation.sampling import SamplingConfig
 from ..hub import BUILT_IN_MODEL
@@ -68,12 +68,13 @@ def chat(
 ) -> None:
     """Talk with an Instruct model. /reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer."""
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
+    cache_file = None
     if prompt_cache is not None:
-        context.with_resource(lock(prompt_cache))  # before the model is loaded
+        cache_file = context.with_resource(output_file(prompt_cache, overwrite=True))  # before the model is loaded
         for number in (signal.SIGTERM, signal.SIGHUP):  # whatever ends a chat, its keys and values are kept
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     network, tokens = load_for_text(model, dtype, tokenizer, revision, adapter)
-    with open_prompt_cache(network, prompt_cache, CacheConfig(kv_bits, kv_start, kv_window, kv_sinks)) as cache:
+    with open_prompt_cache(network, cache_file, CacheConfig(kv_bits, kv_start, kv_window, kv_sinks)) as cache:
         options: dict[str, Any] = {"sampling": sampling, "max_tokens": max_tokens, "stop": stop or (), "cache": cache}
         _talk(Chat(network, tokens, system=system, **options))
 

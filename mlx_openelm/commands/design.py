@@ -1,6 +1,7 @@
 """`openelm-mlx design`."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 from ..cache.config import kv_bytes_per_layer
 from ..config import OpenELMConfig
 from ..errors import ConfigError
-from ..files.output import output_file, write_file
+from ..files.output import output_file
 from ..model.design import FFN_MULTIPLIERS, QKV_MULTIPLIERS, Design, design, fit
 from ..model.design import parse_count as count
 from ..model.design import parse_multipliers as multipliers
@@ -66,13 +67,16 @@ def design_command(
         assert params is not None, "one of the two ways was checked above"
         config = fit(count(params), head_dim=head_dim, **ends, **rest)
     found = design(config)
-    if save is not None:
-        chosen = found.uniform if uniform else found.layerwise
-        write_file(save, json.dumps(chosen.to_dict(), indent=2) + "\n", overwrite=force)
-    if plot is not None:
-        from ..plot import plot_design
+    with ExitStack() as claims:
+        configuration, picture = (
+            None if path is None else claims.enter_context(output_file(path, overwrite=force)) for path in (save, plot)
+        )
+        if configuration is not None:
+            chosen = found.uniform if uniform else found.layerwise
+            configuration.write(json.dumps(chosen.to_dict(), indent=2) + "\n")
+        if picture is not None:
+            from ..plot import plot_design
 
-        with output_file(plot, overwrite=force) as picture:
             plot_design(found, picture)
     if as_json:
         print_json(found.to_dict())

@@ -12,8 +12,7 @@ import typer
 
 from ..cache.config import CacheConfig
 from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
-from ..files.lock import lock
-from ..files.output import output_file
+from ..files.output import OutputFile, output_file
 from ..generation.batch import BATCH_SIZE, generate_batch
 from ..generation.engine import MAX_TOKENS
 from ..generation.prompt_cache import PromptCache, fingerprint
@@ -122,8 +121,11 @@ def generate(
     if text == "":
         raise PromptError("the prompt is empty; there is nothing to continue")
     _check_options(text, output, force, draft, prompt_lookup, prompt_cache, as_json)
-    for path in filter(None, (output, prompt_cache)):
-        context.with_resource(lock(path))  # before the model is loaded
+    # Before the model is loaded, so that a second process is told at once.
+    answers = context.with_resource(output_file(output, overwrite=force)) if output else None
+    cache_file = context.with_resource(output_file(prompt_cache, overwrite=True)) if prompt_cache else None
+    for claimed in filter(None, (answers, cache_file)):
+        claimed.protect(prompts)
     network, tokens = load_for_text(model, dtype, tokenizer, revision, adapter)
     chat = tokens.has_chat_template if chat is None else chat
     if system is not None and not chat:
@@ -131,14 +133,14 @@ def generate(
     if text is None:
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}
         about = {"chat": chat, "system": system}
-        _answer_file(network, tokens, prompts, output, batch_size, options, about, force)  # type: ignore[arg-type]
+        _answer_file(network, tokens, prompts, answers, batch_size, options, about)  # type: ignore[arg-type]
         return
     messages = [{"role": "system", "content": system}] if system else []
     ids = tokens.encode_chat([*messages, {"role": "user", "content": text}]) if chat else tokens.encode(text)
 
     result = Generation(text)
     interrupted = False
-    with open_prompt_cache(network, prompt_cache, kept) as cache:
+    with open_prompt_cache(network, cache_file, kept) as cache:
         pieces = stream_generate(
             network,
             tokens,
@@ -180,18 +182,17 @@ def load_for_text(
 
 
 @contextmanager
-def open_prompt_cache(network: OpenELM, path: Path | None, config: CacheConfig) -> Iterator[PromptCache]:
+def open_prompt_cache(network: OpenELM, output: OutputFile | None, config: CacheConfig) -> Iterator[PromptCache]:
     """Keys and values of earlier runs, if there are any; afterwards they are written again, whatever happened."""
-    if path is None:
+    if output is None:
         yield PromptCache(network, config)
         return
-    with output_file(path, overwrite=True) as output:
-        cache = PromptCache.load(network, output.path, config) if output.path.exists() else PromptCache(network, config)
-        try:
-            yield cache
-        finally:
-            if cache.tokens:
-                cache.write(output)
+    cache = PromptCache.load(network, output.path, config) if output.path.exists() else PromptCache(network, config)
+    try:
+        yield cache
+    finally:
+        if cache.tokens:
+            cache.write(output)
 
 
 def print_stats(stats: Stats | None) -> None:
@@ -248,11 +249,10 @@ def _answer_file(
     network: OpenELM,
     tokenizer: Tokenizer,
     path: Path,
-    output: Path | None,
+    output: OutputFile | None,
     batch_size: int,
     options: dict[str, Any],
     about: dict[str, Any],
-    force: bool,
 ) -> None:
     from ..generation.prompt_file import AnswerFile, Answers, read_prompts
 
@@ -264,7 +264,7 @@ def _answer_file(
     else:
         described = {"sampling": asdict(options["sampling"]), "cache": asdict(options["cache"])}
         settings = {**about, **options, **described, "model": fingerprint(network)}
-        answers = AnswerFile(prompts, output, settings, overwrite=force)
+        answers = AnswerFile(prompts, output, settings)
     missing = answers.missing
     if len(missing) < len(prompts):
         say(f"{len(prompts) - len(missing):,} of {len(prompts):,} answers are there already")
@@ -278,7 +278,7 @@ def _answer_file(
             answers.finish()
     except KeyboardInterrupt:
         done = len(prompts) - len(answers.missing)
-        kept = f"; the same command goes on from {output}.part" if output is not None and done else ""
+        kept = f"; the same command goes on from {output.name}.part" if output is not None and done else ""
         say(f"interrupted after {done:,} of {len(prompts):,} answers{kept}")
         raise typer.Exit(INTERRUPTED) from None
 

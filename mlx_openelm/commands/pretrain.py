@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
+from ..files.names import resolved
 from ..files.output import output_file
 from .options import Force, examples
 from .progress import training_view
@@ -71,17 +72,17 @@ def pretrain(
     main = group.rank() == 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
     try:
-        with run_lock(output, group):
+        with run_lock(output, group) as run:
             if not resume:
-                together(group, lambda: check_fresh(output))
-            tokenizer, corpus = _prepare(recipe, output, group)
+                together(group, lambda: check_fresh(run.path))
+            tokenizer, corpus = _prepare(recipe, run.path, group)
             with training_view(recipe.steps, main) as view:
                 on_message = say if main else lambda message: None
                 steps = pretrain(
                     recipe,
                     corpus,
                     tokenizer,
-                    output,
+                    run,
                     resume=resume,
                     group=group,
                     on_step=view.moved,
@@ -91,11 +92,11 @@ def pretrain(
                     for metrics in steps:
                         view.show(metrics)
     except KeyboardInterrupt:
-        saved = checkpoint_folders(output)
+        saved = checkpoint_folders(resolved(output))
         fail(f"interrupted; --resume goes on from {output}" if saved else "interrupted before a step", INTERRUPTED)
 
 
-def _prepare(recipe: PretrainRecipe, output: Path, group: mx.distributed.Group) -> tuple[Tokenizer, Corpus]:
+def _prepare(recipe: PretrainRecipe, run: Path, group: mx.distributed.Group) -> tuple[Tokenizer, Corpus]:
     """The vocabulary and the token files of a run, made by its first process where they do not exist."""
     from ..data.corpus import Filters, prepare_corpus
     from ..data.train_tokenizer import train_tokenizer
@@ -105,7 +106,7 @@ def _prepare(recipe: PretrainRecipe, output: Path, group: mx.distributed.Group) 
 
     main = group.rank() == 0
     filters = Filters(recipe.min_characters, recipe.min_tokens, recipe.validation_share)
-    vocabulary = output / "tokenizer.model"
+    vocabulary = run / "tokenizer.model"
 
     def make_vocabulary() -> None:
         if main and recipe.train_tokenizer and not vocabulary.exists():
@@ -114,7 +115,7 @@ def _prepare(recipe: PretrainRecipe, output: Path, group: mx.distributed.Group) 
 
     def find_corpus() -> Corpus:
         with byte_bar("tokenizing") if main else nullcontext() as update:
-            return prepare_corpus(recipe.data, tokenizer, filters, output / "corpus", *([update] if update else []))
+            return prepare_corpus(recipe.data, tokenizer, filters, run / "corpus", *([update] if update else []))
 
     together(group, make_vocabulary)
     if recipe.train_tokenizer:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from ..files.names import resolved
 from ..training.tune_recipe import TuneRecipe
 from .options import Dtype, Json, Model, TokenizerOption, examples
 from .progress import training_view
@@ -118,7 +119,7 @@ def tune(
 
     import mlx.core as mx
 
-    from ..training.checkpoints import run_lock
+    from ..training.checkpoints import run_lock, together
     from ..training.memory import tuning_memory
     from ..training.tune import best_checkpoint, check_output, prepare_tuning
     from ..training.tune import tune as run
@@ -143,22 +144,22 @@ def tune(
             print_json({"recipe": tuning.recipe.to_dict(), "memory": memory.to_dict(), **_counts(tuning)})
         return
 
-    check_output(output, resume)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
     last = first = None
     try:
-        with run_lock(output, group):
+        with run_lock(output, group) as locked:
+            together(group, lambda: check_output(locked.path, resume))
             tuning, _ = prepare()
             with training_view(tuning.recipe.steps, main, "pairs" if recipe.objective == "dpo" else "tokens") as view:
                 on_message = say if main else lambda message: None
-                figures = run(tuning, output, resume=resume, group=group, on_step=view.moved, on_message=on_message)
+                figures = run(tuning, locked, resume=resume, group=group, on_step=view.moved, on_message=on_message)
                 with closing(figures):
                     for metrics in figures:
                         view.show(metrics)
                         last = metrics
                         first = metrics.validation_loss if metrics.step == 0 else first
     except KeyboardInterrupt:
-        saved = best_checkpoint(output) is not None
+        saved = best_checkpoint(resolved(output)) is not None
         fail(f"interrupted; --resume goes on from {output}" if saved else "interrupted before a step", INTERRUPTED)
     if main:
         _report(tuning, output, first, last, as_json)
@@ -244,7 +245,7 @@ def _report(tuning: Tuning, output: Path, first: float | None, last: Any, as_jso
 
     from ..training.tune import best_checkpoint
 
-    best = best_checkpoint(output)
+    best = best_checkpoint(resolved(output))
     state = json.loads((best / "state.json").read_text(encoding="utf-8")) if best is not None else {}
     step, kept = state.get("step"), state.get("best_loss")
     if as_json:

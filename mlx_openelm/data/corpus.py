@@ -93,7 +93,7 @@ def prepare_corpus(
     if not folder.exists():
         total = sum(path.stat().st_size for paths in files for path in paths)
         done = 0
-        with output_folder(folder) as output, output.replaced() as staging:
+        with output_folder(folder) as output, output.replaced(durable=True) as staging:
             for number, (source, paths) in enumerate(zip(sources, files, strict=True)):
                 with ExitStack() as open_files:
                     writers = {

@@ -1,68 +1,85 @@
-"""Locks against other writers, and the removal of what killed ones left."""
+"""Locks against other writers, and the removal of what killed ones left.
 
+Every output has a lock of its own, whoever writes it and wherever it lies. A lock is an empty file on which the holder
+has an advisory lock of the system, so that it ends with the process, whatever ends that; the file holds the process
+number for the message that others get.
+"""
+
+import errno
 import os
-import threading
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OutputError, OutputLockedError
 from .manifest import UNFINISHED, foreign, remove_unfinished, remove_written
-from .names import ASIDE, identity, reported, resolved, stem
+from .names import aside_name, identity, leftovers, lock_name, reported, resolved
 from .rename import rename_new
 
-_LOCK = ".openelm-mlx.lock"  # in a folder that a process adds to
-
-_locked: dict[Path, int] = {}  # what this process holds locks on, and in which thread
+_FOLDER_LOCK = ".openelm-mlx.lock"  # in a folder that a process adds to
+_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # of some network file systems
 
 
 @contextmanager
 def lock(path: str | Path) -> Iterator[Path]:
-    """Keep other processes from writing to a path while the block runs; gives where its links lead.
+    """Keep other writers from a path while the block runs; gives where its links lead.
 
-    A lock on a folder (`lock_folder`) covers everything in it. What a killed process left beside the path is removed,
-    or put back if it was moved away and its successor had not arrived.
+    What a killed process left beside the path is removed, or put back if it was moved away and its successor had not
+    arrived.
 
     Raises:
-        OutputLockedError: if another process holds the lock.
+        OutputLockedError: if somebody else holds the lock, in this process or another.
         OutputError: if the folder above cannot be written to.
     """
     target = resolved(path)
-    with _parents(path, target), _hold(Path(path), target, target.with_name(f".{stem(target)}.openelm-mlx.lock")):
+    with _parents(Path(path), target), _hold(Path(path), lock_name(target)):
         with reported(Path(path)):
-            _clean(target.parent, target)
+            for kind, left in leftovers(target.parent, target).get(target, []):
+                _clear(kind, left, target)
         yield target
 
 
+@dataclass(frozen=True)
+class LockedFolder:
+    """A folder to which this process alone adds; `lock_folder` makes it."""
+
+    name: Path  # as it was given, for messages
+    path: Path  # where its links lead
+
+
 @contextmanager
-def lock_folder(folder: Path, *subfolders: str) -> Iterator[None]:
+def lock_folder(folder: str | Path, *subfolders: str) -> Iterator[LockedFolder]:
     """Keep other processes from adding to a folder while the block runs; it is made if it does not exist.
 
     Args:
         subfolders: what killed processes left is removed from these too.
     Raises:
-        OutputLockedError: if another process holds the lock.
+        OutputLockedError: if somebody else holds the lock, in this process or another.
         OutputError: if the folder cannot be written to.
     """
     target = resolved(folder)
-    with _parents(folder, target / _LOCK), _hold(folder, target, target / _LOCK):
-        with reported(folder):
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{folder} is a file; a folder is needed here")
+    with _parents(Path(folder), target / _FOLDER_LOCK), _hold(Path(folder), target / _FOLDER_LOCK):
+        with reported(Path(folder)):
             for inner in (target, *(target / name for name in subfolders)):
                 if inner.is_dir():
-                    _clean(inner)
-        yield
+                    _clear_all(inner)
+        yield LockedFolder(Path(folder), target)
 
 
 @contextmanager
-def _parents(name: str | Path, target: Path) -> Iterator[None]:
+def _parents(name: Path, target: Path) -> Iterator[None]:
     """The folders above a path; those that had to be made and are empty afterwards are removed."""
     missing = []
     folder = target.parent
-    while not folder.exists() and folder.name:
-        missing.append(folder)
-        folder = folder.parent
     try:
-        with reported(Path(name)):
+        with reported(name):
+            while not folder.exists():
+                missing.append(folder)
+                folder = folder.parent
             os.makedirs(target.parent, exist_ok=True)
         yield
     finally:
@@ -72,30 +89,42 @@ def _parents(name: str | Path, target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _hold(name: Path, target: Path, lock_file: Path) -> Iterator[None]:
-    if any(_locked.get(place) == threading.get_ident() for place in (target, *target.parents)):
-        yield
-        return
+def _hold(name: Path, lock_file: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    held = FileLock(lock_file)
+    descriptors: list[int] = []
+    held = FileLock(lock_file, on_acquired=descriptors.append, fallback_to_soft=False)
     try:
-        with reported(name):
-            held.acquire(blocking=False)
-    except OutputError as error:
-        if isinstance(error.__cause__, Timeout):
-            raise OutputLockedError(name, _holder(lock_file)) from None
-        raise
+        held.acquire(blocking=False)
+    except Timeout:
+        raise OutputLockedError(name, _holder(lock_file)) from None
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise OutputError(f"{name} cannot be written: {error.strerror or error}: {lock_file}") from error
+    signed: list[int] = []
     try:
-        _locked[target] = threading.get_ident()
-        with suppress(OSError):
-            lock_file.write_text(str(os.getpid()))
+        for descriptor in descriptors:
+            _sign(name, lock_file, descriptor)
+            signed.append(descriptor)
         yield
     finally:
-        _locked.pop(target, None)
-        with suppress(OSError):
-            os.unlink(lock_file)  # while it is held: who has opened it already will see that it is gone
+        for descriptor in signed:
+            with suppress(OSError):
+                # While it is held: who has opened it already will see that it is gone.
+                if os.path.samestat(os.fstat(descriptor), os.lstat(lock_file)):
+                    os.unlink(lock_file)
         held.release()
+
+
+def _sign(name: Path, lock_file: Path, descriptor: int) -> None:
+    """Write the process number into a lock file, unless the name leads to a file that is none."""
+    found = os.fstat(descriptor)
+    content = os.pread(descriptor, 20, 0)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or not (content.isdigit() or not content):
+        raise OutputError(f"{name} cannot be written: {lock_file} is not a lock; move it away")
+    with suppress(OSError):  # on a full disk nobody learns the number
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
 
 
 def _holder(lock_file: Path) -> int | None:
@@ -105,26 +134,32 @@ def _holder(lock_file: Path) -> int | None:
         return None
 
 
-def _clean(folder: Path, target: Path | None = None) -> None:
-    """Remove from a folder what killed processes left of one target, or of all; the caller holds the lock.
+def _clear_all(folder: Path) -> None:
+    """Remove from a folder what killed writers left of any target; those that still write are told by their locks."""
+    for target, left in leftovers(folder).items():
+        with suppress(OutputError), _hold(target, lock_name(target)):
+            for kind, path in left:
+                _clear(kind, path, target)
 
-    Files are always beginnings of new content. A folder without `UNFINISHED` is whole: the old content behind its
-    successor, or, if the target is missing, the one that has to be put there.
+
+def _clear(kind: str, left: Path, target: Path) -> None:
+    """Remove or put back one thing that was left beside a target; the caller holds the target's lock.
+
+    A file is always the beginning of new content. A folder without `UNFINISHED` is whole: new content, or the old one
+    that it was exchanged for; if the target is missing, it is put there.
     """
-    with os.scandir(folder) as entries:
-        found = [(entry, match[1]) for entry in entries if (match := ASIDE.fullmatch(entry.name))]
-    for entry, name in found:
-        path = Path(entry.path)
-        if target is not None and name != stem(target):
-            continue
-        with suppress(OSError):
-            if entry.is_symlink():
-                continue  # not ours
-            if not entry.is_dir():
-                os.unlink(path)
-            elif (path / UNFINISHED).exists() or not any(path.iterdir()):
-                remove_unfinished(path)
-            elif identity(place := target or path.with_name(name)) is None:
-                rename_new(path, place)
-            elif not any(foreign(path)):
-                remove_written(path)
+    with suppress(OSError):
+        if kind == "lock":
+            return  # whoever held it removes it
+        if not left.is_dir():
+            os.unlink(left)
+        elif kind == "old":
+            remove_written(left)
+        elif (left / UNFINISHED).exists() or not any(left.iterdir()):
+            remove_unfinished(left)
+        elif identity(target) is None:
+            rename_new(left, target)
+        elif not any(foreign(left)):
+            gone = aside_name(target, "old")
+            rename_new(left, gone)
+            remove_written(gone)

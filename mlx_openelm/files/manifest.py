@@ -1,7 +1,6 @@
 """What this package wrote into a folder, so that nothing else is ever replaced or removed with it.
 
-A finished folder lists its files with a fingerprint of each. One that is being written or removed bears a mark until it
-is whole or gone.
+A finished folder lists its files with a fingerprint of each. One that is being written bears a mark until it is whole.
 """
 
 import json
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from ..version import __version__
 
@@ -29,13 +29,12 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_manifest(folder: Path) -> dict[str, str]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         if os.lstat(folder / MANIFEST).st_size > _LONGEST_MANIFEST:
             return {}
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        return {str(name): str(mark) for name, mark in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return dict(json.loads((folder / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -50,9 +49,17 @@ def foreign(folder: Path) -> Iterator[str]:
         elif path.name in _CLUTTER or name in (Path(MANIFEST), Path(UNFINISHED)):
             ours = bool(listed)
         else:
-            ours = str(name) in listed and listed[str(name)] == _fingerprint(path)
+            ours = str(name) in listed and _is_unchanged(path, listed[str(name)])
         if not ours:
             yield str(name)
+
+
+def _is_unchanged(path: Path, mark: object) -> bool:
+    """Whether a file still is as it was listed. Of a large one the time of its last change has to be the same too."""
+    found = _fingerprint(path)
+    if not isinstance(mark, dict) or not found or found["bytes"] > _BLOCK_BYTES * _BLOCKS:
+        return bool(found) and found == mark
+    return found["bytes"] == mark.get("bytes") and found["blake2b"] == mark.get("blake2b")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -68,29 +75,38 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def _fingerprint(path: Path) -> str:
-    """A hash of a regular file's size and of blocks that are spread evenly over it, its first and last among them."""
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        return ""
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Size of a regular file, time of its last change, and a hash of it, or of blocks spread over a large one."""
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode):
+        return {}
     digest = blake2b(digest_size=16)
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(str(size).encode())
         for number in range(_BLOCKS + 1):
-            file.seek(max(0, size - _BLOCK_BYTES) * number // _BLOCKS)
+            file.seek(max(0, found.st_size - _BLOCK_BYTES) * number // _BLOCKS)
             digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()
+    return {"bytes": found.st_size, "modified_ns": found.st_mtime_ns, "blake2b": digest.hexdigest()}
 
 
 def flush(folder: Path) -> None:
-    """Have the system put all files of a folder on disk, before what they replace is given up."""
+    """Have the system put all files of a folder on disk."""
     for path in _files(folder):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(path)
+    _sync(folder)
+
+
+def flush_entry(path: Path) -> None:
+    """Have the system put the name of a file or folder on disk."""
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def touch(path: Path) -> None:

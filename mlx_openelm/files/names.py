@@ -1,4 +1,4 @@
-"""Names of outputs and of what lies beside them while they are written."""
+"""Paths of outputs, what tells whether they changed, and the names beside them that are used while they are written."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 
-_LONGEST_NAME = 180  # bytes of a target's name that temporary names repeat; file systems allow 255 in all
+_LONGEST_NAME = 150  # bytes of a target's name that temporary names repeat; file systems allow 255 in all
 
 
 def resolved(path: str | Path) -> Path:
@@ -55,17 +55,51 @@ def reported(name: Path, within: Path | None = None) -> Iterator[None]:
         raise OutputError(f"{name} cannot be written: {error.strerror or error}{more}") from error
 
 
-def stem(target: Path) -> str:
+def lock_name(target: Path) -> Path:
+    """The file that whoever writes to a target holds a lock on."""
+    return target.with_name(f".{_stem(target)}.openelm-mlx.lock")
+
+
+def aside_name(target: Path, kind: str) -> Path:
+    """A name beside a target that nobody can foresee.
+
+    Args:
+        kind: `new` for content that has yet to take its place (or to go back there), `old` for what is being removed.
+    """
+    return target.with_name(f".{_stem(target)}.openelm-mlx-{kind}-{secrets.token_hex(8)}")
+
+
+_ASIDE = re.compile(r"\.(.+)\.openelm-mlx-(new|old)-[0-9a-f]{16}", re.DOTALL)
+_LOCK = re.compile(r"\.(.+)\.openelm-mlx\.lock", re.DOTALL)
+_SHORTENED = re.compile(r".+~[0-9a-f]{16}", re.DOTALL)
+
+
+def leftovers(folder: Path, target: Path | None = None) -> dict[Path, list[tuple[str, Path]]]:
+    """What writers have beside their targets now, or left there: kind (`new`, `old` or `lock`) and path, by target.
+
+    Args:
+        target: the one to look for; by default all, except those whose names are too long to be told.
+    """
+    found: dict[Path, list[tuple[str, Path]]] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            aside, lock = _ASIDE.fullmatch(entry.name), _LOCK.fullmatch(entry.name)
+            match = aside or lock
+            if match is None or entry.is_symlink():  # links are not ours
+                continue
+            if target is not None and match[1] == _stem(target):
+                place = target
+            elif target is None and not _SHORTENED.fullmatch(match[1]):
+                place = folder / match[1]
+            else:
+                continue
+            found.setdefault(place, []).append((aside[2] if aside else "lock", Path(entry.path)))
+    return found
+
+
+def _stem(target: Path) -> str:
     """A target's name, or the beginning of a long one with a hash of it."""
     raw = os.fsencode(target.name)
     if len(raw) <= _LONGEST_NAME:
         return target.name
-    return raw[:100].decode("utf-8", "ignore") + "-" + blake2b(raw, digest_size=8).hexdigest()
-
-
-def aside_name(target: Path) -> Path:
-    """A name beside a target that nobody can foresee, for what is written or removed there."""
-    return target.with_name(f".{stem(target)}.openelm-mlx-{secrets.token_hex(8)}")
-
-
-ASIDE = re.compile(r"\.(.+)\.openelm-mlx-[0-9a-f]{16}", re.DOTALL)
+    return raw[:100].decode("utf-8", "ignore") + "~" + blake2b(raw, digest_size=8).hexdigest()

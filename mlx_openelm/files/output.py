@@ -18,13 +18,22 @@ from typing import BinaryIO
 
 from ..errors import OutputError, OutputExistsError
 from .lock import lock
-from .manifest import UNFINISHED, flush, foreign, remove_unfinished, remove_written, touch, write_manifest
+from .manifest import (
+    UNFINISHED,
+    flush,
+    flush_entry,
+    foreign,
+    remove_unfinished,
+    remove_written,
+    touch,
+    write_manifest,
+)
 from .names import aside_name, identity, reported
 from .rename import exchange, rename_new
 
 
 class OutputFile:
-    """A file that this process alone may write; `output_file` makes it."""
+    """A file that nobody else may write; `output_file` makes it."""
 
     def __init__(self, name: Path, target: Path, overwrite: bool):
         self.name = name
@@ -36,6 +45,16 @@ class OutputFile:
             raise OutputError(f"{name} is not a regular file, and only those are replaced")
         if self._found is not None and not overwrite:
             raise OutputExistsError(name)
+
+    def protect(self, *sources: str | Path | None) -> None:
+        """Make sure that the file is none that the operation reads.
+
+        Raises:
+            OutputError: if it is one of the sources.
+        """
+        for source in _existing(sources):
+            if self._found is not None and source.samefile(self.path):
+                raise OutputError(f"{self.name} is read by this command too; choose another output")
 
     def write(self, content: str | bytes) -> None:
         """Write the whole content at once; see `replaced`."""
@@ -56,19 +75,19 @@ class OutputFile:
         Raises:
             OutputError: if it cannot be written, or somebody else has changed the file in the meantime.
         """
-        aside = aside_name(self.path)
+        aside = aside_name(self.path, "new")
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
         try:
             with reported(self.name):
-                descriptor = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666)
+                descriptor = os.open(aside, flags, 0o666 if self._found is None else 0o600)
                 with os.fdopen(descriptor, "wb") as file:
                     yield file
                     file.flush()
-                    if self._found is not None:
-                        os.chmod(aside, stat.S_IMODE(os.lstat(self.path).st_mode))
                     os.fsync(descriptor)
                 if self._found is None:
                     _put(aside, self.path, self.name)
                 elif identity(self.path) == self._found:
+                    os.chmod(aside, stat.S_IMODE(os.lstat(self.path).st_mode))
                     os.replace(aside, self.path)
                 else:
                     raise _changed(self.name)
@@ -79,7 +98,7 @@ class OutputFile:
 
 
 class OutputFolder:
-    """A folder that this process alone may write; `output_folder` makes it."""
+    """A folder that nobody else may write; `output_folder` makes it."""
 
     def __init__(self, name: Path, target: Path, overwrite: bool):
         self.name = name
@@ -102,50 +121,56 @@ class OutputFolder:
         Raises:
             OutputError: if a source, or a file that a link in it leads to, lies in the folder that would be replaced.
         """
-        if self._found is None:
-            return
-        for source in (Path(source) for source in sources if source):
-            with suppress(OSError):  # a name too long for a path
-                if not source.exists():
-                    continue
+        for source in _existing(sources) if self._found is not None else ():
             for entry in (source, *(source.iterdir() if source.is_dir() else ())):
                 if _lies_in(Path(os.path.realpath(entry)), self.path):
                     raise OutputError(f"replacing {self.name} would remove its source {source}; choose another output")
 
     @contextmanager
-    def replaced(self) -> Iterator[Path]:
+    def replaced(self, durable: bool = False) -> Iterator[Path]:
         """A folder to write the new content into. It takes its place when the block is done; if that fails, it goes.
 
+        Args:
+            durable: have it on disk before the block is left, because something else is given up for it.
         Raises:
             OutputError: if it cannot be written, or somebody else has changed the folder in the meantime.
         """
-        aside = aside_name(self.path)
+        aside = aside_name(self.path, "new")
         own: tuple[int, ...] | None = None
         try:
             with reported(self.name, within=aside):
-                os.mkdir(aside)
+                os.mkdir(aside, 0o777 if self._found is None else 0o700)
                 own = identity(aside)
                 touch(aside / UNFINISHED)
                 yield aside
                 write_manifest(aside)
+                if durable or self._found is not None:
+                    flush(aside)
                 if self._found is None:
                     os.unlink(aside / UNFINISHED)
                     _put(aside, self.path, self.name)
                 else:
-                    flush(aside)
-                    os.chmod(aside, stat.S_IMODE(os.lstat(self.path).st_mode))
-                    if identity(self.path) != self._found:
-                        raise _changed(self.name)
-                    self._check_foreign()
-                    os.unlink(aside / UNFINISHED)
-                    exchange(aside, self.path)
-                    with suppress(OSError):  # the next process that writes here removes it
-                        remove_written(aside)
+                    self._exchange(aside)
+                if durable or self._found is not None:
+                    flush_entry(self.path)
                 self._found = identity(self.path)
         finally:
             if own is not None and identity(aside) == own:
                 with suppress(OSError):
                     remove_unfinished(aside)
+
+    def _exchange(self, aside: Path) -> None:
+        """Put the new content where the old one is, and remove that."""
+        os.chmod(aside, stat.S_IMODE(os.lstat(self.path).st_mode))
+        if identity(self.path) != self._found:
+            raise _changed(self.name)
+        self._check_foreign()
+        os.unlink(aside / UNFINISHED)
+        exchange(aside, self.path)
+        with suppress(OSError):  # the next process that writes here removes it
+            gone = aside_name(self.path, "old")
+            rename_new(aside, gone)
+            remove_written(gone)
 
     def _check_foreign(self) -> None:
         if names := list(islice(foreign(self.path), 4)):
@@ -200,15 +225,14 @@ def write_file(path: str | Path, content: str | bytes, *, overwrite: bool = Fals
 def remove_folder(folder: Path) -> bool:
     """Remove a folder if this package wrote all that is in it and nothing was changed since; whether it was removed.
 
-    The caller holds the lock of a folder above. The folder disappears at once: a killed process leaves no half of it.
+    It disappears at once: a killed process leaves no half of it.
     """
-    if identity(folder) is None or any(foreign(folder)):
+    if identity(folder) is None or folder.is_symlink() or any(foreign(folder)):
         return False
     with suppress(OSError):
-        aside = aside_name(folder)
-        rename_new(folder, aside)
-        touch(aside / UNFINISHED)
-        remove_unfinished(aside)
+        gone = aside_name(folder, "old")
+        rename_new(folder, gone)
+        remove_written(gone)
     return identity(folder) is None
 
 
@@ -240,6 +264,14 @@ def _put(aside: Path, target: Path, name: Path) -> None:
 
 def _changed(name: Path) -> OutputError:
     return OutputError(f"another process wrote {name} in the meantime; it was left as it is")
+
+
+def _existing(sources: tuple[str | Path | None, ...]) -> Iterator[Path]:
+    """The sources that are files or folders on this machine."""
+    for source in sources:
+        with suppress(OSError):  # a name too long for a path
+            if source and Path(source).exists():
+                yield Path(source)
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -33,10 +33,10 @@ def rename_new(old: Path, new: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Let two folders change places: at once where the system can, else by two renames, of which none stays alone."""
+    """Let two folders change places: at once where the system can, else by two renames that can be undone."""
     if _rename_with_flag(one, other, "exchange"):
         return
-    aside = aside_name(other)
+    aside = aside_name(other, "new")
     os.rename(other, aside)
     try:
         rename_new(one, other)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..data.record_files import RECORD_ENDINGS, read_records
 from ..data.text_files import BrokenLines
@@ -121,40 +121,38 @@ class AnswerFile(Answers):
     this run, whoever wrote it, and is computed again.
 
     Args:
-        path: a `.jsonl` file.
+        output: a `.jsonl` file.
         settings: whatever the answers depend on; a run is continued only with the same.
-        overwrite: whether an existing file may be replaced.
 
     Raises:
-        OutputExistsError: if the file exists and may not be replaced.
-        OutputLockedError: if another process writes it.
-        OutputError: if the file beside it belongs to other prompts or settings, or cannot be written.
+        OutputLockedError: if another process writes the file beside it.
+        OutputError: if that file belongs to other prompts or settings, or cannot be written.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], path: Path, settings: Mapping[str, Any], *, overwrite: bool = False):
+    def __init__(self, prompts: Sequence[Prompt], output: OutputFile, settings: Mapping[str, Any]):
         super().__init__(prompts, self._append)
         given = [[dict(prompt.record), prompt.tokens] for prompt in prompts]
         about = json.dumps({**settings, "prompts": given}, sort_keys=True, default=str)
         self._run = sha256(about.encode()).hexdigest()
-        with ExitStack() as claims:
-            self._output = claims.enter_context(output_file(path, overwrite=overwrite))
-            self._part = claims.enter_context(output_file(f"{self._output.path}.part", overwrite=True))
+        self._output = output
+        with ExitStack() as held:
+            self._part = held.enter_context(output_file(f"{output.path}.part", overwrite=True))
             self._lines = self._answers_of(self._part)
             kept = [self._line(number, answer) for number, answer in self._lines.items()]
             self._part.write("".join(f"{line}\n" for line in (self._heading, *kept)))
-            self._file: TextIO = claims.enter_context(open(self._part.path, "a", encoding="utf-8"))
-            self._claims = claims.pop_all()
+            self._file = held.enter_context(open(self._part.path, "ab", buffering=0))
+            self._held = held.pop_all()
 
     def finish(self) -> None:
         """Put all answers, in order, in their place."""
         super().finish()
-        with self._claims:
+        with self._held:
             self._output.write("".join(f"{self._lines[number]}\n" for number in range(len(self._prompts))))
             self._part.remove()
 
     def close(self) -> None:
         """Let go of the file; a later run continues from what is there."""
-        self._claims.close()
+        self._held.close()
 
     @property
     def _heading(self) -> str:
@@ -169,7 +167,7 @@ class AnswerFile(Answers):
 
     def _append(self, line: str) -> None:
         try:
-            print(line, file=self._file, flush=True)
+            self._file.write(f"{line}\n".encode())
         except OSError as error:
             raise OutputError(f"{self._part.name} cannot be written: {error.strerror}") from error
 

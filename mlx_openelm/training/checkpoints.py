@@ -12,13 +12,17 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import OpenELMError, TrainingError
-from ..files.lock import lock_folder
-from ..files.output import output_folder, remove_folder
+from ..files.lock import LockedFolder, lock_folder
+from ..files.names import resolved
+from ..files.output import output_file, output_folder, remove_folder, write_file
 from ..tensors import save_arrays
 from .optimizer import Moments, Tensors
 
 PARAMETER_FILES = ("model.safetensors", "adapters.safetensors")
 WriteParameters = Callable[[Path, Tensors], None]
+
+METRICS = "metrics.jsonl"
+_BEGUN = ".openelm-mlx.begun"  # in the folder of a run that has no checkpoint yet
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -43,32 +47,54 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def check_fresh(run: Path) -> None:
-    """Make sure that a run may begin in this folder.
+    """Make sure that a run may begin in this folder, because nothing in it would be overwritten.
 
     Raises:
-        TrainingError: if another one has left checkpoints or an adapter there.
+        TrainingError: if another run, a model or an adapter is there.
     """
     if checkpoint_folders(run):
         raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
-    if any((run / name).exists() for name in PARAMETER_FILES):
-        raise TrainingError(f"{run} holds a model or an adapter without its checkpoints; name another --output")
+    for path in (*sorted(run.glob("*.safetensors")), run / "config.json", run / "adapter_config.json"):
+        if path.exists():
+            raise TrainingError(f"{run} holds {path.name}, of a model or an adapter; name another --output")
+    if (run / METRICS).exists() and not (run / _BEGUN).exists():
+        raise TrainingError(f"{run} holds the {METRICS} of another run; name another --output")
+    if (run / "checkpoints").exists() and not (run / "checkpoints").is_dir():
+        raise TrainingError(f"{run / 'checkpoints'} is a file; name another --output")
+
+
+def mark_begun(run: Path) -> None:
+    """Note that what will be in the folder is this run's, as long as it has no checkpoint."""
+    if not (run / _BEGUN).exists():
+        write_file(run / _BEGUN, "")
+
+
+def clear_begun(run: Path) -> None:
+    """Take that note back, once there is a checkpoint, or nothing at all."""
+    with output_file(run / _BEGUN, overwrite=True) as mark:
+        mark.remove()
 
 
 @contextmanager
-def run_lock(run: Path, group: mx.distributed.Group) -> Iterator[None]:
+def run_lock(run: Path | LockedFolder, group: mx.distributed.Group) -> Iterator[LockedFolder]:
     """Keep other processes out of the folder of a run; of several processes of the run, the first holds the lock.
 
+    Args:
+        run: its folder, or what this function gave.
     Raises:
         OutputLockedError: if another run is being written there.
     """
+    if isinstance(run, LockedFolder):
+        yield run
+        return
     with ExitStack() as held:
 
-        def enter() -> None:
+        def enter() -> LockedFolder:
             if group.rank() == 0:
-                held.enter_context(lock_folder(run, "checkpoints", "corpus"))
+                return held.enter_context(lock_folder(run, "checkpoints", "corpus"))
+            return LockedFolder(run, resolved(run))
 
-        together(group, enter)
-        yield
+        yield together(group, enter)
 
 
 _T = TypeVar("_T")
@@ -106,10 +132,11 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, write: WriteParameters, k
     folder = checkpoint_folder(run, checkpoint.state["step"])
     moments = {f"first.{name}": m for name, m in checkpoint.moments.first.items()}
     moments |= {f"second.{name}": m for name, m in checkpoint.moments.second.items()}
-    with output_folder(folder, overwrite=True) as output, output.replaced() as staging:
+    with output_folder(folder, overwrite=True) as output, output.replaced(durable=True) as staging:
         write(staging, checkpoint.parameters)
         save_arrays(staging / "optimizer.safetensors", {**moments, "steps": checkpoint.moments.steps}, {})
         (staging / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
+    clear_begun(run)
     remove_old_checkpoints(run, keep, checkpoint.state.get("best_step"))
     return folder
 

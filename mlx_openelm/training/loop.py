@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, TrainingError
-from ..files.output import move_away, write_file
+from ..files.lock import LockedFolder
+from ..files.output import move_away, output_file
 from ..generation.text import generate
 from ..machine.device import peak_memory_bytes
 from ..tokenizer.tokenizer import Tokenizer
 from .checkpoints import (
+    METRICS,
     Checkpoint,
     WriteParameters,
     check_fresh,
     checkpoint_folders,
+    clear_begun,
     load_checkpoint,
+    mark_begun,
     remove_old_checkpoints,
     run_lock,
     save_checkpoint,
@@ -60,7 +64,7 @@ class Metrics:
 def train(
     trainer: Trainer,
     tokenizer: Tokenizer | None,
-    run: Path,
+    run: Path | LockedFolder,
     write: WriteParameters,
     *,
     resume: bool = False,
@@ -74,6 +78,7 @@ def train(
 
     Args:
         tokenizer: for samples; without it there are none.
+        run: folder of the run, or what `run_lock` gave.
         write: puts parameters into the folder of a checkpoint.
         resume: go on from the last checkpoint that can be read.
         on_step: called with every step's figures.
@@ -81,104 +86,146 @@ def train(
     Raises:
         TrainingError: if the run cannot start or go on; the last good checkpoint stays.
     """
-    with run_lock(run, trainer.group):
-        yield from _train(trainer, tokenizer, run, write, resume, on_step, on_message)
+    with run_lock(run, trainer.group) as folder:
+        running = _Run(trainer, tokenizer, folder.path, write, on_step, on_message)
+        running.begin(resume)
+        try:
+            yield from running.steps()
+        finally:
+            running.end()
 
 
-def _train(
-    trainer: Trainer,
-    tokenizer: Tokenizer | None,
-    run: Path,
-    write: WriteParameters,
-    resume: bool,
-    on_step: Callable[[Metrics], None],
-    on_message: Callable[[str], None],
-) -> Generator[Metrics, None, None]:
-    recipe = trainer.recipe
-    writes = trainer.group.rank() == 0
-    progress = _Progress()
-    if resume:
-        progress = together(trainer.group, lambda: _resume(trainer, run, on_message))
-        if writes:  # the run may have been killed before it did so
-            remove_old_checkpoints(run, recipe.keep_checkpoints, progress.best_step)
-    else:
-        together(trainer.group, lambda: check_fresh(run))
-    together(trainer.group, lambda: _cut_metrics(run, trainer.step, recipe.checkpoint_every) if writes else None)
+class _Run:
+    """A run under way in a folder that is locked."""
 
-    saved = trainer.step
-    started, started_at = time.perf_counter(), progress.tokens
+    def __init__(
+        self,
+        trainer: Trainer,
+        tokenizer: Tokenizer | None,
+        folder: Path,
+        write: WriteParameters,
+        on_step: Callable[[Metrics], None],
+        on_message: Callable[[str], None],
+    ):
+        self._trainer = trainer
+        self._recipe = trainer.recipe
+        self._tokenizer = tokenizer
+        self._folder = folder
+        self._write = write
+        self._on_step = on_step
+        self._on_message = on_message
+        self._writes = trainer.group.rank() == 0
+        self._loss, *self._more = trainer.objective.names
+        self._progress = _Progress()
 
-    def save() -> None:
-        state = {
-            **asdict(progress),
-            "step": trainer.step,
-            "data": trainer.data.fingerprint,
-            "recipe": recipe.to_dict(),
-        }
-        save_checkpoint(run, Checkpoint(trainer.parameters, trainer.moments, state), write, recipe.keep_checkpoints)
+    def begin(self, resume: bool) -> None:
+        """Start afresh, or take over the last checkpoint."""
+        if resume:
+            self._progress = together(
+                self._trainer.group, lambda: _resume(self._trainer, self._folder, self._on_message)
+            )
+        else:
+            together(self._trainer.group, lambda: check_fresh(self._folder))
+        self._in_first_process(self._tidy)
+        self._saved = self._trainer.step
+        self._started, self._tokens_before = time.perf_counter(), self._progress.tokens
 
-    def savetogether() -> None:
-        nonlocal saved
-        together(trainer.group, save if writes else lambda: None)
-        saved = trainer.step
-
-    loss, *more = trainer.objective.names
-
-    def validated(metrics: Metrics) -> Metrics:
-        nonlocal started
-        paused = time.perf_counter()
-        found = trainer.validation()
-        sample = _sample(trainer, tokenizer) if writes and tokenizer and recipe.sample_prompt else None
-        started += time.perf_counter() - paused  # the speed is that of training
-        if not math.isfinite(found[loss]):
-            return replace(metrics, sample=sample)
-        if metrics.step:  # what is kept has to have been trained
-            progress.add(found[loss], metrics.step)
-        further = {name: found[name] for name in more}
-        return replace(metrics, validation_loss=found[loss], validation=further, sample=sample)
-
-    def finish(metrics: Metrics) -> Generator[Metrics, None, None]:
-        """Validate after a step, tell of it and save, as it is due."""
-        is_last = metrics.step == recipe.steps
-        if metrics.step % recipe.validate_every == 0 or is_last:
-            metrics = validated(metrics)
-        is_told = metrics.step % recipe.log_every == 0 or metrics.validation_loss is not None or is_last
-        if is_told:
-            together(trainer.group, lambda: _append_metrics(run, metrics) if writes else None)
-        progress.pending = None
-        on_step(metrics)
-        if is_told:
-            yield metrics
-        if metrics.step % recipe.checkpoint_every == 0 or is_last or progress.best_step == metrics.step:
-            savetogether()
-
-    try:
-        if recipe.validate_first and trainer.step == 0:
-            metrics = validated(Metrics(0, None, 0.0, learning_rate(recipe, 0), 0, 0.0, peak_memory_bytes(), {}))
+    def steps(self) -> Generator[Metrics, None, None]:
+        """Take all steps that are left."""
+        recipe, progress = self._recipe, self._progress
+        if recipe.validate_first and self._trainer.step == 0:
+            metrics = Metrics(0, None, 0.0, learning_rate(recipe, 0), 0, 0.0, peak_memory_bytes(), {})
+            metrics = self._validated(metrics)
             if metrics.validation_loss is not None:
-                together(trainer.group, lambda: _append_metrics(run, metrics) if writes else None)
+                self._in_first_process(lambda: _append_metrics(self._folder, metrics))
                 yield metrics
         if progress.pending is not None:
-            yield from finish(Metrics(**progress.pending))
-        while trainer.step < recipe.steps and not (recipe.early_stop and progress.worse >= recipe.early_stop):
-            rate = learning_rate(recipe, trainer.step)
-            figures = trainer.take_step()
-            progress.tokens += int(figures["count"])
-            metrics = Metrics(
-                trainer.step,
-                figures[loss],
-                figures["gradient_norm"],
-                rate,
-                progress.tokens,
-                (progress.tokens - started_at) / (time.perf_counter() - started),
-                peak_memory_bytes(),
-                {name: figures[name] for name in more},
-            )
+            yield from self._finished(Metrics(**progress.pending))
+        while self._trainer.step < recipe.steps and not (recipe.early_stop and progress.worse >= recipe.early_stop):
+            metrics = self._step()
             progress.pending = asdict(metrics)
-            yield from finish(metrics)
-    finally:
-        if writes and trainer.step > saved:
-            save()
+            yield from self._finished(metrics)
+
+    def end(self) -> None:
+        """Save what is not saved yet, whatever ended the run."""
+        if not self._writes:
+            return
+        if self._trainer.step > self._saved:
+            self._save()
+        elif not (self._folder / METRICS).exists():
+            clear_begun(self._folder)
+
+    def _tidy(self) -> None:
+        """Remove what an interrupted run left that this one will write again."""
+        step = self._trainer.step
+        if step == 0:
+            mark_begun(self._folder)
+        else:  # the run may have been killed before it did so
+            remove_old_checkpoints(self._folder, self._recipe.keep_checkpoints, self._progress.best_step)
+        _cut_metrics(self._folder, step)
+
+    def _step(self) -> Metrics:
+        rate = learning_rate(self._recipe, self._trainer.step)
+        figures = self._trainer.take_step()
+        self._progress.tokens += int(figures["count"])
+        seconds = time.perf_counter() - self._started
+        return Metrics(
+            self._trainer.step,
+            figures[self._loss],
+            figures["gradient_norm"],
+            rate,
+            self._progress.tokens,
+            (self._progress.tokens - self._tokens_before) / seconds,
+            peak_memory_bytes(),
+            {name: figures[name] for name in self._more},
+        )
+
+    def _finished(self, metrics: Metrics) -> Generator[Metrics, None, None]:
+        """Validate after a step, report it and save, as it is due."""
+        recipe, progress = self._recipe, self._progress
+        is_last = metrics.step == recipe.steps
+        if metrics.step % recipe.validate_every == 0 or is_last:
+            metrics = self._validated(metrics)
+        is_reported = metrics.step % recipe.log_every == 0 or metrics.validation_loss is not None or is_last
+        if is_reported:
+            self._in_first_process(lambda: _append_metrics(self._folder, metrics))
+        progress.pending = None
+        self._on_step(metrics)
+        if is_reported:
+            yield metrics
+        if metrics.step % recipe.checkpoint_every == 0 or is_last or progress.best_step == metrics.step:
+            self._in_first_process(self._save)
+            self._saved = metrics.step
+
+    def _validated(self, metrics: Metrics) -> Metrics:
+        paused = time.perf_counter()
+        found = self._trainer.validation()
+        sample = None
+        if self._writes and self._tokenizer and self._recipe.sample_prompt:
+            sample = _sample(self._trainer, self._tokenizer)
+        self._started += time.perf_counter() - paused  # the speed is that of training
+        loss = found[self._loss]
+        if not math.isfinite(loss):
+            return replace(metrics, sample=sample)
+        if metrics.step:  # what is kept has to have been trained
+            self._progress.add(loss, metrics.step)
+        further = {name: found[name] for name in self._more}
+        return replace(metrics, validation_loss=loss, validation=further, sample=sample)
+
+    def _save(self) -> None:
+        trainer = self._trainer
+        state = {
+            **asdict(self._progress),
+            "step": trainer.step,
+            "data": trainer.data.fingerprint,
+            "recipe": self._recipe.to_dict(),
+        }
+        checkpoint = Checkpoint(trainer.parameters, trainer.moments, state)
+        save_checkpoint(self._folder, checkpoint, self._write, self._recipe.keep_checkpoints)
+
+    def _in_first_process(self, action: Callable[[], object]) -> None:
+        """Do in the first process what only one may do; if it fails, the others end too."""
+        together(self._trainer.group, action if self._writes else lambda: None)
 
 
 @dataclass
@@ -237,7 +284,7 @@ def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:
 
 
 def _append_metrics(run: Path, metrics: Metrics) -> None:
-    path = run / "metrics.jsonl"
+    path = run / METRICS
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics.to_dict()) + "\n")
@@ -245,23 +292,23 @@ def _append_metrics(run: Path, metrics: Metrics) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _cut_metrics(run: Path, step: int, checkpoint_every: int) -> None:
-    """Drop the lines of steps that will be taken again, or that were not written to the end.
+def _cut_metrics(run: Path, step: int) -> None:
+    """Drop the lines of steps that will be taken again, and a last line that was not written to its end.
 
     Raises:
-        TrainingError: if a run begins where an earlier one, which had got to a checkpoint, left its metrics.
+        TrainingError: if the file holds anything but lines of metrics.
     """
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return
-    try:
-        content = path.read_text(encoding="utf-8")
-        lines = [line for line in content.splitlines() if line.endswith("}")]
-        steps = [int(json.loads(line)["step"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{path} holds no metrics of a run: {error}; name another --output") from error
-    if step == 0 and max(steps, default=0) > checkpoint_every:
-        raise TrainingError(f"{path} holds the metrics of a run whose checkpoints are gone; name another --output")
-    kept = "".join(f"{line}\n" for line, of in zip(lines, steps, strict=True) if step and of <= step)
-    if kept != content:
-        write_file(path, kept, overwrite=True)
+    with output_file(run / METRICS, overwrite=True) as metrics:
+        if not metrics.path.exists():
+            return
+        if step == 0:  # of a run that did not get to a checkpoint
+            metrics.remove()
+            return
+        content = metrics.path.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        try:
+            kept = b"".join(line for line in lines if int(json.loads(line)["step"]) <= step)
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainingError(f"{metrics.name} holds more than the metrics of a run: {error}") from error
+        if kept != content:
+            metrics.write(kept)

@@ -17,6 +17,7 @@ from ..data.batch import Rows
 from ..data.corpus import PACKINGS, Batches, Corpus, validation_rows
 from ..data.text_files import Source
 from ..errors import ConfigError
+from ..files.lock import LockedFolder
 from ..model.openelm import OpenELM, parameter_shapes
 from ..tensors import save_arrays
 from ..tokenizer.files import write_tokenizer
@@ -173,7 +174,7 @@ def pretrain(
     recipe: PretrainRecipe,
     corpus: Corpus,
     tokenizer: Tokenizer,
-    run: Path,
+    run: Path | LockedFolder,
     *,
     resume: bool = False,
     group: mx.distributed.Group | None = None,

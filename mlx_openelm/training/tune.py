@@ -3,11 +3,12 @@
 LoRA, DoRA and full fine-tuning differ in which parameters are trained, likelihood and preferences in the objective.
 """
 
+import filecmp
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from ..data.batch import Batch, Rows
 from ..data.dataset import ExampleOptions, ExampleSet, read_splits
 from ..data.example_batches import ExampleBatches, all_rows
 from ..errors import AdapterError, ConfigError, DataError, OutputError, TokenizerError, TrainingError
-from ..files.output import output_file
+from ..files.lock import LockedFolder
+from ..files.output import OutputFile, move_away, output_file
 from ..loading import dtype_named, load
 from ..machine.device import DTYPES
 from ..model.adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
@@ -148,7 +150,7 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
 
 def tune(
     tuning: Tuning,
-    output: Path,
+    output: Path | LockedFolder,
     *,
     resume: bool = False,
     group: mx.distributed.Group | None = None,
@@ -169,16 +171,21 @@ def tune(
     def write(folder: Path, parameters: Tensors) -> None:
         save_adapter(folder, parameters, tuning.recipe.method, tuning.recipe.adapter, tuning.base)
 
-    with run_lock(output, group):
+    with run_lock(output, group) as run, ExitStack() as claims:
+        published = {}
+        if group.rank() == 0:
+            _move_foreign_away(run.path, on_message)
+            for name in (TENSOR_FILE, CONFIG_FILE):
+                published[name] = claims.enter_context(output_file(run.path / name, overwrite=True))
         try:
             yield from train(
-                trainer, tuning.tokenizer, output, write, resume=resume, on_step=on_step, on_message=on_message
+                trainer, tuning.tokenizer, run, write, resume=resume, on_step=on_step, on_message=on_message
             )
         except BaseException:
-            with suppress(OutputError):  # what ended the run is told
-                _publish(trainer, output)
+            with suppress(OutputError):  # what ended the run is reported
+                _publish(published, run.path)
             raise
-        _publish(trainer, output)
+        _publish(published, run.path)
 
 
 def check_output(run: Path, resume: bool) -> None:
@@ -186,12 +193,7 @@ def check_output(run: Path, resume: bool) -> None:
 
     Raises:
         TrainingError: if another run is there, or none to go on with.
-        OutputError: if it is something else, as a model.
     """
-    if run.exists() and not run.is_dir():
-        raise OutputError(f"{run} is a file; a run is kept in a folder")
-    if (run / "config.json").exists():
-        raise OutputError(f"{run} is a model folder; name another --output")
     if not resume:
         check_fresh(run)
     elif not checkpoint_folders(run):
@@ -246,17 +248,20 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _publish(trainer: Trainer, run: Path) -> None:
+def _move_foreign_away(run: Path, on_message: Callable[[str], None]) -> None:
+    """Give files another name that lie where the adapter will be, unless they are copies of the best checkpoint's."""
+    best = best_checkpoint(run)
+    for path in (run / TENSOR_FILE, run / CONFIG_FILE):
+        if best is not None and path.exists() and not filecmp.cmp(path, best / path.name, shallow=False):
+            place = move_away(path, f"{path.stem}-old{path.suffix}")
+            on_message(f"{path} was changed since the run; it is now {place.name}")
+
+
+def _publish(outputs: Mapping[str, OutputFile], run: Path) -> None:
     """Copy the best adapter to where people look for it."""
-    folder = best_checkpoint(run) if trainer.group.rank() == 0 else None
-    if folder is None:
-        return
-    for name in (TENSOR_FILE, CONFIG_FILE):
-        with (
-            open(folder / name, "rb") as best,
-            output_file(run / name, overwrite=True) as output,
-            output.replaced() as file,
-        ):
+    folder = best_checkpoint(run)
+    for name, output in outputs.items() if folder is not None else ():
+        with open(folder / name, "rb") as best, output.replaced() as file:  # type: ignore[operator]
             shutil.copyfileobj(best, file)
 
 
