@@ -155,8 +155,8 @@ class OutputFolder:
                     flush_entry(self.path)
                 self._found = identity(self.path)
         finally:
-            if own is not None and identity(aside) == own:
-                with suppress(OSError):
+            with suppress(OSError):  # the next process that writes here removes it
+                if own is not None and identity(aside) == own:
                     remove_unfinished(aside)
 
     def _exchange(self, aside: Path) -> None:
@@ -226,14 +226,19 @@ def remove_folder(folder: Path) -> bool:
     """Remove a folder if this package wrote all that is in it and nothing was changed since; whether it was removed.
 
     It disappears at once: a killed process leaves no half of it.
+
+    Raises:
+        OutputError: if the folder cannot be read or renamed.
     """
-    if identity(folder) is None or folder.is_symlink() or any(foreign(folder)):
-        return False
-    with suppress(OSError):
+    with reported(folder):
+        if identity(folder) is None or folder.is_symlink() or any(foreign(folder)):
+            return False
+    with reported(folder):
         gone = aside_name(folder, "old")
         rename_new(folder, gone)
+    with suppress(OSError):  # the next process that locks the folder above does it
         remove_written(gone)
-    return identity(folder) is None
+    return True
 
 
 def move_away(path: Path, name: str) -> Path:
