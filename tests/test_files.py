@@ -546,6 +546,7 @@ class TestAnyOrderOfEvents:
 def _keeps_every_file_of_others(root, operations, exchange):
     (root / "link").symlink_to("m")
     theirs: dict[Path, str] = {}  # what others wrote and the package has to leave alone
+    whole: dict[Path, list] = {}  # what commands have tried to write
     for number, (kind, name, files, overwrite, at, error, killed) in enumerate(operations):
         target = Path(os.path.realpath(root / name))
         if kind == "user writes":
@@ -563,6 +564,11 @@ def _keeps_every_file_of_others(root, operations, exchange):
                 del theirs[path]
         else:
             before = _content(target)
+            if before is None and target.parent.is_dir():
+                with lock(target):  # a command that was killed just before its last rename is finished by the next one
+                    pass
+                before = _content(target)
+                assert before in (None, *whole.get(target, [])), operations
             new = {inner: f"{number} {text}" for inner, text in files.items()} or {"x": str(number)}
             new = {
                 inner: text
@@ -586,6 +592,7 @@ def _keeps_every_file_of_others(root, operations, exchange):
                     done = False
             after = _content(target)
             wanted = f"{number}" if kind == "file" else new
+            whole.setdefault(target, []).append(wanted)
             if after is None and before is not None:
                 with lock(target):  # what a killed process moved away comes back
                     pass

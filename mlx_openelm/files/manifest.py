@@ -34,7 +34,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if os.lstat(folder / MANIFEST).st_size > _LONGEST_MANIFEST:
             return {}
         return dict(json.loads((folder / MANIFEST).read_bytes())["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -140,6 +140,7 @@ def remove_written(folder: Path) -> None:
             os.unlink(path)
     for name in sorted(folders - {Path()}, reverse=True):
         os.rmdir(folder / name)
-    with suppress(FileNotFoundError):  # it was empty
+    left = os.listdir(folder)
+    if left == [MANIFEST]:
         os.unlink(folder / MANIFEST)
-    os.rmdir(folder)
+    os.rmdir(folder)  # fails if anything else is left
