@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlx.core as mx
@@ -139,6 +142,28 @@ def draw(function, what, path):
     """A picture in a file."""
     with output_file(path) as picture:
         function(what, picture)
+
+
+def launched(processes):
+    """The words before a command that start it in several processes, on ports that no other test listens on."""
+    if processes == 1:
+        return []
+    port = _free_ports(processes)
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    return [str(launcher), "-n", str(processes), "--backend", "ring", "--starting-port", str(port), "--"]
+
+
+def _free_ports(count):
+    """The first of some free ports in a row."""
+    while True:
+        first = random.randrange(20_000, 60_000)
+        with ExitStack() as sockets:
+            try:
+                for port in range(first, first + count):
+                    sockets.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return first
 
 
 def killed_at(words, step):

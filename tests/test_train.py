@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from conftest import assert_close, killed_at
+from conftest import assert_close, killed_at, launched
 from mlx_openelm import OpenELMConfig, load
 from mlx_openelm.data.batch import make_batch
 from mlx_openelm.data.corpus import Filters, prepare_corpus
@@ -276,10 +275,7 @@ class TestCommand:
 
     def command(self, files, run, *more, processes=1):
         words = [sys.executable, "-m", "mlx_openelm", "pretrain", "--config", files / "recipe.yaml", "-o", run, *more]
-        if processes > 1:
-            launcher = Path(sys.executable).with_name("mlx.launch")
-            words = [launcher, "-n", processes, "--backend", "ring", "--", *words]
-        return [str(word) for word in words]
+        return [str(word) for word in (*launched(processes), *words)]
 
     def train(self, files, run, *more, **options):
         return subprocess.run(self.command(files, run, *more, **options), capture_output=True, text=True, timeout=120)

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..files.names import resolved
 from ..files.output import output_file
 from .options import Force, examples
+from .processes import join_processes
 from .progress import training_view
 from .terminal import INTERRUPTED, byte_bar, fail, say
 
@@ -60,15 +61,13 @@ def pretrain(
     ] = None,
 ) -> None:
     """Train a model from scratch. Any field of the recipe can be given too, as in --learning-rate 1e-3."""
-    import mlx.core as mx
-
     from ..training.checkpoints import check_fresh, checkpoint_folders, run_lock, together
     from ..training.pretrain import PretrainRecipe, pretrain
 
     recipe = PretrainRecipe.from_file(PretrainRecipe.named(config), _fields(context.args), data_folder)
     if not recipe.data:
         raise ConfigError('no data is named; give --data "stories/*.txt", or `data` in the recipe')
-    group = mx.distributed.init()
+    group = join_processes()
     main = group.rank() == 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
     try:

@@ -15,6 +15,7 @@ from typer import Option
 from ..files.names import resolved
 from ..training.tune_recipe import TuneRecipe
 from .options import Dtype, Json, Model, TokenizerOption, examples
+from .processes import join_processes
 from .progress import training_view
 from .terminal import INTERRUPTED, fail, mib, print_json, say
 
@@ -117,14 +118,12 @@ def tune(
     """
     recipe = _recipe(config, _given(context, config), gradient_checkpointing)
 
-    import mlx.core as mx
-
     from ..training.checkpoints import run_lock, together
     from ..training.memory import tuning_memory
     from ..training.tune import best_checkpoint, check_output, prepare_tuning
     from ..training.tune import tune as run
 
-    group = mx.distributed.init()
+    group = join_processes()
     main = group.rank() == 0
 
     def prepare() -> tuple[Tuning, TuningMemory]:

@@ -1,0 +1,62 @@
+"""The processes of a run that is split over several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import mlx.core as mx
+
+_PATIENCE_SECONDS = 60
+# A process of its own, because MLX lets no thread of this one run while it waits.
+_WATCH = """
+import os, sys, time
+parent, seconds, message = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+end = time.monotonic() + seconds
+while time.monotonic() < end and os.getppid() == parent:
+    time.sleep(min(1, seconds))
+if os.getppid() == parent:
+    print(message, file=sys.stderr, flush=True)
+"""
+
+
+def join_processes(patience_seconds: float = _PATIENCE_SECONDS) -> mx.distributed.Group:
+    """The group of this process and the others that `mlx.launch` started; says so once if it waits long for them."""
+    import mlx.core as mx
+
+    with _watched(patience_seconds):
+        return mx.distributed.init()
+
+
+@contextmanager
+def _watched(patience_seconds: float) -> Iterator[None]:
+    if not (hosts := _hosts()):
+        yield
+        return
+    message = (
+        f"openelm-mlx: process {os.environ.get('MLX_RANK', '?')} has waited for the others for "
+        f"{patience_seconds:g} seconds; they should be at {', '.join(hosts)}"
+    )
+    words = [sys.executable, "-c", _WATCH, str(os.getpid()), str(patience_seconds), message]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL) as watch:
+        try:
+            yield
+        finally:
+            watch.kill()
+
+
+def _hosts() -> list[str]:
+    """Addresses of all processes, as MLX reads them."""
+    try:
+        ranks = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
+        return [", ".join(map(str, addresses)) for addresses in ranks]
+    except (KeyError, OSError, ValueError, TypeError):
+        return []
