@@ -101,7 +101,6 @@ def recipe_of(arguments: argparse.Namespace, variant: str, seed: int) -> Pretrai
 
 def corpus_of(recipe: PretrainRecipe, cache: Path) -> Corpus:
     _, tokenizer = load()
-    assert tokenizer is not None, "the built-in model has a tokenizer"
     return prepare_corpus(recipe.data, tokenizer, Filters(), cache)
 
 

@@ -63,7 +63,6 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = PretrainRecipe.from_file(RECIPES / "tiny.yaml", folder=arguments.data)
     model, tokenizer = load(FOLDER)
-    assert tokenizer is not None, "the built-in model has a tokenizer"
     corpus = prepare_corpus(recipe.data, tokenizer, Filters(), arguments.run / "corpus")
 
     losses: dict[str, list[tuple[float, int]]] = {

@@ -68,7 +68,6 @@ def main() -> None:
 def prepare(folder: Path) -> None:
     """A random layer-wise model with the built-in one's vocabulary, in full and in 4 bits, and texts."""
     tokenizer = load()[1]
-    assert tokenizer is not None, "the built-in model has a tokenizer"
     config = OpenELMConfig.layerwise(6, 384, 64, num_gqa_groups=2, ffn_dim_divisor=64, vocab_size=4096)
     (folder / "model").mkdir()
     parameters = initial_parameters(PretrainRecipe(model=config))

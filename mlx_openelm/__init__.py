@@ -16,7 +16,7 @@ from .generation.prompt_cache import PromptCache
 from .generation.sampling import SamplingConfig
 from .generation.speculative import DraftModel, PromptLookup, speculate_tokens
 from .generation.text import Piece, Stats, generate, stream_generate
-from .loading import load
+from .loading import load, load_model
 from .model.openelm import ContextLengthWarning, OpenELM
 from .quantization import Quantization
 from .tokenizer.tokenizer import Tokenizer
@@ -49,6 +49,7 @@ __all__ = [
     "generate_tokens",
     "kv_cache_bytes",
     "load",
+    "load_model",
     "read_config",
     "speculate_tokens",
     "stream_generate",

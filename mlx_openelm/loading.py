@@ -8,16 +8,15 @@ import mlx.nn as nn
 
 from .config import OpenELMConfig
 from .conversion.adapters.forms import open_adapter
-from .conversion.open import open_source
+from .conversion.open import open_model
 from .conversion.source import Source
-from .errors import ConfigError
+from .errors import ConfigError, TokenizerError
 from .hub import BUILT_IN_MODEL
 from .machine.device import DTYPES, compute_dtype, on_cpu
 from .model.adapters import apply_adapter
 from .model.cpu_layers import quantized_layers
 from .model.openelm import OpenELM
 from .quantization import PackedTensor, Quantization
-from .tokenizer.files import find_tokenizer, has_tokenizer
 from .tokenizer.tokenizer import Tokenizer
 
 
@@ -29,45 +28,54 @@ def load(
     config: str | Path | None = None,
     revision: str | None = None,
     adapter: str | Path | None = None,
-) -> tuple[OpenELM, Tokenizer | None]:
+) -> tuple[OpenELM, Tokenizer]:
     """A model ready to use and its tokenizer.
 
     Args:
         model: a folder or hub id: written by `convert`, from Apple, from the MLX community, or of Apple's MLX port; or
             a CoreNet `.pt` file. By default the small model that comes with the package.
         dtype: to compute in; by default float32 on the CPU, where 16 bits are slow, and elsewhere the stored type.
-        tokenizer: file, folder or hub id of another tokenizer; `"none"` looks for none.
+        tokenizer: file, folder or hub id of another tokenizer.
         config: as for `convert`, where the source does not say it.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub, also of `tokenizer`.
         adapter: folder of an adapter to put on it: of `tune`, mlx-lm or PEFT, or a CoreNet `.pt` file.
 
-    Returns:
-        The network, and `None` for the tokenizer of a folder that was converted with `--tokenizer none`.
+    Raises:
+        TokenizerError: if the model has no tokenizer; `load_model` loads the network alone.
+        OpenELMError: of the kind that fits, if anything is missing, damaged or contradictory.
+    """
+    opened = open_model([model], tokenizer=tokenizer, config=config, revision=revision)
+    if opened.tokenizer is None:
+        raise TokenizerError(
+            f"{model} was converted without a tokenizer; name one (a file, a folder or a hub id), "
+            "or load the network alone"
+        )
+    return _network(opened.source, dtype, adapter), opened.tokenizer
+
+
+def load_model(
+    model: str | Path = BUILT_IN_MODEL,
+    *,
+    dtype: mx.Dtype | None = None,
+    config: str | Path | None = None,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+) -> OpenELM:
+    """A network ready to use, without a tokenizer; see `load`.
 
     Raises:
         OpenELMError: of the kind that fits, if anything is missing, damaged or contradictory.
     """
-    source, text = open_model(model, tokenizer=tokenizer, config=config, revision=revision)
+    opened = open_model([model], tokenizer="none", config=config, revision=revision)
+    return _network(opened.source, dtype, adapter)
+
+
+def _network(source: Source, dtype: mx.Dtype | None, adapter: str | Path | None) -> OpenELM:
     network = load_source(source, dtype)
     if adapter is not None:
         apply_adapter(network, open_adapter(adapter, vocab_size=network.config.vocab_size))
         network.eval()
-    return network, text
-
-
-def open_model(
-    model: str | Path,
-    *,
-    tokenizer: str | Path | None = None,
-    config: str | Path | None = None,
-    revision: str | None = None,
-) -> tuple[Source, Tokenizer | None]:
-    """A model that is still on disk, without rows that only fill its vocabulary up, and its tokenizer; see `load`."""
-    source = open_source([model], config=config, revision=revision)
-    text = _tokenizer(source, tokenizer)
-    if source.named_vocab_size:
-        source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
-    return source, text
+    return network
 
 
 def dtype_named(name: str) -> mx.Dtype | None:
@@ -123,10 +131,3 @@ def assemble(
     model.load_weights(list(arrays.items()))
     model.eval()
     return model
-
-
-def _tokenizer(source: Source, requested: str | Path | None) -> Tokenizer | None:
-    if requested == "none" or (requested is None and source.is_converted and not has_tokenizer(source.folder)):
-        return None
-    wanted = None if requested is None else str(requested)
-    return find_tokenizer(wanted, source.folder, source.config.vocab_size, chat=source.is_chat)[0]

@@ -13,13 +13,13 @@ from pathlib import Path
 import mlx.core as mx
 
 from .conversion.adapters.forms import open_adapter
-from .conversion.open import open_source
+from .conversion.open import open_model, open_source
 from .conversion.source import Source, Tensor
 from .conversion.write.folder import write_model
 from .errors import AdapterError
 from .evaluation.divergence import divergences
 from .files.output import OutputFolder, output_folder
-from .loading import dtype_named, load_source, open_model
+from .loading import dtype_named, load_source
 from .model.adapters import SavedAdapter, check_adapter
 from .model.lora import EMBEDDING, MAGNITUDE
 from .model.openelm import parameter_shapes
@@ -70,7 +70,7 @@ def merge_folder(
         OpenELMError: of the kind that fits; nothing is written then.
     """
     with output_folder(folder, overwrite=force) as output:
-        source, text = open_model(model, tokenizer=tokenizer, config=config, revision=revision)
+        source, text, *_ = open_model([model], tokenizer=tokenizer, config=config, revision=revision)
         found = open_adapter(adapter, vocab_size=source.config.vocab_size)
         output.protect(source.folder, model, adapter, tokenizer, config)
 

@@ -16,10 +16,17 @@ from test_model import corenet_name
 from test_quantize import EVERY_QUANTIZATION
 
 from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model, write_folder
-from mlx_openelm import OpenELMError, Quantization, convert, load
+from mlx_openelm import OpenELMError, Quantization, convert, load, load_model
 from mlx_openelm.conversion.open import open_source
 from mlx_openelm.conversion.write import folder as output
-from mlx_openelm.errors import ConfigError, DiskSpaceError, OutputExistsError, SourceError, WeightsError
+from mlx_openelm.errors import (
+    ConfigError,
+    DiskSpaceError,
+    OutputExistsError,
+    SourceError,
+    TokenizerError,
+    WeightsError,
+)
 from mlx_openelm.quantization import PackedTensor
 from mlx_openelm.tensors import read_safetensors
 from torch_writer import Tensor, save
@@ -86,6 +93,11 @@ class TestEverySourceLeadsToTheSameTensors:
         index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
         assert len(set(index["weight_map"].values())) > 2
         assert not (tmp_path / "sharded" / "model.safetensors").exists()
+        sizes = {name: array.nbytes for name, array in tree_flatten(tiny_model.parameters())}
+        for shard in set(index["weight_map"].values()):
+            held = [sizes[name] for name, place in index["weight_map"].items() if place == shard]
+            assert sum(held) <= 300_000 or len(held) == 1
+        assert index["metadata"]["total_size"] == sum(sizes.values())
         monkeypatch.undo()
         convert(tmp_path / "sharded", tmp_path / "out", dtype="float32")
         self.check(tmp_path / "out", tiny_model)
@@ -208,8 +220,7 @@ class TestQuantizing:
         for name, tensor in tensors.items():
             is_left = len(tensor.shape) == 2 and not isinstance(tensor, PackedTensor)
             assert is_left == (name in result.not_quantized)
-        model, _ = load(tmp_path / "out")
-        assert mx.all(mx.isfinite(model(TOKENS))).item()
+        assert mx.all(mx.isfinite(load_model(tmp_path / "out")(TOKENS))).item()
 
     def test_the_same_again_changes_nothing(self, tmp_path, tiny_folder):
         convert(tiny_folder, tmp_path / "one", quantize=4)
@@ -243,7 +254,7 @@ class TestQuantizing:
 
 
 @pytest.fixture(scope="session")
-def load_model():
+def load_with_mlx_lm():
     return pytest.importorskip("mlx_lm.utils").load_model
 
 
@@ -252,19 +263,19 @@ class TestStockMLXLM:
 
     @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
     @pytest.mark.parametrize("quantization", [None, *EVERY_QUANTIZATION], ids=str)
-    def test_logits(self, tmp_path, tiny_config, load_model, quantization, tied):
+    def test_logits(self, tmp_path, tiny_config, load_with_mlx_lm, quantization, tied):
         model = random_model(replace(tiny_config, share_input_output_layers=tied))
         folder = write_folder(tmp_path / "in", model)
         q = quantization
         arguments = {"quantize": q.bits, "group_size": q.group_size, "mode": q.mode} if q else {}
         convert(folder, tmp_path / "out", dtype="float32", tokenizer="none", **arguments)
         ours, _ = load(tmp_path / "out", dtype=mx.float32)
-        stock, _ = load_model(tmp_path / "out")
+        stock, _ = load_with_mlx_lm(tmp_path / "out")
         assert_close(ours(TOKENS), stock(TOKENS), 2e-5)
 
-    def test_golden_logits(self, tmp_path, load_model):
+    def test_golden_logits(self, tmp_path, load_with_mlx_lm):
         convert(GOLDEN / "tied_gqa2/corenet_checkpoint.pt", tmp_path / "out", dtype="float32", tokenizer="none")
-        stock, _ = load_model(tmp_path / "out")
+        stock, _ = load_with_mlx_lm(tmp_path / "out")
         expected = mx.load(str(GOLDEN / "tied_gqa2" / "expected.safetensors"))
         assert_close(stock(expected["input_ids"]), expected["logits"], 2e-5)
 
@@ -296,11 +307,34 @@ class TestFolder:
         assert "openelm-mlx convert tiny --quantize 4" in card
         assert str(tmp_path) not in card
 
-    def test_without_a_tokenizer_load_gives_none(self, tmp_path, tiny_folder):
+    def test_without_a_tokenizer_the_network_alone_is_loaded(self, tmp_path, tiny_folder):
         convert(tiny_folder, tmp_path / "out", tokenizer="none")
-        assert load(tmp_path / "out")[1] is None
+        with pytest.raises(TokenizerError, match="without a tokenizer"):
+            load(tmp_path / "out")
+        assert load_model(tmp_path / "out").config.vocab_size == 400
         convert(tmp_path / "out", tmp_path / "again")
-        assert load(tmp_path / "again")[1] is None
+        assert not (tmp_path / "again" / "tokenizer.model").exists()
+
+    def test_the_card_gives_every_argument_that_decides_what_is_written(
+        self, tmp_path, tiny_folder, tiny_model, tokenizer_path
+    ):
+        checkpoint = corenet_file(tmp_path / "a.pt", tiny_model, padding=112)
+        convert(
+            checkpoint,
+            tmp_path / "out",
+            config=tiny_folder / "config.json",
+            tokenizer=tokenizer_path,
+            keep_padding=True,
+            revision="v1",
+            dtype="float16",
+            quantize=4,
+            group_size=32,
+        )
+        command = (tmp_path / "out" / "README.md").read_text().split("```")[1].strip()
+        assert command == (
+            "openelm-mlx convert a.pt --quantize 4 --group-size 32 --dtype float16 --config config.json "
+            "--tokenizer tokenizer.model --keep-padding --revision v1"
+        )
 
     def test_existing_output_is_kept_without_force(self, tmp_path, tiny_folder):
         convert(tiny_folder, tmp_path / "out")

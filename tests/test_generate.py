@@ -8,7 +8,7 @@ from conftest import random_model
 from mlx_openelm import Chat, SamplingConfig, generate, generate_tokens, stream_generate
 from mlx_openelm.errors import PromptError, TokenizerError
 from mlx_openelm.generation.engine import Step
-from mlx_openelm.generation.text import StopWatch
+from mlx_openelm.generation.text import Stats, StopWatch
 
 PROMPT = "Once upon a time"
 
@@ -119,11 +119,6 @@ def test_nothing_to_do_is_refused(tiny_model, tokenizer, prompt, max_tokens):
         generate(tiny_model, tokenizer, prompt, max_tokens=max_tokens)
 
 
-def test_a_missing_tokenizer_is_named(tiny_model):
-    with pytest.raises(TokenizerError, match="--tokenizer"):
-        generate(tiny_model, None, PROMPT)
-
-
 class TestChat:
     def answer(self, chat, text):
         return "".join(piece.text for piece in chat.reply(text))
@@ -191,3 +186,10 @@ def test_float16_and_quantized_models_generate(tiny_folder, tmp_path, tokenizer)
         model, text = load(tmp_path / "out", dtype=dtype)
         assert model(mx.array([[1]])).dtype == dtype
         assert len(list(stream_generate(model, text, PROMPT, max_tokens=3))) <= 3
+
+
+def test_speeds_count_what_was_computed_in_the_time_that_it_took():
+    stats = Stats(100, 21, prefill_seconds=2.0, decode_seconds=4.0, peak_memory_bytes=0, reused_tokens=90)
+    assert stats.prefill_tokens_per_second == 5  # 90 of the 100 were there already
+    assert stats.decode_tokens_per_second == 5  # the first of the 21 came with the prompt
+    assert Stats(1, 1, 0.0, 0.0, 0).decode_tokens_per_second == 0

@@ -162,7 +162,7 @@ def _networks(
     from ..benchmark.models import random_network
     from ..config import OpenELMConfig
     from ..hub import BUILT_IN_MODEL
-    from ..loading import dtype_named, load
+    from ..loading import dtype_named, load_model
     from ..machine.device import compute_dtype
     from ..quantization import Quantization
 
@@ -177,7 +177,7 @@ def _networks(
 
     def networks() -> Iterator[tuple[str, OpenELM]]:
         for name in models or ([] if sizes else [BUILT_IN_MODEL]):
-            yield Path(name).name, load(name, dtype=chosen, adapter=adapter, revision=revision)[0]
+            yield Path(name).name, load_model(name, dtype=chosen, adapter=adapter, revision=revision)
         for size, quantization in product(sizes, quantizations):
             yield size, random_network(configs[size], chosen or compute_dtype(mx.bfloat16), quantization)
 

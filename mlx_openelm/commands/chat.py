@@ -13,7 +13,8 @@ from ..files.output import output_file
 from ..generation.chat import Chat
 from ..generation.sampling import SamplingConfig
 from ..hub import BUILT_IN_MODEL
-from .generate import load_for_text, open_prompt_cache, print_stats
+from ..loading import dtype_named, load
+from .generate import open_prompt_cache, print_stats
 from .options import (
     Adapter,
     Dtype,
@@ -73,7 +74,7 @@ def chat(
         cache_file = context.with_resource(output_file(prompt_cache, overwrite=True))  # before the model is loaded
         for number in (signal.SIGTERM, signal.SIGHUP):  # whatever ends a chat, its keys and values are kept
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    network, tokens = load_for_text(model, dtype, tokenizer, revision, adapter)
+    network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     with open_prompt_cache(network, cache_file, CacheConfig(kv_bits, kv_start, kv_window, kv_sinks)) as cache:
         options: dict[str, Any] = {"sampling": sampling, "max_tokens": max_tokens, "stop": stop or (), "cache": cache}
         _talk(Chat(network, tokens, system=system, **options))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..cache.config import CacheConfig
+from ..conversion.open import open_model
 from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
 from ..files.output import OutputFile, output_file
 from ..generation.batch import BATCH_SIZE, generate_batch
@@ -20,7 +21,7 @@ from ..generation.sampling import SamplingConfig
 from ..generation.speculative import Drafter, DraftModel, PromptLookup
 from ..generation.text import Generation, Stats, stream_generate
 from ..hub import BUILT_IN_MODEL
-from ..loading import dtype_named, load
+from ..loading import dtype_named, load, load_source
 from ..model.openelm import OpenELM
 from ..tokenizer.tokenizer import Tokenizer
 from .options import (
@@ -126,7 +127,7 @@ def generate(
     cache_file = context.with_resource(output_file(prompt_cache, overwrite=True)) if prompt_cache else None
     for claimed in filter(None, (answers, cache_file)):
         claimed.protect(prompts)
-    network, tokens = load_for_text(model, dtype, tokenizer, revision, adapter)
+    network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     chat = tokens.has_chat_template if chat is None else chat
     if system is not None and not chat:
         raise PromptError("--system needs a model with a chat template, and no --raw")
@@ -169,16 +170,6 @@ def generate(
             print_stats(result.stats)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def load_for_text(
-    model: str, dtype: str, tokenizer: str | None, revision: str | None, adapter: str | None
-) -> tuple[OpenELM, Tokenizer]:
-    """Network and tokenizer; going without one is an error here, where there is text to read."""
-    network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
-    if tokens is None:
-        raise TokenizerError(f"{model} was converted without a tokenizer; give one with --tokenizer FILE_OR_REPO")
-    return network, tokens
 
 
 @contextmanager
@@ -239,10 +230,10 @@ def _check_options(
 def _drafter(draft: str | None, prompt_lookup: int, dtype: str, tokenizer: Tokenizer) -> Drafter | None:
     if draft is None:
         return PromptLookup(prompt_lookup) if prompt_lookup else None
-    network, own = load(draft, dtype=dtype_named(dtype))
-    if own is not None and own.vocab_hash() != tokenizer.vocab_hash():
+    opened = open_model([draft])
+    if opened.tokenizer is not None and opened.tokenizer.vocab_hash() != tokenizer.vocab_hash():
         raise TokenizerError(f"{draft} has another vocabulary than the model that it should guess for")
-    return DraftModel(network)
+    return DraftModel(load_source(opened.source, dtype_named(dtype)))
 
 
 def _answer_file(

@@ -15,10 +15,8 @@ from ..model.adapters import about_base, check_adapter, write_adapter
 from ..model.openelm import parameter_shapes
 from ..quantization import PackedTensor, Quantization, pack
 from ..tensors import LazyTensor, checked_cast
-from ..tokenizer.files import find_tokenizer, has_tokenizer, write_tokenizer
-from ..tokenizer.tokenizer import Tokenizer
-from .adapters.common import with_vocabulary
-from .open import TORCH_SUFFIXES, open_with_adapter
+from ..tokenizer.files import write_tokenizer
+from .open import TORCH_SUFFIXES, open_model
 from .source import Source, Tensor
 from .write.folder import write_model
 from .write.model_card import model_card
@@ -91,16 +89,12 @@ def convert(
         raise ConfigError(f"{dtype!r} is not a type of weights; there are auto, {', '.join(DTYPES)}")
     folder = Path(output).expanduser() if output is not None else _default_output(sources)
     with output_folder(folder, overwrite=force) as place:
-        found, adapter = open_with_adapter(sources, config=config, revision=revision, alpha=alpha)
-        text, tokenizer_origin = _tokenizer_of(found, tokenizer, revision)
+        found, text, tokenizer_origin, adapter = open_model(
+            sources, tokenizer=tokenizer, config=config, revision=revision, alpha=alpha, keep_padding=keep_padding
+        )
         place.protect(*sources, config, found.folder, text.path if text else None)
-        if found.named_vocab_size and not keep_padding:
-            found = found.with_vocabulary(text.vocab_size if text else found.named_vocab_size)
-
         if adapter is not None:
-            adapter = replace(
-                with_vocabulary(adapter, found.config.vocab_size), base=about_base(folder.name, found.config)
-            )
+            adapter = replace(adapter, base=about_base(folder.name, found.config))
             check_adapter(adapter, parameter_shapes(found.config))
 
         target_dtype = _target_dtype(dtype, found)
@@ -111,7 +105,9 @@ def convert(
         result = _summary(folder, found, tensors, target_dtype, tokenizer_origin)
         if adapter is not None:
             result = replace(result, adapter=folder / ADAPTER_FOLDER)
-        command = _command(sources, quantize, group_size, mode, dequantize, dtype, config, alpha)
+        command = _command(
+            sources, quantize, group_size, mode, dequantize, dtype, config, tokenizer, keep_padding, revision, alpha
+        )
 
         def add_files(staging: Path) -> None:
             (staging / "README.md").write_text(model_card(result, found, command), encoding="utf-8")
@@ -148,20 +144,6 @@ def _default_output(sources: Sequence[str | Path]) -> Path:
     """The source's name in the current folder."""
     name = Path(str(sources[0]).rstrip("/")).name
     return Path(Path(name).stem if name.endswith(TORCH_SUFFIXES) else name or "OpenELM")
-
-
-def _tokenizer_of(
-    source: Source, requested: str | Path | None, revision: str | None
-) -> tuple[Tokenizer | None, str | None]:
-    if requested == "none" or (requested is None and source.is_converted and not has_tokenizer(source.folder)):
-        return None, None
-    return find_tokenizer(
-        None if requested is None else str(requested),
-        source.folder,
-        source.config.vocab_size,
-        chat=source.is_chat,
-        revision=revision if requested is not None else None,
-    )
 
 
 def _target_dtype(requested: str, source: Source) -> mx.Dtype:
@@ -224,15 +206,26 @@ def _command(
     dequantize: bool,
     dtype: str,
     config: str | Path | None,
+    tokenizer: str | Path | None,
+    keep_padding: bool,
+    revision: str | None,
     alpha: float | None,
 ) -> str:
     """The command line that does the same, without folders of the machine it ran on."""
-    words = ["openelm-mlx", "convert", *(str(s) if not Path(s).exists() else Path(s).name for s in sources)]
+    words = ["openelm-mlx", "convert", *map(_without_folder, sources)]
     words += [] if bits is None else ["--quantize", str(bits)]
     words += [] if group_size is None else ["--group-size", str(group_size)]
     words += [] if mode is None else ["--mode", mode]
     words += ["--dequantize"] if dequantize else []
     words += [] if dtype == "auto" else ["--dtype", dtype]
     words += [] if config is None else ["--config", Path(config).name]
+    words += [] if tokenizer is None else ["--tokenizer", _without_folder(tokenizer)]
+    words += ["--keep-padding"] if keep_padding else []
+    words += [] if revision is None else ["--revision", revision]
     words += [] if alpha is None else ["--alpha", f"{alpha:g}"]
     return shlex.join(words)
+
+
+def _without_folder(source: str | Path) -> str:
+    """A hub id as it is, of a path its name alone."""
+    return Path(source).resolve().name if Path(source).exists() else str(source)

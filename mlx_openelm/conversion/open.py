@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import ConfigError, SourceError
 from ..hub import model_folder
 from ..model.adapters import SavedAdapter
+from ..tokenizer.files import find_tokenizer, has_tokenizer
+from ..tokenizer.tokenizer import Tokenizer
+from .adapters.common import with_vocabulary
 from .adapters.corenet import read_fine_tuned
 from .average import average
 from .read.config import read_config
@@ -41,23 +45,65 @@ def open_source(
     return read_huggingface(folder, named)
 
 
-def open_with_adapter(
+class OpenedModel(NamedTuple):
+    """A model that is still on disk, with what belongs to it."""
+
+    source: Source
+    tokenizer: Tokenizer | None
+    tokenizer_origin: str | None  # where it came from, in words
+    adapter: SavedAdapter | None  # of a CoreNet fine-tuning checkpoint
+
+
+def open_model(
     sources: Sequence[str | Path],
     *,
+    tokenizer: str | Path | None = None,
     config: str | Path | None = None,
     revision: str | None = None,
     alpha: float | None = None,
-) -> tuple[Source, SavedAdapter | None]:
-    """A model in any form, and of a CoreNet fine-tuning checkpoint the adapter beside it.
+    keep_padding: bool = False,
+) -> OpenedModel:
+    """A model in any form with its tokenizer, ready to be read; of several, their average.
 
     Args:
-        alpha: of that adapter.
+        tokenizer: file, folder or hub id; `"none"` looks for none.
+        config: where the source does not say it: a preset, a CoreNet YAML file or a `config.json`.
+        revision: branch, tag or commit on the hub, of the model, and of `tokenizer` where that is a hub id.
+        alpha: of the adapter in a fine-tuning checkpoint.
+        keep_padding: keep the rows that only fill up CoreNet's vocabulary.
     Raises:
-        OpenELMError: as for `open_source`.
+        OpenELMError: of the kind that fits, if something is missing, damaged or contradictory.
     """
+    source, adapter = _open(sources, config, revision, alpha)
+    text, origin = _tokenizer_of(source, tokenizer, revision)
+    if source.named_vocab_size and not keep_padding:
+        source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
+    if adapter is not None:
+        adapter = with_vocabulary(adapter, source.config.vocab_size)
+    return OpenedModel(source, text, origin, adapter)
+
+
+def _open(
+    sources: Sequence[str | Path], config: str | Path | None, revision: str | None, alpha: float | None
+) -> tuple[Source, SavedAdapter | None]:
+    """A model, and of a CoreNet fine-tuning checkpoint the adapter beside it."""
     path = Path(sources[0]).expanduser() if len(sources) == 1 else Path()
     if path.suffix in TORCH_SUFFIXES and path.is_file() and holds_adapter(checkpoint_tensors(path)):
         return read_fine_tuned(path, config, alpha)
     if alpha is not None:
         raise ConfigError("--alpha belongs to a fine-tuning checkpoint of CoreNet, and no adapter is in this source")
     return open_source(sources, config=config, revision=revision), None
+
+
+def _tokenizer_of(
+    source: Source, requested: str | Path | None, revision: str | None
+) -> tuple[Tokenizer | None, str | None]:
+    if requested == "none" or (requested is None and source.is_converted and not has_tokenizer(source.folder)):
+        return None, None
+    return find_tokenizer(
+        None if requested is None else str(requested),
+        source.folder,
+        source.config.vocab_size,
+        chat=source.is_chat,
+        revision=revision if requested is not None else None,
+    )

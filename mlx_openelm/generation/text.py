@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from ..errors import PromptError, TokenizerError
+from ..errors import PromptError
 from ..machine.device import peak_memory_bytes, wired_memory
 from ..model.openelm import OpenELM
 from ..tokenizer.tokenizer import Tokenizer
@@ -127,8 +127,6 @@ def stream_generate(
         MemoryLimitError: if the prompt does not fit into memory.
         CacheError: if there is a drafter and the cache keeps a window.
     """
-    if tokenizer is None:
-        raise TokenizerError("this model was converted without a tokenizer; give one with --tokenizer FILE_OR_REPO")
     check_request(prompt, max_tokens)
     tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     cache = cache if cache is not None else PromptCache(model)

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from ..data.batch import Batch, Rows
 from ..data.dataset import ExampleOptions, ExampleSet, read_splits
 from ..data.example_batches import ExampleBatches, all_rows
-from ..errors import AdapterError, ConfigError, DataError, OutputError, TokenizerError, TrainingError
+from ..errors import AdapterError, ConfigError, DataError, OutputError, TrainingError
 from ..files.lock import LockedFolder
 from ..files.output import OutputFile, move_away, output_file
 from ..loading import dtype_named, load
@@ -110,8 +110,6 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     if not recipe.data:
         raise DataError("no data is named; give --data FILE_OR_DIR, or `data` in the recipe")
     model, tokenizer = load(recipe.model, dtype=dtype_named(recipe.dtype), tokenizer=recipe.tokenizer or None)
-    if tokenizer is None:
-        raise TokenizerError(f"{recipe.model} was converted without a tokenizer; give one with --tokenizer")
     context = model.config.max_context_length
     if recipe.max_length > context:
         raise ConfigError(f"max_length is {recipe.max_length} and the model's context {context}")
