@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,30 @@ def test_an_epoch_sees_every_token_once(corpus, packing):
         assert counts.min() >= 0
         assert counts.sum() == missing
     assert not np.array_equal(*np.split(seen, 2))  # another order
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents", "rows"])
+def test_each_epoch_has_an_order_of_its_own(tmp_path, tokenizer, packing):
+    """Which documents follow one another, told by the ends of one and the beginning of the next."""
+    source = write(tmp_path / "a.txt", [f"{n} fox {n}" for n in range(40)])
+    corpus = prepare_corpus([source], tokenizer, Filters(validation_share=0), tmp_path / "cache")
+    (file,) = corpus.train
+    per_epoch = file.num_documents if packing == "rows" else (file.num_tokens - 1) // 16
+    batches = Batches(corpus, per_epoch, 16, packing, seed=0)
+
+    def neighbours(epoch):
+        rows = batches.step(epoch)
+        if packing == "rows":
+            starts = [row[:5].tobytes() for row in rows.tokens]
+            assert len(set(starts)) == file.num_documents
+            return set(pairwise(starts))
+        ends = [(row, int(place)) for row in rows.tokens for place in np.flatnonzero(row[4:12] == 1) + 4]
+        return {row[place - 4 : place + 5].tobytes() for row, place in ends}
+
+    first, again, second = neighbours(0), neighbours(0), neighbours(1)
+    assert len(first) > 10
+    assert first == again
+    assert len(first & second) < len(first) / 2
 
 
 def test_rows_follow_one_another_within_documents(corpus):

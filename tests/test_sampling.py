@@ -67,6 +67,24 @@ def test_frequencies_follow_the_tempered_probabilities(temperature):
     assert np.abs(found - expected).max() < 4 * math.sqrt(0.25 / count)
 
 
+@pytest.mark.parametrize("cut", [{"top_p": 0.65}, {"min_p": 0.3}], ids=["top_p", "min_p"])
+def test_cuts_are_those_of_the_tempered_probabilities(cut):
+    """As in Hugging Face's code: 0.7, 0.2 and 0.1 are 0.52, 0.28 and 0.20 at temperature 2; mlx-lm cuts before it."""
+    logits = mx.log(mx.array([0.7, 0.2, 0.1]))
+
+    def drawn(temperature):
+        sampler = Sampler(SamplingConfig(temperature=temperature, seed=0, **cut))
+        state = sampler.start(mx.array([0]))
+        found = set()
+        for _ in range(60):
+            token, _, state = sampler.choose(logits, state)
+            found.add(token.item())
+        return found
+
+    assert drawn(1.0) == {0}
+    assert drawn(2.0) == ({0, 1} if "top_p" in cut else {0, 1, 2})
+
+
 def test_the_same_seed_draws_the_same():
     config = SamplingConfig(temperature=1.0, seed=7)
     assert draw(config, 50) == draw(config, 50)

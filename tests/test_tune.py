@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from conftest import assert_close, killed_at, random_model, refused, run, write_folder
+from conftest import assert_close, killed_at, launched, random_model, refused, run, write_folder
 from mlx_openelm import OpenELMConfig, load
 from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingError
 from mlx_openelm.training import trainer as trainer_module
@@ -291,6 +291,14 @@ def test_the_adapter_that_is_kept_is_the_best(tmp_path, recipe, monkeypatch):
     assert all(mx.array_equal(kept[name], best[name]) for name in best)
 
 
+def test_a_better_loss_begins_the_count_of_early_stop_anew(tmp_path, recipe, monkeypatch):
+    losses = [5.0, 4.0, 4.5, 3.0, 3.5, 2.0, 2.5, 2.6, 9.0]
+    found = iter(losses)
+    monkeypatch.setattr(trainer_module.Trainer, "validation", lambda trainer: {"loss": next(found), "z_loss": 0.0})
+    metrics = tuned(replace(recipe, validate_every=1, early_stop=2), tmp_path / "run")
+    assert [m.validation_loss for m in metrics] == losses[:8]
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recipe, files, monkeypatch):
     steps = tune(prepare_tuning(recipe), tmp_path / "run")
     for _ in range(5):
@@ -397,9 +405,7 @@ class TestCommand:
     def words(self, files, run, *more, processes=1):
         words = [sys.executable, "-m", "mlx_openelm", "tune", "-m", files / "model", "-d", files / "answers.jsonl"]
         words += ["--validation", files / "valid.jsonl", "-o", run, "--config", files / "recipe.yaml", *more]
-        if processes > 1:
-            words = [Path(sys.executable).with_name("mlx.launch"), "-n", processes, "--backend", "ring", "--", *words]
-        return [str(word) for word in words]
+        return [str(word) for word in (*launched(processes), *words)]
 
     @pytest.fixture(autouse=True)
     def written_recipe(self, files):
