@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from common import in_turn, report, summary
 
-from mlx_openelm import CacheConfig, OpenELM, OpenELMConfig, generate_tokens, load
+from mlx_openelm import CacheConfig, OpenELM, OpenELMConfig, generate_tokens, load_model
 from mlx_openelm.benchmark.models import Contestant, Ours, Peer, random_network
 
 LENGTHS = (5, 120, 17, 64, 9, 90, 33, 48)
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--large-tokens", type=int, default=24, help="tokens of the large model, which takes long")
     arguments = parser.parse_args()
     networks: dict[str, tuple[Callable[[], OpenELM], int]] = {
-        "openelm-tiny": (lambda: load()[0], arguments.tokens),
+        "openelm-tiny": (lambda: load_model(), arguments.tokens),
         "16 narrow layers": (lambda: random_network(NARROW, mx.float32), arguments.tokens),
         "270M, float32": (lambda: random_network(OpenELMConfig.preset("270M"), mx.float32), arguments.large_tokens),
     }

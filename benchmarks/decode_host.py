@@ -19,9 +19,9 @@ import mlx.core as mx
 from common import in_turn, report, summary, write_random_model
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model
+from mlx_lm.utils import load_model as load_with_mlx_lm
 
-from mlx_openelm import OpenELMConfig, SamplingConfig, generate_tokens, load
+from mlx_openelm import OpenELMConfig, SamplingConfig, generate_tokens, load_model
 from mlx_openelm.generation.engine import DecodeStep
 from mlx_openelm.generation.sampling import Sampler
 
@@ -36,8 +36,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(Path(folder), CONFIG)
-        model, _ = load(folder, tokenizer="none")
-        peer, _ = load_model(Path(folder))
+        model = load_model(folder)
+        peer, _ = load_with_mlx_lm(Path(folder))
     mx.eval(peer.parameters())
 
     def ours(compiled: bool) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from common import RESULTS, machine
 from ngram import KneserNey
 
-from mlx_openelm import OpenELM, SamplingConfig, Tokenizer, generate, load
+from mlx_openelm import OpenELM, SamplingConfig, Tokenizer, generate, load, load_model
 from mlx_openelm.data.corpus import Corpus, Filters, TokenFile, prepare_corpus, validation_rows
 from mlx_openelm.hub import BUILT_IN_MODEL, model_folder
 from mlx_openelm.training.pretrain import RECIPES, PretrainRecipe
@@ -66,7 +66,7 @@ def main() -> None:
     corpus = prepare_corpus(recipe.data, tokenizer, Filters(), arguments.run / "corpus")
 
     losses: dict[str, list[tuple[float, int]]] = {
-        "openelm-tiny, float32": network_losses(load(arguments.full)[0], recipe, corpus.validation),
+        "openelm-tiny, float32": network_losses(load_model(arguments.full), recipe, corpus.validation),
         "openelm-tiny, 8 bits": network_losses(model, recipe, corpus.validation),
         "5-gram, modified Kneser-Ney": ngram_losses(recipe, corpus.train, corpus.validation),
     }

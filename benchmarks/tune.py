@@ -21,7 +21,7 @@ import mlx.optimizers
 import numpy as np
 from common import in_turn, report, summary, write_random_model
 
-from mlx_openelm import OpenELMConfig, load
+from mlx_openelm import OpenELMConfig, load_model
 from mlx_openelm.data.batch import Rows
 from mlx_openelm.model.adapters import about_base, read_tensors, save_adapter
 from mlx_openelm.model.lora import adapter_parameters, add_adapter
@@ -101,7 +101,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     )
     (folder / "model").mkdir()
     write_random_model(folder / "model", config)
-    model, _ = load(folder / "model", tokenizer="none")
+    model = load_model(folder / "model")
     assert RECIPE.adapter is not None, "the recipe is of an adapter"
     add_adapter(model, RECIPE.adapter)
     (folder / "adapter").mkdir()
@@ -138,7 +138,7 @@ def ours(arguments: argparse.Namespace, folder: Path, checkpointing: bool) -> di
     from dataclasses import replace
 
     recipe = replace(RECIPE, recompute_layers=checkpointing)
-    model, _ = load(folder / "model", tokenizer="none", adapter=folder / "adapter")
+    model = load_model(folder / "model", adapter=folder / "adapter")
     set_parameters(model, mx.float32, read_tensors(folder / "adapter" / "adapters.safetensors"))
     trainer = Trainer(recipe, model, adapter_parameters(model), Data(), Likelihood())
     losses, times = [], []

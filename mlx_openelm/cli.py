@@ -1,16 +1,17 @@
 """The command line: flags to one library call to text."""
 
 import os
+import re
 import sys
 import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from .commands import bench, chat, convert, design, generate, inspect, merge, pretrain, tune
-from .commands.terminal import INTERRUPTED, fail, say
-from .errors import OpenELMError
-from .version import __version__
+from mlx_openelm.commands import bench, chat, convert, design, generate, inspect, merge, pretrain, tune
+from mlx_openelm.commands.terminal import INTERRUPTED, fail, say, speak_flags
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.version import __version__
 
 # Typer brings its own copy of Click or uses the installed one, as its version goes; these are those of either.
 _UsageError: type[Any]
@@ -59,8 +60,27 @@ app.command("info", epilog=inspect.EXAMPLES)(inspect.info)
 app.command("doctor")(inspect.doctor)
 
 
+_PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
+
+
+def as_flags(message: str) -> str:
+    """A message of the library, which names parameters (`force`, `dtype=bfloat16`), with flags for them.
+
+    A name that is no parameter of any command stays as it is.
+    """
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    options = {parameter.name: parameter.opts for command in commands for parameter in command.params}
+
+    def flag(match: re.Match[str]) -> str:
+        found = [option for option in options.get(match[1], ()) if option.startswith("--")]
+        return " ".join(filter(None, (found[0], match[2]))) if found else match[0]
+
+    return _PARAMETER.sub(flag, message)
+
+
 def main() -> NoReturn:
     """Run the command line: a user's mistake is one line on stderr and status 2."""
+    speak_flags(as_flags)
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     arguments = sys.argv[1:]
     try:

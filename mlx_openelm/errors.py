@@ -76,7 +76,7 @@ class OutputExistsError(OutputError):
     """Something already stands where the result should go."""
 
     def __init__(self, path: Path):
-        super().__init__(f"{path} exists already; --force replaces it, --output names another place")
+        super().__init__(f"{path} already exists; use `force` to replace it, or choose another `output`")
 
 
 class OutputLockedError(OutputError):
@@ -84,9 +84,9 @@ class OutputLockedError(OutputError):
 
     def __init__(self, path: Path, process: int | None):
         who = f"process {process}" if process else "another process"
-        remedy = "wait until it has finished, or choose another output"
+        remedy = "wait until it has finished, or choose another `output`"
         if process == os.getpid():
-            who, remedy = "this process", "end what writes there first, or name another output"
+            who, remedy = "this process", "finish that first, or choose another `output`"
         super().__init__(f"{who} is writing {path}; {remedy}")
 
 
@@ -96,7 +96,7 @@ class DiskSpaceError(OutputError):
     def __init__(self, path: Path, needed_bytes: int, free_bytes: int):
         super().__init__(
             f"{path} needs {needed_bytes / 2**20:,.0f} MiB and the disk has {free_bytes / 2**20:,.0f} MiB free; "
-            "free some space or give --output on another disk"
+            "free some space, or choose an `output` on another disk"
         )
 
 

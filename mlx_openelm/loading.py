@@ -47,8 +47,8 @@ def load(
     opened = open_model([model], tokenizer=tokenizer, config=config, revision=revision)
     if opened.tokenizer is None:
         raise TokenizerError(
-            f"{model} was converted without a tokenizer; name one (a file, a folder or a hub id), "
-            "or load the network alone"
+            f"{model} has no tokenizer; set `tokenizer` to a file, a folder or a hub id, "
+            "or load the network alone with load_model"
         )
     return _network(opened.source, dtype, adapter), opened.tokenizer
 

@@ -129,7 +129,7 @@ def checked_cast(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
     """
     result = array.astype(dtype)
     if dtype == mx.float16 and array.dtype != dtype and not mx.all(mx.isfinite(result)).item():
-        raise WeightsError(f"{name} holds values beyond the range of float16; use --dtype bfloat16")
+        raise WeightsError(f"{name} holds values beyond the range of float16; use bfloat16")
     return result
 
 

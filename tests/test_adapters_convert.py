@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from conftest import GOLDEN, assert_close, random_model, refused, run, write_folder
-from mlx_openelm import convert, load
+from mlx_openelm import convert, load_model
 from mlx_openelm.conversion import convert as conversion
 from mlx_openelm.conversion.adapters import forms as adapters_module
 from mlx_openelm.conversion.adapters.corenet import AlphaWarning
@@ -115,7 +115,7 @@ class TestCoreNet:
         status, out, err = run("convert", TIED / f"corenet_{method}.pt", "-o", tmp_path / "out", *arguments)
         assert (status, err) == (0, "")
         assert f"adapter: {tmp_path / 'out' / 'adapter'}\n" in out
-        model, _ = load(tmp_path / "out", adapter=tmp_path / "out" / "adapter", dtype=mx.float32)
+        model = load_model(tmp_path / "out", adapter=tmp_path / "out" / "adapter", dtype=mx.float32)
         input_ids = mx.load(str(TIED / "expected.safetensors"))["input_ids"]
         expected = mx.load(str(TIED / f"expected_{method}.safetensors"))["logits"]
         assert_close(model(input_ids), expected, 2e-5)
@@ -132,8 +132,8 @@ class TestCoreNet:
         assert files[0] == files[1]
 
     def test_the_checkpoint_itself_is_an_adapter(self):
-        model, _ = load(TIED, dtype=mx.float32, tokenizer="none")
-        with pytest.warns(AlphaWarning, match="taken to be the rank, 8.*--alpha"):
+        model = load_model(TIED, dtype=mx.float32)
+        with pytest.warns(AlphaWarning, match="assuming the rank, 8.*`alpha`"):
             adapter = open_adapter(TIED / "corenet_lora.pt", vocab_size=160)
         assert (adapter.alpha, adapter.scale) == (8, 1)
         apply_adapter(model, replace(adapter, scale=2.0))
@@ -146,13 +146,13 @@ class TestCoreNet:
             convert(TIED / "corenet_lora.pt", folder, alpha=16, tokenizer="none", keep_padding=keep)
             adapter = read_adapter(folder / "adapter")
             assert adapter.tensors[f"{EMBEDDING}.lora_a"].shape == (rows, 8)
-            assert load(folder, adapter=folder / "adapter")[0].config.vocab_size == rows
+            assert load_model(folder, adapter=folder / "adapter").config.vocab_size == rows
 
     def test_alpha_is_the_rank_where_nothing_says_it(self, tmp_path):
         arguments = ["--config", TIED / "config.json", "--tokenizer", "none"]
         status, _, err = run("convert", TIED / "corenet_lora.pt", "-o", tmp_path / "out", *arguments)
         assert status == 0
-        assert err.startswith("openelm-mlx: warning: corenet_lora.pt does not say the alpha of its adapter")
+        assert err.startswith("openelm-mlx: warning: corenet_lora.pt does not give the alpha of its adapter")
         assert err.count("\n") == 1
         adapter = read_adapter(tmp_path / "out" / "adapter")
         assert (adapter.alpha, adapter.scale) == (8, 1)
@@ -167,25 +167,25 @@ class TestCoreNet:
         assert os.listdir(tmp_path) == []
 
     def test_alpha_without_an_adapter_is_refused(self, tmp_path):
-        with pytest.raises(ConfigError, match="--alpha belongs to"):
+        with pytest.raises(ConfigError, match="`alpha` is for"):
             convert(TIED / "corenet_checkpoint.pt", tmp_path / "out", alpha=16, tokenizer="none")
 
     @pytest.mark.parametrize("alpha", [0, -1, math.inf, math.nan])
     def test_impossible_alpha_is_refused(self, tmp_path, alpha):
-        with pytest.raises(AdapterError, match="--alpha is"):
+        with pytest.raises(AdapterError, match="alpha is"):
             convert(TIED / "corenet_lora.pt", tmp_path / "out", alpha=alpha, tokenizer="none")
 
     def test_no_other_command_takes_it_for_a_model(self):
         assert "holds a model and an adapter" in refused("info", TIED / "corenet_lora.pt")
         with pytest.raises(AdapterError, match="holds a model and an adapter"):
-            load(TIED / "corenet_lora.pt", tokenizer="none")
+            load_model(TIED / "corenet_lora.pt")
 
     def test_a_checkpoint_without_an_adapter_is_none(self):
         with pytest.raises(AdapterError, match="holds no adapter"):
             open_adapter(TIED / "corenet_checkpoint.pt")
 
     def test_a_checkpoint_goes_with_its_model(self, tmp_path):
-        with pytest.raises(AdapterError, match="which is converted with its model"):
+        with pytest.raises(AdapterError, match="convert it as a model"):
             convert_adapter(TIED / "corenet_lora.pt", tmp_path / "out", to="peft")
 
     @pytest.mark.parametrize(
@@ -485,11 +485,11 @@ class TestAgainstPeft:
 @pytest.fixture(scope="session")
 def stock():
     """Stock mlx-lm: the model of a folder with the adapter of another."""
-    load_model = pytest.importorskip("mlx_lm.utils").load_model
+    load_with_mlx_lm = pytest.importorskip("mlx_lm.utils").load_model
     from mlx_lm.tuner.utils import load_adapters
 
     def open_both(model, adapter):
-        network = load_adapters(load_model(model)[0], str(adapter))
+        network = load_adapters(load_with_mlx_lm(model)[0], str(adapter))
         network.eval()
         return network
 
@@ -524,7 +524,7 @@ class TestStockMLXLM:
         convert(folder, tmp_path / "model", dtype="float32", tokenizer="none", quantize=bits)
         result = convert_adapter(written(tmp_path / "ours", adapter), tmp_path / "out", to="mlx-lm")
         assert result.warnings == ()
-        ours, _ = load(tmp_path / "model", adapter=tmp_path / "ours", dtype=mx.float32)
+        ours = load_model(tmp_path / "model", adapter=tmp_path / "ours", dtype=mx.float32)
         assert_close(stock(tmp_path / "model", tmp_path / "out")(TOKENS), ours(TOKENS), 1e-4)
 
     def test_a_difference_on_a_tied_model_is_said(self, tmp_path, tiny_model, tiny_folder, stock):
@@ -536,7 +536,7 @@ class TestStockMLXLM:
             "its results differ\n"
         )
         convert(tiny_folder, tmp_path / "model", dtype="float32", tokenizer="none")
-        ours, _ = load(tmp_path / "model", adapter=tmp_path / "out", dtype=mx.float32)
+        ours = load_model(tmp_path / "model", adapter=tmp_path / "out", dtype=mx.float32)
         assert mx.abs(ours(TOKENS) - stock(tmp_path / "model", tmp_path / "out")(TOKENS)).max() > 0.01
 
     def test_plain_lora_on_the_embedding_beside_dora_is_said(self, tmp_path, tiny_config, stock):
@@ -549,7 +549,7 @@ class TestStockMLXLM:
             "stock mlx-lm takes plain LoRA on token_embeddings beside DoRA for DoRA"
         ]
         convert(folder, tmp_path / "model", dtype="float32", tokenizer="none")
-        ours, _ = load(tmp_path / "model", adapter=tmp_path / "out", dtype=mx.float32)
+        ours = load_model(tmp_path / "model", adapter=tmp_path / "out", dtype=mx.float32)
         assert mx.abs(ours(TOKENS) - stock(tmp_path / "model", tmp_path / "out")(TOKENS)).max() > 0.01
 
     def test_two_methods_on_linear_layers_are_refused(self, tmp_path, tiny_model):
@@ -560,10 +560,10 @@ class TestStockMLXLM:
 
     def test_its_own_adapters_are_read(self, tmp_path, tiny_model, tiny_folder, stock):
         from mlx_lm.tuner.utils import linear_to_lora_layers
-        from mlx_lm.utils import load_model
+        from mlx_lm.utils import load_model as load_with_mlx_lm
 
         convert(tiny_folder, tmp_path / "model", dtype="float32", tokenizer="none")
-        network = load_model(tmp_path / "model")[0]
+        network = load_with_mlx_lm(tmp_path / "model")[0]
         network.freeze()
         parameters = {"rank": 4, "scale": 3.0, "dropout": 0.0}
         linear_to_lora_layers(network, 2, {**parameters, "keys": None})
@@ -576,7 +576,7 @@ class TestStockMLXLM:
         mx.save_safetensors(str(tmp_path / "theirs" / "adapters.safetensors"), trained)
         values = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters, "iters": 100}
         (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(values))
-        ours, _ = load(tmp_path / "model", adapter=tmp_path / "theirs", dtype=mx.float32)
+        ours = load_model(tmp_path / "model", adapter=tmp_path / "theirs", dtype=mx.float32)
         assert_close(ours(TOKENS), network(TOKENS), 1e-4)
 
 
@@ -617,7 +617,7 @@ class TestFolder:
 
     def test_an_existing_one_stays_without_force(self, tmp_path, ours):
         convert_adapter(ours, tmp_path / "out", to="peft")
-        with pytest.raises(OutputExistsError, match="--force"):
+        with pytest.raises(OutputExistsError, match="force"):
             convert_adapter(ours, tmp_path / "out")
         convert_adapter(ours, tmp_path / "out", force=True)
         assert sorted(os.listdir(tmp_path / "out")) == [MANIFEST, "adapter_config.json", "adapters.safetensors"]

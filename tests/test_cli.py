@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from conftest import GOLDEN, refused, run
-from mlx_openelm import SamplingConfig, __version__, config_from_dict, convert, generate, load
+from mlx_openelm import SamplingConfig, __version__, config_from_dict, convert, generate, load, load_model
 from mlx_openelm.commands import chat as chat_command
 from mlx_openelm.errors import MemoryLimitError
 
@@ -47,7 +48,7 @@ class TestConvert:
         values = json.loads(out)
         assert status == 0
         assert values["quantization"] == {"bits": 4, "group_size": 32, "mode": "mxfp4"}
-        assert config_from_dict(values["config"]) == load(tmp_path / "out")[0].config
+        assert config_from_dict(values["config"]) == load_model(tmp_path / "out").config
 
     def test_output_is_named_after_the_source(self, folders, tmp_path):
         done = subprocess.run(
@@ -166,7 +167,7 @@ class TestGenerate:
             (["-m", "{p}/base", "-p", "x", "--dtype", "int4"], "int4"),
             (["-m", "{p}/base", "-p", "x", "--chat"], "base model"),
             (["-m", "{p}/base", "-p", "x", "--system", "y"], "chat template"),
-            (["-m", "{p}/bare", "-p", "x"], "without a tokenizer"),
+            (["-m", "{p}/bare", "-p", "x"], "has no tokenizer"),
             (["-m", "{p}/missing", "-p", "x"], "does not exist"),
             (["-m", "{p}/base"], "--prompt"),
         ],
@@ -304,7 +305,7 @@ class TestChat:
 class TestInfoAndDoctor:
     def test_info(self, folders):
         status, out, _ = run("info", folders / "base")
-        model, _ = load(folders / "base")
+        model = load_model(folders / "base")
         assert status == 0
         for number in (*model.config.num_query_heads, *model.config.ffn_dims):
             assert f" {number:,} " in out
@@ -353,3 +354,10 @@ def test_starting_up_loads_no_heavy_package(folders):
     loaded = out.splitlines()[-1]
     for package in ("mlx_lm", "transformers", "torch", "huggingface_hub", "yaml", "tokenizers", "safetensors"):
         assert f"'{package}'" not in loaded
+
+
+def test_the_links_at_the_root_lead_to_the_command_line_and_the_conversion():
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, root / "cli.py", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"openelm-mlx {__version__}\n")
+    assert (root / "convert" / "convert.py").samefile(root / "mlx_openelm" / "conversion" / "convert.py")

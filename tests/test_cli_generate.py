@@ -63,7 +63,7 @@ class TestAFileOfPrompts:
     def test_an_answer_is_not_overwritten_unless_told_to(self, place, tmp_path):
         (tmp_path / "a.jsonl").write_text("precious")
         command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-n", 2, "-o", tmp_path / "a.jsonl"]
-        assert "exists already" in refused(*command)
+        assert "already exists" in refused(*command)
         assert (tmp_path / "a.jsonl").read_text() == "precious"
         assert run(*command, "--force")[0] == 0
         assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 6

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 import mlx_openelm
-from mlx_openelm.cli import app
+from mlx_openelm.cli import app, as_flags
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,6 +62,39 @@ def test_links_between_documents_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def library_strings():
+    """Every text in the code outside the command line that is no docstring, with its place."""
+    package = ROOT / "mlx_openelm"
+    for path in sorted(package.rglob("*.py")):
+        name = str(path.relative_to(package))
+        if name == "cli.py" or name.startswith("commands/"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, documented) and ast.get_docstring(node)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                yield f"{name}:{node.lineno}", node.value
+
+
+def test_the_library_names_parameters_and_no_flags():
+    """But for the command in a model card, and those of other programs."""
+    allowed = "conversion/convert.py", "conversion/write/model_card.py", "machine/hardware.py"
+    flags = [(place, text) for place, text in library_strings() if re.search(r"(?<![\w-])--[a-z]", text)]
+    assert [found for found in flags if not found[0].startswith(allowed)] == []
+
+
+def test_parameters_in_messages_are_flags_on_the_command_line():
+    assert as_flags("x exists; use `force`, or another `output`") == "x exists; use --force, or another --output"
+    assert as_flags("use `dtype=bfloat16` or `tokenizer=none`") == "use --dtype bfloat16 or --tokenizer none"
+    assert as_flags("try a lower `learning_rate`") == "try a lower --learning-rate"
+    assert as_flags("`convert` takes files; see `some_name`") == "`convert` takes files; see `some_name`"
 
 
 def functions_above(limit, path):

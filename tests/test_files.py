@@ -145,7 +145,7 @@ class TestFolder:
         write_folder(tmp_path / "a", {**NEW, "config.json": "old"})
         change(tmp_path / "a")
         before = tree(tmp_path, hidden=True)
-        with pytest.raises(OutputError, match=r"did not write|is not replaced"):
+        with pytest.raises(OutputError, match="did not write"):
             write_folder(tmp_path / "a", overwrite=True)
         assert not remove_folder(tmp_path / "a")
         assert tree(tmp_path, hidden=True) == before
@@ -288,7 +288,10 @@ def test_a_file_that_is_read_is_not_replaced(tmp_path):
     (tmp_path / "input").write_text("x")
     (tmp_path / "link").symlink_to("input")
     for name in ("input", "link"):
-        with output_file(tmp_path / name, overwrite=True) as place, pytest.raises(OutputError, match="is read"):
+        with (
+            output_file(tmp_path / name, overwrite=True) as place,
+            pytest.raises(OutputError, match="is also an input"),
+        ):
             place.protect(None, tmp_path / "missing", tmp_path / "input")
 
 

@@ -27,7 +27,7 @@ from mlx_openelm.training.tune_recipe import TuneRecipe
 
 DYING = Path(__file__).with_name("dying.py")
 TEMPORARY = re.compile(r"openelm-mlx|\.partial|\.whole|\.part\b|\.lock")
-EXISTS = re.compile(r"is writing|exists already|holds checkpoints already|another process wrote")
+EXISTS = re.compile(r"is writing|already exists|already holds checkpoints|another process wrote")
 CONFIG = OpenELMConfig.layerwise(
     num_transformer_layers=2,
     model_dim=32,
@@ -356,7 +356,7 @@ class TestForce:
         (tmp_path / "link.jsonl").symlink_to("p.jsonl")
         for name in ("p.jsonl", "link.jsonl"):
             words = ["-m", place / "small", "-i", tmp_path / "p.jsonl", "-o", tmp_path / name, "--force"]
-            assert "is read by this command" in refused("generate", *words)
+            assert "is also an input" in refused("generate", *words)
         assert (tmp_path / "p.jsonl").read_bytes() == (place / "prompts.jsonl").read_bytes()
 
     def test_one_file_for_two_results_is_refused_at_once(self, tmp_path):
@@ -431,7 +431,7 @@ class TestRunFolder:
         before = contents(tmp_path, lambda name: True)
         for output in ("~/run", f"{tmp_path}/new/../home/run"):
             err = refused(*self.tune(place, output, "--steps", 2, "--seed", 9), HOME=str(tmp_path / "home"))
-            assert "holds checkpoints already" in err
+            assert "already holds checkpoints" in err
         assert contents(tmp_path, lambda name: True) == before
 
     def test_a_link_to_it_may_be_moved_meanwhile(self, place, tmp_path):

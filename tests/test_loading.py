@@ -30,7 +30,7 @@ def test_a_model_and_its_tokenizer(tiny_folder):
     assert isinstance(tokenizer, Tokenizer)
     alone = load_model(tiny_folder, dtype=mx.float32)
     tokens = mx.array([tokenizer.encode("the fox")])
-    assert mx.array_equal(alone(tokens), load(tiny_folder, dtype=mx.float32)[0](tokens))
+    assert mx.array_equal(alone(tokens), load_model(tiny_folder, dtype=mx.float32)(tokens))
 
 
 def test_a_model_that_is_not_there(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from conftest import assert_close, random_model, write_folder
-from mlx_openelm import OpenELMConfig, load
+from mlx_openelm import OpenELMConfig, load_model
 from mlx_openelm.conversion.adapters.forms import open_adapter
 from mlx_openelm.conversion.convert import convert
 from mlx_openelm.conversion.open import open_source
@@ -102,7 +102,7 @@ def dtype_of(kind):
 def test_every_adapter_on_every_base_learns_is_kept_and_merges(bases, tmp_path, method, kind, where):
     targets = LINEAR_TARGETS if where == "linear" else (EMBEDDING_TARGET,)
     config = replace(METHODS[method], targets=targets)
-    model, _ = load(bases[kind], dtype=dtype_of(kind))
+    model = load_model(bases[kind], dtype=dtype_of(kind))
     tokens = mx.array(TOKENS)
     plain = model(tokens)
     add_adapter(model, config)
@@ -118,13 +118,13 @@ def test_every_adapter_on_every_base_learns_is_kept_and_merges(bases, tmp_path, 
     base_name = str(bases[kind])
     save_adapter(tmp_path, trainer.parameters, config.method, config, about_base(base_name, CONFIG))
     tuned = trainer.current_model().eval()(tokens)
-    loaded, _ = load(bases[kind], dtype=dtype_of(kind), adapter=tmp_path)
+    loaded = load_model(bases[kind], dtype=dtype_of(kind), adapter=tmp_path)
     tolerance = 0.03 * mx.abs(plain).max().item() if kind == "bfloat16" else 2e-5
     assert_close(loaded(tokens), tuned, tolerance)
     assert mx.abs(tuned - plain).max().item() > 10 * tolerance or kind == "bfloat16"
 
     merge(open_source([bases[kind]]), open_adapter(tmp_path), tmp_path / "merged")
-    merged, _ = load(tmp_path / "merged", dtype=dtype_of(kind), tokenizer="none")
+    merged = load_model(tmp_path / "merged", dtype=dtype_of(kind))
     assert_close(merged(tokens), tuned, tolerance)
     assert merged.config.share_input_output_layers == (where == "linear")
 
@@ -134,7 +134,7 @@ def test_every_adapter_on_every_base_learns_is_kept_and_merges(bases, tmp_path, 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_gradients_are_those_of_finite_differences(bases, method, recompute, bits):
     """Of DoRA in the direction of its magnitudes alone: the length of the sum counts as a constant."""
-    model, _ = load(bases[bits or "float32"])
+    model = load_model(bases[bits or "float32"])
     add_adapter(model, replace(METHODS[method], targets=(*LINEAR_TARGETS, EMBEDDING_TARGET)))
     parameters = {
         name: p + 0.1 * mx.random.normal(p.shape, key=mx.random.key(number))
@@ -158,7 +158,7 @@ def test_gradients_are_those_of_finite_differences(bases, method, recompute, bit
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_memory_savers_change_no_gradient(bases, method, dropout):
-    model, _ = load(bases[4])
+    model = load_model(bases[4])
     config = replace(METHODS[method], dropout=dropout, targets=(*LINEAR_TARGETS, EMBEDDING_TARGET))
     add_adapter(model, config)
     parameters = {name: p + 0.1 for name, p in adapter_parameters(model).items()}
@@ -197,7 +197,7 @@ def test_scale_follows_from_alpha_and_rank():
 
 def test_dropout_differs_by_step_and_repeats_with_the_seed(bases):
     def losses(seed):
-        model, _ = load(bases["float32"])
+        model = load_model(bases["float32"])
         config = replace(METHODS["lora"], dropout=0.5)
         add_adapter(model, config)
         model.update(tree_unflatten([(n, p + 0.1) for n, p in adapter_parameters(model).items()]))
@@ -254,7 +254,7 @@ class TestSaved:
         folder = write_folder(tmp_path / "wider", wider)
         said = r"another model: transformer.layers.1.ffn.proj_1.lora_b .* \(4, 256\), and \(4, 512\).*2 layers"
         with pytest.raises(AdapterError, match=said):
-            load(folder, tokenizer="none", adapter=adapter)
+            load_model(folder, adapter=adapter)
         with pytest.raises(AdapterError, match=said):
             merge(open_source([folder]), open_adapter(adapter), tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
@@ -265,15 +265,15 @@ class TestSaved:
         name = "transformer.layers.0.attn.qkv_proj.lora_b"
         mx.save_safetensors(str(adapter / "adapters.safetensors"), {n: t for n, t in tensors.items() if n != name})
         with pytest.raises(AdapterError, match=f"{name} is missing"):
-            load(folder, tokenizer="none", adapter=adapter)
+            load_model(folder, adapter=adapter)
         (adapter / "adapters.safetensors").write_bytes(b"damaged")
         with pytest.raises(AdapterError, match="damaged"):
-            load(folder, tokenizer="none", adapter=adapter)
+            load_model(folder, adapter=adapter)
         (adapter / "adapter_config.json").unlink()
         with pytest.raises(AdapterError, match="is no adapter"):
-            load(folder, tokenizer="none", adapter=adapter)
+            load_model(folder, adapter=adapter)
         with pytest.raises(AdapterError):
-            load(folder, tokenizer="none", adapter=Path("missing"))
+            load_model(folder, adapter=Path("missing"))
 
 
 def test_full_tensors_take_the_places_of_the_models_own(tmp_path):
@@ -286,14 +286,14 @@ def test_full_tensors_take_the_places_of_the_models_own(tmp_path):
     expected = random_model(CONFIG)
     expected.update(tree_unflatten(list(tensors.items())))
     tokens = mx.array(TOKENS)
-    loaded, _ = load(folder, tokenizer="none", adapter=tmp_path / "adapter", dtype=mx.float32)
+    loaded = load_model(folder, adapter=tmp_path / "adapter", dtype=mx.float32)
     assert_close(loaded(tokens), expected(tokens), 1e-6)
     merge(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
-    assert_close(load(tmp_path / "merged", tokenizer="none")[0](tokens), expected(tokens), 1e-6)
+    assert_close(load_model(tmp_path / "merged")(tokens), expected(tokens), 1e-6)
 
 
 def test_a_settled_adapter_gives_the_same(bases):
-    model, _ = load(bases[4])
+    model = load_model(bases[4])
     add_adapter(model, replace(METHODS["dora"], targets=(*LINEAR_TARGETS, EMBEDDING_TARGET)))
     model.update(tree_unflatten([(n, p + 0.05) for n, p in adapter_parameters(model).items()]))
     model.eval()
@@ -318,7 +318,7 @@ def test_a_row_of_zeros_stays_one(tmp_path, where):
     (tmp_path / "adapter").mkdir()
     save_adapter(tmp_path / "adapter", adapter_parameters(model), "dora", config, {})
     merge(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
-    assert_close(load(tmp_path / "merged", tokenizer="none")[0](tokens), plain, 2e-5)
+    assert_close(load_model(tmp_path / "merged")(tokens), plain, 2e-5)
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
@@ -327,7 +327,7 @@ def test_vectors_of_stock_quantized_embeddings_are_not_rounded(bases, mode, monk
     import mlx_openelm.loading as loading
 
     monkeypatch.setattr(loading, "on_cpu", lambda: False)
-    model, _ = load(bases[mode], dtype=mx.float32)
+    model = load_model(bases[mode], dtype=mx.float32)
     add_adapter(model, replace(METHODS["dora"], targets=(EMBEDDING_TARGET,)))
     (_, adapter), *_ = adapters(model)
     adapter.lora_b = adapter.lora_b + 0.123456789

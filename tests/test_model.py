@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model
-from mlx_openelm import ContextLengthWarning, generate_tokens, load, read_config
+from mlx_openelm import ContextLengthWarning, generate_tokens, load_model, read_config
 from mlx_openelm.conversion.open import open_source
 from mlx_openelm.loading import load_source
 from mlx_openelm.model import openelm as model_module
@@ -30,7 +30,7 @@ class TestGoldenNumbers:
 
     def load(self, case, form):
         expected = mx.load(str(GOLDEN / case / "expected.safetensors"))
-        model, _ = load(golden_sources(case)[form], tokenizer="none", dtype=mx.float32)
+        model = load_model(golden_sources(case)[form], dtype=mx.float32)
         return model, expected
 
     def test_logits(self, case, form):

@@ -60,7 +60,7 @@ def test_the_command_says_what_it_wrote(tmp_path):
     status, out, err = run("plot", folder)
     assert (status, out, err) == (0, f"{folder / 'metrics.png'}\n", "")
     drawn = (folder / "metrics.png").read_bytes()
-    assert "exists already" in refused("plot", folder)
+    assert "already exists" in refused("plot", folder)
     assert (folder / "metrics.png").read_bytes() == drawn
     assert run("plot", folder, "--force")[0] == 0
     assert "no training run" in refused("plot", tmp_path / "missing")

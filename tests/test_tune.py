@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from conftest import assert_close, killed_at, launched, random_model, refused, run, write_folder
-from mlx_openelm import OpenELMConfig, load
+from mlx_openelm import OpenELMConfig, load, load_model
 from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingError
 from mlx_openelm.training import trainer as trainer_module
 from mlx_openelm.training.checkpoints import checkpoint_folders
@@ -91,8 +91,8 @@ def test_a_run_learns_and_leaves_an_adapter(whole_run, files):
     assert [step for step, *_ in found] == list(range(13))
     assert found[0][1] is None
     assert found[0][3] > found[6][3] > found[12][3]
-    model, _ = load(files / "model", adapter=whole_run)
-    plain, _ = load(files / "model")
+    model = load_model(files / "model", adapter=whole_run)
+    plain = load_model(files / "model")
     tokens = mx.array([[1, 20, 30]])
     assert mx.abs(model(tokens) - plain(tokens)).max().item() > 0.1
 
@@ -108,7 +108,7 @@ def test_every_method_and_objective_learns(tmp_path, recipe, files, method, obje
     if objective == "dpo":
         assert found[0].validation["margin"] == pytest.approx(0, abs=1e-5)
         assert found[-1].validation["margin"] > 0.05
-    model, _ = load(files / "model", adapter=tmp_path / "run")
+    model = load_model(files / "model", adapter=tmp_path / "run")
     assert mx.all(mx.isfinite(model(mx.array([[1, 2, 3]])))).item()
 
 
@@ -119,7 +119,7 @@ def test_the_reference_is_the_model_as_it_was(recipe, files):
     from mlx_openelm.data.batch import make_batch
 
     before = trainer._prepare(make_batch(rows))["reference"]
-    plain, _ = load(files / "model")
+    plain = load_model(files / "model")
     logits = plain(mx.array(rows.tokens[:, :-1]))
     logprobs = mx.take_along_axis(logits - mx.logsumexp(logits, axis=-1, keepdims=True),
                                   mx.array(rows.tokens[:, 1:, None]), axis=-1)[..., 0]  # fmt: skip
@@ -258,7 +258,7 @@ def test_the_loss_is_that_of_answers_alone(recipe, files):
     """By hand: the mean over answer tokens, EOS among them, of all examples of a step."""
     trainer = make_trainer(prepare_tuning(replace(recipe, dropout=0.0)))
     rows = trainer.data.step(0)
-    plain, _ = load(files / "model")
+    plain = load_model(files / "model")
     logits = np.array(plain(mx.array(rows.tokens[:, :-1])))
     shifted = logits - logits.max(axis=-1, keepdims=True)
     logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -304,9 +304,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recipe, files, monkeyp
     for _ in range(5):
         next(steps)
     monkeypatch.setattr(trainer_module, "learning_rate", lambda recipe, step: float("inf"))
-    with pytest.raises(TrainingError, match=r"no number at step 5 \(learning rate inf, gradient norm [\d.]+\)"):
+    with pytest.raises(TrainingError, match=r"not finite at step 5 \(learning rate inf, gradient norm [\d.]+\)"):
         list(steps)
-    model, _ = load(files / "model", adapter=tmp_path / "run")
+    model = load_model(files / "model", adapter=tmp_path / "run")
     assert mx.all(mx.isfinite(model(mx.array([[1, 2, 3]])))).item()
 
 
@@ -338,7 +338,7 @@ def test_packaged_recipes_have_apples_numbers():
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"method": "full", "quantized": True}, AdapterError, "quantized and cannot be trained in full"),
+        ({"method": "full", "quantized": True}, AdapterError, "quantized, so it cannot be trained in full"),
         ({"layers": 3}, AdapterError, "3 layers are to be trained and the model has 2"),
         ({"layers": 3, "method": "full"}, AdapterError, "3 layers are to be trained and the model has 2"),
         ({"targets": ("q_proj",)}, AdapterError, "q_proj matches no matrix; there are qkv_proj"),
@@ -349,11 +349,11 @@ def test_packaged_recipes_have_apples_numbers():
             DataError,
             "of the kind preference; this method needs a text or an answer",
         ),
-        ({"data": ""}, DataError, "no data is named"),
+        ({"data": ""}, DataError, "no data given"),
         ({"data": "missing.jsonl"}, DataError, "missing.jsonl"),
         ({"validation": "1.5"}, DataError, "a share of 1.5"),
         ({"validation": "0"}, DataError, "a share of 0"),
-        ({"validation": "", "early_stop": 2}, DataError, "early_stop needs examples to validate with"),
+        ({"validation": "", "early_stop": 2}, DataError, "early_stop needs validation examples"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(recipe, files, tmp_path, change, error, said):
@@ -469,10 +469,12 @@ class TestCommand:
         assert [found for *_, found in two if found] == pytest.approx([found for *_, found in one if found], rel=1e-3)
 
     def test_a_failure_of_one_process_ends_all(self, files, tmp_path):
-        (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-        done = self.tune(files, tmp_path / "run", processes=2)
-        assert "metrics.jsonl holds no metrics of a run" in done.stderr + done.stdout
-        assert "another process of the run could not go on" in done.stderr + done.stdout
+        assert self.tune(files, tmp_path / "run", "--steps", "5").returncode == 0
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        (tmp_path / "run" / "metrics.jsonl").mkdir()  # which only the process that writes notices
+        done = self.tune(files, tmp_path / "run", "--resume", processes=2)
+        assert "metrics.jsonl is a folder" in done.stderr + done.stdout
+        assert "another process of the run failed" in done.stderr + done.stdout
 
     def test_an_interrupt_keeps_the_adapter(self, files, tmp_path):
         process = subprocess.Popen(
@@ -519,7 +521,7 @@ class TestCommand:
         )
         assert status == 0, err
         assert re.search(r"quantizing the result costs \d\.\d{4} nats per token", said)
-        assert "exists already" in refused("merge", "-m", files / "model", "-a", tmp_path / "run", "-o", out)
+        assert "already exists" in refused("merge", "-m", files / "model", "-a", tmp_path / "run", "-o", out)
         assert "holds no adapter" in refused(
             "merge", "-m", files / "model", "-a", files / "model", "-o", tmp_path / "r"
         )

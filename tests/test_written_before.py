@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from conftest import GOLDEN, assert_close, run
-from mlx_openelm import generate, load
+from mlx_openelm import generate, load, load_model
 from mlx_openelm.training.checkpoints import checkpoint_folders
 
 BEFORE = GOLDEN / "written_before"
@@ -57,7 +57,7 @@ def test_a_run_is_resumed(place, words, result, expected):
 
 def test_an_adapter_is_loaded(place):
     model, tokenizer = load(place / "model", adapter=place / "tune_run", dtype=mx.float32)
-    plain, _ = load(place / "model", dtype=mx.float32)
+    plain = load_model(place / "model", dtype=mx.float32)
     assert generate(model, tokenizer, "The fox", max_tokens=6) != generate(plain, tokenizer, "The fox", max_tokens=6)
 
 

@@ -46,9 +46,9 @@ def merge(
 
     wanted = quantize is not None or mode is not None
     if dequantize and wanted:
-        raise ConfigError("--quantize and --dequantize contradict one another")
+        raise ConfigError("--quantize and --dequantize are mutually exclusive")
     if group_size is not None and not wanted:
-        raise ConfigError("--group-size belongs to --quantize, which is missing")
+        raise ConfigError("--group-size requires --quantize or --mode")
     quantization = Quantization.of(quantize, group_size, mode) if wanted else None
     with byte_bar("merging") as update:
         result = merge_folder(

@@ -66,7 +66,7 @@ def pretrain(
 
     recipe = PretrainRecipe.from_file(PretrainRecipe.named(config), _fields(context.args), data_folder)
     if not recipe.data:
-        raise ConfigError('no data is named; give --data "stories/*.txt", or `data` in the recipe')
+        raise ConfigError('no data given; add --data "stories/*.txt", or data to the recipe')
     group = join_processes()
     main = group.rank() == 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing

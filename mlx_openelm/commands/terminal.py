@@ -10,6 +10,14 @@ import typer
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
 
+_as_flags: Callable[[str], str] = str  # what a message of the library says in the words of the command line
+
+
+def speak_flags(translate: Callable[[str], str]) -> None:
+    """Have messages pass through a function that names flags for parameters."""
+    global _as_flags
+    _as_flags = translate
+
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """One line on stderr, and the end."""
@@ -19,7 +27,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def say(message: str) -> None:
     """One line on stderr."""
-    typer.echo(f"openelm-mlx: {' '.join(message.split())}", err=True)
+    typer.echo(f"openelm-mlx: {' '.join(_as_flags(message).split())}", err=True)
 
 
 def print_json(values: Any) -> None:

@@ -90,7 +90,13 @@ def convert(
     folder = Path(output).expanduser() if output is not None else _default_output(sources)
     with output_folder(folder, overwrite=force) as place:
         found, text, tokenizer_origin, adapter = open_model(
-            sources, tokenizer=tokenizer, config=config, revision=revision, alpha=alpha, keep_padding=keep_padding
+            sources,
+            tokenizer=tokenizer,
+            config=config,
+            revision=revision,
+            alpha=alpha,
+            keep_padding=keep_padding,
+            take_adapter=True,
         )
         place.protect(*sources, config, found.folder, text.path if text else None)
         if adapter is not None:
@@ -133,10 +139,10 @@ def _wanted_quantization(
 ) -> Quantization | None:
     if bits is None and mode is None:
         if group_size is not None:
-            raise ConfigError("--group-size belongs to --quantize, which is missing")
+            raise ConfigError("`group_size` requires `quantize` or `mode`")
         return None
     if dequantize:
-        raise ConfigError("--quantize and --dequantize contradict one another")
+        raise ConfigError("`quantize` and `dequantize` are mutually exclusive")
     return Quantization.of(bits, group_size, mode)
 
 
@@ -182,7 +188,7 @@ def _summary(
     parameters = source.config.num_parameters
     warnings = []
     if dtype == mx.float16 and source.config.model_dim >= OpenELMConfig.preset("3B").model_dim:
-        warnings.append("activations of the 3B model overflow float16, as Apple says itself; use --dtype bfloat16")
+        warnings.append("activations of the 3B model overflow float16, as Apple notes; use `dtype=bfloat16`")
     return Conversion(
         folder=folder,
         config=source.config,

@@ -62,6 +62,7 @@ def open_model(
     revision: str | None = None,
     alpha: float | None = None,
     keep_padding: bool = False,
+    take_adapter: bool = False,
 ) -> OpenedModel:
     """A model in any form with its tokenizer, ready to be read; of several, their average.
 
@@ -71,10 +72,14 @@ def open_model(
         revision: branch, tag or commit on the hub, of the model, and of `tokenizer` where that is a hub id.
         alpha: of the adapter in a fine-tuning checkpoint.
         keep_padding: keep the rows that only fill up CoreNet's vocabulary.
+        take_adapter: open fine-tuning checkpoints too, which hold an adapter beside the model.
     Raises:
         OpenELMError: of the kind that fits, if something is missing, damaged or contradictory.
     """
-    source, adapter = _open(sources, config, revision, alpha)
+    if take_adapter:
+        source, adapter = _open_with_adapter(sources, config, revision, alpha)
+    else:
+        source, adapter = open_source(sources, config=config, revision=revision), None
     text, origin = _tokenizer_of(source, tokenizer, revision)
     if source.named_vocab_size and not keep_padding:
         source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
@@ -83,7 +88,7 @@ def open_model(
     return OpenedModel(source, text, origin, adapter)
 
 
-def _open(
+def _open_with_adapter(
     sources: Sequence[str | Path], config: str | Path | None, revision: str | None, alpha: float | None
 ) -> tuple[Source, SavedAdapter | None]:
     """A model, and of a CoreNet fine-tuning checkpoint the adapter beside it."""
@@ -91,7 +96,7 @@ def _open(
     if path.suffix in TORCH_SUFFIXES and path.is_file() and holds_adapter(checkpoint_tensors(path)):
         return read_fine_tuned(path, config, alpha)
     if alpha is not None:
-        raise ConfigError("--alpha belongs to a fine-tuning checkpoint of CoreNet, and no adapter is in this source")
+        raise ConfigError("`alpha` is for a CoreNet fine-tuning checkpoint; this source has no adapter")
     return open_source(sources, config=config, revision=revision), None
 
 

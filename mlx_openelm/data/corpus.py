@@ -85,7 +85,7 @@ def prepare_corpus(
         DataError: if a source is missing, broken, or nothing is left by the filters.
     """
     if not sources:
-        raise DataError("no data is named")
+        raise DataError("no data given")
     files = [source.files() for source in sources]
     fingerprint = _fingerprint(sources, files, tokenizer, filters)
     folder = cache / fingerprint[:16]

@@ -54,7 +54,7 @@ class OutputFile:
         """
         for source in _existing(sources):
             if self._found is not None and source.samefile(self.path):
-                raise OutputError(f"{self.name} is read by this command too; choose another output")
+                raise OutputError(f"{self.name} is also an input; choose another `output`")
 
     def write(self, content: str | bytes) -> None:
         """Write the whole content at once; see `replaced`."""
@@ -112,7 +112,7 @@ class OutputFolder:
             raise OutputError(f"{name} is not a folder; a folder is needed here")
         with suppress(FileNotFoundError):  # the current folder was deleted
             if _lies_in(Path.cwd(), target):
-                raise OutputError(f"replacing {name} would remove the current folder; choose another output")
+                raise OutputError(f"replacing {name} would remove the current folder; choose another `output`")
         self._check_foreign()
 
     def protect(self, *sources: str | Path | None) -> None:
@@ -124,7 +124,9 @@ class OutputFolder:
         for source in _existing(sources) if self._found is not None else ():
             for entry in (source, *(source.iterdir() if source.is_dir() else ())):
                 if _lies_in(Path(os.path.realpath(entry)), self.path):
-                    raise OutputError(f"replacing {self.name} would remove its source {source}; choose another output")
+                    raise OutputError(
+                        f"replacing {self.name} would remove its source {source}; choose another `output`"
+                    )
 
     @contextmanager
     def replaced(self, durable: bool = False) -> Iterator[Path]:
@@ -175,8 +177,8 @@ class OutputFolder:
     def _check_foreign(self) -> None:
         if names := list(islice(foreign(self.path), 4)):
             raise OutputError(
-                f"{self.name} holds files that openelm-mlx did not write or that were changed since, and is not "
-                f"replaced: {', '.join(names)}; choose another output"
+                f"{self.name} cannot be replaced: openelm-mlx did not write {', '.join(names)}, or it was "
+                "changed since; choose another `output`"
             )
 
 

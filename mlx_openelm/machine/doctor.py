@@ -66,7 +66,7 @@ def _advice(gflops: float, blas: str | None) -> list[str]:
         return advice
     advice.append(
         "without a GPU, 16-bit arithmetic is slow and 16-bit quantized arithmetic very slow; models are computed in "
-        "float32 here unless --dtype says otherwise"
+        "float32 here unless `dtype` is set"
     )
     if gflops < _SLOW_GFLOPS:
         advice.append(

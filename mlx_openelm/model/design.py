@@ -116,7 +116,7 @@ def fit(
     if _distance(best, num_parameters) > 0.25:
         raise ConfigError(
             f"no model has about {num_parameters:,} parameters with a vocabulary of {best.vocab_size:,}; the nearest "
-            f"has {best.num_parameters:,}; try another --vocab"
+            f"has {best.num_parameters:,}; try another size of the vocabulary"
         )
     return best
 

@@ -115,8 +115,9 @@ def _llama_tokenizer(folder: Path | None, vocab_size: int, chat: bool) -> tuple[
 
 def _nowhere(search: _Search) -> TokenizerError:
     return TokenizerError(
-        f"no tokenizer was found; tried {'; '.join(search.failures)}. Three ways out: name one with --tokenizer "
-        f"FILE_OR_REPO; get access to {LLAMA_REPO} on its page and `hf auth login`; go without by --tokenizer none"
+        f"no tokenizer was found; tried {'; '.join(search.failures)}. Either set `tokenizer` to a "
+        f"file, a folder or a hub id; or get access to {LLAMA_REPO} on its page and run `hf auth login`; or use "
+        "`tokenizer=none` to do without"
     )
 
 

@@ -53,14 +53,16 @@ def check_fresh(run: Path) -> None:
         TrainingError: if another run, a model or an adapter is there.
     """
     if checkpoint_folders(run):
-        raise TrainingError(f"{run} holds checkpoints already; --resume goes on with them, or name another --output")
+        raise TrainingError(
+            f"{run} already holds checkpoints; use `resume` to continue from them, or choose another `output`"
+        )
     for path in (*sorted(run.glob("*.safetensors")), run / "config.json", run / "adapter_config.json"):
         if path.exists():
-            raise TrainingError(f"{run} holds {path.name}, of a model or an adapter; name another --output")
+            raise TrainingError(f"{run} holds {path.name}, part of a model or an adapter; choose another `output`")
     if (run / METRICS).exists() and not (run / _BEGUN).exists():
-        raise TrainingError(f"{run} holds the {METRICS} of another run; name another --output")
+        raise TrainingError(f"{run} holds the {METRICS} of another run; choose another `output`")
     if (run / "checkpoints").exists() and not (run / "checkpoints").is_dir():
-        raise TrainingError(f"{run / 'checkpoints'} is a file; name another --output")
+        raise TrainingError(f"{run / 'checkpoints'} is a file; choose another `output`")
 
 
 def mark_begun(run: Path) -> None:
@@ -114,7 +116,7 @@ def together(group: mx.distributed.Group, action: Callable[[], _T]) -> _T:
     if group.size() > 1:
         failed = mx.distributed.all_sum(mx.array(float(failure is not None)))
         if failure is None and float(np.array(failed)):
-            raise TrainingError("another process of the run could not go on; it says why")
+            raise TrainingError("another process of the run failed; see its message")
         mx.eval(failed)
     if failure is not None:
         raise failure

@@ -260,7 +260,10 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
         if state.get("data", state.get("corpus")) != trainer.data.fingerprint:
             found.append("the model, the data or how it is read")
         if found:
-            raise TrainingError(f"{run} was trained otherwise: {'; '.join(found)}; name another --output to begin anew")
+            changes = "; ".join(found)
+            raise TrainingError(
+                f"cannot resume {run}: these settings changed: {changes}; choose another `output` to start over"
+            )
         # In the order of the network: the gradient's norm is a sum over it, and a file has an order of its own.
         trainer.parameters = {name: checkpoint.parameters[name] for name in trainer.parameters}
         trainer.moments = checkpoint.moments
@@ -269,7 +272,7 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
             for later in damaged:  # else they would count as the last ones
                 on_message(f"what is left of it is now {move_away(later, f'damaged-{later.name}')}")
         return _Progress(**{e.name: state[e.name] for e in fields(_Progress) if e.name in state})
-    raise TrainingError(f"{run} holds no checkpoint that can be read; start without --resume")
+    raise TrainingError(f"{run} has no readable checkpoint; start without `resume`")
 
 
 def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:

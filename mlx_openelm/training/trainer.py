@@ -123,9 +123,9 @@ class Trainer:
         parameters, moments, norm, total = found
         if not all(math.isfinite(number) for number in (*figures, norm.item(), total.item())):
             raise TrainingError(
-                f"the loss is no number at step {self.step + 1} (learning rate {rate:.3g}, gradient norm "
-                f"{norm.item():.3g}); try a lower --learning-rate"
-                + (", or --dtype bfloat16" if self.recipe.dtype == "float16" else "")
+                f"loss or gradient is not finite at step {self.step + 1} (learning rate {rate:.3g}, gradient norm "
+                f"{norm.item():.3g}); try a lower `learning_rate`"
+                + (", or `dtype=bfloat16`" if self.recipe.dtype == "float16" else "")
             )
         self.parameters, self.moments = parameters, Moments(*moments)
         self.step += 1

@@ -108,7 +108,7 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
         OpenELMError: of the kind that fits, if anything is missing or contradictory.
     """
     if not recipe.data:
-        raise DataError("no data is named; give --data FILE_OR_DIR, or `data` in the recipe")
+        raise DataError("no data given; set `data` to a file or a folder")
     model, tokenizer = load(recipe.model, dtype=dtype_named(recipe.dtype), tokenizer=recipe.tokenizer or None)
     context = model.config.max_context_length
     if recipe.max_length > context:
@@ -133,11 +133,11 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
         needed = (
             "prompt, chosen and rejected"
             if recipe.objective == "dpo"
-            else "a text or an answer; --method dpo takes pairs"
+            else "a text or an answer; use `method=dpo` for pairs"
         )
         raise DataError(f"{examples.path} holds examples of the kind {examples.kind}; this method needs {needed}")
     if recipe.early_stop and held_out is None:
-        raise DataError("early_stop needs examples to validate with; give --validation FILE or a share like 0.05")
+        raise DataError("early_stop needs validation examples; set `validation` to a file or a share such as 0.05")
     rows = ExampleRows(recipe, examples, held_out, _fingerprint(model))
     parameters = _trained(model, recipe)
     steps = recipe.steps or max(1, round(recipe.epochs * rows.steps_per_epoch))
@@ -195,7 +195,7 @@ def check_output(run: Path, resume: bool) -> None:
     if not resume:
         check_fresh(run)
     elif not checkpoint_folders(run):
-        raise TrainingError(f"{run} holds no checkpoint to go on with; start without --resume")
+        raise TrainingError(f"{run} has no checkpoint to resume from; start without `resume`")
 
 
 def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> Trainer:
@@ -271,7 +271,8 @@ def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
     own = dict(tree_flatten(model.parameters()))
     if any(name.endswith(".scales") for name in own):
         raise AdapterError(
-            f"{recipe.model} is quantized and cannot be trained in full; convert it with --dequantize, or use lora"
+            f"{recipe.model} is quantized, so it cannot be trained in full; "
+            "convert it with `dequantize`, or use lora or dora"
         )
     layers = tuple(f"transformer.layers.{layer}." for layer in last_layers(model, recipe.layers))
     names = [name for name in own if not recipe.layers or name.startswith(layers)]

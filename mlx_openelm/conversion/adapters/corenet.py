@@ -92,7 +92,7 @@ def _adapter(
         ranks = {name.removesuffix(".lora_a"): a.shape[1] for name, a in parts.items() if name.endswith(".lora_a")}
         settings = _read_settings(config)
         if alpha is not None:
-            alpha = check_number("--alpha", alpha)
+            alpha = check_number("alpha", alpha)
         elif not settings:
             _warn_of_alpha(path, ranks)
         of_path = {matrix: _settings_of(matrix, rank, settings, parts) for matrix, rank in ranks.items()}
@@ -136,8 +136,8 @@ def _read_parts(tensors: Mapping[str, LazyTensor]) -> dict[str, mx.array]:
 def _warn_of_alpha(path: Path, ranks: Mapping[str, int]) -> None:
     values = shorten(str(rank) for rank in sorted(set(ranks.values())))
     warnings.warn(
-        f"{path.name} does not say the alpha of its adapter; it is taken to be the rank, {values}, as in all that "
-        "Apple published; --alpha or a CoreNet YAML as --config says another",
+        f"{path.name} does not give the alpha of its adapter; assuming the rank, {values}, as in all that "
+        "Apple published; set `alpha`, or `config` to a CoreNet YAML file, to change it",
         AlphaWarning,
         stacklevel=4,
     )

@@ -71,8 +71,8 @@ def convert_adapter(
     path = Path(adapter).expanduser()
     if path.is_file() and path.suffix in TORCH_SUFFIXES:
         raise AdapterError(
-            f"{adapter} is a checkpoint, which is converted with its model: `openelm-mlx convert {Path(adapter).name} "
-            "--output DIR` writes the adapter to DIR/adapter"
+            f"{adapter} is a checkpoint that holds model and adapter; convert it as a model, "
+            "and the adapter is written to a subfolder of the `output`"
         )
     folder = Path(output).expanduser()
     with output_folder(folder, overwrite=force) as place:

@@ -39,7 +39,7 @@ _IGNORED_KEYS = {
 
 
 def read_config(name: str | Path) -> OpenELMConfig:
-    """The configuration that `--config` names: a preset, a YAML file or a `config.json`, or a folder with one.
+    """The configuration that `config` names: a preset, a YAML file or a `config.json`, or a folder with one.
 
     Raises:
         ConfigError: if it is none of them.

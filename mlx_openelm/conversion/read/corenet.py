@@ -46,7 +46,7 @@ def checkpoint_source(path: Path, tensors: Mapping[str, LazyTensor], config: Ope
     if config is None:
         if not (path.parent / "config.json").exists():
             raise ConfigError(
-                f"{path} does not say how wide its layers are; name --config 270M, 450M, 1.1B or 3B, "
+                f"{path} does not give the widths of its layers; set `config` to 270M, 450M, 1.1B or 3B, "
                 "a CoreNet YAML file or a config.json"
             )
         config = read_config_file(path.parent / "config.json")

@@ -25,8 +25,8 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
     path = folder / "config.json"
     if config is None and not path.exists():
         if (folder / "adapter_config.json").exists():
-            raise SourceError(f"{folder} is an adapter; name its model, and this one with --adapter")
-        raise SourceError(f"{folder} holds no config.json; name one with --config, or give another folder")
+            raise SourceError(f"{folder} is an adapter; give its model, and this folder as `adapter`")
+        raise SourceError(f"{folder} has no config.json; set `config`, or give another folder")
     written = read_json(path) if path.exists() else {}
     quantization = written.get("quantization")
     if quantization is not None and not isinstance(quantization, dict):
