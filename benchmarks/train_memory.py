@@ -24,7 +24,7 @@ from mlx.utils import tree_unflatten
 from mlx_openelm import OpenELM, OpenELMConfig
 from mlx_openelm.data.batch import Rows, make_batch
 from mlx_openelm.machine.device import peak_memory_bytes
-from mlx_openelm.model.openelm import Pass
+from mlx_openelm.model.openelm import ForwardContext
 from mlx_openelm.training.gradients import gradients_of
 from mlx_openelm.training.loss import Likelihood
 from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters
@@ -108,7 +108,7 @@ def one_step(arguments: argparse.Namespace, way: Way) -> None:
     def whole(parameters: dict[str, mx.array]) -> mx.array:
         model.update(tree_unflatten(list(parameters.items())))
         x = model.transformer.token_embeddings(tokens[:, :-1])
-        shared = Pass.alone(config, 1, training=True)
+        shared = ForwardContext.alone(config, 1, training=True)
         for layer in model.transformer.layers:
             x = (nn.utils.checkpoint(layer) if way.recompute else layer)(x, shared)
         logits = model.logits(model.transformer.norm(x))

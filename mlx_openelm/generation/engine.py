@@ -199,7 +199,7 @@ class DecodeStep:
     ) -> tuple[Any, list[Buffers]]:
         cache = StepCache(layout, place, starts[0] if starts else None, buffers, tokens.shape[1])
         transformer = self._model.transformer
-        hidden = transformer.run(tokens, transformer.passing(tokens.shape[0], cache))
+        hidden = transformer.run(tokens, transformer.forward_context(tokens.shape[0], cache))
         return self._choose(self._model.logits(hidden), state), cache.buffers
 
 

@@ -75,7 +75,7 @@ class OpenELM(nn.Module):
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardContext:
     """What all layers of one forward pass share."""
 
     rows: int
@@ -84,7 +84,9 @@ class Pass:
     last_only: bool = False  # the last layer computes but the last token's hidden state
 
     @classmethod
-    def alone(cls, config: OpenELMConfig, rows: int, mask: mx.array | None = None, training: bool = False) -> "Pass":
+    def alone(
+        cls, config: OpenELMConfig, rows: int, mask: mx.array | None = None, training: bool = False
+    ) -> "ForwardContext":
         """A pass over whole rows, without anything before them; see `segment_mask`."""
         read = blockwise_attention if training else attention
         attend = lambda layer, queries, keys, values: read(queries, keys, values, mask)  # noqa: E731
@@ -116,24 +118,24 @@ class Transformer(nn.Module):
         self.warn_past_context(cache, L)
         if cache is None:
             mask = None if segments is None else segment_mask(segments)
-            return self.run(tokens, Pass.alone(self.config, B, mask, self.training))
+            return self.run(tokens, ForwardContext.alone(self.config, B, mask, self.training))
         with cache.guarded():
-            hidden = self.run(tokens, self.passing(B, cache, last_only and L > 1))
+            hidden = self.run(tokens, self.forward_context(B, cache, last_only and L > 1))
             cache.advance(L)
         return hidden
 
-    def passing(self, rows: int, cache: KVCache | StepCache, last_only: bool = False) -> Pass:
+    def forward_context(self, rows: int, cache: KVCache | StepCache, last_only: bool = False) -> ForwardContext:
         """A pass whose tokens come behind those in a cache."""
-        return Pass(rows, Rope(self.config.rope_freq_constant, cache.positions), cache.attend, last_only)
+        return ForwardContext(rows, Rope(self.config.rope_freq_constant, cache.positions), cache.attend, last_only)
 
-    def run(self, tokens: mx.array, shared: Pass) -> mx.array:
+    def run(self, tokens: mx.array, context: ForwardContext) -> mx.array:
         """The pass itself."""
         B, L = tokens.shape
         x = self.token_embeddings(tokens).astype(self.norm.weight.dtype)  # (B, L, M)
         if L == 1:
             x = x.reshape(B, -1)  # spares each product of matrices two changes of shape
         for layer in self.layers:
-            x = layer(x, shared)
+            x = layer(x, context)
         return self.norm(x).reshape(B, -1, x.shape[-1])
 
     def warn_past_context(self, cache: KVCache | None, num_new: int) -> None:
@@ -161,10 +163,10 @@ class Layer(nn.Module):
         self.attn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
         self.ffn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
 
-    def __call__(self, x: mx.array, shared: Pass) -> mx.array:
+    def __call__(self, x: mx.array, context: ForwardContext) -> mx.array:
         """Hidden states (B, L, M), or (B, M) of one token a row."""
-        last_only = shared.last_only and self.is_last
-        read = self.attn(self.attn_norm(x), shared, last_only)
+        last_only = context.last_only and self.is_last
+        read = self.attn(self.attn_norm(x), context, last_only)
         x = (x[:, -1:] if last_only else x) + read
         return x + self.ffn(self.ffn_norm(x))
 
@@ -187,21 +189,21 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
 
-    def __call__(self, x: mx.array, shared: Pass, last_only: bool = False) -> mx.array:
-        B = shared.rows
+    def __call__(self, x: mx.array, context: ForwardContext, last_only: bool = False) -> mx.array:
+        B = context.rows
         H, K = self.num_query_heads, self.num_kv_heads
         qkv = swap_heads(self.qkv_proj(x).reshape(B, -1, H + 2 * K, self.head_dim))  # (B, H + 2K, L, D)
         if on_cpu():
             heads, values = mx.split(qkv, [H + K], axis=1)
-            queries, keys = mx.split(shared.rotate(self._normed(heads)), [H], axis=1)
+            queries, keys = mx.split(context.rotate(self._normed(heads)), [H], axis=1)
         else:
             queries, keys, values = mx.split(qkv, [H, H + K], axis=1)
             if self.normalize_qk:  # before RoPE: the checkpoints were trained in this order
                 queries, keys = self.q_norm(queries), self.k_norm(keys)
-            queries, keys = shared.rotate(queries), shared.rotate(keys)
+            queries, keys = context.rotate(queries), context.rotate(keys)
         if last_only:
             queries = queries[:, :, -1:]
-        read = swap_heads(shared.attend(self.layer, queries, keys, values))  # (B, L, H, D)
+        read = swap_heads(context.attend(self.layer, queries, keys, values))  # (B, L, H, D)
         shape = (B,) if x.ndim == 2 else read.shape[:2]
         return self.out_proj(read.reshape(*shape, -1))
 

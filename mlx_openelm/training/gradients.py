@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 
 from ..data.batch import Batch
 from ..model.lora import MAGNITUDE, set_dropout_keys, unsettle
-from ..model.openelm import OpenELM, Pass, segment_mask
+from ..model.openelm import ForwardContext, OpenELM, segment_mask
 from .loss import Objective
 from .optimizer import Tensors
 
@@ -113,7 +113,7 @@ class LayerwiseBackward:
         set_parameters(module, self._dtype, own)
         set_dropout_keys(module, *key)
         mask = masks[0] if masks else None
-        return module(x, Pass.alone(self._model.config, x.shape[0], mask, module.training))
+        return module(x, ForwardContext.alone(self._model.config, x.shape[0], mask, module.training))
 
     def _layer_gradients(
         self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array], of_output: mx.array
