@@ -152,7 +152,7 @@ class TestCompiled:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_no_graph_grows_from_step_to_step(tiny_model, sampling, count, compiled):
     """What is handed on without being asked for would drag all steps behind it, a few kilobytes a token."""
-    rows = engine.Rows(tiny_model, sampling, compiled=compiled)
+    rows = engine.DecodeBatch(tiny_model, sampling, compiled=compiled)
     for _ in range(count):
         rows.add(mx.array(PROMPT), tiny_model.make_cache())
     sizes = set()

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from ..cache.config import CacheConfig, kv_group_size
 from ..config import OpenELMConfig
-from ..generation.engine import PREFILL_CHUNK, Rows, as_prompt
+from ..generation.engine import PREFILL_CHUNK, DecodeBatch, as_prompt
 from ..generation.sampling import SamplingConfig
 from ..loading import assemble
 from ..machine.device import pays_to_compile
@@ -59,7 +59,7 @@ class Ours:
         given = [as_prompt(self.network, prompt) for prompt in prompts]
         with _memory_watched() as peak:
             started = time.perf_counter()
-            rows = Rows(self.network, SamplingConfig(), compiled=compiled)
+            rows = DecodeBatch(self.network, SamplingConfig(), compiled=compiled)
             numbers = [rows.add(ids, self.network.make_cache(cache)) for ids in given]
             steps = [rows.step(more=max_tokens > 1)]
             first = time.perf_counter()

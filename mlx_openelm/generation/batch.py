@@ -10,7 +10,7 @@ from ..errors import CacheError, PromptError
 from ..machine.device import pays_to_compile, wired_memory
 from ..model.openelm import OpenELM
 from ..tokenizer.tokenizer import Tokenizer
-from .engine import MAX_TOKENS, Rows, as_prompt, check_memory
+from .engine import MAX_TOKENS, DecodeBatch, as_prompt, check_memory
 from .sampling import SamplingConfig
 from .text import GeneratingRow, Generation, check_request
 
@@ -61,7 +61,7 @@ def generate_batch(
     if ids:
         check_memory(model, max(tokens.size for tokens in ids.values()) + max_tokens, cache, batch_size)
     compiled = pays_to_compile(max_tokens) if compiled is None else compiled
-    rows = Rows(model, sampling, compiled=compiled)
+    rows = DecodeBatch(model, sampling, compiled=compiled)
     stop = tuple(stop)
 
     def begin(number: int) -> "_Running":
@@ -85,7 +85,7 @@ class _Running:
 
 
 def _in_turn(
-    rows: Rows, batch_size: int, waiting: Iterator[int], begin: Callable[[int], _Running]
+    rows: DecodeBatch, batch_size: int, waiting: Iterator[int], begin: Callable[[int], _Running]
 ) -> Iterator[tuple[int, Generation]]:
     running: dict[int, _Running] = {}
     with wired_memory():

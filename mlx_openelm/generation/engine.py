@@ -66,14 +66,14 @@ def generate_tokens(
     check_memory(model, cache.offset + prompt.size + max_tokens, cache.config)
     if max_tokens < 1:
         return
-    rows = Rows(model, sampling, compiled=pays_to_compile(max_tokens) if compiled is None else compiled)
+    rows = DecodeBatch(model, sampling, compiled=pays_to_compile(max_tokens) if compiled is None else compiled)
     rows.add(prompt, cache, before=before, on_prefill=on_prefill)
     for remaining in range(max_tokens - 1, -1, -1):
         yield from rows.step(more=remaining > 0).values()
 
 
-class Rows:
-    """Rows of tokens that go on together. One that is done leaves, and another takes its place while others run.
+class DecodeBatch:
+    """Rows of tokens that are decoded together. A finished row leaves, and another takes its place while others run.
 
     Args:
         sampling: of all rows.
