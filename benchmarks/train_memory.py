@@ -22,7 +22,7 @@ from common import in_turn, report, run, summary
 from mlx.utils import tree_unflatten
 
 from mlx_openelm import OpenELM, OpenELMConfig
-from mlx_openelm.data.batch import Rows, make_batch
+from mlx_openelm.data.batch import TokenBatch, make_batch
 from mlx_openelm.machine.device import peak_memory_bytes
 from mlx_openelm.model.openelm import ForwardContext
 from mlx_openelm.training.gradients import gradients_of
@@ -103,7 +103,7 @@ def one_step(arguments: argparse.Namespace, way: Way) -> None:
     model.update(tree_unflatten(list(parameters.items())))
     tokens = mx.random.randint(0, arguments.vocab, (1, arguments.sequence + 1), key=mx.random.key(0))
     ids = np.array(tokens)
-    batch = make_batch(Rows(ids, np.zeros_like(ids), np.ones((1, arguments.sequence), bool)))
+    batch = make_batch(TokenBatch(ids, np.zeros_like(ids), np.ones((1, arguments.sequence), bool)))
 
     def whole(parameters: dict[str, mx.array]) -> mx.array:
         model.update(tree_unflatten(list(parameters.items())))

@@ -22,7 +22,7 @@ import numpy as np
 from common import in_turn, report, summary, write_random_model
 
 from mlx_openelm import OpenELMConfig, load_model
-from mlx_openelm.data.batch import Rows
+from mlx_openelm.data.batch import TokenBatch
 from mlx_openelm.model.adapters import about_base, read_tensors, save_adapter
 from mlx_openelm.model.lora import adapter_parameters, add_adapter
 from mlx_openelm.training.gradients import set_parameters
@@ -126,13 +126,13 @@ def ours(arguments: argparse.Namespace, folder: Path, checkpointing: bool) -> di
         rows_per_entry = 1
         fingerprint = ""
 
-        def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
+        def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
             tokens = tokens_of(arguments, step)
             counted = np.ones((arguments.batch, arguments.sequence), bool)
             counted[:, : first_counted(arguments)] = False
-            return Rows(tokens, np.zeros_like(tokens), counted)
+            return TokenBatch(tokens, np.zeros_like(tokens), counted)
 
-        def validation(self, first: int, stride: int) -> list[Rows]:
+        def validation(self, first: int, stride: int) -> list[TokenBatch]:
             return []
 
     from dataclasses import replace

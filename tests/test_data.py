@@ -3,7 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlx_openelm.data.corpus import Batches, Filters, prepare_corpus, validation_rows
+from mlx_openelm.data.corpus import CorpusBatches, Filters, prepare_corpus, validation_rows
 from mlx_openelm.data.text_files import Source
 from mlx_openelm.errors import DataError
 
@@ -66,7 +66,7 @@ def test_an_epoch_sees_every_token_once(corpus, packing):
     (file,) = corpus.train
     length = 16
     rows = (file.num_tokens - 1) // length
-    batches = Batches(corpus, rows, length, packing, seed=3)
+    batches = CorpusBatches(corpus, rows, length, packing, seed=3)
     seen = np.concatenate([batches.step(epoch).tokens[:, :-1].ravel() for epoch in range(2)])
     every = np.sort(np.asarray(file.tokens))
     for part in np.split(seen, 2):
@@ -85,7 +85,7 @@ def test_each_epoch_has_an_order_of_its_own(tmp_path, tokenizer, packing):
     corpus = prepare_corpus([source], tokenizer, Filters(validation_share=0), tmp_path / "cache")
     (file,) = corpus.train
     per_epoch = file.num_documents if packing == "rows" else (file.num_tokens - 1) // 16
-    batches = Batches(corpus, per_epoch, 16, packing, seed=0)
+    batches = CorpusBatches(corpus, per_epoch, 16, packing, seed=0)
 
     def neighbours(epoch):
         rows = batches.step(epoch)
@@ -105,14 +105,14 @@ def test_each_epoch_has_an_order_of_its_own(tmp_path, tokenizer, packing):
 def test_rows_follow_one_another_within_documents(corpus):
     (file,) = corpus.train
     documents = {file.document(n).tobytes() for n in range(file.num_documents)}
-    rows = Batches(corpus, 4, 64, "documents", seed=0).step(5)
+    rows = CorpusBatches(corpus, 4, 64, "documents", seed=0).step(5)
     for tokens, segments in zip(rows.tokens, rows.segments, strict=True):
         for segment in range(1, segments.max()):  # those that are whole
             assert tokens[segments == segment].astype(np.uint16).tobytes() in documents
 
 
 def test_one_document_a_row(corpus):
-    batches = Batches(corpus, 8, 20, "rows", seed=0)
+    batches = CorpusBatches(corpus, 8, 20, "rows", seed=0)
     rows = batches.step(0)
     assert (rows.tokens[:, 0] == 1).all()
     for tokens, segments in zip(rows.tokens, rows.segments, strict=True):
@@ -122,7 +122,7 @@ def test_one_document_a_row(corpus):
 
 
 def test_processes_share_a_step(corpus):
-    batches = Batches(corpus, 6, 16, "stream", seed=0)
+    batches = CorpusBatches(corpus, 6, 16, "stream", seed=0)
     whole = batches.step(7)
     parts = [batches.step(7, first, 2) for first in (0, 2, 4)]
     assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
@@ -133,7 +133,7 @@ def test_sources_are_seen_by_their_weights(tmp_path, tokenizer):
     other = write(tmp_path / "b.txt", ["zzz zzz zzz " * 20] * 10)
     sources = [Source(one.path, weight=3.0), Source(other.path, weight=1.0)]
     corpus = prepare_corpus(sources, tokenizer, Filters(validation_share=0), tmp_path / "cache")
-    batches = Batches(corpus, 8, 16, "stream", seed=0)
+    batches = CorpusBatches(corpus, 8, 16, "stream", seed=0)
     letter = tokenizer.encode("aaa", bos=False)[-1]
     share = np.mean([np.mean((batches.step(step).tokens == letter).any(axis=1)) for step in range(50)])
     sizes = [file.num_tokens for file in corpus.train]
@@ -143,7 +143,7 @@ def test_sources_are_seen_by_their_weights(tmp_path, tokenizer):
 def test_rows_of_a_source_come_in_turn_however_late(tmp_path, tokenizer):
     """Numbers beyond the counted blocks: the count before is that of going through them one by one."""
     sources = [write(tmp_path / f"{n}.txt", [f"{n} fox " * 50] * 5) for n in range(3)]
-    batches = Batches(
+    batches = CorpusBatches(
         prepare_corpus(sources, tokenizer, Filters(validation_share=0), tmp_path / "c"), 1, 8, "stream", 0
     )
     counts = [0, 0, 0]

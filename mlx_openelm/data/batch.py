@@ -23,7 +23,7 @@ class Batch(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenBatch:
     """Rows of one step: ids (B, L + 1), which documents they belong to, and which of them count.
 
     Position i predicts position i + 1. Negative `segments` are padding. `isolated` rows hold several documents, none
@@ -35,10 +35,10 @@ class Rows:
     counted: np.ndarray  # bool (B, L): whether the loss of position i + 1 counts
     isolated: bool = False
 
-    def part(self, start: int, stop: int) -> "Rows":
+    def part(self, start: int, stop: int) -> "TokenBatch":
         """Rows `start` to before `stop`."""
         cut = slice(start, stop)
-        return Rows(self.tokens[cut], self.segments[cut], self.counted[cut], self.isolated)
+        return TokenBatch(self.tokens[cut], self.segments[cut], self.counted[cut], self.isolated)
 
 
 def counted_targets(segments: np.ndarray, isolated: bool) -> np.ndarray:
@@ -49,7 +49,7 @@ def counted_targets(segments: np.ndarray, isolated: bool) -> np.ndarray:
     return counted & (segments[..., 1:] == segments[..., :-1]) if isolated else counted
 
 
-def make_batch(rows: Rows) -> Batch:
+def make_batch(rows: TokenBatch) -> Batch:
     """The arrays that a step computes with; see `Batch`.
 
     Logits are computed only where they can count: of examples with short answers, that is few. Their number is rounded

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import DataError
 from ..files.output import output_folder
 from ..tokenizer.tokenizer import Tokenizer
-from .batch import Rows, counted_targets
+from .batch import TokenBatch, counted_targets
 from .text_files import Source, read_documents
 
 PACKINGS = ("stream", "documents", "rows")
@@ -166,7 +166,7 @@ def _ends(path: Path) -> str:
         return hashlib.sha256(head + file.read()).hexdigest()
 
 
-class Batches:
+class CorpusBatches:
     """The rows of every step of a run."""
 
     def __init__(self, corpus: Corpus, batch_size: int, sequence_length: int, packing: str, seed: int):
@@ -182,12 +182,12 @@ class Batches:
         ]
         self._ends = np.cumsum(sizes) / sum(sizes)  # shares of the sources, added up
 
-    def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
+    def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
         """Rows `first` to `first + count` of a step's `batch_size`; a process takes those that are its own."""
         numbers = range(step * self.batch_size + first, step * self.batch_size + first + (count or self.batch_size))
         tokens, segments = (np.stack(parts) for parts in zip(*map(self._row, numbers), strict=True))
         isolated = self._packing == "documents"
-        return Rows(tokens, segments, counted_targets(segments, isolated), isolated)
+        return TokenBatch(tokens, segments, counted_targets(segments, isolated), isolated)
 
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Row by number: its place in [0, 1) decides the source, and how many came before decides the place there."""
@@ -214,7 +214,7 @@ class Batches:
 
 def validation_rows(
     corpus: Corpus, sequence_length: int, limit: int, first: int = 0, stride: int = 1, isolated: bool = False
-) -> Iterator[Rows]:
+) -> Iterator[TokenBatch]:
     """Held-out documents of all sources, one after another, in rows that overlap by one token.
 
     Args:
@@ -229,7 +229,7 @@ def validation_rows(
     for number in range(first, count, stride):
         file, start = places[number * len(places) // count]
         tokens, segments = _cut(file, None, start, sequence_length)
-        yield Rows(tokens[None], segments[None], counted_targets(segments[None], isolated), isolated)
+        yield TokenBatch(tokens[None], segments[None], counted_targets(segments[None], isolated), isolated)
 
 
 def _spread(number: int) -> float:

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .batch import Rows, counted_targets
+from .batch import TokenBatch, counted_targets
 from .formats import Example, Preference
 
 _WIDTH_STEP = 32  # rows come in few widths, each of which is compiled once
@@ -54,7 +54,7 @@ class ExampleBatches:
             num_entries = len(self._begins) - 1
         self.steps_per_epoch = -(-num_entries // batch_size)
 
-    def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
+    def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
         """Entries `first` to `first + count` of a step's `batch_size`; a process takes those that are its own."""
         epoch, place = divmod(step, self.steps_per_epoch)
         batch = self._epoch(epoch)[place]
@@ -90,7 +90,7 @@ class ExampleBatches:
 
 def all_rows(
     examples: Sequence[Example] | Sequence[Preference], batch_size: int, first: int = 0, stride: int = 1
-) -> Iterator[Rows]:
+) -> Iterator[TokenBatch]:
     """Every example or pair once, to validate with: the longest first, so that memory runs short at once or never.
 
     Args:
@@ -139,7 +139,7 @@ def _packed(lengths: np.ndarray, size: int, chance: np.random.Generator) -> tupl
     return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
 
 
-def _rows(sides: Sequence[Sequence[Example]], entries: Sequence[np.ndarray], width: int, isolated: bool) -> Rows:
+def _rows(sides: Sequence[Sequence[Example]], entries: Sequence[np.ndarray], width: int, isolated: bool) -> TokenBatch:
     """Entries of examples, one after another in a row; those of several sides in a row for each."""
     shape = len(entries) * len(sides), width + 1
     tokens, segments, answer = np.zeros(shape, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, bool)
@@ -151,4 +151,4 @@ def _rows(sides: Sequence[Sequence[Example]], entries: Sequence[np.ndarray], wid
             tokens[row, start:stop], answer[row, start:stop] = example.tokens, example.answer
             segments[row, start:stop] = segment
             start = stop
-    return Rows(tokens, segments, answer[:, 1:] & counted_targets(segments, isolated=True), isolated)
+    return TokenBatch(tokens, segments, answer[:, 1:] & counted_targets(segments, isolated=True), isolated)

@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from ..config import OpenELMConfig
 from ..conversion.read.config import config_from_dict
-from ..data.batch import Rows
-from ..data.corpus import PACKINGS, Batches, Corpus, validation_rows
+from ..data.batch import TokenBatch
+from ..data.corpus import PACKINGS, Corpus, CorpusBatches, validation_rows
 from ..data.text_files import Source
 from ..errors import ConfigError
 from ..files.lock import LockedFolder
@@ -118,13 +118,13 @@ class CorpusRows:
     def __init__(self, recipe: PretrainRecipe, corpus: Corpus):
         self._recipe = recipe
         self._corpus = corpus
-        self._batches = Batches(corpus, recipe.batch_size, recipe.sequence_length, recipe.packing, recipe.seed)
+        self._batches = CorpusBatches(corpus, recipe.batch_size, recipe.sequence_length, recipe.packing, recipe.seed)
         self.step = self._batches.step
         self.rows_per_step = recipe.batch_size
         self.rows_per_entry = 1
         self.fingerprint = corpus.fingerprint
 
-    def validation(self, first: int, stride: int) -> Iterator[Rows]:
+    def validation(self, first: int, stride: int) -> Iterator[TokenBatch]:
         """Every `stride`-th held-out row."""
         recipe = self._recipe
         isolated = recipe.packing == "documents"

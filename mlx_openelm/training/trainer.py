@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from ..data.batch import Batch, Rows, make_batch
+from ..data.batch import Batch, TokenBatch, make_batch
 from ..errors import TrainingError
 from ..machine.device import DTYPES
 from ..model.lora import set_dropout_keys
@@ -31,10 +31,10 @@ class TrainingData(Protocol):
     rows_per_entry: int  # rows that stay together: 2 for pairs
     fingerprint: str  # of all that decides what the rows are
 
-    def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
+    def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
         """Rows `first` to `first + count` of a step's."""
 
-    def validation(self, first: int, stride: int) -> Iterable[Rows]:
+    def validation(self, first: int, stride: int) -> Iterable[TokenBatch]:
         """Every `stride`-th batch of held-out rows, from number `first` on."""
 
 

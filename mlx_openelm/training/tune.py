@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..data.batch import Batch, Rows
+from ..data.batch import Batch, TokenBatch
 from ..data.dataset import ExampleOptions, ExampleSet, read_splits
 from ..data.example_batches import ExampleBatches, all_rows
 from ..errors import AdapterError, ConfigError, DataError, OutputError, TrainingError
@@ -58,12 +58,12 @@ class ExampleRows:
         marks = [fingerprint, examples.fingerprint, held_out.fingerprint if held_out else ""]
         self.fingerprint = hashlib.sha256("".join(marks).encode()).hexdigest()
 
-    def step(self, step: int, first: int = 0, count: int | None = None) -> Rows:
+    def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
         """Rows `first` to `first + count` of a step's, in whole entries."""
         share = None if count is None else count // self.rows_per_entry
         return self._batches.step(step, first // self.rows_per_entry, share)
 
-    def validation(self, first: int, stride: int) -> Iterator[Rows]:
+    def validation(self, first: int, stride: int) -> Iterator[TokenBatch]:
         """Every `stride`-th batch of held-out examples."""
         if self._held_out is not None:
             yield from all_rows(self._held_out.examples, self._recipe.batch_size, first, stride)
