@@ -15,7 +15,7 @@ from .generation.engine import Step, generate_tokens
 from .generation.prompt_cache import PromptCache
 from .generation.sampling import SamplingConfig
 from .generation.speculative import DraftModel, PromptLookup, speculate_tokens
-from .generation.text import Piece, Stats, generate, stream_generate
+from .generation.text import GenerationChunk, Stats, generate, stream_generate
 from .loading import load, load_model
 from .model.openelm import ContextLengthWarning, OpenELM
 from .quantization import Quantization
@@ -29,11 +29,11 @@ __all__ = [
     "ContextLengthWarning",
     "Conversion",
     "DraftModel",
+    "GenerationChunk",
     "KVCache",
     "OpenELM",
     "OpenELMConfig",
     "OpenELMError",
-    "Piece",
     "PromptCache",
     "PromptLookup",
     "Quantization",

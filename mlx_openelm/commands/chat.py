@@ -104,9 +104,9 @@ def _talk(conversation: Chat) -> None:
             continue
         stats = None
         try:
-            for piece in conversation.reply(line):
-                typer.echo(piece.text, nl=False)
-                stats = piece.stats
+            for chunk in conversation.reply(line):
+                typer.echo(chunk.text, nl=False)
+                stats = chunk.stats
         except KeyboardInterrupt:
             pass
         except OpenELMError as error:

@@ -142,7 +142,7 @@ def generate(
     result = Generation(text)
     interrupted = False
     with open_prompt_cache(network, cache_file, kept) as cache:
-        pieces = stream_generate(
+        chunks = stream_generate(
             network,
             tokens,
             ids,
@@ -155,14 +155,14 @@ def generate(
         if sys.stdout.isatty() and not as_json and not chat:
             typer.secho(text, dim=True, nl=False)
         try:
-            for piece in pieces:
-                result.add(piece)
+            for chunk in chunks:
+                result.add(chunk)
                 if not as_json:
-                    typer.echo(piece.text, nl=False)
+                    typer.echo(chunk.text, nl=False)
         except KeyboardInterrupt:
             interrupted = True
             result.finish_reason = "interrupted"
-        pieces.close()
+        chunks.close()
         if as_json:
             print_json(result.to_dict())
         else:

@@ -12,7 +12,7 @@ from ..model.openelm import OpenELM
 from ..tokenizer.tokenizer import Tokenizer
 from .engine import MAX_TOKENS, DecodeBatch, as_prompt, check_memory
 from .sampling import SamplingConfig
-from .text import GeneratingRow, Generation, check_request
+from .text import Generation, TextStream, check_request
 
 BATCH_SIZE = 8
 
@@ -66,7 +66,7 @@ def generate_batch(
 
     def begin(number: int) -> "_Running":
         seed = None if sampling.seed is None else sampling.seed + number
-        text = GeneratingRow(model, tokenizer, ids[number].size, max_tokens, stop)
+        text = TextStream(model, tokenizer, ids[number].size, max_tokens, stop)
         row = rows.add(ids.pop(number), model.make_cache(cache), seed=seed)
         prompt = prompts[number]
         return _Running(row, number, text, Generation(prompt if isinstance(prompt, str) else ""))
@@ -80,7 +80,7 @@ class _Running:
 
     row: int
     number: int
-    text: GeneratingRow
+    text: TextStream
     generation: Generation
 
 

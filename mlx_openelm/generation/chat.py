@@ -8,7 +8,7 @@ from ..tokenizer.tokenizer import Tokenizer
 from .engine import MAX_TOKENS
 from .prompt_cache import PromptCache
 from .sampling import SamplingConfig
-from .text import Piece, stream_generate
+from .text import GenerationChunk, stream_generate
 
 
 class Chat:
@@ -45,7 +45,7 @@ class Chat:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.cache.clear()
 
-    def reply(self, text: str) -> Iterator[Piece]:
+    def reply(self, text: str) -> Iterator[GenerationChunk]:
         """The answer to a message; once it is complete, or given up, both belong to the conversation.
 
         Raises:
@@ -64,9 +64,9 @@ class Chat:
             cache=self.cache,
         )
         try:
-            for piece in stream:
-                answer.append(piece.text if answer else piece.text.lstrip())
-                yield piece
+            for chunk in stream:
+                answer.append(chunk.text if answer else chunk.text.lstrip())
+                yield chunk
         finally:
             stream.close()
             if answer:

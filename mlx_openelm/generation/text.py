@@ -46,7 +46,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Piece:
+class GenerationChunk:
     """What one more token brought."""
 
     text: str  # "" while a character or a possible stop string is incomplete
@@ -58,7 +58,7 @@ class Piece:
 
 @dataclass
 class Generation:
-    """A whole generation, put together from its pieces."""
+    """A whole generation, put together from its chunks."""
 
     prompt: str
     text: str = ""
@@ -67,13 +67,13 @@ class Generation:
     finish_reason: str | None = None
     stats: Stats | None = None
 
-    def add(self, piece: Piece) -> None:
-        """Take in the next piece."""
-        self.text += piece.text
-        self.tokens.append(piece.token)
-        self.logprobs.append(piece.logprob)
-        self.finish_reason = piece.finish_reason
-        self.stats = piece.stats
+    def add(self, chunk: GenerationChunk) -> None:
+        """Take in the next chunk."""
+        self.text += chunk.text
+        self.tokens.append(chunk.token)
+        self.logprobs.append(chunk.logprob)
+        self.finish_reason = chunk.finish_reason
+        self.stats = chunk.stats
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with the rates that follow from it, for JSON."""
@@ -95,8 +95,8 @@ def generate(
     stop: Iterable[str] = (),
 ) -> str:
     """The text that follows a prompt; arguments and errors as for `stream_generate`."""
-    pieces = stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop)
-    return "".join(piece.text for piece in pieces)
+    chunks = stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop)
+    return "".join(chunk.text for chunk in chunks)
 
 
 def stream_generate(
@@ -110,8 +110,8 @@ def stream_generate(
     cache: PromptCache | None = None,
     drafter: Drafter | None = None,
     on_prefill: Progress = lambda done, total: None,
-) -> Generator[Piece, None, None]:
-    """Continue a prompt and yield a `Piece` with every token; the last one has a `finish_reason`.
+) -> Generator[GenerationChunk, None, None]:
+    """Continue a prompt and yield a `GenerationChunk` with every token; the last one has a `finish_reason`.
 
     Args:
         prompt: plain text, which gets its BOS here, or ids, taken as they are.
@@ -131,7 +131,7 @@ def stream_generate(
     tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     cache = cache if cache is not None else PromptCache(model)
     before, fresh = cache.reuse(tokens)
-    row = GeneratingRow(model, tokenizer, len(tokens), max_tokens, stop, drafter, reused=len(before))
+    row = TextStream(model, tokenizer, len(tokens), max_tokens, stop, drafter, reused=len(before))
     write = generate_tokens if drafter is None else partial(speculate_tokens, drafter=drafter)
     steps = write(
         model, fresh, max_tokens=max_tokens, sampling=sampling, cache=cache.kv, before=before, on_prefill=on_prefill
@@ -141,9 +141,9 @@ def stream_generate(
         with wired_memory():
             for step in steps:
                 generated.append(step.token)
-                piece = row.push(step)
-                yield piece
-                if piece.finish_reason:
+                chunk = row.push(step)
+                yield chunk
+                if chunk.finish_reason:
                     break
     finally:
         cache.hold([*tokens, *generated])
@@ -157,7 +157,7 @@ def check_request(prompt: str | Sequence[int], max_tokens: int) -> None:
         raise PromptError(f"max_tokens is {max_tokens}; at least one token has to be asked for")
 
 
-class GeneratingRow:
+class TextStream:
     """One generation on its way from tokens to text."""
 
     def __init__(
@@ -186,7 +186,7 @@ class GeneratingRow:
         """Whether a token behind the next one may be wanted."""
         return self._generated + 1 < self._max_tokens
 
-    def push(self, step: Step) -> Piece:
+    def push(self, step: Step) -> GenerationChunk:
         """What one more token brought."""
         stats = self._tick()
         ended = step.token == self._eos
@@ -196,7 +196,7 @@ class GeneratingRow:
         if finish_reason and not self._watch.found:
             text += self._watch.push(self._decoder.finish()) + self._watch.finish()
             finish_reason = "stop" if self._watch.found else finish_reason
-        return Piece(text, step.token, step.logprob, finish_reason, stats)
+        return GenerationChunk(text, step.token, step.logprob, finish_reason, stats)
 
     def _guesses(self) -> tuple[int, int]:
         """How many the drafter has made so far, for this text and others, and how many of them were right."""
