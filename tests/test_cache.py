@@ -9,7 +9,7 @@ from mlx_openelm import PRESETS, CacheConfig, KVCache, OpenELMConfig, generate_t
 from mlx_openelm.cache import kv_cache
 from mlx_openelm.cache.config import kv_bytes_per_layer
 from mlx_openelm.cache.kv_cache import GROWTH_STEP
-from mlx_openelm.cache.layouts import Quantized, Window
+from mlx_openelm.cache.layouts import QuantizedKV, RotatingKV
 from mlx_openelm.errors import CacheError
 
 TEXT = [int(token) for token in np.random.default_rng(0).integers(0, 400, 90)]
@@ -90,7 +90,7 @@ class TestQuantized:
 
     @pytest.mark.parametrize("bits", [4, 8])
     def test_reading_packed_is_reading_unpacked(self, bits):
-        layout = Quantized(bits, 32)
+        layout = QuantizedKV(bits, 32)
         keys, values = mx.random.normal((2, 2, 3, 16, 64), key=mx.random.key(0))
         queries = mx.random.normal((2, 6, 5, 64), key=mx.random.key(1))
         buffers = layout.packed(keys, values)
@@ -102,10 +102,10 @@ class TestQuantized:
         plain, _, _ = decoded(tiny_model, CacheConfig())
         later, _, cache = decoded(tiny_model, CacheConfig(bits=8, quantize_after=50), compiled=compiled)
         assert later[:31] == plain[:31]  # 20 of the prompt and 30 behind it are kept as they were
-        assert isinstance(cache.layout, Quantized)
+        assert isinstance(cache.layout, QuantizedKV)
         kept, _, cache = decoded(tiny_model, CacheConfig(bits=8, quantize_after=500), compiled=compiled)
         assert kept == plain
-        assert not isinstance(cache.layout, Quantized)
+        assert not isinstance(cache.layout, QuantizedKV)
 
     @pytest.mark.parametrize("bits", [4, 8])
     def test_compiled_steps_give_the_same(self, tiny_model, monkeypatch, bits):
@@ -182,7 +182,7 @@ class TestWindow:
         cache = tiny_model.make_cache(CacheConfig(window=64))
         steps = generate_tokens(tiny_model, TEXT, max_tokens=200, cache=cache)
         assert len({(next(steps), cache.nbytes)[1] for _ in range(200)}) == 1
-        assert isinstance(cache.layout, Window)
+        assert isinstance(cache.layout, RotatingKV)
 
 
 class TestJoin:
@@ -212,4 +212,4 @@ class TestJoin:
         config = CacheConfig(bits=8, quantize_after=20)
         cache = self.filled(tiny_model, TEXT[:5], config)
         cache.join(self.filled(tiny_model, TEXT[:30], config))
-        assert isinstance(cache.layout, Quantized)
+        assert isinstance(cache.layout, QuantizedKV)

@@ -7,7 +7,7 @@ from functools import cached_property
 import mlx.core as mx
 
 from .config import CacheConfig, kv_group_size
-from .layouts import Buffers, Plain, Quantized, Window
+from .layouts import Buffers, FullKV, QuantizedKV, RotatingKV
 
 GROWTH_STEP = 256  # tokens; a buffer that grew with every token would be copied with every token
 
@@ -35,7 +35,7 @@ class KVCache:
         self.offset = 0
         self._starts: list[int] | None = None  # of rows that were joined
         config = self.config
-        self.layout = Plain() if config.window is None else Window(config.window, config.sinks, self._rope_base)
+        self.layout = FullKV() if config.window is None else RotatingKV(config.window, config.sinks, self._rope_base)
         self._buffers = [()] * len(self._buffers)
 
     @contextmanager
@@ -69,7 +69,7 @@ class KVCache:
         The offset stays until `advance`.
         """
         buffers = self._with_room(layer, keys.shape[2]) or self._new(keys, values)
-        if isinstance(self.layout, Window):
+        if isinstance(self.layout, RotatingKV):
             self._buffers[layer], read = self.layout.extend(buffers, self.offset, keys, values, queries)
             return read
         buffers = self._buffers[layer] = self.layout.write(buffers, mx.array(self.offset), keys, values)
@@ -85,7 +85,7 @@ class KVCache:
         """Keep keys and values in the configuration's bits from now on."""
         if self.is_quantized or self.config.bits is None:
             return
-        layout = Quantized(self.config.bits, kv_group_size(self._buffers[0][0].shape[-1]))
+        layout = QuantizedKV(self.config.bits, kv_group_size(self._buffers[0][0].shape[-1]))
         self._buffers = [layout.packed(*buffers) for buffers in self._buffers]
         self.layout = layout
 
@@ -128,7 +128,7 @@ class KVCache:
     @property
     def is_quantized(self) -> bool:
         """Whether keys and values stand in the configuration's bits by now."""
-        return isinstance(self.layout, Quantized)
+        return isinstance(self.layout, QuantizedKV)
 
     def to_arrays(self) -> dict[str, mx.array]:
         """What the buffers hold, by name, to be kept in a file; of one row."""
@@ -150,7 +150,7 @@ class KVCache:
         """
         if quantized and self.config.bits is not None:
             head_dim = arrays["layers.0.0"].shape[-1] * 32 // self.config.bits
-            self.layout = Quantized(self.config.bits, kv_group_size(head_dim))
+            self.layout = QuantizedKV(self.config.bits, kv_group_size(head_dim))
         parts = range(6 if quantized else 3 if self.config.window else 2)
         room = num_tokens if self.config.window is None else min(num_tokens, self.config.window)
         for layer in range(len(self._buffers) if num_tokens else 0):
@@ -249,7 +249,7 @@ class StepCache:
     """
 
     def __init__(
-        self, layout: Plain, offset: mx.array, starts: mx.array | None, buffers: Sequence[Buffers], num_tokens: int
+        self, layout: FullKV, offset: mx.array, starts: mx.array | None, buffers: Sequence[Buffers], num_tokens: int
     ):
         self.buffers = list(buffers)
         self._layout = layout

@@ -14,7 +14,7 @@ Buffers = tuple[mx.array, ...]
 
 
 @dataclass(frozen=True)
-class Plain:
+class FullKV:
     """Keys and values (B, K, S, D) as the layer made them."""
 
     def new(self, keys: mx.array, values: mx.array, length: int) -> Buffers:
@@ -41,7 +41,7 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Quantized(Plain):
+class QuantizedKV(FullKV):
     """Keys and values in 4 or 8 bits: words, scales and offsets of the keys, then those of the values."""
 
     bits: int
@@ -84,7 +84,7 @@ class Quantized(Plain):
 
 
 @dataclass(frozen=True)
-class Window(Plain):
+class RotatingKV(FullKV):
     """The first tokens, the sinks, and behind them as many of the last ones as there is room for, in a ring.
 
     To a query the sinks seem to stand right before the oldest token of the ring, however far it is from them: distances

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..cache.config import CacheConfig, kv_cache_bytes
 from ..cache.kv_cache import KVCache, StepCache
-from ..cache.layouts import Buffers, Plain
+from ..cache.layouts import Buffers, FullKV
 from ..errors import MemoryLimitError, PromptError
 from ..machine.device import memory_limit_bytes, pays_to_compile
 from ..model.openelm import OpenELM
@@ -172,7 +172,7 @@ class DecodeStep:
         self._model = model
         self._choose = choose
         self._compiled = compiled
-        self._runs: dict[Plain, Callable[..., tuple[Any, list[Buffers]]]] = {}
+        self._runs: dict[FullKV, Callable[..., tuple[Any, list[Buffers]]]] = {}
 
     def __call__(self, tokens: mx.array, state: Any, cache: KVCache) -> Any:
         """What is chosen for tokens (B, L); the cache then holds these."""
@@ -190,7 +190,7 @@ class DecodeStep:
 
     def _run(
         self,
-        layout: Plain,
+        layout: FullKV,
         tokens: mx.array,
         place: mx.array,
         starts: list[mx.array],
