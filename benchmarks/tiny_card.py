@@ -15,7 +15,7 @@ from common import RESULTS, machine
 from ngram import KneserNey
 
 from mlx_openelm import OpenELM, SamplingConfig, Tokenizer, generate, load, load_model
-from mlx_openelm.data.corpus import Corpus, Filters, TokenFile, prepare_corpus, validation_rows
+from mlx_openelm.data.corpus import Corpus, Filters, TokenizedDataset, prepare_corpus, validation_rows
 from mlx_openelm.hub import BUILT_IN_MODEL, model_folder
 from mlx_openelm.training.pretrain import RECIPES, PretrainRecipe
 
@@ -85,7 +85,9 @@ def main() -> None:
     print(card)
 
 
-def network_losses(model: OpenELM, recipe: PretrainRecipe, files: tuple[TokenFile, ...]) -> list[tuple[float, int]]:
+def network_losses(
+    model: OpenELM, recipe: PretrainRecipe, files: tuple[TokenizedDataset, ...]
+) -> list[tuple[float, int]]:
     """Sum of losses and number of tokens, for each source; a row sees nothing of the row before."""
     found = []
     for file in files:
@@ -102,14 +104,14 @@ def network_losses(model: OpenELM, recipe: PretrainRecipe, files: tuple[TokenFil
 
 
 def ngram_losses(
-    recipe: PretrainRecipe, train: tuple[TokenFile, ...], held_out: tuple[TokenFile, ...]
+    recipe: PretrainRecipe, train: tuple[TokenizedDataset, ...], held_out: tuple[TokenizedDataset, ...]
 ) -> list[tuple[float, int]]:
     peer = KneserNey(np.concatenate([file.tokens for file in train]), recipe.model.vocab_size)
     found = [peer.losses(np.asarray(file.tokens)) for file in held_out]
     return [(float(losses.sum()), len(losses)) for losses in found]
 
 
-def text_bytes(tokenizer: Tokenizer, file: TokenFile) -> int:
+def text_bytes(tokenizer: Tokenizer, file: TokenizedDataset) -> int:
     documents = (file.document(number)[1:-1] for number in range(file.num_documents))
     return sum(len(tokenizer.decode([int(token) for token in ids]).encode()) for ids in documents)
 

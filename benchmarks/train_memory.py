@@ -26,7 +26,7 @@ from mlx_openelm.data.batch import TokenBatch, make_batch
 from mlx_openelm.machine.device import peak_memory_bytes
 from mlx_openelm.model.openelm import ForwardContext
 from mlx_openelm.training.gradients import gradients_of
-from mlx_openelm.training.loss import Likelihood
+from mlx_openelm.training.loss import CrossEntropy
 from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters
 
 
@@ -115,7 +115,7 @@ def one_step(arguments: argparse.Namespace, way: Way) -> None:
         z_loss = recipe.z_loss * mx.square(mx.logsumexp(logits, axis=-1)).sum()
         return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="sum") + z_loss
 
-    objective = Likelihood(recipe.z_loss, recipe.loss_chunk)
+    objective = CrossEntropy(recipe.z_loss, recipe.loss_chunk)
     ours = gradients_of(model, objective, mx.float32, way.recompute)
     peer = mx.compile(mx.value_and_grad(whole))
     mx.eval(parameters, tokens, batch)

@@ -26,7 +26,7 @@ from mlx_openelm.data.batch import TokenBatch
 from mlx_openelm.model.adapters import about_base, read_tensors, save_adapter
 from mlx_openelm.model.lora import adapter_parameters, add_adapter
 from mlx_openelm.training.gradients import set_parameters
-from mlx_openelm.training.loss import Likelihood
+from mlx_openelm.training.loss import CrossEntropy
 from mlx_openelm.training.trainer import Trainer
 from mlx_openelm.training.tune_recipe import TuneRecipe
 
@@ -140,7 +140,7 @@ def ours(arguments: argparse.Namespace, folder: Path, checkpointing: bool) -> di
     recipe = replace(RECIPE, recompute_layers=checkpointing)
     model = load_model(folder / "model", adapter=folder / "adapter")
     set_parameters(model, mx.float32, read_tensors(folder / "adapter" / "adapters.safetensors"))
-    trainer = Trainer(recipe, model, adapter_parameters(model), Data(), Likelihood())
+    trainer = Trainer(recipe, model, adapter_parameters(model), Data(), CrossEntropy())
     losses, times = [], []
     for _ in range(WARM_UP + arguments.steps):
         started = time.perf_counter()

@@ -27,7 +27,7 @@ from mlx_openelm.model.lora import (
     settle,
 )
 from mlx_openelm.training.gradients import gradients_of
-from mlx_openelm.training.loss import Likelihood
+from mlx_openelm.training.loss import CrossEntropy
 from mlx_openelm.training.pretrain import PretrainRecipe
 from mlx_openelm.training.trainer import Trainer
 
@@ -89,7 +89,7 @@ def bases(tmp_path_factory):
 def trainer_of(model, config, dtype="float32", learning_rate=0.01, dropout=0.0):
     recipe = PretrainRecipe(model=CONFIG, steps=8, batch_size=2, sequence_length=16, warmup_steps=0,
                             learning_rate=learning_rate, weight_decay=0.0, dtype=dtype, z_loss=0.0)  # fmt: skip
-    return Trainer(recipe, model, adapter_parameters(model), OneBatch(), Likelihood(), dropout=dropout > 0)
+    return Trainer(recipe, model, adapter_parameters(model), OneBatch(), CrossEntropy(), dropout=dropout > 0)
 
 
 def dtype_of(kind):
@@ -142,7 +142,7 @@ def test_gradients_are_those_of_finite_differences(bases, method, recompute, bit
     }
     model.train()
     batch = make_batch(OneBatch().step(0))
-    gradients = gradients_of(model, Likelihood(), mx.float32, recompute)
+    gradients = gradients_of(model, CrossEntropy(), mx.float32, recompute)
     _, found = gradients(parameters, batch)
     for number, (name, p) in enumerate(parameters.items()):
         if method == "dora" and not name.endswith(".m"):
@@ -165,7 +165,7 @@ def test_memory_savers_change_no_gradient(bases, method, dropout):
     model.train()
     batch = make_batch(OneBatch().step(0)) | ({"dropout": mx.random.key(1)} if dropout else {})
     (sums, expected), (other, found) = (
-        gradients_of(model, Likelihood(), mx.float32, recompute)(parameters, batch) for recompute in (False, True)
+        gradients_of(model, CrossEntropy(), mx.float32, recompute)(parameters, batch) for recompute in (False, True)
     )
     assert np.array(other) == pytest.approx(np.array(sums), rel=1e-5)
     for name in parameters:

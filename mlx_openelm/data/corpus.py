@@ -37,7 +37,7 @@ class Filters:
     validation_share: float = 0.02  # of the documents, chosen by a hash of their text
 
 
-class TokenFile:
+class TokenizedDataset:
     """Documents as ids, each behind BOS and before EOS, on disk."""
 
     def __init__(self, stem: Path, dtype: np.dtype):
@@ -64,8 +64,8 @@ class TokenFile:
 class Corpus:
     """Token files of all sources, for training and for validation."""
 
-    train: tuple[TokenFile, ...]
-    validation: tuple[TokenFile, ...]
+    train: tuple[TokenizedDataset, ...]
+    validation: tuple[TokenizedDataset, ...]
     weights: tuple[float, ...]
     fingerprint: str  # of the files, the tokenizer and the filters
 
@@ -108,7 +108,7 @@ def prepare_corpus(
                         done += path.stat().st_size
                         on_progress(done, total)
     opened = {
-        split: tuple(TokenFile(folder / f"{number}-{split}", dtype) for number in range(len(sources)))
+        split: tuple(TokenizedDataset(folder / f"{number}-{split}", dtype) for number in range(len(sources)))
         for split in _SPLITS
     }
     for source, tokens in zip(sources, opened["train"], strict=True):
@@ -237,7 +237,7 @@ def _spread(number: int) -> float:
     return (number * 0.6180339887498949 + 0.5) % 1.0
 
 
-def _row(file: TokenFile, number: int, length: int, packing: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _row(file: TokenizedDataset, number: int, length: int, packing: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if packing == "rows":
         epoch, place = divmod(number, file.num_documents)
         document = file.document(int(_order(file, seed, epoch)[0][place]))[: length + 1].astype(np.int32)
@@ -252,7 +252,7 @@ def _row(file: TokenFile, number: int, length: int, packing: str, seed: int) -> 
 
 
 @lru_cache(maxsize=8)
-def _order(file: TokenFile, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def _order(file: TokenizedDataset, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """An order of the documents, and where each begins in it."""
     order = np.random.default_rng([seed, epoch]).permutation(file.num_documents)
     lengths = np.diff(file.offsets)[order]
@@ -260,7 +260,7 @@ def _order(file: TokenFile, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _cut(
-    file: TokenFile, order: tuple[np.ndarray, np.ndarray] | None, start: int, length: int
+    file: TokenizedDataset, order: tuple[np.ndarray, np.ndarray] | None, start: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """`length` + 1 tokens from `start` on, of the documents one after another; the first follows the last."""
     documents, begins = order if order is not None else (np.arange(file.num_documents), np.asarray(file.offsets))

@@ -36,7 +36,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class CrossEntropy:
     """Cross-entropy of the tokens that count, and a share of z-loss."""
 
     z_weight: float = 0.0

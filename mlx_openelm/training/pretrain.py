@@ -23,7 +23,7 @@ from ..tensors import save_arrays
 from ..tokenizer.files import write_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
 from .loop import Metrics, train
-from .loss import Likelihood
+from .loss import CrossEntropy
 from .optimizer import Tensors
 from .recipe import Recipe
 from .trainer import Trainer
@@ -164,7 +164,7 @@ def fresh_trainer(recipe: PretrainRecipe, corpus: Corpus, group: mx.distributed.
         OpenELM(recipe.model),
         initial_parameters(recipe),
         CorpusRows(recipe, corpus),
-        Likelihood(recipe.z_loss, recipe.loss_chunk),
+        CrossEntropy(recipe.z_loss, recipe.loss_chunk),
         micro_batch_size=recipe.micro_batch_size,
         group=group,
     )

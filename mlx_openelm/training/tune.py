@@ -33,7 +33,7 @@ from ..tokenizer.tokenizer import Tokenizer
 from .checkpoints import check_fresh, checkpoint_folder, checkpoint_folders, run_lock
 from .dpo import Preference, reference_logprobs
 from .loop import Metrics, train
-from .loss import Likelihood, Objective
+from .loss import CrossEntropy, Objective
 from .optimizer import Tensors
 from .trainer import Trainer
 from .tune_recipe import TuneRecipe
@@ -98,7 +98,7 @@ class Tuning:
         """What is minimised."""
         if self.recipe.objective == "dpo":
             return Preference(self.recipe.beta, self.recipe.preference_loss, self.recipe.loss_chunk)
-        return Likelihood(self.recipe.z_loss, self.recipe.loss_chunk)
+        return CrossEntropy(self.recipe.z_loss, self.recipe.loss_chunk)
 
 
 def prepare_tuning(recipe: TuneRecipe) -> Tuning:
