@@ -24,7 +24,7 @@ from mlx_openelm.model.lora import (
     adapter_paths,
     adapters,
     add_adapter,
-    settle,
+    cache_scales,
 )
 from mlx_openelm.training.gradients import gradients_of
 from mlx_openelm.training.loss import CrossEntropy
@@ -186,7 +186,7 @@ def test_dora_by_hand():
     assert_close(layer(mx.array([[1.0, 1.0]])), mx.array([[14.0]]), 1e-6)
     layer.lora_a, layer.lora_b = mx.array([[1.0], [2.0]]), mx.array([[2.5]])  # w + 2 * 2.5 * (1, 2) = (8, 14)
     assert_close(layer(mx.array([[1.0, 1.0]])), mx.array([[10 * 22 / (8**2 + 14**2) ** 0.5]]), 1e-5)
-    layer.settle()
+    layer.cache_scales()
     assert_close(layer.eval()(mx.array([[1.0, 1.0]])), mx.array([[10 * 22 / (8**2 + 14**2) ** 0.5]]), 1e-5)
 
 
@@ -299,7 +299,7 @@ def test_a_settled_adapter_gives_the_same(bases):
     model.eval()
     tokens = mx.array(TOKENS)
     before = model(tokens)
-    settle(model)
+    cache_scales(model)
     assert_close(model(tokens), before, 2e-5)
 
 

@@ -18,7 +18,7 @@ from ..errors import AdapterError, OpenELMError, shorten
 from ..quantization import matrix_shape
 from ..tensors import read_safetensors, save_arrays
 from ..version import __version__
-from .lora import EMBEDDING_TARGET, LINEAR_TARGETS, MAGNITUDE, AdapterConfig, adapters, settle, wrap
+from .lora import EMBEDDING_TARGET, LINEAR_TARGETS, MAGNITUDE, AdapterConfig, adapters, cache_scales, wrap
 from .lora import METHODS as ADAPTER_METHODS
 from .openelm import OpenELM
 
@@ -190,7 +190,7 @@ def apply_adapter(model: OpenELM, adapter: SavedAdapter) -> None:
         if ranks[path][1]:
             module[MAGNITUDE] = adapter.tensors[f"{path}.{MAGNITUDE}"].astype(mx.float32)
     mx.eval(model.parameters())
-    settle(model)
+    cache_scales(model)
 
 
 def check_adapter(adapter: SavedAdapter, shapes: Mapping[str, tuple[int, ...]]) -> None:

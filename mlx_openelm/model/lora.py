@@ -76,7 +76,7 @@ class Adapter(nn.Module):
         """The layer without its adapter."""
         raise NotImplementedError
 
-    def settle(self) -> None:
+    def cache_scales(self) -> None:
         """Compute once what does not change while nothing is trained: for decoding."""
         if MAGNITUDE in self:
             self._settled = self._ratio()
@@ -249,14 +249,14 @@ def adapter_parameters(model: OpenELM) -> dict[str, mx.array]:
     return parameters
 
 
-def settle(model: OpenELM) -> None:
+def cache_scales(model: OpenELM) -> None:
     """Compute once what adapters need for decoding."""
     for _, module in adapters(model):
-        module.settle()
+        module.cache_scales()
 
 
-def unsettle(module: nn.Module) -> None:
-    """Forget what `settle` computed: parameters have changed."""
+def invalidate_scales(module: nn.Module) -> None:
+    """Forget what `cache_scales` computed: parameters have changed."""
     for _, adapter in adapters(module):
         adapter._settled = None
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..data.batch import Batch
-from ..model.lora import MAGNITUDE, set_dropout_keys, unsettle
+from ..model.lora import MAGNITUDE, invalidate_scales, set_dropout_keys
 from ..model.openelm import ForwardContext, OpenELM, segment_mask
 from .loss import Objective
 from .optimizer import Tensors
@@ -142,7 +142,7 @@ def set_parameters(module: Any, dtype: mx.Dtype, parameters: Mapping[str, mx.arr
     """Give a module parameters of its own, in the type to compute in; magnitudes of DoRA stay as they are."""
     cast = [(name, p if name.endswith(f".{MAGNITUDE}") else p.astype(dtype)) for name, p in parameters.items()]
     module.update(tree_unflatten(cast))
-    unsettle(module)
+    invalidate_scales(module)
 
 
 def _at_once(
