@@ -100,8 +100,8 @@ class TestKeysAndValues:
     def test_options_reach_the_cache(self, place, options, config):
         _, out, _ = run("generate", "-m", place / "base", "-p", PROMPTS[0], "-n", 40, *options)
         model, tokenizer = load(place / "base")
-        pieces = stream_generate(model, tokenizer, PROMPTS[0], max_tokens=40, cache=PromptCache(model, config))
-        assert out == "".join(piece.text for piece in pieces) + "\n"
+        chunks = stream_generate(model, tokenizer, PROMPTS[0], max_tokens=40, cache=PromptCache(model, config))
+        assert out == "".join(chunk.text for chunk in chunks) + "\n"
 
     def test_a_file_keeps_them_from_run_to_run(self, place, tmp_path):
         command = ["generate", "-m", place / "base", "-p", PROMPTS[0], "-n", 9, "--json"]

@@ -30,14 +30,14 @@ def model_that_says(tiny_config, tokenizer, monkeypatch):
 
 
 def run(model, tokenizer, **arguments):
-    pieces = list(stream_generate(model, tokenizer, PROMPT, **arguments))
-    return "".join(piece.text for piece in pieces), pieces[-1].finish_reason, pieces
+    chunks = list(stream_generate(model, tokenizer, PROMPT, **arguments))
+    return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason, chunks
 
 
 def test_text_is_that_of_the_tokens(tiny_model, tokenizer):
-    text, reason, pieces = run(tiny_model, tokenizer, max_tokens=20)
+    text, reason, chunks = run(tiny_model, tokenizer, max_tokens=20)
     tokens = [step.token for step in generate_tokens(tiny_model, tokenizer.encode(PROMPT), max_tokens=20)]
-    assert [piece.token for piece in pieces] == tokens
+    assert [chunk.token for chunk in chunks] == tokens
     assert reason == "length"
     assert (PROMPT + text) == tokenizer.decode([*tokenizer.encode(PROMPT), *tokens])
     assert generate(tiny_model, tokenizer, PROMPT, max_tokens=20) == text
@@ -49,10 +49,10 @@ def test_ids_are_taken_as_they_are(tiny_model, tokenizer):
 
 
 def test_the_end_of_the_text_ends_it(model_that_says, tokenizer):
-    text, reason, pieces = run(model_that_says("there was a fox"), tokenizer)
+    text, reason, chunks = run(model_that_says("there was a fox"), tokenizer)
     assert (text, reason) == (" there was a fox", "stop")
-    assert pieces[-1].token == tokenizer.eos_token_id
-    assert all(piece.finish_reason is None for piece in pieces[:-1])
+    assert chunks[-1].token == tokenizer.eos_token_id
+    assert all(chunk.finish_reason is None for chunk in chunks[:-1])
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_stop_strings_straddle_tokens(model_that_says, tokenizer, stop, expected
 
 
 def test_what_could_begin_a_stop_string_is_held_back_until_it_cannot(model_that_says, tokenizer):
-    _, _, pieces = run(model_that_says("there was a fox"), tokenizer, stop=["a fox!"])
+    _, _, chunks = run(model_that_says("there was a fox"), tokenizer, stop=["a fox!"])
     so_far = ""
-    for piece in pieces[:-1]:
-        so_far += piece.text
+    for chunk in chunks[:-1]:
+        so_far += chunk.text
         assert not so_far.endswith(("a", "a ", "a f", "a fo"))
-    assert pieces[-1].text.endswith("a fox")
+    assert chunks[-1].text.endswith("a fox")
 
 
 def test_a_text_cut_within_a_character_says_so(model_that_says, tokenizer):
@@ -98,7 +98,7 @@ def test_stop_watch_finds_what_searching_the_whole_finds():
             place += step
         out += watch.finish()
         places = [text.find(stop) for stop in stops if stop in text]
-        if watch.found:  # pieces of several characters may hold two stop strings: the one that begins first counts
+        if watch.found:  # chunks of several characters may hold two stop strings: the one that begins first counts
             assert any(text.startswith(stop, len(out)) for stop in stops)
         else:
             assert not places
@@ -121,7 +121,7 @@ def test_nothing_to_do_is_refused(tiny_model, tokenizer, prompt, max_tokens):
 
 class TestChat:
     def answer(self, chat, text):
-        return "".join(piece.text for piece in chat.reply(text))
+        return "".join(chunk.text for chunk in chat.reply(text))
 
     def test_turns_give_what_the_whole_conversation_gives(self, tiny_model, chat_tokenizer):
         chat = Chat(tiny_model, chat_tokenizer, system="Be brief.", max_tokens=6)
@@ -145,9 +145,9 @@ class TestChat:
     def test_an_answer_that_is_cut_belongs_to_the_conversation(self, tiny_model, chat_tokenizer):
         chat = Chat(tiny_model, chat_tokenizer, max_tokens=20)
         reply = chat.reply("Hello")
-        pieces = [next(reply) for _ in range(5)]
+        chunks = [next(reply) for _ in range(5)]
         reply.close()
-        assert chat.messages[-1]["content"] == "".join(piece.text for piece in pieces).lstrip()
+        assert chat.messages[-1]["content"] == "".join(chunk.text for chunk in chunks).lstrip()
         whole = chat_tokenizer.encode_chat([*chat.messages, {"role": "user", "content": "Go on"}])
         expected = generate(tiny_model, chat_tokenizer, whole, max_tokens=20)
         assert self.answer(chat, "Go on") == expected
