@@ -31,7 +31,7 @@ from mlx_openelm.training.trainer import Trainer
 from mlx_openelm.training.tune_recipe import TuneRecipe
 
 RECIPE = TuneRecipe(
-    steps=1000, learning_rate=1e-3, schedule="constant", initial_learning_rate=1e-3, clip=0.0, dtype="float32"
+    steps=1000, learning_rate=1e-3, schedule="constant", initial_learning_rate=1e-3, max_grad_norm=0.0, dtype="float32"
 )
 WARM_UP = 2  # steps in which both compile
 

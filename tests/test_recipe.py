@@ -15,8 +15,14 @@ def test_published_recipes_have_the_papers_numbers(size):
     assert recipe.model == PRESETS[size]
     assert recipe.steps == 350_000
     assert recipe.batch_size * recipe.sequence_length == 4_194_304
-    assert (recipe.warmup_steps, recipe.initial_learning_rate, recipe.final_learning_rate) == (5000, 1e-6, 0.1)
-    assert (recipe.beta1, recipe.beta2, recipe.eps, recipe.weight_decay, recipe.clip) == (0.9, 0.95, 1e-8, 0.1, 1.0)
+    assert (recipe.warmup_steps, recipe.initial_learning_rate, recipe.min_lr_ratio) == (5000, 1e-6, 0.1)
+    assert (recipe.beta1, recipe.beta2, recipe.eps, recipe.weight_decay, recipe.max_grad_norm) == (
+        0.9,
+        0.95,
+        1e-8,
+        0.1,
+        1.0,
+    )
     assert (recipe.packing, recipe.min_characters, recipe.min_tokens, recipe.dtype) == ("rows", 200, 256, "bfloat16")
 
 
@@ -33,3 +39,15 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
     assert PretrainRecipe.from_file(PretrainRecipe.named("tiny")).model == PRESETS["270M"]
     with pytest.raises(ConfigError, match=r"missing does not exist.*270M"):
         PretrainRecipe.named("missing")
+
+
+def test_fields_of_recipes_written_before_have_their_names_of_today(tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("model: 270M\nclip: 0.5\nfinal_learning_rate: 0.2\n")
+    recipe = PretrainRecipe.from_file(path)
+    assert (recipe.max_grad_norm, recipe.min_lr_ratio) == (0.5, 0.2)
+    path.write_text("model: 270M\nclip: 0.5\nmax_grad_norm: 0.2\n")
+    with pytest.raises(ConfigError, match="clip is not a field"):
+        PretrainRecipe.from_file(path)
+    with pytest.raises(ConfigError, match="clip is not a field"):  # the command line has the new names alone
+        PretrainRecipe.from_file(PretrainRecipe.named("270M"), {"clip": "1.0"})

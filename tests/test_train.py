@@ -180,7 +180,7 @@ def test_a_run_that_lost_its_last_checkpoint_goes_on_bit_for_bit(tmp_path, whole
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"learning_rate": 0.02}, "learning_rate was 0.01 and is 0.02"), ({"seed": 5}, "seed was 0 and is 5")],
+    [({"learning_rate": 0.02}, "learning_rate 0.01 -> 0.02"), ({"seed": 5}, "seed 0 -> 5")],
 )
 def test_another_recipe_cannot_go_on(whole_run, recipe, corpus, tokenizer, change, named):
     with pytest.raises(TrainingError, match=named):

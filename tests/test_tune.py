@@ -155,9 +155,9 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, rec
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"rank": 8}, "rank was 4 and is 8"),
-        ({"seed": 5}, "seed was 0 and is 5"),
-        ({"dropout": 0.0}, "dropout was 0.1 and is 0.0"),
+        ({"rank": 8}, "rank 4 -> 8"),
+        ({"seed": 5}, "seed 0 -> 5"),
+        ({"dropout": 0.0}, "dropout 0.1 -> 0.0"),
     ],
 )
 def test_another_recipe_cannot_go_on(whole_run, recipe, change, named):
@@ -229,7 +229,7 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path, recipe, whole_run):
 def test_accumulated_batches_make_the_step_of_one_large_one(recipe, method):
     recipe = replace(recipe, dropout=0.0, method=method)
     one = make_trainer(prepare_tuning(recipe))
-    two = make_trainer(prepare_tuning(replace(recipe, batch_size=1, accumulate=4)))
+    two = make_trainer(prepare_tuning(replace(recipe, batch_size=1, grad_accumulation_steps=4)))
     for _ in range(2):
         assert two.take_step() == pytest.approx(one.take_step(), rel=1e-4)
     for name, p in one.parameters.items():
@@ -327,12 +327,16 @@ def test_packaged_recipes_have_apples_numbers():
         recipe = TuneRecipe.from_file(TuneRecipe.named(f"instruct-{size}"))
         assert (recipe.epochs, recipe.learning_rate, recipe.preference_loss) == numbers
         assert (recipe.objective, recipe.beta, recipe.max_length, recipe.max_prompt) == ("dpo", 0.01, 1024, 512)
-        assert (recipe.batch_size * recipe.accumulate, recipe.warmup_share, recipe.schedule) == (16, 0.1, "cosine")
+        assert (recipe.batch_size * recipe.grad_accumulation_steps, recipe.warmup_share, recipe.schedule) == (
+            16,
+            0.1,
+            "cosine",
+        )
     recipe = TuneRecipe.from_file(TuneRecipe.named("commonsense"))
     assert (recipe.rank, recipe.alpha, recipe.dropout, recipe.weight_decay) == (32, 32, 0.1, 0)
     assert set(recipe.targets) == {"token_embeddings", "qkv_proj", "out_proj", "proj_1", "proj_2"}
-    assert (recipe.steps, recipe.warmup_steps, recipe.batch_size * recipe.accumulate) == (4375, 1000, 16)
-    assert recipe.learning_rate * recipe.final_learning_rate == pytest.approx(3e-5)
+    assert (recipe.steps, recipe.warmup_steps, recipe.batch_size * recipe.grad_accumulation_steps) == (4375, 1000, 16)
+    assert recipe.learning_rate * recipe.min_lr_ratio == pytest.approx(3e-5)
 
 
 @pytest.mark.parametrize(

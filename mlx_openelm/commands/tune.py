@@ -62,7 +62,9 @@ def tune(
     batch_size: Annotated[
         int, Option("--batch-size", "-b", help="Examples that are computed at once.", metavar="B")
     ] = TuneRecipe.batch_size,
-    accumulate: Annotated[int, Option(help="Batches in a step.", metavar="K")] = TuneRecipe.accumulate,
+    grad_accumulation_steps: Annotated[
+        int, Option(help="Batches in a step.", metavar="K")
+    ] = TuneRecipe.grad_accumulation_steps,
     learning_rate: Annotated[float, Option(help="Largest learning rate.", metavar="L")] = TuneRecipe.learning_rate,
     schedule: Annotated[
         str, Option(help="cosine, linear or constant, after the warm-up.", metavar="S")
@@ -71,7 +73,9 @@ def tune(
         int, Option(help="Steps until the largest rate; 0: 3 % of all.", metavar="N")
     ] = TuneRecipe.warmup_steps,
     weight_decay: Annotated[float, Option(help="Decay of matrices.", metavar="W")] = TuneRecipe.weight_decay,
-    clip: Annotated[float, Option(help="Largest norm of the gradient; 0: none.", metavar="C")] = TuneRecipe.clip,
+    max_grad_norm: Annotated[
+        float, Option(help="Largest norm of the gradient; 0: none.", metavar="C")
+    ] = TuneRecipe.max_grad_norm,
     max_length: Annotated[
         int, Option(help="Tokens of an example; 0: the model's context.", metavar="T")
     ] = TuneRecipe.max_length,
@@ -210,7 +214,7 @@ def _show(tuning: Tuning, processes: int) -> None:
     kind = f"{recipe.method}, rank {recipe.rank}, scale {recipe.adapter.scale:g}" if recipe.adapter else "full"
     beside = f"of {total:,} parameters" if recipe.method == "full" else f"parameters beside {total:,} of the model"
     say(f"trains {tuning.num_parameters:,} {beside} ({kind}), {recipe.objective}")
-    rows = recipe.batch_size * recipe.accumulate
+    rows = recipe.batch_size * recipe.grad_accumulation_steps
     shared = f" on {processes} processes" if processes > 1 else ""
     say(f"{recipe.steps:,} steps of {rows:,} examples{shared}; an epoch has {tuning.rows.steps_per_epoch:,}")
 

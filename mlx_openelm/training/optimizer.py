@@ -32,7 +32,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     largest = recipe.learning_rate
     if step < recipe.warmup:
         return recipe.initial_learning_rate + (largest - recipe.initial_learning_rate) * step / recipe.warmup
-    last = largest * recipe.final_learning_rate
+    last = largest * recipe.min_lr_ratio
     progress = min(1.0, (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
     share = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}
     return last + (largest - last) * share[recipe.schedule]

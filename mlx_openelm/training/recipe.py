@@ -16,6 +16,11 @@ from .loss import DEFAULT_CHUNK
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_OLD_NAMES = {  # of fields, in recipes and runs that were written until 2026-11-25
+    "accumulate": "grad_accumulation_steps",
+    "clip": "max_grad_norm",
+    "final_learning_rate": "min_lr_ratio",
+}
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -30,7 +35,7 @@ class Recipe:
     steps: int
     batch_size: int
     learning_rate: float
-    final_learning_rate: float = 0.1  # as a share of the largest
+    min_lr_ratio: float = 0.1  # as a share of the largest
     initial_learning_rate: float = 1e-6
     warmup_steps: int = 0
     schedule: str = "cosine"  # from the largest rate to the final one: "cosine", "linear" or "constant"
@@ -38,7 +43,7 @@ class Recipe:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices
-    clip: float = 1.0  # largest norm of the gradient; 0: none
+    max_grad_norm: float = 1.0  # largest norm of the gradient; 0: none
     z_loss: float = 0.0
     dtype: str = "bfloat16"  # to compute in; what is trained and the optimizer are kept in float32
     recompute_layers: bool = False  # gradient checkpointing: less memory, one more forward pass
@@ -68,7 +73,14 @@ class Recipe:
         *("steps", "batch_size", "learning_rate", "log_every", "validate_every", "checkpoint_every"),
         *("keep_checkpoints", "loss_chunk"),
     )
-    _not_negative: ClassVar[tuple[str, ...]] = ("warmup_steps", "clip", "z_loss", "weight_decay", "early_stop", "seed")
+    _not_negative: ClassVar[tuple[str, ...]] = (
+        "warmup_steps",
+        "max_grad_norm",
+        "z_loss",
+        "weight_decay",
+        "early_stop",
+        "seed",
+    )
     _shares: ClassVar[tuple[str, ...]] = ("beta1", "beta2")
 
     def __post_init__(self) -> None:
@@ -120,7 +132,7 @@ class Recipe:
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds no table of settings")
         try:
-            return cls.from_dict({**values, **changes}, folder or path.parent)
+            return cls.from_dict({**_renamed(values), **changes}, folder or path.parent)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
@@ -156,13 +168,21 @@ class Recipe:
         return asdict(self)
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Fields in which another recipe, as `to_dict` gave it, would train another model: its value and this one's."""
+        """Fields in which another recipe (of `to_dict`) would train another model: its value -> this one's."""
         own = json.loads(json.dumps(self.to_dict()))
         # A field that an older recipe did not have has its default there.
         defaults = {e.name: e.default for e in fields(self) if e.default is not MISSING}
-        other = {**json.loads(json.dumps(defaults)), **other}
+        other = {**json.loads(json.dumps(defaults)), **_renamed(other)}
         names = sorted((set(own) | set(other)) - self.free)
-        return [f"{n} was {other.get(n)!r} and is {own.get(n)!r}" for n in names if own.get(n) != other.get(n)]
+        return [f"{n} {other.get(n)!r} -> {own.get(n)!r}" for n in names if own.get(n) != other.get(n)]
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a file under the names of today; where it has both, the old one stays and is refused as unknown."""
+    return {
+        name if _OLD_NAMES.get(name, name) in values else _OLD_NAMES.get(name, name): value
+        for name, value in values.items()
+    }
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:

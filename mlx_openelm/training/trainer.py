@@ -155,6 +155,6 @@ def _update(
 ) -> tuple[Tensors, Moments, mx.array, mx.array]:
     """New parameters and moments, the gradient's norm, and the sum of all parameters: no number if any of them is."""
     gradients = {name: g / count for name, g in gradients.items()}
-    gradients, norm = clipped(gradients, recipe.clip)
+    gradients, norm = clipped(gradients, recipe.max_grad_norm)
     parameters, moments = adamw(recipe, rate, parameters, gradients, Moments(*moments))
     return parameters, moments, norm, sum((p.sum() for p in parameters.values()), mx.zeros(()))

@@ -47,13 +47,13 @@ class ExampleRows:
         self._held_out = held_out
         self._batches = ExampleBatches(
             examples.examples,
-            recipe.batch_size * recipe.accumulate,
+            recipe.batch_size * recipe.grad_accumulation_steps,
             max_length=recipe.max_length,
             pack=recipe.pack,
             seed=recipe.seed,
         )
         self.rows_per_entry = self._batches.rows_per_entry
-        self.rows_per_step = recipe.batch_size * recipe.accumulate * self.rows_per_entry
+        self.rows_per_step = recipe.batch_size * recipe.grad_accumulation_steps * self.rows_per_entry
         self.steps_per_epoch = self._batches.steps_per_epoch
         marks = [fingerprint, examples.fingerprint, held_out.fingerprint if held_out else ""]
         self.fingerprint = hashlib.sha256("".join(marks).encode()).hexdigest()

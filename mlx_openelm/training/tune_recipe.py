@@ -38,7 +38,7 @@ class TuneRecipe(Recipe):
     epochs: float = 1.0
     steps: int = 0  # 0: as many as the epochs have
     batch_size: int = 4  # rows, or pairs, that all processes compute at once
-    accumulate: int = 1  # such batches in a step
+    grad_accumulation_steps: int = 1  # such batches in a step
     max_length: int = 0  # tokens of an example; 0: the model's context
     max_prompt: int = 0  # tokens before the answer, of which the last ones are kept; 0: all
     too_long: str = "cut"  # or "drop"
@@ -73,7 +73,7 @@ class TuneRecipe(Recipe):
     }
     _positive: ClassVar[tuple[str, ...]] = (
         *(name for name in Recipe._positive if name != "steps"),
-        *("rank", "accumulate", "epochs", "beta", "alpha"),
+        *("rank", "grad_accumulation_steps", "epochs", "beta", "alpha"),
     )
     _not_negative: ClassVar[tuple[str, ...]] = (
         *Recipe._not_negative,
