@@ -70,12 +70,12 @@ class TestAFileOfPrompts:
 
     def test_an_option_that_is_refused_leaves_nothing_behind(self, place, tmp_path):
         command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-n", 2, "-o", tmp_path / "a.jsonl"]
-        refused(*command, "--kv-window", 50)
+        refused(*command, "--max-kv-size", 50)
         assert list(tmp_path.iterdir()) == []
 
 
 class TestGuesses:
-    @pytest.mark.parametrize("options", [["--prompt-lookup", 4], ["--draft", "{p}/base"]])
+    @pytest.mark.parametrize("options", [["--prompt-lookup", 4], ["--draft-model", "{p}/base"]])
     @pytest.mark.parametrize("sampling", [[], ["--temperature", 0.8, "--seed", 3]])
     def test_the_text_stays_the_same(self, place, options, sampling):
         command = ["generate", "-m", place / "base", "-p", "a a a a a a a", "-n", 60, "--json", *sampling]
@@ -84,7 +84,7 @@ class TestGuesses:
         assert guessed["tokens"] == plain["tokens"]
         assert plain["stats"]["acceptance"] is None
         assert guessed["stats"]["drafted_tokens"] >= guessed["stats"]["accepted_tokens"]
-        assert guessed["stats"]["drafted_tokens"] > 0 or (sampling and "--draft" not in options)
+        assert guessed["stats"]["drafted_tokens"] > 0 or (sampling and "--draft-model" not in options)
 
 
 class TestKeysAndValues:
@@ -92,9 +92,9 @@ class TestKeysAndValues:
         ("options", "config"),
         [
             (["--kv-bits", 4], CacheConfig(bits=4)),
-            (["--kv-bits", 8, "--kv-start", 20], CacheConfig(bits=8, quantize_after=20)),
-            (["--kv-window", 16], CacheConfig(window=16)),
-            (["--kv-window", 16, "--kv-sinks", 2], CacheConfig(window=16, sinks=2)),
+            (["--kv-bits", 8, "--quantized-kv-start", 20], CacheConfig(bits=8, quantize_after=20)),
+            (["--max-kv-size", 16], CacheConfig(window=16)),
+            (["--max-kv-size", 16, "--kv-sinks", 2], CacheConfig(window=16, sinks=2)),
         ],
     )
     def test_options_reach_the_cache(self, place, options, config):
@@ -126,16 +126,16 @@ class TestKeysAndValues:
         (["-p", "x", "--seed", "-1"], "seed is -1"),
         (["-p", "x", "--seed", "18446744073709551616"], "seed is 18446744073709551616"),
         (["-p", "x", "--prompt-lookup", "65"], "65 guesses"),
-        (["-i", "{p}/prompts.jsonl", "--kv-window", "50"], "one row at a time"),
-        (["-i", "{p}/prompts.jsonl", "--draft", "{p}/base"], "--draft is for a single"),
+        (["-i", "{p}/prompts.jsonl", "--max-kv-size", "50"], "one row at a time"),
+        (["-i", "{p}/prompts.jsonl", "--draft-model", "{p}/base"], "--draft-model is for a single"),
         (["-i", "{p}/prompts.jsonl", "--json"], "--json is for a single"),
-        (["-p", "x", "--draft", "{p}/base", "--prompt-lookup", "3"], "not both"),
-        (["-p", "x", "--draft", "{p}/nowhere"], "nowhere"),
+        (["-p", "x", "--draft-model", "{p}/base", "--prompt-lookup", "3"], "mutually exclusive"),
+        (["-p", "x", "--draft-model", "{p}/nowhere"], "nowhere"),
         (["-p", "x", "--prompt-lookup", "-1"], "cannot be negative"),
-        (["-p", "x", "--prompt-lookup", "3", "--kv-window", "50"], "go back"),
+        (["-p", "x", "--prompt-lookup", "3", "--max-kv-size", "50"], "go back"),
         (["-p", "x", "--kv-bits", "5"], "5 bits"),
-        (["-p", "x", "--kv-bits", "4", "--kv-window", "50"], "either the window or the bits"),
-        (["-p", "x", "--kv-window", "3"], "no room"),
+        (["-p", "x", "--kv-bits", "4", "--max-kv-size", "50"], "either the window or the bits"),
+        (["-p", "x", "--max-kv-size", "3"], "no room"),
         (["-p", "x", "--prompt-cache", "{p}/prompts.jsonl"], "no prompt cache"),
     ],
 )

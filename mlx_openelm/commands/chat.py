@@ -20,12 +20,12 @@ from .options import (
     Dtype,
     KvBits,
     KvSinks,
-    KvStart,
-    KvWindow,
+    MaxKvSize,
     MaxTokens,
     MinP,
     Model,
     PromptCacheFile,
+    QuantizedKvStart,
     RepetitionContext,
     RepetitionPenalty,
     Revision,
@@ -62,8 +62,8 @@ def chat(
     adapter: Adapter = None,
     revision: Revision = None,
     kv_bits: KvBits = CacheConfig.bits,
-    kv_start: KvStart = CacheConfig.quantize_after,
-    kv_window: KvWindow = CacheConfig.window,
+    quantized_kv_start: QuantizedKvStart = CacheConfig.quantize_after,
+    max_kv_size: MaxKvSize = CacheConfig.window,
     kv_sinks: KvSinks = CacheConfig.sinks,
     prompt_cache: PromptCacheFile = None,
 ) -> None:
@@ -75,7 +75,9 @@ def chat(
         for number in (signal.SIGTERM, signal.SIGHUP):  # whatever ends a chat, its keys and values are kept
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
-    with open_prompt_cache(network, cache_file, CacheConfig(kv_bits, kv_start, kv_window, kv_sinks)) as cache:
+    with open_prompt_cache(
+        network, cache_file, CacheConfig(kv_bits, quantized_kv_start, max_kv_size, kv_sinks)
+    ) as cache:
         options: dict[str, Any] = {"sampling": sampling, "max_tokens": max_tokens, "stop": stop or (), "cache": cache}
         _talk(Chat(network, tokens, system=system, **options))
 

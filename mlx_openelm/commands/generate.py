@@ -30,12 +30,12 @@ from .options import (
     Json,
     KvBits,
     KvSinks,
-    KvStart,
-    KvWindow,
+    MaxKvSize,
     MaxTokens,
     MinP,
     Model,
     PromptCacheFile,
+    QuantizedKvStart,
     RepetitionContext,
     RepetitionPenalty,
     Revision,
@@ -57,7 +57,7 @@ EXAMPLES = examples(
     'openelm-mlx generate --prompt "Once upon a time there was"',
     'openelm-mlx generate -m OpenELM-1_1B --prompt "The capital of France is" --max-tokens 20',
     "openelm-mlx generate -m OpenELM-1_1B --prompt - --temperature 0.7 --repetition-penalty 1.2 < story.txt",
-    'openelm-mlx generate -m OpenELM-3B --draft OpenELM-270M --prompt "Dear friend,"',
+    'openelm-mlx generate -m OpenELM-3B --draft-model OpenELM-270M --prompt "Dear friend,"',
     "openelm-mlx generate -m OpenELM-1_1B --input prompts.jsonl --output answers.jsonl --batch-size 8",
 )
 
@@ -87,16 +87,16 @@ def generate(
     tokenizer: TokenizerOption = None,
     adapter: Adapter = None,
     revision: Revision = None,
-    draft: Annotated[
-        str | None, typer.Option(help="A small model guesses ahead; the text stays the same.", metavar="M")
+    draft_model: Annotated[
+        str | None, typer.Option(help="Small model for speculative decoding; the text stays the same.", metavar="M")
     ] = None,
     prompt_lookup: Annotated[
         int,
-        typer.Option(help="Guess up to N tokens ahead from what stands in the text; it stays the same.", metavar="N"),
+        typer.Option(help="Speculative decoding from the text itself, up to N tokens at a time.", metavar="N"),
     ] = 0,
     kv_bits: KvBits = CacheConfig.bits,
-    kv_start: KvStart = CacheConfig.quantize_after,
-    kv_window: KvWindow = CacheConfig.window,
+    quantized_kv_start: QuantizedKvStart = CacheConfig.quantize_after,
+    max_kv_size: MaxKvSize = CacheConfig.window,
     kv_sinks: KvSinks = CacheConfig.sinks,
     prompt_cache: PromptCacheFile = None,
     prompts: Annotated[
@@ -111,7 +111,7 @@ def generate(
 ) -> None:
     """Continue a prompt, or answer it if the model is an Instruct model; or do so for a file of prompts."""
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
-    kept = CacheConfig(kv_bits, kv_start, kv_window, kv_sinks)
+    kept = CacheConfig(kv_bits, quantized_kv_start, max_kv_size, kv_sinks)
     if (prompt is None) == (prompts is None):
         raise PromptError(
             "give a --prompt, or a file of them with --input"
@@ -121,7 +121,7 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     if text == "":
         raise PromptError("the prompt is empty; there is nothing to continue")
-    _check_options(text, output, force, draft, prompt_lookup, prompt_cache, as_json)
+    _check_options(text, output, force, draft_model, prompt_lookup, prompt_cache, as_json)
     # Before the model is loaded, so that a second process is told at once.
     answers = context.with_resource(output_file(output, overwrite=force)) if output else None
     cache_file = context.with_resource(output_file(prompt_cache, overwrite=True)) if prompt_cache else None
@@ -150,7 +150,7 @@ def generate(
             sampling=sampling,
             stop=stop or (),
             cache=cache,
-            drafter=_drafter(draft, prompt_lookup, dtype, tokens),
+            drafter=_drafter(draft_model, prompt_lookup, dtype, tokens),
         )
         if sys.stdout.isatty() and not as_json and not chat:
             typer.secho(text, dim=True, nl=False)
@@ -205,7 +205,7 @@ def _check_options(
     text: str | None,
     output: Path | None,
     force: bool,
-    draft: str | None,
+    draft_model: str | None,
     prompt_lookup: int,
     prompt_cache: Path | None,
     as_json: bool,
@@ -213,12 +213,17 @@ def _check_options(
     """Options that exclude one another are told before a model is loaded."""
     if text is not None and output is not None:
         raise PromptError("--output is for the answers to --input; a single answer goes to stdout")
-    if draft is not None and prompt_lookup:
-        raise PromptError("give either --draft or --prompt-lookup, not both")
+    if draft_model is not None and prompt_lookup:
+        raise PromptError("--draft-model and --prompt-lookup are mutually exclusive")
     if prompt_lookup < 0:
         raise PromptError(f"--prompt-lookup is {prompt_lookup}; it cannot be negative")
     if text is None:
-        alone = {"--draft": draft, "--prompt-lookup": prompt_lookup, "--prompt-cache": prompt_cache, "--json": as_json}
+        alone = {
+            "--draft-model": draft_model,
+            "--prompt-lookup": prompt_lookup,
+            "--prompt-cache": prompt_cache,
+            "--json": as_json,
+        }
         if given := [name for name, value in alone.items() if value]:
             raise PromptError(f"{given[0]} is for a single --prompt; leave it out with --input")
         if output is not None and output.is_dir():
@@ -227,12 +232,12 @@ def _check_options(
             raise OutputExistsError(output)
 
 
-def _drafter(draft: str | None, prompt_lookup: int, dtype: str, tokenizer: Tokenizer) -> Drafter | None:
-    if draft is None:
+def _drafter(draft_model: str | None, prompt_lookup: int, dtype: str, tokenizer: Tokenizer) -> Drafter | None:
+    if draft_model is None:
         return PromptLookup(prompt_lookup) if prompt_lookup else None
-    opened = open_model([draft])
+    opened = open_model([draft_model])
     if opened.tokenizer is not None and opened.tokenizer.vocab_hash() != tokenizer.vocab_hash():
-        raise TokenizerError(f"{draft} has another vocabulary than the model that it should guess for")
+        raise TokenizerError(f"{draft_model} has another vocabulary than the model")
     return DraftModel(load_source(opened.source, dtype_named(dtype)))
 
 

@@ -30,9 +30,12 @@ Adapter = Annotated[
     typer.Option("--adapter", "-a", help="Adapter on the model: of tune, mlx-lm or PEFT, or a .pt.", metavar="A"),
 ]
 KvBits = Annotated[int | None, typer.Option("--kv-bits", help="Keep keys and values in 4 or 8 bits.", metavar="4|8")]
-KvStart = Annotated[int, typer.Option("--kv-start", help="Quantize them once there are this many tokens.", metavar="N")]
-KvWindow = Annotated[
-    int | None, typer.Option("--kv-window", help="Remember only the first and the last tokens, N in all.", metavar="N")
+QuantizedKvStart = Annotated[
+    int, typer.Option("--quantized-kv-start", help="Quantize them from this many tokens on.", metavar="N")
+]
+MaxKvSize = Annotated[
+    int | None,
+    typer.Option("--max-kv-size", help="Keep only the first and the last tokens, N in all.", metavar="N"),
 ]
 KvSinks = Annotated[int, typer.Option("--kv-sinks", help="How many first tokens a window keeps.", metavar="N")]
 PromptCacheFile = Annotated[
