@@ -69,12 +69,14 @@ class OpenELMConfig:
         for layer, (queries, keys) in enumerate(zip(self.num_query_heads, self.num_kv_heads, strict=True)):
             if queries % keys:
                 raise ConfigError(
-                    f"layer {layer} has {queries} query heads, which {keys} key/value heads do not divide"
+                    f"layer {layer} has {queries} query heads, which is not a multiple of its {keys} key/value heads"
                 )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even number")
         if self.activation_fn_name not in ACTIVATIONS:
-            raise ConfigError(f"activation_fn_name is {self.activation_fn_name!r}; known are {', '.join(ACTIVATIONS)}")
+            raise ConfigError(
+                f"unknown activation_fn_name {self.activation_fn_name!r} (choose from {', '.join(ACTIVATIONS)})"
+            )
         for name in ("bos_token_id", "eos_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ConfigError(f"{name} is {getattr(self, name)} and the vocabulary has {self.vocab_size} entries")
@@ -184,7 +186,7 @@ def check_positive(name: str, value: float) -> None:
         ConfigError: naming it.
     """
     if not value > 0:
-        raise ConfigError(f"{name} is {value}; it has to be positive")
+        raise ConfigError(f"{name} must be positive; got {value}")
 
 
 def per_layer(name: str, multipliers: Sequence[float], num_layers: int) -> tuple[float, ...]:
@@ -213,7 +215,9 @@ def query_heads(
 def _linear(name: str, multipliers: Sequence[float], num_layers: int) -> tuple[float, ...]:
     """One multiplier a layer, linear between the two ends and rounded to two decimals."""
     if len(multipliers) not in (1, 2):
-        raise ConfigError(f"{name} has {len(multipliers)} values; one for all layers or two for the ends are possible")
+        raise ConfigError(
+            f"{name} has {len(multipliers)} values; expected one for all layers, or two for the first and the last"
+        )
     first, last = multipliers[0], multipliers[-1]
     steps = max(num_layers - 1, 1)
     return tuple(round(first + (last - first) * layer / steps, 2) for layer in range(num_layers))

@@ -85,7 +85,7 @@ def dtype_named(name: str) -> mx.Dtype | None:
         ConfigError: if there is no such type.
     """
     if name != "auto" and name not in DTYPES:
-        raise ConfigError(f"{name!r} is not a type of weights; there are auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"unknown dtype {name!r} (choose from auto, {', '.join(DTYPES)})")
     return DTYPES.get(name)
 
 

@@ -99,7 +99,7 @@ def check_picture(path: Path) -> None:
     """
     kinds = optional_package("matplotlib.figure", "pictures need", "plot").Figure().canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in kinds:
-        raise OutputError(f"{path} is no kind of picture that can be drawn; there are {', '.join(sorted(kinds))}")
+        raise OutputError(f"unsupported picture type: {path} (choose from {', '.join(sorted(kinds))})")
 
 
 def plot_bench(report: Mapping[str, Any], picture: OutputFile) -> None:
@@ -192,7 +192,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         if not all(needed <= set(line) for line in lines):
             raise ValueError("figures are missing")
     except OSError as error:
-        raise TrainingError(f"{run} is no training run: {path.name} cannot be read") from error
+        raise TrainingError(f"{run} is not a training run: {path.name} cannot be read") from error
     except (ValueError, TypeError) as error:
         raise TrainingError(f"{path} is damaged: {error}") from error
     if not lines:

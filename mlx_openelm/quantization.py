@@ -35,7 +35,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise QuantizationError(f"{self.mode!r} is not a mode of quantization; there are {', '.join(MODES)}")
+            raise QuantizationError(f"unknown quantization mode {self.mode!r} (choose from {', '.join(MODES)})")
         if self.mode != "affine":
             if (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
                 bits, group_size = FLOAT_MODES[self.mode]
@@ -44,10 +44,10 @@ class Quantization:
                 )
             return
         if self.bits not in AFFINE_BITS:
-            raise QuantizationError(f"{self.bits} bits cannot be had; there are {', '.join(map(str, AFFINE_BITS))}")
+            raise QuantizationError(f"bits must be one of {', '.join(map(str, AFFINE_BITS))}; got {self.bits}")
         if self.group_size not in AFFINE_GROUP_SIZES:
             sizes = ", ".join(map(str, AFFINE_GROUP_SIZES))
-            raise QuantizationError(f"a group size of {self.group_size} cannot be had; there are {sizes}")
+            raise QuantizationError(f"group_size must be one of {sizes}; got {self.group_size}")
 
     @classmethod
     def of(cls, bits: int | None = None, group_size: int | None = None, mode: str | None = None) -> "Quantization":

@@ -172,7 +172,7 @@ class TestCoreNet:
 
     @pytest.mark.parametrize("alpha", [0, -1, math.inf, math.nan])
     def test_impossible_alpha_is_refused(self, tmp_path, alpha):
-        with pytest.raises(AdapterError, match="alpha is"):
+        with pytest.raises(AdapterError, match="alpha must be"):
             convert(TIED / "corenet_lora.pt", tmp_path / "out", alpha=alpha, tokenizer="none")
 
     def test_no_other_command_takes_it_for_a_model(self):
@@ -250,8 +250,8 @@ class TestCoreNetConfiguration:
         [
             ({"r": 4}, "has the rank 8, and 4 by the configuration"),
             ({"use_dora": True}, "use_dora is True"),
-            ({"lora_alpha": 0}, "lora_alpha is 0"),
-            ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+            ({"lora_alpha": 0}, "lora_alpha must be a positive number; got 0"),
+            ({"lora_alpha": "16"}, "lora_alpha must be a positive number; got '16'"),
             ({"beta": 1}, "beta is not a known setting"),
         ],
     )
@@ -358,13 +358,13 @@ class TestPeft:
             ("ensure_weight_tying", True, "on a tied output too"),
             ("future_option", True, "not a known setting"),
             ("r", 5, "has the rank 4, and 5"),
-            ("lora_alpha", 0, "lora_alpha is 0; a positive number"),
-            ("lora_alpha", "8", "lora_alpha is '8'; a positive number"),
-            ("lora_dropout", 2, "lora_dropout is 2"),
+            ("lora_alpha", 0, "lora_alpha must be a positive number; got 0"),
+            ("lora_alpha", "8", "lora_alpha must be a positive number; got '8'"),
+            ("lora_dropout", 2, "lora_dropout must be at least 0 and below 1; got 2"),
             ("rank_pattern", {"qkv_proj": 2}, "has the rank 4, and 2"),
-            ("rank_pattern", {"(": 2}, "no regular expression"),
-            ("alpha_pattern", {"qkv_proj": -1}, "lora_alpha is -1"),
-            ("alpha_pattern", [3], "a table expected"),
+            ("rank_pattern", {"(": 2}, "invalid regular expression"),
+            ("alpha_pattern", {"qkv_proj": -1}, "lora_alpha must be a positive number; got -1"),
+            ("alpha_pattern", [3], "must be a table"),
             ("use_dora", True, "no magnitudes"),
         ],
     )
@@ -379,10 +379,10 @@ class TestPeft:
             ({"lm_head.lora_A.weight": (4, 8), "lm_head.lora_B.weight": (9, 4)}, {}, "an adapter on lm_head"),
             ({f"{QKV_0}.lora_A.weight": (4, 8)}, {}, "qkv_proj has no lora_b"),
             ({f"{QKV_0}.lora_A.weight": (4, 8), f"{QKV_0}.lora_B.weight": (8, 3)}, {}, "have no product"),
-            ({f"{EMBEDDING}.base_layer.weight": (4, 8)}, {}, "is no tensor of an adapter"),
+            ({f"{EMBEDDING}.base_layer.weight": (4, 8)}, {}, "is not a tensor of an adapter"),
             ({f"{EMBEDDING}.lora_A.weight": (4, 8)}, {}, "another kind"),
             ({f"{QKV_0}.lora_embedding_A": (4, 8)}, {}, "another kind"),
-            ({"base_model.qkv_proj.lora_A.weight": (4, 8)}, {}, "is no tensor of an adapter"),
+            ({"base_model.qkv_proj.lora_A.weight": (4, 8)}, {}, "is not a tensor of an adapter"),
         ],
     )
     def test_other_tensors_are_refused(self, tmp_path, tensors, config, error):
@@ -602,7 +602,7 @@ class TestCommand:
             (["model", "--to", "peft", "--output", "y"], "--adapter ADAPTER --to FORM --output DIR"),
             (["model", "--adapter", "x", "--to", "peft", "--output", "y"], "SOURCE cannot stand beside --adapter"),
             (["-a", "x", "--to", "peft", "-o", "y", "-q", "4", "--alpha", "1"], "--quantize, --alpha cannot stand"),
-            (["-a", "x", "--to", "gguf", "-o", "y"], "'gguf' is not a form of adapters"),
+            (["-a", "x", "--to", "gguf", "-o", "y"], "unknown adapter format 'gguf'"),
             (["-a", "no/where", "--to", "peft", "-o", "y"], "no/where does not exist"),
         ],
     )

@@ -69,11 +69,11 @@ def test_more_cannot_be_forgotten_than_is_there():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bits": 3}, "3 bits"),
+        ({"bits": 3}, "got 3"),
         ({"bits": 4, "quantize_after": -1}, "negative"),
         ({"window": 4}, "no room"),
-        ({"window": 9, "sinks": -1}, "first tokens"),
-        ({"window": 64, "bits": 4}, "either"),
+        ({"window": 9, "sinks": -1}, "sinks must not be negative; got -1"),
+        ({"window": 64, "bits": 4}, "mutually exclusive"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(values, message):

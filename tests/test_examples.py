@@ -100,7 +100,7 @@ def test_records_that_cannot_be_used_are_named(tmp_path, tokenizer, records, rea
 
 def test_a_message_of_an_unknown_role_is_named(tmp_path, chat_tokenizer):
     path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "robot", "content": "Hi"}]}])
-    with pytest.raises(DataError, match=r"a\.jsonl, record 1: a message has the role 'robot'"):
+    with pytest.raises(DataError, match=r"a\.jsonl, record 1: unknown role 'robot'"):
         read_examples(path, chat_tokenizer)
 
 

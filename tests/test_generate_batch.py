@@ -116,7 +116,7 @@ def test_rows_that_hold_fewer_tokens_than_a_new_one_move_on(tiny_model, tokenize
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"batch_size": 0}, PromptError, "batch size"),
+        ({"batch_size": 0}, PromptError, "batch_size"),
         ({"max_tokens": 0}, PromptError, "at least one token"),
         ({"prompts": [[1], []]}, PromptError, "empty"),
         ({"cache": CacheConfig(window=20)}, CacheError, "one row"),

@@ -223,9 +223,9 @@ def test_only_the_last_layers_get_an_adapter():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"targets": ("q_proj",)}, "q_proj matches no matrix; there are qkv_proj, out_proj, proj_1, proj_2, token_emb"),
+        ({"targets": ("q_proj",)}, r"q_proj matches no matrix \(choose from qkv_proj, .*token_embeddings\)"),
         ({"targets": ()}, "no target matches no matrix"),
-        ({"layers": 3}, "3 layers are to be trained and the model has 2"),
+        ({"layers": 3}, "layers must be at most 2, .*got 3"),
     ],
 )
 def test_targets_that_match_nothing_are_refused(change, said):
@@ -270,7 +270,7 @@ class TestSaved:
         with pytest.raises(AdapterError, match="damaged"):
             load_model(folder, adapter=adapter)
         (adapter / "adapter_config.json").unlink()
-        with pytest.raises(AdapterError, match="is no adapter"):
+        with pytest.raises(AdapterError, match="is not an adapter"):
             load_model(folder, adapter=adapter)
         with pytest.raises(AdapterError):
             load_model(folder, adapter=Path("missing"))

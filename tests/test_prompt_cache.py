@@ -135,10 +135,10 @@ class TestFilesThatDoNotFit:
 
     def test_no_prompt_cache(self, tiny_model, tmp_path):
         (tmp_path / "text").write_text("hello")
-        with pytest.raises(CacheError, match="no prompt cache"):
+        with pytest.raises(CacheError, match="not a prompt cache"):
             PromptCache.load(tiny_model, tmp_path / "text")
         mx.save_safetensors(str(tmp_path / "other.safetensors"), {"a": mx.zeros(3)})
-        with pytest.raises(CacheError, match="no prompt cache"):
+        with pytest.raises(CacheError, match="not a prompt cache"):
             PromptCache.load(tiny_model, tmp_path / "other.safetensors")
 
     def test_a_damaged_one(self, tiny_model, path):

@@ -44,15 +44,19 @@ class TestReadPrompts:
         ("name", "content", "message"),
         [
             ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: no JSON object"),
-            ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "record 2: it needs either the field prompt or messages"),
-            ("p.jsonl", '{"prompt": "a", "messages": []}\n', "record 1: it needs either"),
-            ("p.jsonl", '{"prompt": "a", "text": "gold"}\n', "record 1: the field text is needed for the answer"),
-            ("p.jsonl", '{"prompt": ""}\n', "record 1: the prompt is empty"),
-            ("p.jsonl", '{"prompt": 5}\n', "record 1: the prompt is empty or no text"),
-            ("p.jsonl", '{"messages": "hello"}\n', "record 1: messages is no list"),
+            ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "record 2: expected the field prompt .* found text"),
+            (
+                "p.jsonl",
+                '{"prompt": "a", "messages": []}\n',
+                "record 1: expected the field prompt .* found prompt, messages",
+            ),
+            ("p.jsonl", '{"prompt": "a", "text": "gold"}\n', "record 1: the field text is reserved"),
+            ("p.jsonl", '{"prompt": ""}\n', "record 1: the prompt must be non-empty text"),
+            ("p.jsonl", '{"prompt": 5}\n', "record 1: the prompt must be non-empty text"),
+            ("p.jsonl", '{"messages": "hello"}\n', "record 1: messages must be a list"),
             ("p.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "no chat template"),
-            ("p.jsonl", "", "holds no prompt"),
-            ("p.txt", "hello", "no kind that is known"),
+            ("p.jsonl", "", "contains no prompts"),
+            ("p.txt", "hello", "unsupported file type"),
         ],
     )
     def test_what_is_no_prompt_is_told_with_its_place(self, tokenizer, tmp_path, name, content, message):

@@ -71,10 +71,10 @@ def test_what_is_left_open_follows_from_the_mode(arguments, expected):
 @pytest.mark.parametrize(
     ("bits", "group_size", "mode", "named"),
     [
-        (0, None, None, "0 bits"),
-        (1, 64, None, "1 bits"),
-        (7, None, None, "7 bits"),
-        (16, None, None, "16 bits"),
+        (0, None, None, "got 0"),
+        (1, 64, None, "got 1"),
+        (7, None, None, "got 7"),
+        (16, None, None, "got 16"),
         (4, 16, None, "16"),
         (4, 256, None, "256"),
         (4, 64, "nf4", "nf4"),

@@ -90,20 +90,21 @@ def test_rows_that_do_not_have_the_header_s_cells_are_broken(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.txt", "text", "of no kind that is known"),
-        ("a.txt.gz", "text", "of no kind that is known"),
-        ("a.json", "[{]", "is no JSON: .*line 1 column 3"),
+        ("a.txt", "text", "unsupported file type"),
+        ("a.txt.gz", "text", "unsupported file type"),
+        ("a.json", "[{]", "is not valid JSON: .*line 1 column 3"),
         ("a.json", "3", "no list of objects"),
         ("a.json", '[{"a": 1}, 3]', "record 2: no JSON object"),
-        ("a.json", "[" * 100_000, "is no JSON"),
+        ("a.json", "[" * 100_000, "is not valid JSON"),
         ("a.csv", 'a,b\n1,"2', "line 2: unexpected end of data"),
         ("a.jsonl.gz", "not packed", "cannot be read"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, name, content, reason):
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=f"{name}.*{reason}"):
+    with pytest.raises(DataError, match=reason) as error:
         list(read_records(tmp_path / name))
+    assert name in str(error.value)
 
 
 def test_missing_files_are_named(tmp_path):

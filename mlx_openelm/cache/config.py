@@ -26,17 +26,17 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in _BITS:
-            raise CacheError(f"keys and values cannot be kept in {self.bits} bits; there are 4 and 8")
+            raise CacheError(f"bits of keys and values must be 4 or 8; got {self.bits}")
         if self.quantize_after < 0:
-            raise CacheError(f"quantize_after is {self.quantize_after}; it cannot be negative")
+            raise CacheError(f"quantize_after must not be negative; got {self.quantize_after}")
         if self.sinks < 0:
-            raise CacheError(f"{self.sinks} first tokens cannot be kept")
+            raise CacheError(f"sinks must not be negative; got {self.sinks}")
         if self.window is not None and self.window < self.sinks + 1:
             raise CacheError(
                 f"a window of {self.window} tokens has no room for {self.sinks} first tokens and the newest one"
             )
         if self.window is not None and self.bits is not None:
-            raise CacheError("a window keeps its tokens as they are; leave out either the window or the bits")
+            raise CacheError("a window cannot be quantized: window and bits are mutually exclusive")
 
     @property
     def in_words(self) -> str:

@@ -20,7 +20,7 @@ def average(sources: Sequence[Source]) -> Source:
     first, *others = sources
     for other in others:
         if other.config != first.config:
-            raise WeightsError(f"{other.name} is a model of another shape than {first.name}: they have no average")
+            raise WeightsError(f"{other.name} and {first.name} have different shapes and cannot be averaged")
     tensors: dict[str, Tensor] = {name: _mean([source.tensors[name] for source in sources]) for name in first.tensors}
     return replace(first, tensors=tensors, name=f"the average of {len(sources)} checkpoints")
 

@@ -86,7 +86,7 @@ def convert(
     sources = [source] if isinstance(source, str | Path) else list(source)
     wanted = _wanted_quantization(quantize, group_size, mode, dequantize)
     if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"{dtype!r} is not a type of weights; there are auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"unknown dtype {dtype!r} (choose from auto, {', '.join(DTYPES)})")
     folder = Path(output).expanduser() if output is not None else _default_output(sources)
     with output_folder(folder, overwrite=force) as place:
         found, text, tokenizer_origin, adapter = open_model(

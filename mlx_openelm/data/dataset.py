@@ -51,9 +51,7 @@ class ExampleOptions:
         assert self.train_on in TRAIN_ON, f"unknown part to train on {self.train_on}"
         for name in self.columns:
             if name not in FIELD_NAMES:
-                raise DataError(
-                    f"{name!r} is not a field of any kind of record; there are {', '.join(sorted(FIELD_NAMES))}"
-                )
+                raise DataError(f"unknown field {name!r} (choose from {', '.join(sorted(FIELD_NAMES))})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +116,7 @@ def _fields(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     """Fields that are there, by our names."""
     for column in columns.values():
         if column not in record:
-            raise DataError(f"there is no {column!r}; there are {', '.join(map(str, record))}")
+            raise DataError(f"no column {column!r}; the columns are {', '.join(map(str, record))}")
     others = {name: value for name, value in record.items() if name not in columns.values()}
     ours = {name: record[column] for name, column in columns.items()}
     return {name: value for name, value in {**others, **ours}.items() if value is not None}
@@ -209,7 +207,7 @@ def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
 def _held_out(examples: ExampleSet, share: float, seed: int) -> tuple[ExampleSet, ExampleSet]:
     """Those to train on and those held out, which have the smallest hashes: as many as asked for, and one at least."""
     if not 0 < share < 1:
-        raise DataError(f"a share of {share} cannot be held out for validation; it has to be above 0 and below 1")
+        raise DataError(f"the validation share must be above 0 and below 1; got {share}")
     hashes = [zlib.crc32(_content(example), seed) for example in examples.examples]
     largest = sorted(hashes)[max(1, round(share * len(hashes))) - 1]
     sides: tuple[list[Any], list[Any]] = ([], [])

@@ -188,5 +188,5 @@ def _text(record: Mapping[str, Any], name: str) -> str:
 def _messages(record: Mapping[str, Any], name: str) -> list[Mapping[str, str]]:
     value = record[name]
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise DataError(f"{name} is no list of messages with role and content")
+        raise DataError(f"{name} must be a list of messages with role and content")
     return value

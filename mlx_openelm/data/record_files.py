@@ -32,7 +32,7 @@ def read_records(path: Path, broken: BrokenLines | None = None) -> Iterator[dict
         yield from parquet_rows(path)
         return
     if ending not in _PACKABLE:
-        raise DataError(f"{path} is of no kind that is known; there are {', '.join((*_PACKABLE, '.parquet'))}")
+        raise DataError(f"unsupported file type: {path} (choose from {', '.join((*_PACKABLE, '.parquet'))})")
     with open_text(path) as file:
         if ending == ".csv":
             yield from _csv_rows(file, path, broken)
@@ -58,7 +58,7 @@ def _json_file(text: str, path: Path, broken: BrokenLines) -> Iterator[dict[str,
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         if not isinstance(_parsed(text.lstrip().split("\n", 1)[0]), dict):
-            raise DataError(f"{path} is no JSON: {error}") from error
+            raise DataError(f"{path} is not valid JSON: {error}") from error
         yield from _json_lines(io.StringIO(text), broken)
         return
     records = _list_within(value) if isinstance(value, dict) else value

@@ -45,7 +45,7 @@ class Source:
             DataError: if there is none.
         """
         if self.weight <= 0:
-            raise DataError(f"{self.path} has the weight {self.weight}; it has to be above 0")
+            raise DataError(f"the weight of {self.path} must be positive; got {self.weight}")
         names = [self.path]
         if _NUMBERED.search(self.path):
             names = [self.path.format(file_id=number) for number in range(self.first, self.last + 1)]

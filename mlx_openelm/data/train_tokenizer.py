@@ -29,7 +29,7 @@ def train_tokenizer(
 
     lines = list(_sample(sources, sample_bytes, seed))
     if not lines:
-        raise DataError("there is no text to make a vocabulary from")
+        raise DataError("the data contains no text to train a vocabulary on")
     with output_file(path) as output, output.replaced() as file:
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -48,7 +48,7 @@ def train_tokenizer(
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise TokenizerError(f"a vocabulary of {size:,} pieces cannot be made: {str(error)[:200]}") from error
+            raise TokenizerError(f"cannot train a vocabulary of {size:,} pieces: {str(error)[:200]}") from error
     return Tokenizer(path)
 
 

@@ -49,7 +49,7 @@ def generate_batch(
         MemoryLimitError: if so many rows do not fit into memory.
     """
     if batch_size < 1:
-        raise PromptError(f"the batch size is {batch_size}; it has to be at least 1")
+        raise PromptError(f"batch_size must be at least 1; got {batch_size}")
     if cache.window is not None and batch_size > 1:
         raise CacheError("a window serves one row at a time; leave it out, or take a batch size of 1")
     numbers = list(range(len(prompts)) if numbers is None else numbers)

@@ -30,7 +30,7 @@ class Chat:
         cache: PromptCache | None = None,
     ):
         if not tokenizer.has_chat_template:
-            raise TokenizerError("this model has no chat template: it is a base model, for which there is `generate`")
+            raise TokenizerError("this model has no chat template: it is a base model; use generate to continue text")
         self.model = model
         self.tokenizer = tokenizer
         self.system = system

@@ -108,14 +108,12 @@ class PromptCache:
         try:
             arrays, about = mx.load(str(path), format="safetensors", return_metadata=True)
         except (OSError, RuntimeError, ValueError) as error:
-            raise CacheError(f"{path} is no prompt cache: {error}") from error
+            raise CacheError(f"{path} is not a prompt cache: {error}") from error
         if about.get("format") != _FORMAT:
-            raise CacheError(f"{path} is no prompt cache, or one of another version of this package")
+            raise CacheError(f"{path} is not a prompt cache, or comes from another version of this package")
         own = fingerprint(model)
         if about["model"] != own:
-            raise CacheError(
-                f"{path} was made with another model, adapter or type of weights; delete it or name another"
-            )
+            raise CacheError(f"{path} was made with another model, adapter or dtype; delete it or choose another file")
         saved = CacheConfig(**json.loads(about["config"]))
         if config is not None and config != saved:
             raise CacheError(

@@ -39,14 +39,14 @@ def read_prompts(path: Path, tokenizer: Tokenizer, *, chat: bool, system: str | 
         DataError: if the file cannot be read, has no prompt, or has a record that is none; with its number.
     """
     if not path.name.endswith(RECORD_ENDINGS):
-        raise DataError(f"{path} is of no kind that is known; there are {', '.join(RECORD_ENDINGS)}")
+        raise DataError(f"unsupported file type: {path} (choose from {', '.join(RECORD_ENDINGS)})")
     broken = BrokenLines(path, limit=0)
     prompts = [
         Prompt(record, _ids(record, tokenizer, chat, system, f"{path}, record {number}"))
         for number, record in enumerate(read_records(path, broken), start=1)
     ]
     if not prompts:
-        raise DataError(f"{path} holds no prompt")
+        raise DataError(f"{path} contains no prompts")
     return prompts
 
 
@@ -54,17 +54,17 @@ def _ids(record: Mapping[str, Any], tokenizer: Tokenizer, chat: bool, system: st
     before = [{"role": "system", "content": system}] if system else []
     found = [name for name in _NEEDED if name in record]
     if len(found) != 1:
-        raise DataError(f"{where}: it needs either the field prompt or messages; it has {', '.join(record) or 'none'}")
+        raise DataError(f"{where}: expected the field prompt or messages, found {', '.join(record) or 'none'}")
     if clash := [name for name in _ANSWER if name in record]:
-        raise DataError(f"{where}: the field {clash[0]} is needed for the answer; give it another name")
+        raise DataError(f"{where}: the field {clash[0]} is reserved for the answer; rename it")
     value = record[found[0]]
     try:
         if found == ["messages"]:
             if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-                raise DataError(f"{where}: messages is no list of objects with role and content")
+                raise DataError(f"{where}: messages must be a list of objects with role and content")
             return tokenizer.encode_chat(value)
         if not isinstance(value, str) or not value:
-            raise DataError(f"{where}: the prompt is empty or no text")
+            raise DataError(f"{where}: the prompt must be non-empty text")
         return tokenizer.encode_chat([*before, {"role": "user", "content": value}]) if chat else tokenizer.encode(value)
     except TokenizerError as error:
         raise DataError(f"{where}: {error}") from error

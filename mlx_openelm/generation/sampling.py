@@ -131,4 +131,4 @@ def _fresh_seed() -> int:
 
 def _check(name: str, value: float, holds: bool, range_in_words: str) -> None:
     if not holds:
-        raise SamplingError(f"{name} is {value}; it has to be {range_in_words}")
+        raise SamplingError(f"{name} must be {range_in_words}; got {value}")

@@ -62,7 +62,7 @@ def _advice(gflops: float, blas: str | None) -> list[str]:
     if not on_cpu():
         return advice
     if sys.platform == "darwin":
-        advice.append("MLX computes on the CPU: this is no Apple silicon, or another default device was set")
+        advice.append("MLX computes on the CPU: this is not Apple silicon, or the default device was changed")
         return advice
     advice.append(
         "without a GPU, 16-bit arithmetic is slow and 16-bit quantized arithmetic very slow; models are computed in "
@@ -75,7 +75,7 @@ def _advice(gflops: float, blas: str | None) -> list[str]:
             f"LD_PRELOAD={_openblas() or 'the path of its libblas.so.3'}"
         )
     if shutil.which("g++") is None:
-        advice.append("there is no g++, which MLX starts to compile fused kernels on the CPU; training needs it")
+        advice.append("g++ is missing; MLX needs it to compile fused kernels on the CPU, and training uses them")
     return advice
 
 

@@ -118,7 +118,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
     values = read_adapter_config(folder)
     method = values.get("fine_tune_type", "lora")
     if method not in METHODS:
-        raise AdapterError(f"{folder / CONFIG_FILE}: fine_tune_type is {method!r}; there are {', '.join(METHODS)}")
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}: unknown fine_tune_type {method!r} (choose from {', '.join(METHODS)})"
+        )
     lora = values.get("lora_parameters") or {}
     if not isinstance(lora, dict) or (method != "full" and "scale" not in lora):
         raise AdapterError(f"{folder / CONFIG_FILE} has no table lora_parameters with a scale")
@@ -127,7 +129,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         ("alpha", values.get("alpha")),
     ):
         if type(value) not in (int, float) and not (name == "alpha" and value is None):
-            raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {value!r}; a number is expected")
+            raise AdapterError(f"{folder / CONFIG_FILE}: {name} must be a number; got {value!r}")
     return SavedAdapter(
         method,
         float(lora.get("scale", 1.0)),
@@ -148,11 +150,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError as error:
-        raise AdapterError(f"{folder} is no adapter: {CONFIG_FILE} cannot be read ({error.strerror})") from error
+        raise AdapterError(f"{folder} is not an adapter: {CONFIG_FILE} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise AdapterError(f"{folder / CONFIG_FILE} holds no table of settings")
+        raise AdapterError(f"{folder / CONFIG_FILE} must contain a table of settings")
     return values
 
 
@@ -207,9 +209,7 @@ def check_adapter(adapter: SavedAdapter, shapes: Mapping[str, tuple[int, ...]]) 
     expected = set()
     for path, (rank, magnitude) in adapter.ranks.items():
         if f"{path}.weight" not in shapes or path.split(".")[-1] not in known:
-            raise AdapterError(
-                f"the adapter is for another model: it has {path}, which is not there{_made_for(adapter)}"
-            )
+            raise AdapterError(f"the adapter is for another model: this one has no {path}{_made_for(adapter)}")
         rows, columns = shapes[f"{path}.weight"]
         inputs, outputs = (rows, columns) if path.endswith(EMBEDDING_TARGET) else (columns, rows)
         wanted = {"lora_a": (inputs, rank), "lora_b": (rank, outputs), **({MAGNITUDE: (rows,)} if magnitude else {})}

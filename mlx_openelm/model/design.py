@@ -44,14 +44,14 @@ def parse_count(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:[._]\d+)*)\s*([kKmMbBgG]?)", text.strip())
     if not found:
-        raise ConfigError(f"{text!r} is no number of parameters; 1.1B, 270M and 5000000 are")
+        raise ConfigError(f"not a number of parameters: {text!r} (examples: 1.1B, 270M, 5000000)")
     number = found[1].replace("_", "")
     try:
         count = round(float(number) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}[found[2].lower()])
     except ValueError:
-        raise ConfigError(f"{text!r} is no number of parameters; 1.1B, 270M and 5000000 are") from None
+        raise ConfigError(f"not a number of parameters: {text!r} (examples: 1.1B, 270M, 5000000)") from None
     if count < 1:
-        raise ConfigError(f"{text!r} is no number of parameters; it has to be positive")
+        raise ConfigError(f"the number of parameters must be positive; got {text!r}")
     return count
 
 
@@ -66,7 +66,7 @@ def parse_multipliers(name: str, text: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if len(values) not in (1, 2) or not all(0 < value < 1000 for value in values):
-        raise ConfigError(f"{name} is {text!r}; the first and the last layer's are expected, as in 0.5:1.0")
+        raise ConfigError(f"{name} must be the values of the first and the last layer, such as 0.5:1.0; got {text!r}")
     return values
 
 

@@ -47,11 +47,11 @@ class AdapterConfig:
         if self.method not in METHODS:
             raise ConfigError(f"method is {self.method!r}; adapters are {', '.join(METHODS)}")
         if self.rank < 1:
-            raise ConfigError(f"rank is {self.rank}; it has to be positive")
+            raise ConfigError(f"rank must be positive; got {self.rank}")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout}; it has to be at least 0 and below 1")
+            raise ConfigError(f"dropout must be at least 0 and below 1; got {self.dropout}")
         if self.layers < 0:
-            raise ConfigError(f"layers is {self.layers}; it cannot be negative")
+            raise ConfigError(f"layers must not be negative; got {self.layers}")
 
     @property
     def scale(self) -> float:
@@ -211,7 +211,7 @@ def adapter_paths(model: OpenELM, targets: Sequence[str], layers: int = 0) -> li
     unknown = [target for target in targets if target not in (*LINEAR_TARGETS, EMBEDDING_TARGET)]
     if unknown or not targets:
         known = ", ".join((*LINEAR_TARGETS, EMBEDDING_TARGET))
-        raise AdapterError(f"{shorten(unknown) or 'no target'} matches no matrix; there are {known}")
+        raise AdapterError(f"{shorten(unknown) or 'no target'} matches no matrix (choose from {known})")
     paths = [EMBEDDING] if EMBEDDING_TARGET in targets else []
     for layer in last_layers(model, layers):
         for target in LINEAR_TARGETS:
@@ -229,7 +229,7 @@ def last_layers(model: OpenELM, layers: int) -> range:
     """
     count = model.config.num_transformer_layers
     if layers > count:
-        raise AdapterError(f"{layers} layers are to be trained and the model has {count}")
+        raise AdapterError(f"layers must be at most {count}, the depth of the model; got {layers}")
     return range(count - (layers or count), count)
 
 

@@ -61,7 +61,7 @@ def find_tokenizer(
         tokenizer, origin = _llama_tokenizer(folder, vocab_size, chat)
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
-            f"{tokenizer.path} has {tokenizer.vocab_size:,} tokens and the model only {vocab_size:,} rows for them"
+            f"{tokenizer.path} has {tokenizer.vocab_size:,} tokens, but the model only {vocab_size:,} rows for them"
         )
     return tokenizer, origin
 

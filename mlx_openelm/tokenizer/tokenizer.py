@@ -42,7 +42,7 @@ class Tokenizer:
         self.path = Path(path)
         self.has_chat_template = chat
         if not self.path.is_file():
-            raise TokenizerError(f"{path} is no file; a tokenizer is a tokenizer.model or a tokenizer.json")
+            raise TokenizerError(f"{path} is not a file; expected a tokenizer.model or a tokenizer.json")
         self._library: _Library = (_Tokenizers if self.path.suffix == ".json" else _SentencePiece)(self.path)
         self.vocab_size = self._library.vocab_size
         self.bos_token_id = self._library.bos_token_id
@@ -118,14 +118,12 @@ class Tokenizer:
 
     def _checked(self, messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
         if not self.has_chat_template:
-            raise TokenizerError("this model has no chat template: it is a base model, which continues plain text")
+            raise TokenizerError("this model has no chat template: it is a base model, which continues text")
         for message in messages:
             if message.get("role") not in CHAT_ROLES:
-                raise TokenizerError(
-                    f"a message has the role {message.get('role')!r}; there are {', '.join(CHAT_ROLES)}"
-                )
+                raise TokenizerError(f"unknown role {message.get('role')!r} (choose from {', '.join(CHAT_ROLES)})")
             if not isinstance(message.get("content"), str):
-                raise TokenizerError(f"a message of the {message['role']} has no text as its content")
+                raise TokenizerError(f"the content of a message must be text (role {message['role']})")
         return messages
 
 

@@ -38,9 +38,9 @@ class Preference:
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
-            raise ConfigError(f"beta is {self.beta}; it has to be positive")
+            raise ConfigError(f"beta must be positive; got {self.beta}")
         if self.loss not in PREFERENCE_LOSSES:
-            raise ConfigError(f"preference_loss is {self.loss!r}; there are {', '.join(PREFERENCE_LOSSES)}")
+            raise ConfigError(f"unknown preference_loss {self.loss!r} (choose from {', '.join(PREFERENCE_LOSSES)})")
 
     def __call__(
         self, model: OpenELM, hidden: mx.array, batch: Batch, trains_output: bool

@@ -70,7 +70,8 @@ class PretrainRecipe(Recipe):
         super().__post_init__()
         if self.sequence_length > self.model.max_context_length:
             raise ConfigError(
-                f"sequence_length is {self.sequence_length} and the model's context {self.model.max_context_length}"
+                f"sequence_length must be at most {self.model.max_context_length}, the model's context; "
+                f"got {self.sequence_length}"
             )
 
     @classmethod
@@ -92,7 +93,7 @@ def _model(value: object) -> OpenELMConfig:
     if isinstance(value, str):
         return OpenELMConfig.preset(value)
     if not isinstance(value, dict):
-        raise ConfigError(f"model is {value!r}; a name like 270M or a table of widths is expected")
+        raise ConfigError(f"model must be a name such as 270M, or a table of widths; got {value!r}")
     if "num_query_heads" in value or "model_type" in value:
         return config_from_dict(value)
     try:
@@ -108,7 +109,7 @@ def _source(value: object, folder: Path) -> Source:
         source = Source(**value)  # type: ignore[arg-type]
     except TypeError as error:
         names = ", ".join(entry.name for entry in fields(Source))
-        raise ConfigError(f"data: {value!r} is no source; it has {names}") from error
+        raise ConfigError(f"data: {value!r} is not a source (fields: {names})") from error
     return replace(source, path=str(folder / source.path))
 
 

@@ -86,16 +86,16 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in self._positive:
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it has to be positive")
+                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
         for name in self._not_negative:
             if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it cannot be negative")
+                raise ConfigError(f"{name} must not be negative; got {getattr(self, name)}")
         for name in self._shares:
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it has to be at least 0 and below 1")
+                raise ConfigError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
         for name, known in {"dtype": tuple(DTYPES), **self._choices}.items():
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; there are {', '.join(known)}")
+                raise ConfigError(f"unknown {name} {getattr(self, name)!r} (choose from {', '.join(known)})")
 
     @classmethod
     def named(cls, name: str) -> Path:
@@ -109,7 +109,7 @@ class Recipe:
             return path
         packaged = {entry.stem: entry for entry in sorted(cls.folder.glob("*.yaml"))}
         if name not in packaged:
-            raise ConfigError(f"{name} does not exist; recipes that come with the package are {', '.join(packaged)}")
+            raise ConfigError(f"{name} does not exist; the recipes of the package are {', '.join(packaged)}")
         return packaged[name]
 
     @classmethod
@@ -130,7 +130,7 @@ class Recipe:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds no table of settings")
+            raise ConfigError(f"{path} must contain a table of settings")
         try:
             return cls.from_dict({**_renamed(values), **changes}, folder or path.parent)
         except ConfigError as error:
@@ -148,7 +148,7 @@ class Recipe:
         known = {entry.name: entry for entry in fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ConfigError(f"{shorten(unknown)} is not a field of a recipe; there are {', '.join(known)}")
+            raise ConfigError(f"unknown recipe field: {shorten(unknown)} (choose from {', '.join(known)})")
         missing = [
             name
             for name, entry in known.items()
@@ -185,6 +185,9 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
+
+
 def _typed(name: str, value: Any, default: Any) -> Any:
     kind = type(default)
     if kind is float and type(value) is int:
@@ -197,5 +200,5 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     if kind is str and value is None:
         return ""
     if type(value) is not kind:
-        raise ConfigError(f"{name} is {value!r}; {kind.__name__} expected")
+        raise ConfigError(f"{name} must be {_KINDS[kind]}; got {value!r}")
     return value

@@ -112,7 +112,7 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     model, tokenizer = load(recipe.model, dtype=dtype_named(recipe.dtype), tokenizer=recipe.tokenizer or None)
     context = model.config.max_context_length
     if recipe.max_length > context:
-        raise ConfigError(f"max_length is {recipe.max_length} and the model's context {context}")
+        raise ConfigError(f"max_length must be at most {context}, the model's context; got {recipe.max_length}")
     dtype = str(model.transformer.norm.weight.dtype).removeprefix("mlx.core.")
     recipe = replace(recipe, max_length=recipe.max_length or context, dtype=dtype)
 
@@ -135,7 +135,7 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
             if recipe.objective == "dpo"
             else "a text or an answer; use `method=dpo` for pairs"
         )
-        raise DataError(f"{examples.path} holds examples of the kind {examples.kind}; this method needs {needed}")
+        raise DataError(f"{examples.path} is in the {examples.kind} format; this method needs {needed}")
     if recipe.early_stop and held_out is None:
         raise DataError("early_stop needs validation examples; set `validation` to a file or a share such as 0.05")
     rows = ExampleRows(recipe, examples, held_out, _fingerprint(model))

@@ -84,22 +84,22 @@ class TuneRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length == 1:
-            raise ConfigError("max_length is 1; an example has a token to learn behind its first")
+            raise ConfigError("max_length must be at least 2; got 1")
         if self.pack and self.objective == "dpo":
-            raise ConfigError("pack and dpo contradict one another: the two answers of a pair are rows of their own")
+            raise ConfigError("pack and dpo are mutually exclusive: the two answers of a pair are separate rows")
 
     @classmethod
     def _read(cls, name: str, value: Any, default: Any, folder: Path) -> Any:
         if name == "targets":
             names = value.split(",") if isinstance(value, str) else value
             if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
-                raise ConfigError(f"targets is {value!r}; names like qkv_proj are expected")
+                raise ConfigError(f"targets must be names such as qkv_proj; got {value!r}")
             return tuple(n.strip().split(".")[-1] for n in names)  # mlx-lm says attn.qkv_proj
         if name == "columns":
             if isinstance(value, str) and "=" in value:
                 value = dict(pair.split("=", 1) for pair in value.split(",") if "=" in pair)
             if not isinstance(value, dict):
-                raise ConfigError("columns is no table like prompt=question,completion=answer")
+                raise ConfigError("columns must be a table such as prompt=question,completion=answer")
             return {str(key).strip(): str(column).strip() for key, column in value.items()}
         if name == "validation" and isinstance(value, float | int):
             return str(value)

@@ -75,5 +75,5 @@ def check_number(name: str, value: Any) -> float:
         AdapterError: if it is something else.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise AdapterError(f"{name} is {value!r}; a positive number expected")
+        raise AdapterError(f"{name} must be a positive number; got {value!r}")
     return float(value)

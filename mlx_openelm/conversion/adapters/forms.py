@@ -67,7 +67,7 @@ def convert_adapter(
         OpenELMError: of the kind that fits; nothing is written then.
     """
     if to not in FORMS:
-        raise ConfigError(f"{to!r} is not a form of adapters; there are {', '.join(FORMS)}")
+        raise ConfigError(f"unknown adapter format {to!r} (choose from {', '.join(FORMS)})")
     path = Path(adapter).expanduser()
     if path.is_file() and path.suffix in TORCH_SUFFIXES:
         raise AdapterError(

@@ -105,7 +105,7 @@ def read_peft(folder: Path) -> SavedAdapter:
         tensors, scale = with_one_scale(tensors, scales)
         dropout = values.get("lora_dropout") or 0.0
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise AdapterError(f"lora_dropout is {dropout!r}; a number from 0 to below 1 expected")
+            raise AdapterError(f"lora_dropout must be at least 0 and below 1; got {dropout!r}")
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from error
     is_uniform = not values.get("rank_pattern") and not values.get("alpha_pattern")
@@ -187,7 +187,7 @@ def _rename(stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
     for name, tensor in stored.items():
         ending = next((ending for ending in _PARTS if name.endswith(f".{ending}")), None)
         if ending is None or not name.startswith(_PREFIX):
-            raise AdapterError(f"{name} is no tensor of an adapter")
+            raise AdapterError(f"{name} is not a tensor of an adapter")
         path = name.removeprefix(_PREFIX).removesuffix(f".{ending}")
         check_path(path)
         if (path == EMBEDDING) != ("embedding" in ending) and _PARTS[ending] != MAGNITUDE:
@@ -215,13 +215,13 @@ def _setting(values: Mapping[str, Any], patterns: str, key: str, path: str) -> A
     """The value for a path: of the first pattern that its end matches, else the common one."""
     table = values.get(patterns) or {}
     if not isinstance(table, dict):
-        raise AdapterError(f"{patterns} is {table!r}; a table expected")
+        raise AdapterError(f"{patterns} must be a table; got {table!r}")
     for pattern, value in table.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
         except re.error as error:
-            raise AdapterError(f"{patterns} holds {pattern!r}, which is no regular expression") from error
+            raise AdapterError(f"{patterns} contains an invalid regular expression: {pattern!r}") from error
     return values.get(key)
 
 

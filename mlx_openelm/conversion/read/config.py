@@ -65,7 +65,7 @@ def read_config_file(path: Path) -> OpenELMConfig:
     try:
         values = _corenet_section(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
         if not isinstance(values, dict):
-            raise ConfigError("it holds no table of settings")
+            raise ConfigError("expected a table of settings")
         return config_from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -126,7 +126,7 @@ def _from_hugging_face(values: Mapping[str, Any]) -> OpenELMConfig:
     _add_heads(read)
     config = OpenELMConfig(**read)
     if values.get("tie_word_embeddings", config.share_input_output_layers) != config.share_input_output_layers:
-        raise ConfigError("tie_word_embeddings and share_input_output_layers contradict one another")
+        raise ConfigError("tie_word_embeddings and share_input_output_layers contradict each other")
     return config
 
 
@@ -180,5 +180,5 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{name} is {value!r}; {kind.__name__} expected")
+        raise ConfigError(f"{name} must be of type {kind.__name__}; got {value!r}")
     return value

@@ -30,7 +30,7 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
     written = read_json(path) if path.exists() else {}
     quantization = written.get("quantization")
     if quantization is not None and not isinstance(quantization, dict):
-        raise ConfigError(f"{path}: quantization is {quantization!r}; a table expected")
+        raise ConfigError(f"{path}: quantization must be a table; got {quantization!r}")
     return make_source(
         config or read_config_file(path),
         _read_shards(folder),
@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no table of settings")
+        raise ConfigError(f"{path} must contain a table of settings")
     return values
 
 
@@ -90,7 +90,7 @@ def _shards(folder: Path) -> list[Path]:
         return paths
     paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
-        raise SourceError(f"{folder} holds no model.safetensors" + _hint(folder))
+        raise SourceError(f"{folder} has no model.safetensors" + _hint(folder))
     return paths
 
 

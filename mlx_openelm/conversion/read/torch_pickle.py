@@ -160,7 +160,7 @@ class _Machine:
     def call(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise TorchFileError("its pickle calls what is no function; nothing was run")
+            raise TorchFileError("its pickle calls something that is not a function; nothing was run")
         self.stack.append(_describe(function.full, arguments))
 
     def build(self, _: Any) -> None:
