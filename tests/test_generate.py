@@ -5,7 +5,7 @@ import mlx.core as mx
 import pytest
 
 from conftest import random_model
-from mlx_openelm import Chat, SamplingConfig, generate, generate_tokens, stream_generate
+from mlx_openelm import Chat, SamplingConfig, generate, generate_batch, generate_tokens, stream_generate
 from mlx_openelm.errors import PromptError, TokenizerError
 from mlx_openelm.generation.engine import Step
 from mlx_openelm.generation.text import Stats, StopWatch
@@ -193,3 +193,23 @@ def test_speeds_count_what_was_computed_in_the_time_that_it_took():
     assert stats.prefill_tokens_per_second == 5  # 90 of the 100 were there already
     assert stats.decode_tokens_per_second == 5  # the first of the 21 came with the prompt
     assert Stats(1, 1, 0.0, 0.0, 0).decode_tokens_per_second == 0
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_every_sampled_text_can_be_had_again_by_its_seed(tiny_model, tokenizer, seed):
+    sampling = SamplingConfig(temperature=1.0, seed=seed)
+    *_, last = chunks = list(stream_generate(tiny_model, tokenizer, PROMPT, max_tokens=20, sampling=sampling))
+    found = last.stats.seed
+    assert found == seed or (seed is None and 0 <= found < 1 << 32)
+    again = SamplingConfig(temperature=1.0, seed=found)
+    assert generate(tiny_model, tokenizer, PROMPT, max_tokens=20, sampling=again) == "".join(c.text for c in chunks)
+    batch = dict(generate_batch(tiny_model, tokenizer, [PROMPT] * 3, max_tokens=20, sampling=sampling, batch_size=2))
+    for generation in batch.values():
+        again = SamplingConfig(temperature=1.0, seed=generation.stats.seed)
+        assert generate(tiny_model, tokenizer, PROMPT, max_tokens=20, sampling=again) == generation.text
+    assert len({generation.stats.seed for generation in batch.values()}) == 3
+
+
+def test_a_greedy_text_has_no_seed(tiny_model, tokenizer):
+    *_, last = stream_generate(tiny_model, tokenizer, PROMPT, max_tokens=2, sampling=SamplingConfig(seed=3))
+    assert last.stats.seed is None

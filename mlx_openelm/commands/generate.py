@@ -192,10 +192,11 @@ def print_stats(stats: Stats | None) -> None:
         return
     reused = f" ({stats.reused_tokens} kept)" if stats.reused_tokens else ""
     guessed = f" ({stats.acceptance:.0%} of {stats.drafted_tokens} guesses right)" if stats.drafted_tokens else ""
+    seed = f", seed {stats.seed}" if stats.seed is not None else ""
     typer.secho(
         f"{stats.prompt_tokens}{reused} + {stats.generated_tokens} tokens, "
         f"prompt {stats.prefill_tokens_per_second:,.1f} and text {stats.decode_tokens_per_second:,.1f} tokens/s"
-        f"{guessed}, peak memory {mib(stats.peak_memory_bytes)}",
+        f"{guessed}, peak memory {mib(stats.peak_memory_bytes)}{seed}",
         dim=True,
         err=True,
     )

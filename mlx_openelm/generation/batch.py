@@ -35,7 +35,7 @@ def generate_batch(
     What cannot be done is told at once, before anything is computed.
 
     Each row gives what its prompt gives alone; only that with `quantize_after` all rows are quantized once one is long
-    enough. Where there is a seed, the prompt of number n has the seed plus n.
+    enough. The prompt of number n is sampled with the seed plus n; without a seed, one is drawn for all.
 
     Args:
         prompts: as of `stream_generate`.
@@ -61,12 +61,15 @@ def generate_batch(
     if ids:
         check_memory(model, max(tokens.size for tokens in ids.values()) + max_tokens, cache, batch_size)
     compiled = pays_to_compile(max_tokens) if compiled is None else compiled
+    sampling = sampling.with_seed()
     rows = DecodeBatch(model, sampling, compiled=compiled)
     stop = tuple(stop)
 
     def begin(number: int) -> "_Running":
         seed = None if sampling.seed is None else sampling.seed + number
-        text = TextStream(model, tokenizer, ids[number].size, max_tokens, stop)
+        text = TextStream(
+            model, tokenizer, ids[number].size, max_tokens, stop, seed=None if sampling.is_greedy else seed
+        )
         row = rows.add(ids.pop(number), model.make_cache(cache), seed=seed)
         prompt = prompts[number]
         return _Running(row, number, text, Generation(prompt if isinstance(prompt, str) else ""))

@@ -1,7 +1,7 @@
 """From logits to the next token."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -22,7 +22,7 @@ class SamplingConfig:
     min_p: float = 0.0  # leave out what is less likely than this share of the likeliest
     repetition_penalty: float = 1.0  # above 1 makes recent tokens less likely
     repetition_context: int = 256  # how many of the last tokens count as recent
-    seed: int | None = None  # the same seed gives the same text; None another text each time
+    seed: int | None = None  # the same seed gives the same text; None draws one
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, self.temperature >= 0, "at least 0")
@@ -32,6 +32,15 @@ class SamplingConfig:
         _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
         _check("seed", self.seed or 0, 0 <= (self.seed or 0) < 1 << 63, "from 0 to 2**63 - 1")
         _check("repetition_context", self.repetition_context, self.repetition_context >= 1, "at least 1")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken, so that no seed matters."""
+        return self.temperature == 0
+
+    def with_seed(self) -> "SamplingConfig":
+        """The same configuration with a seed, where it samples and has none: what it gives can be had again."""
+        return self if self.is_greedy or self.seed is not None else replace(self, seed=_fresh_seed())
 
 
 State = tuple[mx.array, mx.array]  # random key (2,) and recent tokens (C,), or with rows before: (B, 2) and (B, C)
@@ -68,7 +77,7 @@ class Sampler:
         key, recent = state
         logits = logits.astype(mx.float32)
         scores = self._penalize(logits, recent)
-        if self.config.temperature == 0:
+        if self.config.is_greedy:
             token = mx.argmax(scores)
         else:
             scores = restrict(scores / self.config.temperature, self.config)
@@ -126,7 +135,7 @@ def restrict(scores: mx.array, config: SamplingConfig) -> mx.array:
 
 
 def _fresh_seed() -> int:
-    return int.from_bytes(os.urandom(7), "little")
+    return int.from_bytes(os.urandom(4), "little")
 
 
 def _check(name: str, value: float, holds: bool, range_in_words: str) -> None:

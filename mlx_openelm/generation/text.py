@@ -28,6 +28,7 @@ class Stats:
     drafted_tokens: int = 0  # guesses of speculative decoding
     accepted_tokens: int = 0  # those that were right
     reused_tokens: int = 0  # of the prompt, whose keys and values were there already
+    seed: int | None = None  # that the text was sampled with; None where it was not sampled
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -130,8 +131,10 @@ def stream_generate(
     check_request(prompt, max_tokens)
     tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     cache = cache if cache is not None else PromptCache(model)
+    sampling = sampling.with_seed()
     before, fresh = cache.reuse(tokens)
-    row = TextStream(model, tokenizer, len(tokens), max_tokens, stop, drafter, reused=len(before))
+    seed = None if sampling.is_greedy else sampling.seed
+    row = TextStream(model, tokenizer, len(tokens), max_tokens, stop, drafter, reused=len(before), seed=seed)
     write = generate_tokens if drafter is None else partial(speculate_tokens, drafter=drafter)
     steps = write(
         model, fresh, max_tokens=max_tokens, sampling=sampling, cache=cache.kv, before=before, on_prefill=on_prefill
@@ -169,6 +172,7 @@ class TextStream:
         stop: Iterable[str],
         drafter: Drafter | None = None,
         reused: int = 0,
+        seed: int | None = None,
     ):
         self._eos = model.config.eos_token_id
         self._decoder = tokenizer.stream_decoder()
@@ -176,6 +180,7 @@ class TextStream:
         self._max_tokens = max_tokens
         self._prompt_tokens = prompt_tokens
         self._reused = reused
+        self._seed = seed
         self._drafter = drafter
         self._drafted_before, self._accepted_before = self._guesses()
         self._generated = 0
@@ -217,6 +222,7 @@ class TextStream:
             drafted - self._drafted_before,
             accepted - self._accepted_before,
             self._reused,
+            self._seed,
         )
 
 
