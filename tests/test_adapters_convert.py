@@ -596,12 +596,15 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "error"),
         [
-            ([], "name a SOURCE, or an adapter"),
-            (["--adapter", "x", "--to", "peft"], "--adapter ADAPTER --to FORM --output DIR"),
-            (["--adapter", "x", "--output", "y"], "--adapter ADAPTER --to FORM --output DIR"),
-            (["model", "--to", "peft", "--output", "y"], "--adapter ADAPTER --to FORM --output DIR"),
-            (["model", "--adapter", "x", "--to", "peft", "--output", "y"], "SOURCE cannot stand beside --adapter"),
-            (["-a", "x", "--to", "peft", "-o", "y", "-q", "4", "--alpha", "1"], "--quantize, --alpha cannot stand"),
+            ([], "give a SOURCE, or an adapter"),
+            (["--adapter", "x", "--to", "peft"], "requires --adapter, --to and --output"),
+            (["--adapter", "x", "--output", "y"], "requires --adapter, --to and --output"),
+            (["model", "--to", "peft", "--output", "y"], "requires --adapter, --to and --output"),
+            (["model", "--adapter", "x", "--to", "peft", "--output", "y"], "cannot be used with --adapter: SOURCE"),
+            (
+                ["-a", "x", "--to", "peft", "-o", "y", "-q", "4", "--alpha", "1"],
+                "cannot be used with --adapter: --quantize, --alpha",
+            ),
             (["-a", "x", "--to", "gguf", "-o", "y"], "unknown adapter format 'gguf'"),
             (["-a", "no/where", "--to", "peft", "-o", "y"], "no/where does not exist"),
         ],

@@ -40,7 +40,7 @@ class TestConvert:
     def test_says_what_it_wrote(self, folders, tmp_path):
         status, out, err = run("convert", folders / "tiny", "-o", tmp_path / "out", "--quantize", 4)
         assert (status, err) == (0, "")
-        assert re.search(r"parameters in 4-bit affine, [45]\.\d\d bits per weight, .* MiB before and .* MiB now", out)
+        assert re.search(r"parameters in 4-bit affine, [45]\.\d\d bits per weight, .* MiB \(source: .* MiB\)", out)
         assert load(tmp_path / "out")[1] is not None
 
     def test_json(self, folders, tmp_path):
@@ -243,7 +243,11 @@ class TestTerminal:
     def test_generate_shows_prompt_text_and_figures(self, folders):
         seen = on_a_terminal("generate", "-m", folders / "base", "-p", PROMPT, "-n", 5)
         assert seen.startswith(PROMPT)
-        assert re.search(r"\d+ \+ 5 tokens, prompt [\d,.]+ and text [\d,.]+ tokens/s, peak memory [\d,.]+ MiB", seen)
+        assert re.search(
+            r"\d+ prompt tokens, 5 generated; prefill [\d,.]+ tokens/s, decoding [\d,.]+ tokens/s; "
+            r"peak memory [\d,.]+ MiB",
+            seen,
+        )
 
     def test_convert_shows_a_bar(self, folders, tmp_path):
         seen = on_a_terminal("convert", folders / "tiny", "-o", tmp_path / "out")
@@ -252,7 +256,7 @@ class TestTerminal:
     def test_chat_talks(self, folders):
         typed = b"Hello\n/reset\nAgain\n/quit\n"
         seen = on_a_terminal("chat", "-m", folders / "chat", "-n", 4, typed=typed, until=b"> ")
-        assert len(re.findall(r"4 tokens, prompt", seen)) == 2
+        assert len(re.findall(r"4 generated; prefill", seen)) == 2
 
 
 class TestChat:
@@ -267,7 +271,7 @@ class TestChat:
         cache = tmp_path / "cache"
         status, out, err = run(*words, "--prompt-cache", cache, stdin=b"\n".join(lines), LC_ALL="C")
         assert status == 0
-        assert err == "openelm-mlx: error: this line is not valid UTF-8 and is passed over\n"
+        assert err == "openelm-mlx: error: line skipped: not valid UTF-8\n"
         assert out == run(*words, stdin=b"Hello\nAgain")[1]
         assert cache.exists()
 

@@ -53,10 +53,10 @@ class TestAFileOfPrompts:
         if process.returncode == 0:
             pytest.skip("it was done before it could be interrupted")
         assert process.returncode == 130
-        assert "goes on from" in err
+        assert f"run the same command again to resume from {part}" in err
         status, _, err = run(*command, "-o", tmp_path / "a.jsonl")
         assert status == 0
-        assert "answers are there already" in err
+        assert "prompts already answered" in err
         assert run(*command)[1] == (tmp_path / "a.jsonl").read_text()
         assert not part.exists()
 
@@ -115,9 +115,9 @@ class TestKeysAndValues:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "a file of them with --input"),
-        (["-p", "x", "-i", "{p}/prompts.jsonl"], "not both"),
-        (["-p", "x", "-o", "{p}/out"], "--output is for the answers"),
+        ([], "a file of prompts with --input"),
+        (["-p", "x", "-i", "{p}/prompts.jsonl"], "--prompt and --input are mutually exclusive"),
+        (["-p", "x", "-o", "{p}/out"], "--output requires --input"),
         (["-i", "{p}/nowhere.jsonl"], "nowhere.jsonl"),
         (["-i", "{p}/base/config.json"], "prompt or messages"),
         (["-i", "{p}/prompts.jsonl", "--batch-size", "0"], "batch_size must be at least 1; got 0"),
@@ -127,11 +127,11 @@ class TestKeysAndValues:
         (["-p", "x", "--seed", "18446744073709551616"], "got 18446744073709551616"),
         (["-p", "x", "--prompt-lookup", "65"], "65 guesses"),
         (["-i", "{p}/prompts.jsonl", "--max-kv-size", "50"], "one row at a time"),
-        (["-i", "{p}/prompts.jsonl", "--draft-model", "{p}/base"], "--draft-model is for a single"),
-        (["-i", "{p}/prompts.jsonl", "--json"], "--json is for a single"),
+        (["-i", "{p}/prompts.jsonl", "--draft-model", "{p}/base"], "--draft-model cannot be used with --input"),
+        (["-i", "{p}/prompts.jsonl", "--json"], "--json cannot be used with --input"),
         (["-p", "x", "--draft-model", "{p}/base", "--prompt-lookup", "3"], "mutually exclusive"),
         (["-p", "x", "--draft-model", "{p}/nowhere"], "nowhere"),
-        (["-p", "x", "--prompt-lookup", "-1"], "cannot be negative"),
+        (["-p", "x", "--prompt-lookup", "-1"], "must not be negative"),
         (["-p", "x", "--prompt-lookup", "3", "--max-kv-size", "50"], "go back"),
         (["-p", "x", "--kv-bits", "5"], "got 5"),
         (["-p", "x", "--kv-bits", "4", "--max-kv-size", "50"], "mutually exclusive"),

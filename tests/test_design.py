@@ -103,7 +103,7 @@ class TestCommand:
             (["--layers", "3"], "either --params"),
             (["--params", "lots"], "number of parameters"),
             (["--params", "1B", "--qkv", "x"], "--qkv"),
-            (["--params", "1B", "--gqa", "0"], "--gqa is 0"),
+            (["--params", "1B", "--gqa", "0"], "--gqa must be positive; got 0"),
             (["--params", "1M"], "the nearest has"),
             (["--params", "270M", "--save", f"{__file__}/config.json"], "cannot be written"),
             (["--params", "270M", "--plot", "picture.frob"], "picture.frob cannot be written"),

@@ -19,13 +19,13 @@ def test_a_process_that_waits_says_where_the_others_should_be(tmp_path):
         text=True,
     )
     said = ""
-    while "have" not in said and "has waited" not in said:
+    while "have" not in said and "has been waiting" not in said:
         said = process.stderr.readline()
         assert said
     process.kill()
     process.communicate(timeout=30)  # the watch ends with the process that it watches
     assert said == (
-        "openelm-mlx: process 0 has waited for the others for 0.2 seconds; they should be at "
+        "openelm-mlx: process 0 has been waiting 0.2 seconds for the other processes; expected at "
         f"127.0.0.1:{first}, 127.0.0.1:{first + 1}\n"
     )
 

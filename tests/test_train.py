@@ -314,7 +314,7 @@ class TestCommand:
         process.send_signal(end)
         said += process.communicate(timeout=60)[1]
         assert process.returncode == 130
-        assert "--resume goes on" in said.splitlines()[-1]
+        assert "use --resume to continue" in said.splitlines()[-1]
         (folder,) = checkpoint_folders(files / "run")
         assert int(folder.name.split("-")[1]) >= 3
 
@@ -340,7 +340,7 @@ class TestCommand:
         [
             (["--steps", "0"], "steps must be positive; got 0"),
             (["--frobs", "3"], "unknown recipe field: frobs"),
-            (["--learning-rate"], "--learning-rate has no value"),
+            (["--learning-rate"], "--learning-rate requires a value"),
             (["--sequence-length", "64"], "at most 32, the model's context; got 64"),
             (["--data", "missing.txt"], "missing.txt does not exist"),
             (["--min-characters", "100000"], "no text after|leaves no text"),

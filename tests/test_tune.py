@@ -424,12 +424,12 @@ class TestCommand:
     def test_shows_what_it_does(self, files, tmp_path):
         done = self.tune(files, tmp_path / "run", "--steps", "3", "--sample-prompt", "The fox")
         assert done.returncode == 0, done.stderr
-        assert "24 examples of the kind completion, 6 held out" in done.stderr
+        assert "24 examples in completion format, 6 held out" in done.stderr
         assert re.search(r"The fox 0 ran\[\[ to the \w+\.\]\]", done.stderr)
         assert "trains 3,328 " in done.stderr
         assert "memory: about" in done.stderr
         assert "sample: The fox" in done.stderr
-        assert "the adapter of step 3, the best on held-out examples" in done.stdout
+        assert "adapter of step 3 with the best validation loss" in done.stdout
         status, text, _ = run("generate", "-m", files / "model", "-a", tmp_path / "run", "-p", "The fox", "-n", "4")
         assert (status, bool(text.strip())) == (0, True)
         status, _, _ = run("merge", "-m", files / "model", "-a", tmp_path / "run", "-o", tmp_path / "merged")
@@ -494,7 +494,7 @@ class TestCommand:
         process.send_signal(signal.SIGINT)
         said += process.communicate(timeout=60)[1]
         assert process.returncode == 130
-        assert "--resume goes on" in said.splitlines()[-1]
+        assert "use --resume to continue" in said.splitlines()[-1]
         assert (tmp_path / "run" / "adapters.safetensors").exists()
 
     @pytest.mark.parametrize(

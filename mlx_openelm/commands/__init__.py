@@ -1,1 +1,1 @@
-"""The commands of `openelm-mlx`, one file for each group, and what they share."""
+"""The commands of `openelm-mlx`, one file per group, and the code they share."""

@@ -37,40 +37,47 @@ _PEERS = ("mlx-lm",)
 def bench(
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help="Folder, hub id or built-in model; several times for more.", metavar="M"),
+        typer.Option("--model", "-m", help="Model folder, hub id or built-in model; repeatable.", metavar="M"),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Published sizes with random weights: 270M,450M,1.1B,3B.", metavar="SIZES")
+        str | None, typer.Option(help="Published sizes, with random weights: 270M,450M,1.1B,3B.", metavar="SIZES")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Compute in auto, float16, bfloat16 or float32.", metavar="D")] = "auto",
-    quantize: Annotated[str, typer.Option(help="Bits of a preset's weights; 0 for none.", metavar="BITS")] = "0",
-    prompt_tokens: Annotated[str, typer.Option(help="Lengths of prompts.", metavar="N,...")] = "512",
-    tokens: Annotated[str, typer.Option("--tokens", "-n", help="Lengths of answers.", metavar="N,...")] = "128",
-    batch_size: Annotated[str, typer.Option(help="How many rows go on together.", metavar="N,...")] = "1",
-    kv: Annotated[
-        str, typer.Option(help="How keys and values are kept: full, 8 or 4 bits, or window:N.", metavar="KIND,...")
-    ] = "full",
-    rounds: Annotated[int, typer.Option(help="How often each is measured, after a round to warm up.", metavar="N")] = 3,
-    against: Annotated[str | None, typer.Option(help="Measure a peer in turn: mlx-lm.", metavar="PEER")] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="The paper's prompt and 1,024 tokens.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Type to compute in: auto, float16, bfloat16 or float32.", metavar="D")
+    ] = "auto",
+    quantize: Annotated[
+        str, typer.Option(help="Bits per weight of a --preset; 0: not quantized.", metavar="BITS")
+    ] = "0",
+    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths in tokens.", metavar="N,...")] = "512",
+    tokens: Annotated[
+        str, typer.Option("--tokens", "-n", help="Completion lengths in tokens.", metavar="N,...")
+    ] = "128",
+    batch_size: Annotated[str, typer.Option(help="Sequences decoded at once.", metavar="N,...")] = "1",
+    kv: Annotated[str, typer.Option(help="KV caches: full, 8 or 4 (bits), or window:N.", metavar="KIND,...")] = "full",
+    rounds: Annotated[int, typer.Option(help="Measured rounds, after one warm-up round.", metavar="N")] = 3,
+    against: Annotated[
+        str | None, typer.Option(help="Peer to compare with, in alternating runs: mlx-lm.", metavar="PEER")
+    ] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="Use the paper's prompt and generate 1,024 tokens.")] = False,
     compiled: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Compile the step whole; by default where that pays."),
+        typer.Option("--compile/--no-compile", help="Compile the decoding step; default: where it pays off."),
     ] = None,
     as_json: Json = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a table of Markdown.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write all figures as JSON.", metavar="FILE")
+        Path | None, typer.Option("--output", "-o", help="JSON file to write all results to.", metavar="FILE")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw tokens per second against the limit.", metavar="PICTURE")
+        Path | None,
+        typer.Option(help="Picture to draw: tokens per second against the bandwidth limit.", metavar="PICTURE"),
     ] = None,
     force: Force = False,
     adapter: Adapter = None,
     revision: Revision = None,
 ) -> None:
-    """Measure tokens per second, time to the first token, memory, and how near that is to what memory allows."""
+    """Measure tokens per second, time to first token, peak memory, and the share of the memory bandwidth limit."""
     from ..benchmark.measure import PAPER_CASE, PAPER_PROMPT, Case, measure
     from ..benchmark.models import Ours, Peer
     from ..benchmark.report import Report
@@ -79,11 +86,11 @@ def bench(
     from ..plot import check_picture, plot_bench
 
     if against is not None and against not in _PEERS:
-        raise BenchError(f"{against!r} is no peer that is known; there is {', '.join(_PEERS)}")
+        raise BenchError(f"--against must be {', '.join(_PEERS)}; got {against!r}")
     if rounds < 1:
-        raise BenchError(f"{rounds} rounds measure nothing")
+        raise BenchError(f"--rounds must be at least 1; got {rounds}")
     if as_json + as_csv + as_markdown > 1:
-        raise BenchError("give only one of --json, --csv and --markdown")
+        raise BenchError("--json, --csv and --markdown are mutually exclusive")
     lengths = (_numbers("--prompt-tokens", prompt_tokens), _numbers("--tokens", tokens, least=2))
     if paper:
         lengths = ([PAPER_CASE.prompt_tokens], [PAPER_CASE.max_tokens])
@@ -106,7 +113,7 @@ def bench(
             with _progress() as moved, wired_memory():
                 for name, network in networks:
                     if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
-                        raise BenchError(f"{name} has too small a vocabulary for the paper's prompt")
+                        raise BenchError(f"the vocabulary of {name} is too small for the prompt of --paper")
                     contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
                     on_round = partial(_show_round, moved, name, rounds)
                     for case in cases:
@@ -118,7 +125,7 @@ def bench(
             if not results:
                 raise
             interrupted = True
-            say(f"interrupted; these are the {len(results)} results so far")
+            say(f"interrupted; showing the {len(results)} results so far")
         report = Report(tuple(results), bandwidth, describe(shlex.join(["openelm-mlx", *sys.argv[1:]])))
         if as_json:
             print_json(report.to_dict())
@@ -139,9 +146,9 @@ def bench(
 def _check_cases(cases: Sequence[Case], against: str | None) -> None:
     for case in cases:
         if case.cache.window is not None and case.batch_size > 1:
-            raise BenchError("a window serves one row at a time; leave out either --kv window or the batch sizes")
+            raise BenchError("--kv window:N requires --batch-size 1")
         if against and case.batch_size > 1 and case.cache.bits:
-            raise BenchError("mlx-lm has no batches with quantized keys and values; leave out --against or --kv")
+            raise BenchError("mlx-lm cannot batch with a quantized KV cache; leave out --against, or use --kv full")
 
 
 def _show_round(show: Callable[[str], None], name: str, rounds: int, who: str, number: int) -> None:
@@ -156,7 +163,7 @@ def _networks(
     adapter: str | None,
     revision: str | None,
 ) -> Iterator[tuple[str, OpenELM]]:
-    """Names and networks, one in memory at a time."""
+    """Names and networks, only one in memory at a time."""
     import mlx.core as mx
 
     from ..benchmark.models import random_network
@@ -170,9 +177,9 @@ def _networks(
     configs = {size: OpenELMConfig.preset(size) for size in sizes}
     chosen = dtype_named(dtype)
     if adapter and sizes:
-        raise BenchError("an adapter belongs to a --model, not to a --preset")
+        raise BenchError("--adapter requires --model; it cannot be used with --preset")
     if not sizes and any(bits):
-        raise BenchError("--quantize is for a --preset; `openelm-mlx convert --quantize` makes a quantized model")
+        raise BenchError("--quantize requires --preset; quantize a model with `openelm-mlx convert --quantize`")
     quantizations = [Quantization(bits=number) if number else None for number in bits]
 
     def networks() -> Iterator[tuple[str, OpenELM]]:
@@ -191,7 +198,7 @@ def _split(text: str) -> list[str]:
 def _numbers(option: str, text: str, least: int = 1) -> list[int]:
     parts = _split(text)
     if not parts or not all(part.isdecimal() and int(part) >= least for part in parts):
-        raise BenchError(f"{option} is {text!r}; it takes numbers from {least} on, separated by commas")
+        raise BenchError(f"{option} takes comma-separated numbers of at least {least}; got {text!r}")
     return [int(part) for part in parts]
 
 
@@ -205,18 +212,18 @@ def _kind(name: str) -> CacheConfig:
     kind, _, size = name.partition(":")
     if kind == "window" and size.isdecimal():
         return CacheConfig(window=int(size))
-    raise BenchError(f"{name!r} is no way to keep keys and values; there are full, 8, 4 and window:N")
+    raise BenchError(f"--kv must be full, 8, 4 or window:N; got {name!r}")
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """What is being measured, on a terminal."""
+    """Shows the current measurement when stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
     from rich.console import Console
 
-    with Console(stderr=True).status("measuring memory") as status:
+    with Console(stderr=True).status("measuring memory bandwidth") as status:
         yield status.update
 
 

@@ -67,12 +67,12 @@ def chat(
     kv_sinks: KvSinks = CacheConfig.sinks,
     prompt_cache: PromptCacheFile = None,
 ) -> None:
-    """Talk with an Instruct model. /reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer."""
+    """Chat with an Instruct model. /reset clears the conversation, /quit or Ctrl-D exits, Ctrl-C stops an answer."""
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
     cache_file = None
     if prompt_cache is not None:
         cache_file = context.with_resource(output_file(prompt_cache, overwrite=True))  # before the model is loaded
-        for number in (signal.SIGTERM, signal.SIGHUP):  # whatever ends a chat, its keys and values are kept
+        for number in (signal.SIGTERM, signal.SIGHUP):  # save the KV cache however the chat ends
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     with open_prompt_cache(
@@ -87,7 +87,7 @@ def _talk(conversation: Chat) -> None:
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401, gives input() its line editing
-        say("Type a message; /reset forgets the conversation, /quit ends it.")
+        say("Type a message; /reset clears the conversation, /quit exits.")
     while True:
         try:
             line = _read_line(interactive).strip()
@@ -95,7 +95,7 @@ def _talk(conversation: Chat) -> None:
             typer.echo()
             return
         except UnicodeError:
-            say("error: this line is not valid UTF-8 and is passed over")
+            say("error: line skipped: not valid UTF-8")
             continue
         if line in ("/quit", "/exit"):
             return
@@ -119,7 +119,7 @@ def _talk(conversation: Chat) -> None:
 
 
 def _read_line(interactive: bool) -> str:
-    """One message. Bytes that are not UTF-8 are an error whatever the locale makes of them.
+    """Read one message. Invalid UTF-8 is an error whatever the locale.
 
     Raises:
         EOFError: at the end of the input.

@@ -21,10 +21,15 @@ AVERAGE_EXAMPLES = examples("openelm-mlx average runs/stories/checkpoints/step-*
 
 
 def average(
-    sources: Annotated[list[str], typer.Argument(help="Checkpoints of one run.", metavar="CHECKPOINT...")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.", metavar="DIR")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="D")] = "float32",
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a model at the output.")] = False,
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Checkpoints of one run.", metavar="CHECKPOINT..."),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Model folder to write.", metavar="DIR")],
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights: float32, bfloat16, float16 or auto.", metavar="D")
+    ] = "float32",
+    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite an existing model.")] = False,
     as_json: Json = False,
 ) -> None:
     """Average checkpoints of one run, as Apple did for its final weights."""
@@ -34,42 +39,46 @@ def average(
 def convert(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(help="Folder, hub id or CoreNet .pt file; several are averaged.", metavar="SOURCE..."),
+        typer.Argument(help="Model folder, hub id or CoreNet .pt file; several are averaged.", metavar="SOURCE..."),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder to write; the source's name by default.", metavar="DIR")
+        str | None, typer.Option("--output", "-o", help="Folder to write; default: the source's name.", metavar="DIR")
     ] = None,
     quantize: Annotated[
-        int | None, typer.Option("--quantize", "-q", help="Quantize to 2, 3, 4, 5, 6 or 8 bits.", metavar="BITS")
+        int | None, typer.Option("--quantize", "-q", help="Bits per weight: 2, 3, 4, 5, 6 or 8.", metavar="BITS")
     ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Values that share a scale: 32, 64 or 128.", metavar="N")
+    group_size: Annotated[int | None, typer.Option(help="Quantization group size: 32, 64 or 128.", metavar="N")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="Quantization mode: affine, mxfp4, mxfp8 or nvfp4.", metavar="MODE")
     ] = None,
-    mode: Annotated[str | None, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4.", metavar="MODE")] = None,
-    dequantize: Annotated[bool, typer.Option("--dequantize", help="Write a quantized source in full.")] = False,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Dequantize a quantized source.")] = False,
     dtype: Annotated[
-        str, typer.Option(help="auto, float16, bfloat16 or float32; auto keeps 16 bits.", metavar="D")
+        str, typer.Option(help="Type of the weights: auto (16-bit), float16, bfloat16 or float32.", metavar="D")
     ] = "auto",
     config: Annotated[
         str | None,
-        typer.Option(help="270M, 450M, 1.1B, 3B, a CoreNet YAML or a config.json.", metavar="FILE_OR_NAME"),
+        typer.Option(
+            help="Configuration: 270M, 450M, 1.1B, 3B, a CoreNet YAML or a config.json.", metavar="FILE_OR_NAME"
+        ),
     ] = None,
     tokenizer: TokenizerOption = None,
     keep_padding: Annotated[
-        bool, typer.Option("--keep-padding", help="Keep the rows that fill up CoreNet's vocabulary.")
+        bool, typer.Option("--keep-padding", help="Keep the padding rows of CoreNet's vocabulary.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace what is at the output.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite an existing model or adapter.")] = False,
     revision: Revision = None,
     alpha: Annotated[
-        float | None, typer.Option(help="Of the adapter in a CoreNet checkpoint; by default its rank.", metavar="A")
+        float | None, typer.Option(help="LoRA alpha of a CoreNet checkpoint; default: its rank.", metavar="A")
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option("--adapter", "-a", help="Convert an adapter instead of a model.", metavar="ADAPTER")
+        str | None, typer.Option("--adapter", "-a", help="Adapter to convert, instead of a model.", metavar="ADAPTER")
     ] = None,
-    to: Annotated[str | None, typer.Option(help="Form of it: peft, mlx-lm or openelm-mlx.", metavar="FORM")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="Adapter format to write: peft, mlx-lm or openelm-mlx.", metavar="FORM")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the MLX folder of an OpenELM from whatever form its weights are in; or an adapter in another form."""
+    """Convert an OpenELM model from any format to MLX, or an adapter to another format."""
     from ..conversion.convert import convert as run
 
     if adapter is not None or to is not None:
@@ -89,7 +98,7 @@ def convert(
         _convert_adapter(adapter, to, output, [name for name, value in others.items() if value], force, as_json)
         return
     if not sources:
-        fail("nothing to convert; name a SOURCE, or an adapter with --adapter")
+        fail("nothing to convert: give a SOURCE, or an adapter with --adapter")
 
     at, done_bytes, total_bytes = "", 0, 0
     with byte_bar("writing") as update:
@@ -129,10 +138,10 @@ def convert(
     typer.echo(
         f"{result.folder}: {result.num_parameters:,} parameters in {kind}, "
         f"{result.bits_per_weight:.2f} bits per weight, "
-        f"{mib(result.source_bytes)} before and {mib(result.output_bytes)} now"
+        f"{mib(result.output_bytes)} (source: {mib(result.source_bytes)})"
     )
     if result.not_quantized:
-        typer.echo(f"not quantized, because the group does not divide the width: {', '.join(result.not_quantized)}")
+        typer.echo(f"not quantized (width is not a multiple of the group size): {', '.join(result.not_quantized)}")
     typer.echo(f"tokenizer: {result.tokenizer or 'none'}")
     if result.adapter:
         typer.echo(f"adapter: {result.adapter}")
@@ -144,13 +153,13 @@ def _convert_adapter(
     from ..conversion.adapters.forms import convert_adapter
 
     if adapter is None or to is None or output is None:
-        fail("an adapter is converted with --adapter ADAPTER --to FORM --output DIR; one of them is missing")
+        fail("converting an adapter requires --adapter, --to and --output")
     if others:
-        fail(f"{', '.join(others)} cannot stand beside --adapter")
+        fail(f"cannot be used with --adapter: {', '.join(others)}")
     result = convert_adapter(adapter, output, to=to, force=force)
     for warning in result.warnings:
         say(f"warning: {warning}")
     if as_json:
         print_json({**asdict(result), "folder": str(result.folder)})
         return
-    typer.echo(f"{result.folder}: {result.method} on {result.num_matrices} matrices, for {result.form}")
+    typer.echo(f"{result.folder}: {result.method} on {result.num_matrices} matrices, {result.form} format")

@@ -31,34 +31,42 @@ def _ends(values: tuple[float, ...]) -> str:
 
 def design_command(
     params: Annotated[
-        str | None, typer.Option(help="Number of parameters to find depth and width for.", metavar="COUNT")
+        str | None, typer.Option(help="Target number of parameters, such as 1.1B.", metavar="COUNT")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Depth, instead of --params.", metavar="N")] = None,
-    model_dim: Annotated[int | None, typer.Option(help="Width, with --layers.", metavar="M")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Width of a head; by the model's width.", metavar="D")] = None,
-    qkv: Annotated[str, typer.Option(help="Queries over width, first to last layer.", metavar="FIRST:LAST")] = _ends(
-        QKV_MULTIPLIERS
-    ),
-    ffn: Annotated[str, typer.Option(help="FFN over width, first to last layer.", metavar="FIRST:LAST")] = _ends(
-        FFN_MULTIPLIERS
-    ),
+    layers: Annotated[int | None, typer.Option(help="Number of layers; requires --model-dim.", metavar="N")] = None,
+    model_dim: Annotated[int | None, typer.Option(help="Model width; requires --layers.", metavar="M")] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(help="Head width; default: by model width, or 64 with --layers.", metavar="D")
+    ] = None,
+    qkv: Annotated[
+        str, typer.Option(help="QKV multipliers of the first and last layer.", metavar="FIRST:LAST")
+    ] = _ends(QKV_MULTIPLIERS),
+    ffn: Annotated[
+        str, typer.Option(help="FFN multipliers of the first and last layer.", metavar="FIRST:LAST")
+    ] = _ends(FFN_MULTIPLIERS),
     gqa: Annotated[
-        int, typer.Option(help="Query heads that share a key/value head.", metavar="N")
+        int, typer.Option(help="Query heads per key/value head.", metavar="N")
     ] = OpenELMConfig.num_gqa_groups,
-    vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.", metavar="V")] = OpenELMConfig.vocab_size,
-    context: Annotated[int, typer.Option(help="Tokens of context.", metavar="N")] = OpenELMConfig.max_context_length,
-    uniform: Annotated[bool, typer.Option("--uniform", help="Save the uniform model of the same size.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw both models.", metavar="FILE")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write a configuration to train.", metavar="config.json")] = None,
+    vocab: Annotated[int, typer.Option(help="Vocabulary size.", metavar="V")] = OpenELMConfig.vocab_size,
+    context: Annotated[
+        int, typer.Option(help="Context length in tokens.", metavar="N")
+    ] = OpenELMConfig.max_context_length,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="Show and save the uniform model of the same size instead.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw of both models.", metavar="FILE")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Configuration file to write, for training.", metavar="config.json")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Design a model: what layer-wise scaling gives each layer, beside the uniform model of the same size."""
+    """Design a model with layer-wise scaling and compare it with the uniform model of the same size."""
     if (params is None) == (layers is None) or (layers is None) != (model_dim is None):
-        raise ConfigError("give either --params, or --layers and --model-dim")
+        raise ConfigError("give either --params, or both --layers and --model-dim")
     for name, value in {"--layers": layers, "--model-dim": model_dim, "--head-dim": head_dim, "--gqa": gqa}.items():
         if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it has to be positive")
+            raise ConfigError(f"{name} must be positive; got {value}")
     ends: dict[str, Any] = {"qkv_multipliers": multipliers("--qkv", qkv), "ffn_multipliers": multipliers("--ffn", ffn)}
     rest: dict[str, Any] = {"vocab_size": vocab, "max_context_length": context, "num_gqa_groups": gqa}
     if layers is not None and model_dim is not None:
@@ -88,7 +96,7 @@ def design_command(
 
 
 def _show(found: Design, uniform: bool) -> None:
-    """The chosen model layer by layer with its total, and one line of the uniform model's equal layers with theirs."""
+    """Print the chosen model layer by layer with totals, then one line for the uniform model's identical layers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -116,13 +124,11 @@ def _show(found: Design, uniform: bool) -> None:
         add("uniform", [values[0] for values in columns(found.uniform)])
         add_totals("total", found.uniform)
     Console().print(table)
-    shared = f"key/value heads shared by {config.num_gqa_groups}"
-    typer.echo(
-        "KV bytes are those of one token's keys and values in 16 bits; the uniform model's layers are all equal."
-    )
+    shared = f"{config.num_gqa_groups} query heads per key/value head"
+    typer.echo("KV bytes: 16-bit keys and values of one token. All layers of the uniform model are identical.")
     typer.echo(f"layers       {config.num_transformer_layers}")
-    typer.echo(f"width        {config.model_dim:,} in heads of {config.head_dim}, {shared}")
+    typer.echo(f"width        {config.model_dim:,}, head width {config.head_dim}, {shared}")
     typer.echo(f"vocabulary   {config.vocab_size:,}, tied to the output")
-    typer.echo(f"parameters   {config.num_parameters:,} with the embedding")
+    typer.echo(f"parameters   {config.num_parameters:,}, including the embedding")
     if not uniform:
-        typer.echo(f"uniform      {found.uniform.num_parameters:,} with the embedding")
+        typer.echo(f"uniform      {found.uniform.num_parameters:,}, including the embedding")

@@ -1,4 +1,4 @@
-"""`openelm-mlx generate`: one prompt, or a file of them."""
+"""`openelm-mlx generate`: a prompt, or a file of prompts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ EXAMPLES = examples(
 def generate(
     context: typer.Context,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads it.", metavar="TEXT|-")
+        str | None, typer.Option("--prompt", "-p", help="Text to continue, or - for stdin.", metavar="TEXT|-")
     ] = None,
     model: Model = BUILT_IN_MODEL,
     max_tokens: MaxTokens = MAX_TOKENS,
@@ -80,7 +80,9 @@ def generate(
     as_json: Json = False,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--raw", help="With the chat template, or plain text; by default as the model was made."),
+        typer.Option(
+            "--chat/--raw", help="Use the chat template or plain text; default: the template if there is one."
+        ),
     ] = None,
     system: System = None,
     dtype: Dtype = "auto",
@@ -88,11 +90,11 @@ def generate(
     adapter: Adapter = None,
     revision: Revision = None,
     draft_model: Annotated[
-        str | None, typer.Option(help="Small model for speculative decoding; the text stays the same.", metavar="M")
+        str | None, typer.Option(help="Draft model for speculative decoding; the text stays the same.", metavar="M")
     ] = None,
     prompt_lookup: Annotated[
         int,
-        typer.Option(help="Speculative decoding from the text itself, up to N tokens at a time.", metavar="N"),
+        typer.Option(help="Prompt-lookup decoding with up to N draft tokens; 0: off.", metavar="N"),
     ] = 0,
     kv_bits: KvBits = CacheConfig.bits,
     quantized_kv_start: QuantizedKvStart = CacheConfig.quantize_after,
@@ -101,28 +103,29 @@ def generate(
     prompt_cache: PromptCacheFile = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--input", "-i", help="File of prompts: jsonl, json, CSV or Parquet.", metavar="FILE"),
+        typer.Option("--input", "-i", help="File of prompts: .jsonl, .json, .csv or .parquet.", metavar="FILE"),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File for their answers, in order.", metavar="FILE")
+        Path | None,
+        typer.Option("--output", "-o", help="JSONL file for the answers, in the order of the prompts.", metavar="FILE"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="How many of them go on together.", metavar="N")] = BATCH_SIZE,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file of answers.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded at once.", metavar="N")] = BATCH_SIZE,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the answer file.")] = False,
 ) -> None:
-    """Continue a prompt, or answer it if the model is an Instruct model; or do so for a file of prompts."""
+    """Continue a prompt, or answer it with an Instruct model; with --input, every prompt of a file."""
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
     kept = CacheConfig(kv_bits, quantized_kv_start, max_kv_size, kv_sinks)
     if (prompt is None) == (prompts is None):
         raise PromptError(
-            "give a --prompt, or a file of them with --input"
+            "give --prompt, or a file of prompts with --input"
             if prompt is None
-            else "give either --prompt or --input, not both"
+            else "--prompt and --input are mutually exclusive"
         )
     text = _read_stdin() if prompt == "-" else prompt
     if text == "":
-        raise PromptError("the prompt is empty; there is nothing to continue")
+        raise PromptError("the prompt is empty")
     _check_options(text, output, force, draft_model, prompt_lookup, prompt_cache, as_json)
-    # Before the model is loaded, so that a second process is told at once.
+    # Before the model is loaded, so that a second process fails at once.
     answers = context.with_resource(output_file(output, overwrite=force)) if output else None
     cache_file = context.with_resource(output_file(prompt_cache, overwrite=True)) if prompt_cache else None
     for claimed in filter(None, (answers, cache_file)):
@@ -130,7 +133,7 @@ def generate(
     network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     chat = tokens.has_chat_template if chat is None else chat
     if system is not None and not chat:
-        raise PromptError("--system needs a model with a chat template, and no --raw")
+        raise PromptError("--system requires a model with a chat template and cannot be used with --raw")
     if text is None:
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}
         about = {"chat": chat, "system": system}
@@ -174,7 +177,7 @@ def generate(
 
 @contextmanager
 def open_prompt_cache(network: OpenELM, output: OutputFile | None, config: CacheConfig) -> Iterator[PromptCache]:
-    """Keys and values of earlier runs, if there are any; afterwards they are written again, whatever happened."""
+    """Load the KV cache of earlier runs, if any, and always write it back afterwards."""
     if output is None:
         yield PromptCache(network, config)
         return
@@ -187,16 +190,19 @@ def open_prompt_cache(network: OpenELM, output: OutputFile | None, config: Cache
 
 
 def print_stats(stats: Stats | None) -> None:
-    """Figures about a generation, for people."""
+    """Print statistics of a generation when stderr is a terminal."""
     if stats is None or not sys.stderr.isatty():
         return
-    reused = f" ({stats.reused_tokens} kept)" if stats.reused_tokens else ""
-    guessed = f" ({stats.acceptance:.0%} of {stats.drafted_tokens} guesses right)" if stats.drafted_tokens else ""
-    seed = f", seed {stats.seed}" if stats.seed is not None else ""
+    reused = f" ({stats.reused_tokens} cached)" if stats.reused_tokens else ""
+    drafted = (
+        f" ({stats.acceptance:.0%} of {stats.drafted_tokens} draft tokens accepted)" if stats.drafted_tokens else ""
+    )
+    seed = f"; seed {stats.seed}" if stats.seed is not None else ""
     typer.secho(
-        f"{stats.prompt_tokens}{reused} + {stats.generated_tokens} tokens, "
-        f"prompt {stats.prefill_tokens_per_second:,.1f} and text {stats.decode_tokens_per_second:,.1f} tokens/s"
-        f"{guessed}, peak memory {mib(stats.peak_memory_bytes)}{seed}",
+        f"{stats.prompt_tokens} prompt tokens{reused}, {stats.generated_tokens} generated; "
+        f"prefill {stats.prefill_tokens_per_second:,.1f} tokens/s, "
+        f"decoding {stats.decode_tokens_per_second:,.1f} tokens/s{drafted}; "
+        f"peak memory {mib(stats.peak_memory_bytes)}{seed}",
         dim=True,
         err=True,
     )
@@ -211,13 +217,13 @@ def _check_options(
     prompt_cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Options that exclude one another are told before a model is loaded."""
+    """Reject conflicting options before loading a model."""
     if text is not None and output is not None:
-        raise PromptError("--output is for the answers to --input; a single answer goes to stdout")
+        raise PromptError("--output requires --input; with --prompt, the text goes to stdout")
     if draft_model is not None and prompt_lookup:
         raise PromptError("--draft-model and --prompt-lookup are mutually exclusive")
     if prompt_lookup < 0:
-        raise PromptError(f"--prompt-lookup is {prompt_lookup}; it cannot be negative")
+        raise PromptError(f"--prompt-lookup must not be negative; got {prompt_lookup}")
     if text is None:
         alone = {
             "--draft-model": draft_model,
@@ -226,9 +232,9 @@ def _check_options(
             "--json": as_json,
         }
         if given := [name for name, value in alone.items() if value]:
-            raise PromptError(f"{given[0]} is for a single --prompt; leave it out with --input")
+            raise PromptError(f"{given[0]} cannot be used with --input")
         if output is not None and output.is_dir():
-            raise OutputError(f"{output} is a folder; --output names a file")
+            raise OutputError(f"--output must be a file; {output} is a folder")
         if output is not None and output.exists() and not force:
             raise OutputExistsError(output)
 
@@ -238,7 +244,7 @@ def _drafter(draft_model: str | None, prompt_lookup: int, dtype: str, tokenizer:
         return PromptLookup(prompt_lookup) if prompt_lookup else None
     opened = open_model([draft_model])
     if opened.tokenizer is not None and opened.tokenizer.vocab_hash() != tokenizer.vocab_hash():
-        raise TokenizerError(f"{draft_model} has another vocabulary than the model")
+        raise TokenizerError(f"the vocabulary of --draft-model {draft_model} differs from the model's")
     return DraftModel(load_source(opened.source, dtype_named(dtype)))
 
 
@@ -255,7 +261,7 @@ def _answer_file(
 
     prompts = read_prompts(path, tokenizer, chat=about["chat"], system=about["system"])
     ids = [prompt.tokens for prompt in prompts]
-    generate_batch(network, tokenizer, ids, batch_size=batch_size, **options)  # refuses what it cannot do
+    generate_batch(network, tokenizer, ids, batch_size=batch_size, **options)  # validates the options; runs nothing
     if output is None:
         answers = Answers(prompts, typer.echo)
     else:
@@ -264,7 +270,7 @@ def _answer_file(
         answers = AnswerFile(prompts, output, settings)
     missing = answers.missing
     if len(missing) < len(prompts):
-        say(f"{len(prompts) - len(missing):,} of {len(prompts):,} answers are there already")
+        say(f"{len(prompts) - len(missing):,} of {len(prompts):,} prompts already answered")
     try:
         with closing(answers), _answer_bar(len(prompts), len(prompts) - len(missing)) as moved:
             for number, generation in generate_batch(
@@ -275,14 +281,14 @@ def _answer_file(
             answers.finish()
     except KeyboardInterrupt:
         done = len(prompts) - len(answers.missing)
-        kept = f"; the same command goes on from {output.name}.part" if output is not None and done else ""
+        kept = f"; run the same command again to resume from {output.name}.part" if output is not None and done else ""
         say(f"interrupted after {done:,} of {len(prompts):,} answers{kept}")
         raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager
 def _answer_bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with answers, tokens per second and time left, moved by the tokens of one more answer."""
+    """A progress bar on stderr; call the result with the number of tokens of each finished answer."""
     if not sys.stderr.isatty():
         yield lambda num_tokens: None
         return
@@ -310,4 +316,4 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise PromptError(f"the input is not valid UTF-8 at byte {error.start:,}") from error
+        raise PromptError(f"stdin is not valid UTF-8 at byte {error.start:,}") from error

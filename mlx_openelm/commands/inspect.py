@@ -14,14 +14,14 @@ EXAMPLES = examples("openelm-mlx info OpenELM-1_1B", "openelm-mlx info corenet.p
 
 def info(
     model: Annotated[
-        str, typer.Argument(envvar="OPENELM_MLX_MODEL", help="Folder, hub id, .pt file or built-in model.")
+        str, typer.Argument(envvar="OPENELM_MLX_MODEL", help="Model folder, hub id, .pt file or built-in model.")
     ] = BUILT_IN_MODEL,
-    config: Annotated[str | None, typer.Option(help="Configuration of a .pt file.", metavar="FILE_OR_NAME")] = None,
+    config: Annotated[str | None, typer.Option(help="Configuration for a .pt file.", metavar="FILE_OR_NAME")] = None,
     adapter: Adapter = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Show a model layer by layer: heads, FFN widths, parameters, bytes."""
+    """Show a model layer by layer: heads, FFN widths, parameters and size."""
     from ..conversion.adapters.forms import open_adapter
     from ..conversion.describe import describe, describe_adapter
     from ..conversion.open import open_source
@@ -58,12 +58,12 @@ def info(
             f"{layer.kv_bytes_per_token:,}",
         )
     Console().print(table)
-    tied = "tied to the output" if found.tied_embeddings else "the output has its own"
+    tied = "tied to the output" if found.tied_embeddings else "separate output matrix"
     gated = "gated" if found.gated_ffn else "plain"
-    typer.echo(f"parameters   {found.parameters:,} with the embedding, {tied}")
-    typer.echo(f"width        {found.model_dim:,} in heads of {found.head_dim}, {gated} FFN")
+    typer.echo(f"parameters   {found.parameters:,}, including the embedding ({tied})")
+    typer.echo(f"width        {found.model_dim:,}, head width {found.head_dim}, {gated} FFN")
     typer.echo(f"vocabulary   {found.vocab_size:,}")
-    typer.echo(f"context      {found.max_context_length:,} tokens; keys and values of so many, with 16 bits a number:")
+    typer.echo(f"context      {found.max_context_length:,} tokens; KV cache at that length (16-bit model):")
     for kind, nbytes in found.kv_cache_bytes.items():
         typer.echo(f"             {mib(nbytes):>11} {kind}")
     typer.echo(f"on disk      {mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight")
@@ -74,23 +74,23 @@ def info(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Show versions, device and memory, what is slow here, and what to do about it."""
+    """Show versions, device and memory, and advice on what is slow on this machine."""
     from ..machine.doctor import examine
 
     report = examine()
     if as_json:
         print_json(report.to_dict())
         return
-    wired = "the system's default" if report.wired_limit_bytes in (None, 0) else mib(report.wired_limit_bytes)
+    wired = "system default" if report.wired_limit_bytes in (None, 0) else mib(report.wired_limit_bytes)
     lines = {
         **report.versions,
         "python": report.python,
         "system": report.system,
         "device": report.device,
-        "memory": f"{mib(report.memory_bytes)}, of which {mib(report.memory_limit_bytes)} for a model",
+        "memory": f"{mib(report.memory_bytes)}, up to {mib(report.memory_limit_bytes)} for a model",
         "wired limit": wired if report.device.endswith("(Metal)") else "Metal only",
         "float32 matmul": f"{report.float32_matmul_gflops:,.1f} GFLOP/s",
-        "BLAS": report.blas or "the system's",
+        "BLAS": report.blas or "system default",
     }
     for name, value in lines.items():
         typer.echo(f"{name:<16} {value}")

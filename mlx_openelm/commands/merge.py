@@ -18,28 +18,30 @@ EXAMPLES = examples(
 
 
 def merge(
-    adapter: Annotated[
-        str, Option("--adapter", "-a", help="Folder of the adapter, or CoreNet .pt file.", metavar="ADAPTER")
-    ],
-    output: Annotated[Path, Option("--output", "-o", help="Folder to write.", metavar="DIR")],
+    adapter: Annotated[str, Option("--adapter", "-a", help="Adapter folder or CoreNet .pt file.", metavar="ADAPTER")],
+    output: Annotated[Path, Option("--output", "-o", help="Model folder to write.", metavar="DIR")],
     model: Model = BUILT_IN_MODEL,
     quantize: Annotated[
         int | None,
-        Option("--quantize", "-q", help="Quantize the result, and say what that costs.", metavar="BITS"),
+        Option("--quantize", "-q", help="Quantize the result to BITS and report the KL divergence.", metavar="BITS"),
     ] = None,
-    group_size: Annotated[int | None, Option(help="Values that share a scale.", metavar="N")] = None,
-    mode: Annotated[str | None, Option(help="affine, mxfp4, mxfp8 or nvfp4.", metavar="MODE")] = None,
+    group_size: Annotated[int | None, Option(help="Quantization group size.", metavar="N")] = None,
+    mode: Annotated[
+        str | None, Option(help="Quantization mode: affine, mxfp4, mxfp8 or nvfp4.", metavar="MODE")
+    ] = None,
     dequantize: Annotated[
-        bool, Option("--dequantize", help="Write it in full, as is done without --quantize.")
+        bool, Option("--dequantize", help="Write an unquantized model; the default without --quantize.")
     ] = False,
-    dtype: Annotated[str, Option(help="auto, float16, bfloat16 or float32.", metavar="D")] = "auto",
-    config: Annotated[str | None, Option(help="Configuration of a .pt file.", metavar="FILE_OR_NAME")] = None,
+    dtype: Annotated[
+        str, Option(help="Type of the weights: auto, float16, bfloat16 or float32.", metavar="D")
+    ] = "auto",
+    config: Annotated[str | None, Option(help="Configuration for a .pt file.", metavar="FILE_OR_NAME")] = None,
     tokenizer: TokenizerOption = None,
-    force: Annotated[bool, Option("--force", "-f", help="Replace a model at the output.")] = False,
+    force: Annotated[bool, Option("--force", "-f", help="Overwrite an existing model.")] = False,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Merge an adapter into its model, and write that as a model of its own."""
+    """Merge an adapter into its model and write the result as a standalone model."""
     from ..errors import ConfigError
     from ..merging import merge_folder
     from ..quantization import Quantization
@@ -68,17 +70,15 @@ def merge(
         return
     typer.echo(f"{result.folder}: {result.num_merged} matrices merged, {mib(result.output_bytes)}")
     if result.unties:
-        typer.echo("the output has a matrix of its own now: the adapter changes only what goes in")
+        typer.echo("the output matrix is no longer tied to the embedding: the adapter changes only the input side")
     if result.dequantized:
         typer.echo(
-            "written in full, because quantizing again loses small changes; --quantize does it and says how many"
+            "the result is not quantized, because that loses small changes; --quantize does it and reports the cost"
         )
     if result.divergence is not None:
         typer.echo(
             f"quantizing the result costs {result.divergence:.4f} nats per token (KL divergence from the model with "
-            f"its adapter, on texts that it writes itself); the adapter moved it by {result.adapter_divergence:.4f}"
+            f"its adapter, on text it generates); the adapter itself changes it by {result.adapter_divergence:.4f}"
         )
         if result.divergence > (result.adapter_divergence or 0):
-            say(
-                "warning: quantizing costs more than the adapter changed; keep the result in full, or the adapter apart"
-            )
+            say("warning: quantizing costs more than the adapter changes; leave out --quantize, or do not merge")

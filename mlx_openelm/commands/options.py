@@ -1,4 +1,4 @@
-"""Options that several commands share; a default stands in the dataclass or function that a command calls."""
+"""Options shared by several commands; defaults come from the dataclass or function that a command calls."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,46 +7,60 @@ import typer
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", envvar="OPENELM_MLX_MODEL", help="Folder, hub id or built-in model.", metavar="M"),
+    typer.Option(
+        "--model", "-m", envvar="OPENELM_MLX_MODEL", help="Model folder, hub id or built-in model.", metavar="M"
+    ),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Stop after this many tokens.", metavar="N")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.", metavar="T")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this probability.", metavar="P")]
-TopK = Annotated[int, typer.Option(help="Sample from this many of the likeliest tokens; 0: all.", metavar="K")]
-MinP = Annotated[float, typer.Option(help="Leave out what is below this share of the likeliest.", metavar="P")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages recent tokens; 1.2 is usual.", metavar="R")]
-RepetitionContext = Annotated[int, typer.Option(help="How many tokens count as recent.", metavar="N")]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.", metavar="S")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.", metavar="N")]
-System = Annotated[str | None, typer.Option(help="System message of an Instruct model.", metavar="TEXT")]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-n", help="Maximum number of tokens to generate.", metavar="N")
+]
+Temperature = Annotated[
+    float, typer.Option(help="Sampling temperature; 0: always take the most likely token.", metavar="T")
+]
+TopP = Annotated[
+    float,
+    typer.Option(help="Sample from the smallest set of tokens whose probabilities sum to P.", metavar="P"),
+]
+TopK = Annotated[int, typer.Option(help="Sample from the K most likely tokens; 0: all.", metavar="K")]
+MinP = Annotated[float, typer.Option(help="Exclude tokens less likely than P times the most likely.", metavar="P")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Penalty on recent tokens; 1: none, 1.2 is typical.", metavar="R")
+]
+RepetitionContext = Annotated[int, typer.Option(help="Recent tokens the repetition penalty covers.", metavar="N")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.", metavar="S")]
+Seed = Annotated[int | None, typer.Option(help="Random seed; the same seed gives the same text.", metavar="N")]
+System = Annotated[str | None, typer.Option(help="System message for an Instruct model.", metavar="TEXT")]
 Dtype = Annotated[
-    str, typer.Option(help="Compute in auto, float16, bfloat16 or float32.", metavar="D", show_default=True)
+    str, typer.Option(help="Type to compute in: auto, float16, bfloat16 or float32.", metavar="D", show_default=True)
 ]
 TokenizerOption = Annotated[
-    str | None, typer.Option("--tokenizer", help="File, folder or hub id; none goes without.", metavar="FILE_OR_REPO")
+    str | None,
+    typer.Option("--tokenizer", help="Tokenizer file, folder or hub id; none: no tokenizer.", metavar="FILE_OR_REPO"),
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", "-a", help="Adapter on the model: of tune, mlx-lm or PEFT, or a .pt.", metavar="A"),
+    typer.Option("--adapter", "-a", help="Adapter folder (tune, mlx-lm or PEFT) or CoreNet .pt file.", metavar="A"),
 ]
-KvBits = Annotated[int | None, typer.Option("--kv-bits", help="Keep keys and values in 4 or 8 bits.", metavar="4|8")]
+KvBits = Annotated[int | None, typer.Option("--kv-bits", help="Quantize the KV cache to 4 or 8 bits.", metavar="4|8")]
 QuantizedKvStart = Annotated[
-    int, typer.Option("--quantized-kv-start", help="Quantize them from this many tokens on.", metavar="N")
+    int, typer.Option("--quantized-kv-start", help="Quantize the KV cache once it holds N tokens.", metavar="N")
 ]
 MaxKvSize = Annotated[
     int | None,
-    typer.Option("--max-kv-size", help="Keep only the first and the last tokens, N in all.", metavar="N"),
+    typer.Option("--max-kv-size", help="Keep only the first and last tokens in the KV cache, N in total.", metavar="N"),
 ]
-KvSinks = Annotated[int, typer.Option("--kv-sinks", help="How many first tokens a window keeps.", metavar="N")]
+KvSinks = Annotated[
+    int, typer.Option("--kv-sinks", help="First tokens to keep with --max-kv-size (attention sinks).", metavar="N")
+]
 PromptCacheFile = Annotated[
     Path | None,
-    typer.Option("--prompt-cache", help="Keep keys and values here from one run to the next.", metavar="FILE"),
+    typer.Option("--prompt-cache", help="File to keep the KV cache in between runs.", metavar="FILE"),
 ]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace existing files.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite existing files.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="R")]
 
 
 def examples(*commands: str) -> str:
-    """The end of a command's help: what to type, one to a line."""
+    """The epilog of a command's help: example commands, one per line."""
     return "\n\n".join(["Examples:", *commands])

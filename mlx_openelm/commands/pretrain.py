@@ -34,13 +34,13 @@ PLOT_EXAMPLES = examples("openelm-mlx plot runs/stories", "openelm-mlx plot runs
 
 
 def plot(
-    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Picture to write; RUN/metrics.png.", metavar="FILE")
+        Path | None, typer.Option("--output", "-o", help="Picture to write; default: RUN/metrics.png.", metavar="FILE")
     ] = None,
     force: Force = False,
 ) -> None:
-    """Draw a training run: loss, learning rate, gradient norm, tokens per second."""
+    """Plot a training run: loss, learning rate, gradient norm and tokens per second."""
     from ..plot import plot_run
 
     output = output or (run if run.is_dir() else run.parent) / "metrics.png"
@@ -52,24 +52,24 @@ def plot(
 def pretrain(
     context: typer.Context,
     config: Annotated[
-        str, typer.Option(help="Recipe in YAML, or one of 270M, 450M, 1.1B, 3B, tiny.", metavar="FILE_OR_NAME")
+        str, typer.Option(help="YAML recipe, or one of 270M, 450M, 1.1B, 3B, tiny.", metavar="FILE_OR_NAME")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.", metavar="RUN")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder to write.", metavar="RUN")],
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")] = False,
     data_folder: Annotated[
-        Path | None, typer.Option(help="What the paths of the recipe's data are relative to.", metavar="DIR")
+        Path | None, typer.Option(help="Base folder of relative data paths in the recipe.", metavar="DIR")
     ] = None,
 ) -> None:
-    """Train a model from scratch. Any field of the recipe can be given too, as in --learning-rate 1e-3."""
+    """Train a model from scratch. Any recipe field is also an option, such as --learning-rate 1e-3."""
     from ..training.checkpoints import check_fresh, checkpoint_folders, run_lock, together
     from ..training.pretrain import PretrainRecipe, pretrain
 
     recipe = PretrainRecipe.from_file(PretrainRecipe.named(config), _fields(context.args), data_folder)
     if not recipe.data:
-        raise ConfigError('no data given; add --data "stories/*.txt", or data to the recipe')
+        raise ConfigError('no data; give --data "stories/*.txt", or set data in the recipe')
     group = join_processes()
     main = group.rank() == 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that a shutdown loses nothing
     try:
         with run_lock(output, group) as run:
             if not resume:
@@ -92,11 +92,14 @@ def pretrain(
                         view.show(metrics)
     except KeyboardInterrupt:
         saved = checkpoint_folders(resolved(output))
-        fail(f"interrupted; --resume goes on from {output}" if saved else "interrupted before a step", INTERRUPTED)
+        fail(
+            f"interrupted; use --resume to continue {output}" if saved else "interrupted before the first checkpoint",
+            INTERRUPTED,
+        )
 
 
 def _prepare(recipe: PretrainRecipe, run: Path, group: mx.distributed.Group) -> tuple[Tokenizer, Corpus]:
-    """The vocabulary and the token files of a run, made by its first process where they do not exist."""
+    """The tokenizer and tokenized corpus of a run; the first process creates them if they do not exist."""
     from ..data.corpus import Filters, prepare_corpus
     from ..data.train_tokenizer import train_tokenizer
     from ..tokenizer.files import find_tokenizer
@@ -109,7 +112,7 @@ def _prepare(recipe: PretrainRecipe, run: Path, group: mx.distributed.Group) -> 
 
     def make_vocabulary() -> None:
         if main and recipe.train_tokenizer and not vocabulary.exists():
-            say(f"making a vocabulary of {recipe.train_tokenizer:,} pieces")
+            say(f"training a tokenizer with {recipe.train_tokenizer:,} tokens")
             train_tokenizer(recipe.data, recipe.train_tokenizer, vocabulary)
 
     def find_corpus() -> Corpus:
@@ -132,10 +135,10 @@ def _fields(arguments: list[str]) -> dict[str, str]:
     while rest:
         name, _, value = rest.pop(0).partition("=")
         if not name.startswith("--"):
-            raise ConfigError(f"{name} is no field of a recipe; fields are given as --field value")
+            raise ConfigError(f"unexpected argument {name}; give recipe fields as --field value")
         if not value:
             if not rest:
-                raise ConfigError(f"{name} has no value")
+                raise ConfigError(f"{name} requires a value")
             value = rest.pop(0)
         fields[name.removeprefix("--").replace("-", "_")] = value
     return fields

@@ -1,4 +1,4 @@
-"""The processes of a run that is split over several."""
+"""Distributed runs: joining the process group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 _PATIENCE_SECONDS = 60
-# A process of its own, because MLX lets no thread of this one run while it waits.
+# A separate process, because MLX blocks every thread of this one while it waits.
 _WATCH = """
 import os, sys, time
 parent, seconds, message = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
@@ -29,7 +29,7 @@ if os.getppid() == parent:
 
 
 def join_processes(patience_seconds: float = _PATIENCE_SECONDS) -> mx.distributed.Group:
-    """The group of this process and the others that `mlx.launch` started; says so once if it waits long for them."""
+    """Join the group of processes started by `mlx.launch`; prints one message if the others take long."""
     import mlx.core as mx
 
     with _watched(patience_seconds):
@@ -42,8 +42,8 @@ def _watched(patience_seconds: float) -> Iterator[None]:
         yield
         return
     message = (
-        f"openelm-mlx: process {os.environ.get('MLX_RANK', '?')} has waited for the others for "
-        f"{patience_seconds:g} seconds; they should be at {', '.join(hosts)}"
+        f"openelm-mlx: process {os.environ.get('MLX_RANK', '?')} has been waiting {patience_seconds:g} seconds "
+        f"for the other processes; expected at {', '.join(hosts)}"
     )
     words = [sys.executable, "-c", _WATCH, str(os.getpid()), str(patience_seconds), message]
     with subprocess.Popen(words, stdin=subprocess.DEVNULL) as watch:
@@ -54,7 +54,7 @@ def _watched(patience_seconds: float) -> Iterator[None]:
 
 
 def _hosts() -> list[str]:
-    """Addresses of all processes, as MLX reads them."""
+    """Addresses of all processes, from the host file that MLX reads."""
     try:
         ranks = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
         return [", ".join(map(str, addresses)) for addresses in ranks]

@@ -1,4 +1,4 @@
-"""How a training run is shown while it goes on."""
+"""Progress of a training run on stderr."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 class TrainingView:
-    """Where nobody looks: nothing."""
+    """Shows nothing; used in all processes but the first."""
 
     def moved(self, metrics: Metrics) -> None:
-        """After every step."""
+        """Called after every step."""
 
     def show(self, metrics: Metrics) -> None:
-        """Figures to keep before the eyes."""
+        """Show metrics, when a step is logged or validated."""
 
 
 class _Lines(TrainingView):
-    """Lines on stderr, for a file or a pipe."""
+    """Lines, for when stderr is a file or a pipe."""
 
     def __init__(self, steps: int, unit: str):
         self._steps = steps
@@ -38,7 +38,7 @@ class _Lines(TrainingView):
 
 
 class _Bar(TrainingView):
-    """Lines above a bar with the time left, for a terminal."""
+    """Lines above a progress bar with the time left, for a terminal."""
 
     def __init__(self, progress: Any, steps: int, unit: str):
         self._progress = progress
@@ -58,7 +58,7 @@ class _Bar(TrainingView):
 
 @contextmanager
 def training_view(steps: int, main: bool, unit: str = "tokens") -> Iterator[TrainingView]:
-    """What shows a run while it goes on: a bar on a terminal, lines elsewhere, nothing in other processes."""
+    """The view of a running training: a bar on a terminal, lines otherwise, nothing outside the main process."""
     if not main:
         yield TrainingView()
         return
@@ -77,9 +77,9 @@ def _text(metrics: Metrics, unit: str) -> str:
     if metrics.validation_loss is not None:
         of_text = "accuracy" not in (metrics.validation or {})
         perplexity = f" (perplexity {math.exp(min(metrics.validation_loss, 99)):,.1f})" if of_text else ""
-        parts.append(f"held-out {metrics.validation_loss:.4f}{perplexity}")
+        parts.append(f"validation loss {metrics.validation_loss:.4f}{perplexity}")
     if "accuracy" in metrics.more:
-        parts.append(f"margin {metrics.more['margin']:+.4f}, {metrics.more['accuracy']:.0%} right")
+        parts.append(f"margin {metrics.more['margin']:+.4f}, accuracy {metrics.more['accuracy']:.0%}")
     if metrics.loss is not None:
-        parts.append(f"{metrics.tokens_per_second:,.0f} {unit}/s, peak {mib(metrics.peak_memory_bytes)}")
+        parts.append(f"{metrics.tokens_per_second:,.0f} {unit}/s, peak memory {mib(metrics.peak_memory_bytes)}")
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""What commands say, and where: results on stdout, everything else on stderr."""
+"""Output of commands: results on stdout, everything else on stderr."""
 
 import json
 import sys
@@ -10,39 +10,39 @@ import typer
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
 
-_as_flags: Callable[[str], str] = str  # what a message of the library says in the words of the command line
+_as_flags: Callable[[str], str] = str  # rewrites library messages to name flags instead of parameters
 
 
 def speak_flags(translate: Callable[[str], str]) -> None:
-    """Have messages pass through a function that names flags for parameters."""
+    """Set the function that rewrites parameter names in messages to flags."""
     global _as_flags
     _as_flags = translate
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    """One line on stderr, and the end."""
+    """Print one line on stderr and exit."""
     say(f"error: {message}")
     sys.exit(status)
 
 
 def say(message: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     typer.echo(f"openelm-mlx: {' '.join(_as_flags(message).split())}", err=True)
 
 
 def print_json(values: Any) -> None:
-    """Values on stdout as JSON, for other programs."""
+    """Print values on stdout as JSON."""
     typer.echo(json.dumps(values, indent=2, ensure_ascii=False, default=str))
 
 
 def mib(nbytes: float) -> str:
-    """Bytes for people."""
+    """A size in bytes, formatted as MiB."""
     return f"{nbytes / 2**20:,.1f} MiB"
 
 
 @contextmanager
 def byte_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with bytes and time left, moved by calling (done, total); silent where nobody looks."""
+    """A progress bar on stderr in bytes, updated by calling (done, total); no bar when stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

@@ -35,90 +35,102 @@ EXAMPLES = examples(
 
 def tune(
     context: typer.Context,
-    output: Annotated[Path, Option("--output", "-o", help="Folder of the adapter and its run.", metavar="DIR")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the adapter and its run.", metavar="DIR")],
     config: Annotated[
         str | None,
-        Option(help="Recipe in YAML, or commonsense, instruct-270M, -450M, -1.1B, -3B.", metavar="FILE_OR_NAME"),
+        Option(help="YAML recipe, or commonsense, instruct-270M, -450M, -1.1B or -3B.", metavar="FILE_OR_NAME"),
     ] = None,
     model: Model = TuneRecipe.model,
     data: Annotated[
-        str, Option("--data", "-d", help="File, or folder with train and valid files.", metavar="FILE_OR_DIR")
+        str, Option("--data", "-d", help="Data file, or folder with train and valid files.", metavar="FILE_OR_DIR")
     ] = TuneRecipe.data,
     method: Annotated[
-        str, Option(help="lora, dora or full; dpo: lora on pairs, as also dora+dpo and full+dpo.", metavar="M")
+        str, Option(help="lora, dora or full; on pairs: dpo (with LoRA), dora+dpo or full+dpo.", metavar="M")
     ] = TuneRecipe.method,
     rank: Annotated[int, Option(help="Rank of the adapter.", metavar="R")] = TuneRecipe.rank,
-    alpha: Annotated[float, Option(help="The adapter counts alpha / rank times.", metavar="A")] = TuneRecipe.alpha,
-    rank_stabilised: Annotated[bool, Option("--rank-stabilised", help="alpha / sqrt(rank) instead.")] = False,
-    dropout: Annotated[
-        float, Option(help="Share of the adapter's inputs that is dropped.", metavar="P")
-    ] = TuneRecipe.dropout,
+    alpha: Annotated[
+        float, Option(help="LoRA alpha; the adapter is scaled by alpha / rank.", metavar="A")
+    ] = TuneRecipe.alpha,
+    rank_stabilised: Annotated[bool, Option("--rank-stabilised", help="Scale by alpha / sqrt(rank) instead.")] = False,
+    dropout: Annotated[float, Option(help="Dropout on the adapter's inputs.", metavar="P")] = TuneRecipe.dropout,
     targets: Annotated[
-        str, Option(help="Matrices that get an adapter; token_embeddings is one more.", metavar="NAMES")
+        str, Option(help="Matrices that get an adapter; token_embeddings also works.", metavar="NAMES")
     ] = ",".join(TuneRecipe.targets),
-    layers: Annotated[int, Option(help="Train that many of the last layers; 0: all.", metavar="N")] = TuneRecipe.layers,
-    epochs: Annotated[float, Option(help="How often each example is seen.", metavar="E")] = TuneRecipe.epochs,
-    steps: Annotated[int, Option(help="Steps, in place of epochs.", metavar="N")] = TuneRecipe.steps,
+    layers: Annotated[int, Option(help="Train only the last N layers; 0: all.", metavar="N")] = TuneRecipe.layers,
+    epochs: Annotated[float, Option(help="Passes over the training data.", metavar="E")] = TuneRecipe.epochs,
+    steps: Annotated[int, Option(help="Optimizer steps, instead of --epochs.", metavar="N")] = TuneRecipe.steps,
     batch_size: Annotated[
-        int, Option("--batch-size", "-b", help="Examples that are computed at once.", metavar="B")
+        int, Option("--batch-size", "-b", help="Examples per batch.", metavar="B")
     ] = TuneRecipe.batch_size,
     grad_accumulation_steps: Annotated[
-        int, Option(help="Batches in a step.", metavar="K")
+        int, Option(help="Batches per optimizer step.", metavar="K")
     ] = TuneRecipe.grad_accumulation_steps,
-    learning_rate: Annotated[float, Option(help="Largest learning rate.", metavar="L")] = TuneRecipe.learning_rate,
+    learning_rate: Annotated[float, Option(help="Peak learning rate.", metavar="L")] = TuneRecipe.learning_rate,
     schedule: Annotated[
-        str, Option(help="cosine, linear or constant, after the warm-up.", metavar="S")
+        str, Option(help="Learning rate after warm-up: cosine, linear or constant.", metavar="S")
     ] = TuneRecipe.schedule,
     warmup_steps: Annotated[
-        int, Option(help="Steps until the largest rate; 0: 3 % of all.", metavar="N")
+        int, Option(help="Warm-up steps; 0: 3% of all steps.", metavar="N")
     ] = TuneRecipe.warmup_steps,
-    weight_decay: Annotated[float, Option(help="Decay of matrices.", metavar="W")] = TuneRecipe.weight_decay,
+    weight_decay: Annotated[
+        float, Option(help="Weight decay, on matrices only.", metavar="W")
+    ] = TuneRecipe.weight_decay,
     max_grad_norm: Annotated[
-        float, Option(help="Largest norm of the gradient; 0: none.", metavar="C")
+        float, Option(help="Gradient norm to clip at; 0: no clipping.", metavar="C")
     ] = TuneRecipe.max_grad_norm,
     max_length: Annotated[
-        int, Option(help="Tokens of an example; 0: the model's context.", metavar="T")
+        int, Option(help="Maximum tokens per example; 0: the model's context length.", metavar="T")
     ] = TuneRecipe.max_length,
     max_prompt: Annotated[
-        int, Option(help="Tokens before the answer, of which the last are kept; 0: all.", metavar="T")
+        int, Option(help="Maximum prompt tokens; longer prompts lose their beginning; 0: no limit.", metavar="T")
     ] = TuneRecipe.max_prompt,
     too_long: Annotated[
-        str, Option(help="What happens to longer ones: cut or drop.", metavar="W")
+        str, Option(help="What to do with longer examples: cut or drop.", metavar="W")
     ] = TuneRecipe.too_long,
-    pack: Annotated[bool, Option("--pack", help="Several examples in a row, which do not see one another.")] = False,
+    pack: Annotated[
+        bool, Option("--pack", help="Pack several examples into a row; they do not attend to one another.")
+    ] = False,
     train_on: Annotated[
-        str, Option(help="completion: learn answers; all: every token.", metavar="WHAT")
+        str, Option(help="Tokens in the loss: completion or all.", metavar="WHAT")
     ] = TuneRecipe.train_on,
-    columns: Annotated[str, Option(help="Names in the data: prompt=question,completion=answer.", metavar="NAMES")] = "",
+    columns: Annotated[
+        str, Option(help="Field names in the data, such as prompt=question,completion=answer.", metavar="NAMES")
+    ] = "",
     validation: Annotated[
-        str, Option(help="File to validate with, or a share of the examples.", metavar="FILE|SHARE")
+        str, Option(help="Validation file, or share of the examples to hold out.", metavar="FILE|SHARE")
     ] = TuneRecipe.validation,
     validate_every: Annotated[int, Option(help="Steps between validations.", metavar="N")] = TuneRecipe.validate_every,
-    log_every: Annotated[int, Option(help="Steps between figures.", metavar="N")] = TuneRecipe.log_every,
+    log_every: Annotated[int, Option(help="Steps between logged metrics.", metavar="N")] = TuneRecipe.log_every,
     checkpoint_every: Annotated[
         int, Option(help="Steps between checkpoints.", metavar="N")
     ] = TuneRecipe.checkpoint_every,
     early_stop: Annotated[
-        int, Option(help="End after N validations without a better loss; 0: never.", metavar="N")
+        int, Option(help="Stop after N validations without improvement; 0: never.", metavar="N")
     ] = TuneRecipe.early_stop,
     gradient_checkpointing: Annotated[
-        bool, Option("--gradient-checkpointing", help="Compute each layer twice: less memory, more time.")
+        bool, Option("--gradient-checkpointing", help="Recompute layers in the backward pass: less memory, more time.")
     ] = False,
-    beta: Annotated[float, Option(help="Of dpo: how far preferences may go.", metavar="B")] = TuneRecipe.beta,
-    preference_loss: Annotated[str, Option(help="Of dpo: sigmoid or hinge.", metavar="L")] = TuneRecipe.preference_loss,
+    beta: Annotated[
+        float, Option(help="DPO beta; larger values stay closer to the reference model.", metavar="B")
+    ] = TuneRecipe.beta,
+    preference_loss: Annotated[
+        str, Option(help="DPO loss: sigmoid or hinge.", metavar="L")
+    ] = TuneRecipe.preference_loss,
     sample_prompt: Annotated[
-        str, Option(help="Text that is continued at each validation.", metavar="TEXT")
+        str, Option(help="Text to continue at each validation.", metavar="TEXT")
     ] = TuneRecipe.sample_prompt,
     dtype: Dtype = TuneRecipe.dtype,
     tokenizer: TokenizerOption = None,
-    seed: Annotated[int, Option(help="Order of the examples, fresh adapter, dropout.", metavar="N")] = TuneRecipe.seed,
-    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Show examples, steps and memory, and end.")] = False,
+    seed: Annotated[
+        int, Option(help="Random seed: example order, adapter initialization, dropout.", metavar="N")
+    ] = TuneRecipe.seed,
+    resume: Annotated[bool, Option("--resume", help="Resume from the last checkpoint.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show examples, steps and memory, then exit.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model: LoRA, DoRA, in full, or on pairs of answers.
+    """Fine-tune a model: LoRA, DoRA, full fine-tuning, or DPO on pairs of answers.
 
-    The result is an adapter: of all that were validated, the best. Other fields of a recipe go into a --config file.
+    The result is the adapter with the best validation loss. Set other recipe fields in a --config file.
     """
     recipe = _recipe(config, _given(context, config), gradient_checkpointing)
 
@@ -136,9 +148,9 @@ def tune(
         if main and not as_json:
             _show(tuning, group.size())
             needed, limit = mib(memory.peak_bytes), mib(memory.limit_bytes)
-            say(f"memory: about {needed} beside what Python and MLX take themselves; this machine has {limit}")
+            say(f"memory: about {needed}, plus Python and MLX themselves; this machine has {limit}")
         if main and not memory.fits:
-            say("warning: it does not fit; try --gradient-checkpointing, a smaller --batch-size or --max-length")
+            say("warning: this does not fit; try --gradient-checkpointing, or a smaller --batch-size or --max-length")
         return tuning, memory
 
     if dry_run:
@@ -147,7 +159,7 @@ def tune(
             print_json({"recipe": tuning.recipe.to_dict(), "memory": memory.to_dict(), **_counts(tuning)})
         return
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a machine that shuts down loses nothing
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that a shutdown loses nothing
     last = first = None
     try:
         with run_lock(output, group) as locked:
@@ -163,13 +175,16 @@ def tune(
                         first = metrics.validation_loss if metrics.step == 0 else first
     except KeyboardInterrupt:
         saved = best_checkpoint(resolved(output)) is not None
-        fail(f"interrupted; --resume goes on from {output}" if saved else "interrupted before a step", INTERRUPTED)
+        fail(
+            f"interrupted; use --resume to continue {output}" if saved else "interrupted before the first checkpoint",
+            INTERRUPTED,
+        )
     if main:
         _report(tuning, output, first, last, as_json)
 
 
 def _given(context: typer.Context, config: str | None) -> dict[str, Any]:
-    """Fields of the recipe that stood on the command line: only they change what a file says."""
+    """Recipe fields given on the command line; only these override a recipe file."""
     kinds = {"COMMANDLINE"} if config else {"COMMANDLINE", "ENVIRONMENT"}
     known = {entry.name for entry in fields(TuneRecipe)}
     sources = {name: context.get_parameter_source(name) for name in context.params if name in known}
@@ -177,7 +192,7 @@ def _given(context: typer.Context, config: str | None) -> dict[str, Any]:
 
 
 def _recipe(config: str | None, given: dict[str, Any], recompute_layers: bool) -> TuneRecipe:
-    """The recipe of a file with what was given beside it."""
+    """The recipe from a file, with the given fields replaced."""
     if recompute_layers:
         given["recompute_layers"] = True
     if "method" in given:
@@ -185,7 +200,7 @@ def _recipe(config: str | None, given: dict[str, Any], recompute_layers: bool) -
         given["objective"] = "dpo" if "dpo" in kinds else "likelihood"
         given["method"] = "+".join(kind for kind in kinds if kind != "dpo") or TuneRecipe.method
     if "epochs" in given and "steps" not in given:
-        given["steps"] = 0  # else those of the file would hold
+        given["steps"] = 0  # else the steps of the file would take precedence
     changes = TuneRecipe.from_dict(given)
     if config is None:
         return changes
@@ -205,18 +220,18 @@ def _counts(tuning: Tuning) -> dict[str, Any]:
 
 
 def _show(tuning: Tuning, processes: int) -> None:
-    """What is about to be done, with one example as the model will see it."""
+    """Print what is about to run, with one example as the model will see it."""
     recipe, counts = tuning.recipe, _counts(tuning)
-    say(f"{_described(tuning.train)}, {counts['held_out']:,} held out; the first, with what is learnt marked:")
+    say(f"{_described(tuning.train)}, {counts['held_out']:,} held out; the first one, with trained tokens marked:")
     for side in tuning.train.examples[0].sides:
         typer.echo(_marked(side, tuning.tokenizer), err=True)
     total = tuning.model.config.num_parameters
     kind = f"{recipe.method}, rank {recipe.rank}, scale {recipe.adapter.scale:g}" if recipe.adapter else "full"
-    beside = f"of {total:,} parameters" if recipe.method == "full" else f"parameters beside {total:,} of the model"
-    say(f"trains {tuning.num_parameters:,} {beside} ({kind}), {recipe.objective}")
+    of_all = f"of {total:,} parameters" if recipe.method == "full" else f"parameters; the model has {total:,}"
+    say(f"trains {tuning.num_parameters:,} {of_all} ({kind}), {recipe.objective}")
     rows = recipe.batch_size * recipe.grad_accumulation_steps
     shared = f" on {processes} processes" if processes > 1 else ""
-    say(f"{recipe.steps:,} steps of {rows:,} examples{shared}; an epoch has {tuning.rows.steps_per_epoch:,}")
+    say(f"{recipe.steps:,} steps of {rows:,} examples{shared}; {tuning.rows.steps_per_epoch:,} steps per epoch")
 
 
 def _described(found: ExampleSet) -> str:
@@ -224,12 +239,12 @@ def _described(found: ExampleSet) -> str:
         f"{count:,} {what}"
         for count, what in (
             (found.num_cut, "cut"),
-            (found.num_dropped, "dropped: too long or without an answer; --max-prompt shortens prompts"),
-            (found.num_broken, "broken lines passed over"),
+            (found.num_dropped, "dropped: too long or no answer left; --max-prompt shortens prompts"),
+            (found.num_broken, "broken lines skipped"),
         )
         if count
     ]
-    return f"{len(found.examples):,} examples of the kind {found.kind}" + (f" ({', '.join(more)})" if more else "")
+    return f"{len(found.examples):,} examples in {found.kind} format" + (f" ({', '.join(more)})" if more else "")
 
 
 def _marked(example: Example, tokenizer: Tokenizer) -> str:
@@ -264,14 +279,14 @@ def _report(tuning: Tuning, output: Path, first: float | None, last: Any, as_jso
         )
         return
     if last is not None and last.step < tuning.recipe.steps:
-        typer.echo(f"stopped after step {last.step:,}: the held-out loss did not get better any more")
+        typer.echo(f"stopped after step {last.step:,}: the validation loss stopped improving")
     if last is None:
-        typer.echo(f"{output}: nothing was left to train")
+        typer.echo(f"{output}: nothing left to train")
     if step is not None and kept is not None:
         before = f", {first:.4f} before tuning" if first is not None else ""
-        typer.echo(f"{output}: the adapter of step {step:,}, the best on held-out examples: loss {kept:.4f}{before}")
+        typer.echo(f"{output}: adapter of step {step:,} with the best validation loss: {kept:.4f}{before}")
         if first is not None and kept >= first:
-            say("warning: the model without the adapter is no worse; try a lower --learning-rate")
+            say("warning: the validation loss did not improve; try a lower --learning-rate")
     elif step is not None:
-        typer.echo(f"{output}: the adapter of step {step:,}")
+        typer.echo(f"{output}: adapter of step {step:,}")
     typer.echo(f"try it: openelm-mlx generate -m {tuning.recipe.model} --adapter {output} --prompt ...")

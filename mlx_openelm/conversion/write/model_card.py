@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def model_card(conversion: Conversion, source: Source, command: str) -> str:
-    """Markdown that says what the model is, where it came from and which command made it."""
+    """The card in Markdown: what the model is, its source, and the command that made it."""
     config = conversion.config
     quantization = conversion.quantization
     kind = conversion.dtype
     if quantization is not None:
-        kind = f"{quantization.bits} bits ({quantization.mode}, groups of {quantization.group_size}), else {kind}"
-    tokenizer = conversion.tokenizer or "none: the folder holds the network alone"
+        kind = f"{quantization.bits}-bit ({quantization.mode}, groups of {quantization.group_size}), the rest {kind}"
+    tokenizer = conversion.tokenizer or "none"
     heads = f"{min(config.num_query_heads)} to {max(config.num_query_heads)}"
     widths = f"{min(config.ffn_dims)} to {max(config.ffn_dims)}"
     use = "chat" if source.is_chat else 'generate --prompt "Once upon a time there was"'
@@ -32,7 +32,7 @@ tags:
 
 # {conversion.folder.name}
 
-An OpenELM ([arXiv:2404.14619](https://arxiv.org/abs/2404.14619)) in the format of MLX.
+An OpenELM model ([arXiv:2404.14619](https://arxiv.org/abs/2404.14619)) in MLX format.
 
 | | |
 |---|---|
@@ -45,13 +45,13 @@ An OpenELM ([arXiv:2404.14619](https://arxiv.org/abs/2404.14619)) in the format 
 | source | {source.name} |
 | tokenizer | {tokenizer} |
 
-Made by openelm-mlx {__version__} with
+Created with openelm-mlx {__version__}:
 
 ```
 {command}
 ```
 
-Use it with
+Usage:
 
 ```
 openelm-mlx {use} --model {conversion.folder.name}
