@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import warnings
+from functools import cache
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -63,16 +64,21 @@ app.command("doctor")(inspect.doctor)
 _PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
 
+@cache
+def _options_of_commands() -> dict[str, list[str]]:
+    """Spellings of every option by the name of its parameter."""
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    return {parameter.name: parameter.opts for command in commands for parameter in command.params}
+
+
 def as_flags(message: str) -> str:
     """A message of the library, which names parameters (`force`, `dtype=bfloat16`), with flags for them.
 
     A name that is no parameter of any command stays as it is.
     """
-    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
-    options = {parameter.name: parameter.opts for command in commands for parameter in command.params}
 
     def flag(match: re.Match[str]) -> str:
-        found = [option for option in options.get(match[1], ()) if option.startswith("--")]
+        found = [option for option in _options_of_commands().get(match[1], ()) if option.startswith("--")]
         return " ".join(filter(None, (found[0], match[2]))) if found else match[0]
 
     return _PARAMETER.sub(flag, message)

@@ -69,5 +69,5 @@ def test_files_of_globs_and_numbered_patterns(tmp_path):
     assert [path.name for path in pattern.files()] == ["part-00001.txt", "part-00002.txt"]
     with pytest.raises(DataError, match=r"part-00004\.txt does not exist"):
         Source(f"{tmp_path}/part-{{file_id:05d}}.txt", first=1, last=4).files()
-    with pytest.raises(DataError, match="weight 0"):
+    with pytest.raises(DataError, match="must be positive; got 0"):
         Source(f"{tmp_path}/*.txt", weight=0).files()

@@ -178,13 +178,13 @@ def test_pairs_of_conversations_differ_behind_their_shared_prompt(chat_tokenizer
     [
         ("text", {"text": 3}, "text is int, not text"),
         ("preference", {"chosen": "a", "rejected": "b"}, "prompt is missing"),
-        ("preference", {"prompt": "x", "chosen": "a", "rejected": []}, "chosen is no list of messages"),
+        ("preference", {"prompt": "x", "chosen": "a", "rejected": []}, "chosen must be a list of messages"),
         ("preference", {"chosen": [say(USER, "a")], "rejected": [say(USER, "b")]}, "no message in common"),
-        ("chat", {"messages": "Hi"}, "messages is no list of messages"),
-        ("chat", {"messages": []}, "messages is no list of messages"),
+        ("chat", {"messages": "Hi"}, "messages must be a list of messages"),
+        ("chat", {"messages": []}, "messages must be a list of messages"),
         ("chat", {"messages": [{"content": "Hi"}]}, "role None"),
         ("chat", {"messages": [say("robot", "Hi")]}, "role 'robot'"),
-        ("chat", {"messages": [say(USER, "Hi"), {"role": ASSISTANT}]}, "assistant has no text"),
+        ("chat", {"messages": [say(USER, "Hi"), {"role": ASSISTANT}]}, "must be text .role assistant"),
     ],
 )
 def test_fields_that_are_not_what_they_have_to_be(chat_tokenizer, kind, record, reason):

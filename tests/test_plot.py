@@ -38,7 +38,7 @@ def test_a_run_without_validation_is_drawn(tmp_path):
 
 
 def test_damage_is_named(tmp_path):
-    with pytest.raises(TrainingError, match="no training run"):
+    with pytest.raises(TrainingError, match="not a training run"):
         read_metrics(tmp_path)
     path = tmp_path / "metrics.jsonl"
     path.write_text("")
@@ -63,4 +63,4 @@ def test_the_command_says_what_it_wrote(tmp_path):
     assert "already exists" in refused("plot", folder)
     assert (folder / "metrics.png").read_bytes() == drawn
     assert run("plot", folder, "--force")[0] == 0
-    assert "no training run" in refused("plot", tmp_path / "missing")
+    assert "not a training run" in refused("plot", tmp_path / "missing")
