@@ -221,7 +221,7 @@ def _figure(picture: OutputFile, rows: int, columns: int, inches: float = _INCHE
     with picture.replaced() as file:
         try:
             figure.savefig(file, format=picture.name.suffix.lstrip(".").lower() or "png")
-        except ValueError as error:  # an ending that is no kind of picture
+        except ValueError as error:  # an unsupported file ending
             raise OutputError(f"{picture.name} cannot be written: {str(error).split(' (')[0]}") from error
 
 

@@ -23,6 +23,16 @@ from mlx_openelm.files.output import output_file
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CASES = ["tied_gqa2", "untied_mha_noglu"]
 
+SMALL_CONFIG = OpenELMConfig.layerwise(
+    num_transformer_layers=2,
+    model_dim=32,
+    head_dim=8,
+    num_gqa_groups=2,
+    ffn_dim_divisor=16,
+    vocab_size=400,
+    max_context_length=64,
+)
+
 _SENTENCES = """Once upon a time there was a small fox who lived in an old garden behind a red house.
 Every morning the fox went down to the river, where the water was cold and the stones were round.
 She said: "I will learn to read!" and her brother laughed, for nobody there had ever seen a book.

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import GOLDEN, killed_at, random_model, refused, run, write_folder
-from mlx_openelm import OpenELMConfig
+from conftest import GOLDEN, SMALL_CONFIG, killed_at, random_model, refused, run, write_folder
 from mlx_openelm.errors import OutputError, OutputLockedError
 from mlx_openelm.files.manifest import MANIFEST
 from mlx_openelm.model.adapters import about_base, save_adapter
@@ -26,17 +25,8 @@ from mlx_openelm.training.tune import prepare_tuning, tune
 from mlx_openelm.training.tune_recipe import TuneRecipe
 
 DYING = Path(__file__).with_name("dying.py")
-TEMPORARY = re.compile(r"openelm-mlx|\.partial|\.whole|\.part\b|\.lock")
 EXISTS = re.compile(r"is writing|already exists|already holds checkpoints|another process wrote")
-CONFIG = OpenELMConfig.layerwise(
-    num_transformer_layers=2,
-    model_dim=32,
-    head_dim=8,
-    num_gqa_groups=2,
-    ffn_dim_divisor=16,
-    vocab_size=400,
-    max_context_length=64,
-)
+CONFIG = SMALL_CONFIG
 RECIPE = """
 model: {num_transformer_layers: 2, model_dim: 32, head_dim: 8, num_gqa_groups: 2, ffn_dim_divisor: 16, vocab_size: 400,
   max_context_length: 32}

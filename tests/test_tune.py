@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from conftest import assert_close, killed_at, launched, random_model, refused, run, write_folder
-from mlx_openelm import OpenELMConfig, load, load_model
+from conftest import SMALL_CONFIG, assert_close, killed_at, launched, random_model, refused, run, write_folder
+from mlx_openelm import load, load_model
 from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingError
 from mlx_openelm.training import trainer as trainer_module
 from mlx_openelm.training.checkpoints import checkpoint_folders
@@ -22,15 +22,7 @@ from mlx_openelm.training.memory import tuning_memory
 from mlx_openelm.training.tune import make_trainer, prepare_tuning, tune
 from mlx_openelm.training.tune_recipe import RECIPES, TuneRecipe
 
-CONFIG = OpenELMConfig.layerwise(
-    num_transformer_layers=2,
-    model_dim=32,
-    head_dim=8,
-    num_gqa_groups=2,
-    ffn_dim_divisor=16,
-    vocab_size=400,
-    max_context_length=64,
-)
+CONFIG = SMALL_CONFIG
 
 
 def write_lines(path, records):

@@ -19,7 +19,7 @@ def resolved(path: str | Path) -> Path:
     """An absolute path without links and `..`, whether it exists or not.
 
     Raises:
-        OutputError: if a link leads round in a circle, or there is no such place.
+        OutputError: if links form a loop, or the path cannot be resolved.
     """
     with reported(Path(path)):
         try:

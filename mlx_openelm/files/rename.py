@@ -47,7 +47,7 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def _rename_with_flag(old: Path, new: Path, flag: str) -> bool:
-    """Rename by the system call of Linux or macOS that takes a flag; false if there is none for this file system."""
+    """Rename with a flag, by the system call of Linux or macOS; false if the system or file system has none."""
     import ctypes
 
     rename, flags = _system_rename()

@@ -29,7 +29,7 @@ _NAME = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on."""
+    """Everything needed to resume a run."""
 
     parameters: Tensors
     moments: Moments
@@ -73,8 +73,9 @@ def mark_begun(run: Path) -> None:
 
 def clear_begun(run: Path) -> None:
     """Take that note back, once there is a checkpoint, or nothing at all."""
-    with output_file(run / _BEGUN, overwrite=True) as mark:
-        mark.remove()
+    if (run / _BEGUN).exists():
+        with output_file(run / _BEGUN, overwrite=True) as mark:
+            mark.remove()
 
 
 @contextmanager

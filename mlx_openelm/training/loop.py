@@ -1,6 +1,6 @@
 """The one training loop: pre-training, full fine-tuning, adapters and preferences differ in what they hand to it.
 
-It validates, saves, tells of itself, and goes on where a run that was killed stopped.
+It validates, saves checkpoints, reports metrics, and resumes a killed run where it stopped.
 """
 
 import json
@@ -77,14 +77,14 @@ def train(
     it, saves a checkpoint first. Only the first process writes.
 
     Args:
-        tokenizer: for samples; without it there are none.
+        tokenizer: for samples; None writes none.
         run: folder of the run, or what `run_lock` gave.
         write: puts parameters into the folder of a checkpoint.
-        resume: go on from the last checkpoint that can be read.
+        resume: continue from the last readable checkpoint.
         on_step: called with every step's figures.
         on_message: called with what a person should know.
     Raises:
-        TrainingError: if the run cannot start or go on; the last good checkpoint stays.
+        TrainingError: if the run cannot start or continue; the last good checkpoint stays.
     """
     with run_lock(run, trainer.group) as folder:
         running = _Run(trainer, tokenizer, folder.path, write, on_step, on_message)
@@ -276,7 +276,7 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
 
 
 def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:
-    """The recipe's prompt and how the model goes on with it now."""
+    """The recipe's prompt, and how the model continues it now."""
     prompt = trainer.recipe.sample_prompt
     room = trainer.model.config.max_context_length - len(tokenizer.encode(prompt))
     model = trainer.current_model()

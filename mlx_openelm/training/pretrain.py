@@ -185,7 +185,7 @@ def pretrain(
     """Train from scratch to the recipe's last step; see `train`. A checkpoint is a model folder.
 
     Raises:
-        TrainingError: if the run cannot start or go on; the last good checkpoint stays.
+        TrainingError: if the run cannot start or continue; the last good checkpoint stays.
     """
     trainer = fresh_trainer(recipe, corpus, group)
 

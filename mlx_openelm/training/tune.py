@@ -161,7 +161,7 @@ def tune(
     where there are none, the last one.
 
     Raises:
-        TrainingError: if the run cannot start or go on; the last good adapter stays.
+        TrainingError: if the run cannot start or continue; the last good adapter stays.
     """
     group = group or mx.distributed.init()
     trainer = make_trainer(tuning, group)
