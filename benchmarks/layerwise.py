@@ -19,7 +19,7 @@ from common import report, summary
 
 from mlx_openelm import OpenELMConfig, load
 from mlx_openelm.data.corpus import Corpus, Filters, prepare_corpus
-from mlx_openelm.data.text_files import Source
+from mlx_openelm.data.text_files import TextSource
 from mlx_openelm.model.design import uniform_counterpart
 from mlx_openelm.training.pretrain import PretrainRecipe, fresh_trainer
 
@@ -86,7 +86,7 @@ def recipe_of(arguments: argparse.Namespace, variant: str, seed: int) -> Pretrai
     config, packing = VARIANTS[variant]
     return PretrainRecipe(
         model=config,
-        data=tuple(Source(str(arguments.data / name)) for name in SOURCES),
+        data=tuple(TextSource(str(arguments.data / name)) for name in SOURCES),
         steps=arguments.steps,
         batch_size=16,
         sequence_length=256,

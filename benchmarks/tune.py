@@ -137,7 +137,7 @@ def ours(arguments: argparse.Namespace, folder: Path, checkpointing: bool) -> di
 
     from dataclasses import replace
 
-    recipe = replace(RECIPE, recompute_layers=checkpointing)
+    recipe = replace(RECIPE, gradient_checkpointing=checkpointing)
     model = load_model(folder / "model", adapter=folder / "adapter")
     set_parameters(model, mx.float32, read_tensors(folder / "adapter" / "adapters.safetensors"))
     trainer = Trainer(recipe, model, adapter_parameters(model), Data(), CrossEntropy())

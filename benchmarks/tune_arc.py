@@ -20,7 +20,7 @@ from common import RESULTS, report
 
 from mlx_openelm.files.output import output_file
 from mlx_openelm.plot import plot_run
-from mlx_openelm.training.tune import prepare_tuning, tune
+from mlx_openelm.training.tune import prepare_tuning, tuning_steps
 from mlx_openelm.training.tune_recipe import TuneRecipe
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         run = Path(place) / "openelm-tiny on ARC-Easy"
         started = time.perf_counter()
         metrics = []
-        for figures in tune(tuning, run):
+        for figures in tuning_steps(tuning, run):
             metrics.append(figures)
             print(figures.step, figures.loss, figures.validation_loss, flush=True)
         seconds = time.perf_counter() - started

@@ -27,17 +27,17 @@ from mlx_openelm.training.tune_recipe import TuneRecipe
 
 CASES: dict[str, dict] = {
     "lora": {},
-    "lora, checkpointing": {"recompute_layers": True},
+    "lora, checkpointing": {"gradient_checkpointing": True},
     "dora": {"method": "dora"},
-    "dora, checkpointing": {"method": "dora", "recompute_layers": True},
+    "dora, checkpointing": {"method": "dora", "gradient_checkpointing": True},
     "full": {"method": "full"},
-    "full, checkpointing": {"method": "full", "recompute_layers": True},
+    "full, checkpointing": {"method": "full", "gradient_checkpointing": True},
     "full, one short row": {"method": "full", "batch_size": 1, "max_length": 32},
     "answers only": {"train_on": "completion"},
-    "packed": {"pack": True, "recompute_layers": True},
+    "packed": {"pack": True, "gradient_checkpointing": True},
     "4 bits": {"bits": 4},
-    "4 bits, checkpointing": {"bits": 4, "recompute_layers": True},
-    "long rows, checkpointing": {"batch_size": 1, "max_length": 2048, "recompute_layers": True},
+    "4 bits, checkpointing": {"bits": 4, "gradient_checkpointing": True},
+    "long rows, checkpointing": {"batch_size": 1, "max_length": 2048, "gradient_checkpointing": True},
 }
 
 

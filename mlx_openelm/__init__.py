@@ -1,56 +1,139 @@
-"""Apple's OpenELM language models with MLX; everything public is imported from here."""
+"""Apple's OpenELM language models with MLX; everything public is imported from here.
 
-from .cache.config import CacheConfig, kv_cache_bytes
-from .cache.kv_cache import KVCache
-from .config import PRESETS, OpenELMConfig
-from .conversion.convert import (  # a function in place of the folder of its name, and below of the file
-    Conversion,
-    convert,
-)
-from .conversion.read.config import config_from_dict, read_config
-from .errors import OpenELMError
-from .generation.batch import generate_batch
-from .generation.chat import Chat
-from .generation.engine import Step, generate_tokens
-from .generation.prompt_cache import PromptCache
-from .generation.sampling import SamplingConfig
-from .generation.speculative import DraftModel, PromptLookup, speculate_tokens
-from .generation.text import GenerationChunk, Stats, generate, stream_generate
-from .loading import load, load_model
-from .model.openelm import ContextLengthWarning, OpenELM
-from .quantization import Quantization
-from .tokenizer.tokenizer import Tokenizer
-from .version import __version__
+A name is loaded from its module when it is first used, so that one function does not wait for the modules of all.
+"""
 
-__all__ = [
-    "PRESETS",
-    "CacheConfig",
-    "Chat",
-    "ContextLengthWarning",
-    "Conversion",
-    "DraftModel",
-    "GenerationChunk",
-    "KVCache",
-    "OpenELM",
-    "OpenELMConfig",
-    "OpenELMError",
-    "PromptCache",
-    "PromptLookup",
-    "Quantization",
-    "SamplingConfig",
-    "Stats",
-    "Step",
-    "Tokenizer",
-    "__version__",
-    "config_from_dict",
-    "convert",
-    "generate",
-    "generate_batch",
-    "generate_tokens",
-    "kv_cache_bytes",
-    "load",
-    "load_model",
-    "read_config",
-    "speculate_tokens",
-    "stream_generate",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .version import __version__ as __version__
+
+if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test compares the two
+    from .benchmark.bench import bench as bench
+    from .benchmark.measure import Case as Case, Figures as Figures, Result as Result, Spread as Spread
+    from .benchmark.report import BenchReport as BenchReport
+    from .cache.config import CacheConfig as CacheConfig, kv_cache_bytes as kv_cache_bytes
+    from .cache.kv_cache import KVCache as KVCache
+    from .config import PRESETS as PRESETS, OpenELMConfig as OpenELMConfig
+    from .conversion.convert import Conversion as Conversion, average as average, convert as convert
+    from .conversion.read.config import config_from_dict as config_from_dict, read_config as read_config
+    from .data.text_files import TextSource as TextSource
+    from .errors import OpenELMError as OpenELMError
+    from .generation.batch import generate_batch as generate_batch
+    from .generation.chat import Chat as Chat
+    from .generation.engine import Step as Step, generate_tokens as generate_tokens
+    from .generation.prompt_cache import PromptCache as PromptCache
+    from .generation.sampling import SamplingConfig as SamplingConfig
+    from .generation.speculative import (
+        DraftModel as DraftModel,
+        PromptLookup as PromptLookup,
+        speculate_tokens as speculate_tokens,
+    )
+    from .generation.text import (
+        GenerationChunk as GenerationChunk,
+        Stats as Stats,
+        generate as generate,
+        stream_generate as stream_generate,
+    )
+    from .loading import load as load, load_model as load_model
+    from .merging import Merge as Merge, merge as merge
+    from .model.openelm import ContextLengthWarning as ContextLengthWarning, OpenELM as OpenELM
+    from .quantization import Quantization as Quantization
+    from .tokenizer.tokenizer import Tokenizer as Tokenizer
+    from .training.loop import Metrics as Metrics
+    from .training.pretrain import PretrainRecipe as PretrainRecipe
+    from .training.run import (
+        TrainingCallback as TrainingCallback,
+        TrainingResult as TrainingResult,
+        pretrain as pretrain,
+        tune as tune,
+    )
+    from .training.tune_recipe import TuneRecipe as TuneRecipe
+
+_MODULES = {
+    "benchmark.bench": ("bench",),
+    "benchmark.measure": (
+        "Case",
+        "Figures",
+        "Result",
+        "Spread",
+    ),
+    "benchmark.report": ("BenchReport",),
+    "cache.config": (
+        "CacheConfig",
+        "kv_cache_bytes",
+    ),
+    "cache.kv_cache": ("KVCache",),
+    "config": (
+        "PRESETS",
+        "OpenELMConfig",
+    ),
+    "conversion.convert": (
+        "Conversion",
+        "average",
+        "convert",
+    ),
+    "conversion.read.config": (
+        "config_from_dict",
+        "read_config",
+    ),
+    "data.text_files": ("TextSource",),
+    "errors": ("OpenELMError",),
+    "generation.batch": ("generate_batch",),
+    "generation.chat": ("Chat",),
+    "generation.engine": (
+        "Step",
+        "generate_tokens",
+    ),
+    "generation.prompt_cache": ("PromptCache",),
+    "generation.sampling": ("SamplingConfig",),
+    "generation.speculative": (
+        "DraftModel",
+        "PromptLookup",
+        "speculate_tokens",
+    ),
+    "generation.text": (
+        "GenerationChunk",
+        "Stats",
+        "generate",
+        "stream_generate",
+    ),
+    "loading": (
+        "load",
+        "load_model",
+    ),
+    "merging": (
+        "Merge",
+        "merge",
+    ),
+    "model.openelm": (
+        "ContextLengthWarning",
+        "OpenELM",
+    ),
+    "quantization": ("Quantization",),
+    "tokenizer.tokenizer": ("Tokenizer",),
+    "training.loop": ("Metrics",),
+    "training.pretrain": ("PretrainRecipe",),
+    "training.run": (
+        "TrainingCallback",
+        "TrainingResult",
+        "pretrain",
+        "tune",
+    ),
+    "training.tune_recipe": ("TuneRecipe",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = ["__version__", *_MODULE_OF]
+
+if not TYPE_CHECKING:  # to a type checker, it would give every name
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,11 +5,12 @@ import re
 import sys
 import warnings
 from functools import cache
+from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
-from mlx_openelm.commands import bench, chat, convert, design, generate, inspect, merge, pretrain, tune
 from mlx_openelm.commands.terminal import INTERRUPTED, fail, say, speak_flags
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.version import __version__
@@ -19,12 +20,51 @@ _UsageError: type[Any]
 _ClickError: type[Any]
 _UsageError, _ClickError = typer.BadParameter.__mro__[1:3]
 
+_COMMANDS = {  # name: module in `commands`, function, and the constant with its examples
+    "convert": ("convert", "convert", "EXAMPLES"),
+    "average": ("convert", "average", "AVERAGE_EXAMPLES"),
+    "generate": ("generate", "generate", "EXAMPLES"),
+    "chat": ("chat", "chat", "EXAMPLES"),
+    "bench": ("bench", "bench", "EXAMPLES"),
+    "design": ("design", "design_command", "EXAMPLES"),
+    "pretrain": ("pretrain", "pretrain", "EXAMPLES"),
+    "tune": ("tune", "tune", "EXAMPLES"),
+    "merge": ("merge", "merge", "EXAMPLES"),
+    "plot": ("pretrain", "plot", "PLOT_EXAMPLES"),
+    "info": ("inspect", "info", "EXAMPLES"),
+    "doctor": ("inspect", "doctor", None),
+}
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+class _Commands(typer.core.TyperGroup):
+    """Commands by name, each imported when it is asked for: a command does not wait for the others' modules."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _command(cmd_name) if cmd_name in _COMMANDS else None
+
+
+@cache
+def _command(name: str) -> Any:
+    module_name, function, examples = _COMMANDS[name]
+    module = import_module(f"mlx_openelm.commands.{module_name}")
+    alone = typer.Typer(add_completion=False)
+    alone.command(name, epilog=getattr(module, examples) if examples else None, context_settings=_SETTINGS)(
+        getattr(module, function)
+    )
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     name="openelm-mlx",
+    cls=_Commands,
     help="Apple's OpenELM language models with MLX: convert, generate, chat, train.",
     pretty_exceptions_enable=False,
     add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_SETTINGS,
 )
 
 
@@ -43,22 +83,9 @@ def _options(
     pass
 
 
-app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
-app.command("average", epilog=convert.AVERAGE_EXAMPLES)(convert.average)
-app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
-app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
-app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
-app.command("design", epilog=design.EXAMPLES)(design.design_command)
-app.command(
-    "pretrain",
-    epilog=pretrain.EXAMPLES,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(pretrain.pretrain)
-app.command("tune", epilog=tune.EXAMPLES)(tune.tune)
-app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
-app.command("plot", epilog=pretrain.PLOT_EXAMPLES)(pretrain.plot)
-app.command("info", epilog=inspect.EXAMPLES)(inspect.info)
-app.command("doctor")(inspect.doctor)
+def all_commands() -> dict[str, Any]:
+    """Every command by name."""
+    return {name: _command(name) for name in _COMMANDS}
 
 
 _PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
@@ -67,8 +94,7 @@ _PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 @cache
 def _options_of_commands() -> dict[str, list[str]]:
     """Spellings of every option by the name of its parameter."""
-    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
-    return {parameter.name: parameter.opts for command in commands for parameter in command.params}
+    return {parameter.name: parameter.opts for command in all_commands().values() for parameter in command.params}
 
 
 def as_flags(message: str) -> str:

@@ -43,10 +43,10 @@ class Merge:
     adapter_divergence: float | None = None  # of the model with its adapter from the model without
 
 
-def merge_folder(
+def merge(
     model: str | Path,
     adapter: str | Path,
-    folder: Path,
+    output: str | Path,
     *,
     quantization: Quantization | None = None,
     dtype: str = "auto",
@@ -54,7 +54,7 @@ def merge_folder(
     config: str | Path | None = None,
     force: bool = False,
     revision: str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Merge:
     """Merge an adapter into a model, and write that with its tokenizer and a card.
 
@@ -64,15 +64,17 @@ def merge_folder(
         quantization: to quantize the result again; what that costs is measured.
         dtype: of the result: `auto` keeps that of the model.
         tokenizer, config, revision: as for `load`.
-        force: replace a model folder at `folder`.
+        output: folder to write.
+        force: replace a model folder at `output`.
         on_progress: called with the bytes written so far, and all.
     Raises:
         OpenELMError: of the kind that fits; nothing is written then.
     """
-    with output_folder(folder, overwrite=force) as output:
+    folder = Path(output).expanduser()
+    with output_folder(folder, overwrite=force) as place:
         source, text, *_ = open_model([model], tokenizer=tokenizer, config=config, revision=revision)
         found = open_adapter(adapter, vocab_size=source.config.vocab_size)
-        output.protect(source.folder, model, adapter, tokenizer, config)
+        place.protect(source.folder, model, adapter, tokenizer, config)
 
         def add_files(staging: Path) -> None:
             (staging / "README.md").write_text(_card(source, adapter, found, quantization), encoding="utf-8")
@@ -84,9 +86,10 @@ def merge_folder(
         def on_written(name: str, nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            on_progress(done, source.nbytes)
+            if on_progress is not None:
+                on_progress(done, source.nbytes)
 
-        result = _merge(output, source, found, quantization, dtype_named(dtype), add_files, on_written)
+        result = _merge(place, source, found, quantization, dtype_named(dtype), add_files, on_written)
     if quantization is None:
         return result
     base, merged = load_source(source), load_source(open_source([folder]))
@@ -129,7 +132,7 @@ def merged_source(source: Source, adapter: SavedAdapter, dtype: mx.Dtype | None 
     return replace(source, config=config, tensors=dict(tensors))
 
 
-def merge(
+def write_merged(
     source: Source,
     adapter: SavedAdapter,
     folder: Path,

@@ -106,7 +106,7 @@ def plot_bench(report: Mapping[str, Any], picture: OutputFile) -> None:
     """Tokens per second of decoding as bars, each with a mark where reading from memory alone would end.
 
     Args:
-        report: of `bench` (see `bench.Report.to_dict`).
+        report: of `bench` (see `BenchReport.to_dict`).
         picture: file to write; its ending says the kind.
     Raises:
         OutputError: if the picture cannot be written.

@@ -9,7 +9,7 @@ from conftest import draw, refused, run
 from mlx_openelm import CacheConfig, OpenELMConfig, generate_tokens
 from mlx_openelm.benchmark.measure import PAPER_PROMPT, Case, Spread, bytes_per_step, measure
 from mlx_openelm.benchmark.models import Ours, Peer, Run, random_network
-from mlx_openelm.benchmark.report import Report
+from mlx_openelm.benchmark.report import BenchReport
 from mlx_openelm.machine.hardware import battery_watts, chip_name, describe, memory_bandwidth, power_meter
 from mlx_openelm.plot import plot_bench
 from mlx_openelm.quantization import Quantization
@@ -118,7 +118,7 @@ def report():
     for case in cases:
         contestants = [Clock("openelm-mlx", [1.0], [4.0]), Clock("mlx-lm", [4.0], [4.0])]
         results.append(measure(network, contestants, case, model="small", bandwidth=1e9, rounds=1))
-    return Report(tuple(results), 1e9, describe("x"))
+    return BenchReport(tuple(results), 1e9, describe("x"))
 
 
 class TestReport:
@@ -187,7 +187,7 @@ class TestCommand:
             (["--prompt-tokens", "x"], "numbers of at least 1"),
             (["--tokens", "1"], "numbers of at least 2"),
             (["--tokens", "²"], "numbers of at least 2"),
-            (["--paper"], "too small for the prompt of --paper"),
+            (["--paper"], "too small for the paper's prompt"),
             (["--plot", "x.foo"], "unsupported picture type"),
             (["--kv", "5"], "full, 8, 4 or window:N; got '5'"),
             (["--kv", "window:64", "--batch-size", "2"], "requires --batch-size 1"),

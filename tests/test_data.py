@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from mlx_openelm.data.corpus import CorpusBatches, Filters, prepare_corpus, validation_rows
-from mlx_openelm.data.text_files import Source
+from mlx_openelm.data.text_files import TextSource
 from mlx_openelm.errors import DataError
 
 
 def write(path, documents):
     path.write_text("\n<|endoftext|>\n".join(documents))
-    return Source(str(path))
+    return TextSource(str(path))
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_processes_share_a_step(corpus):
 def test_sources_are_seen_by_their_weights(tmp_path, tokenizer):
     one = write(tmp_path / "a.txt", ["aaa aaa aaa " * 20] * 10)
     other = write(tmp_path / "b.txt", ["zzz zzz zzz " * 20] * 10)
-    sources = [Source(one.path, weight=3.0), Source(other.path, weight=1.0)]
+    sources = [TextSource(one.path, weight=3.0), TextSource(other.path, weight=1.0)]
     corpus = prepare_corpus(sources, tokenizer, Filters(validation_share=0), tmp_path / "cache")
     batches = CorpusBatches(corpus, 8, 16, "stream", seed=0)
     letter = tokenizer.encode("aaa", bos=False)[-1]

@@ -6,14 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer
 
 import mlx_openelm
-from mlx_openelm.cli import app, as_flags
+from mlx_openelm.cli import all_commands, as_flags
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS = all_commands()
 
 
 def commands_document():

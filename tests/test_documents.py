@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from mlx_openelm.data.text_files import Source, read_documents
+from mlx_openelm.data.text_files import TextSource, read_documents
 from mlx_openelm.errors import DataError
 
 
@@ -64,10 +64,10 @@ def test_files_that_are_no_text_are_named(tmp_path, content):
 def test_files_of_globs_and_numbered_patterns(tmp_path):
     for number in range(4):
         (tmp_path / f"part-{number:05d}.txt").write_text("x")
-    assert [path.name for path in Source(f"{tmp_path}/*.txt").files()] == [f"part-{n:05d}.txt" for n in range(4)]
-    pattern = Source(f"{tmp_path}/part-{{file_id:05d}}.txt", first=1, last=2)
+    assert [path.name for path in TextSource(f"{tmp_path}/*.txt").files()] == [f"part-{n:05d}.txt" for n in range(4)]
+    pattern = TextSource(f"{tmp_path}/part-{{file_id:05d}}.txt", first=1, last=2)
     assert [path.name for path in pattern.files()] == ["part-00001.txt", "part-00002.txt"]
     with pytest.raises(DataError, match=r"part-00004\.txt does not exist"):
-        Source(f"{tmp_path}/part-{{file_id:05d}}.txt", first=1, last=4).files()
+        TextSource(f"{tmp_path}/part-{{file_id:05d}}.txt", first=1, last=4).files()
     with pytest.raises(DataError, match="must be positive; got 0"):
-        Source(f"{tmp_path}/*.txt", weight=0).files()
+        TextSource(f"{tmp_path}/*.txt", weight=0).files()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_openelm.data.example_batches import ExampleBatches, all_rows
-from mlx_openelm.data.formats import Example, Preference
+from mlx_openelm.data.formats import Example, PreferencePair
 
 
 def example(number, length, num_answer=2):
@@ -150,7 +150,7 @@ def test_an_example_that_fills_a_row():
 @pytest.fixture
 def pairs():
     lengths = np.random.default_rng(1).integers(4, 90, (21, 2)).tolist()
-    return [Preference(example(1000 + n, one), example(2000 + n, other)) for n, (one, other) in enumerate(lengths)]
+    return [PreferencePair(example(1000 + n, one), example(2000 + n, other)) for n, (one, other) in enumerate(lengths)]
 
 
 def test_the_rows_of_a_pair_follow_each_other(pairs):

@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from mlx_openelm.errors import OutputError, OutputExistsError, OutputLockedError
-from mlx_openelm.files import lock as lock_module
-from mlx_openelm.files import manifest, names, output, rename
+from mlx_openelm.files import lock as lock_module, manifest, names, output, rename
 from mlx_openelm.files.lock import lock, lock_folder
 from mlx_openelm.files.manifest import MANIFEST, UNFINISHED
 from mlx_openelm.files.output import move_away, output_file, output_folder, remove_folder, write_file

@@ -21,7 +21,7 @@ from mlx_openelm.errors import OutputError, OutputLockedError
 from mlx_openelm.files.manifest import MANIFEST
 from mlx_openelm.model.adapters import about_base, save_adapter
 from mlx_openelm.model.lora import AdapterConfig, adapter_parameters, add_adapter
-from mlx_openelm.training.tune import prepare_tuning, tune
+from mlx_openelm.training.tune import prepare_tuning, tuning_steps
 from mlx_openelm.training.tune_recipe import TuneRecipe
 
 DYING = Path(__file__).with_name("dying.py")
@@ -401,7 +401,7 @@ class TestRunFolder:
         recipe = TuneRecipe(
             model=str(place / "small"), data=str(place / "data.jsonl"), rank=2, steps=2, dtype="float32", log_every=1
         )
-        steps = tune(prepare_tuning(recipe), tmp_path / "run")
+        steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run")
         next(steps)
         (tmp_path / "run" / "adapters.safetensors").write_text("mine")
         with pytest.raises(OutputError, match="in the meantime"):
@@ -429,7 +429,7 @@ class TestRunFolder:
             model=str(place / "small"), data=str(place / "data.jsonl"), rank=2, steps=2, dtype="float32", log_every=1
         )
         (tmp_path / "latest").symlink_to("a")
-        steps = tune(prepare_tuning(recipe), tmp_path / "latest")
+        steps = tuning_steps(prepare_tuning(recipe), tmp_path / "latest")
         next(steps)
         (tmp_path / "latest").unlink()
         (tmp_path / "latest").symlink_to("b")
@@ -441,10 +441,10 @@ class TestRunFolder:
         recipe = TuneRecipe(
             model=str(place / "small"), data=str(place / "data.jsonl"), rank=2, steps=4, dtype="float32", log_every=1
         )
-        first = tune(prepare_tuning(recipe), tmp_path / "run")
+        first = tuning_steps(prepare_tuning(recipe), tmp_path / "run")
         next(first)
         with pytest.raises(OutputLockedError, match="this process is writing"):
-            next(tune(prepare_tuning(recipe), tmp_path / "run"))
+            next(tuning_steps(prepare_tuning(recipe), tmp_path / "run"))
         assert [metrics.step for metrics in first] == [2, 3, 4]
 
     def test_a_live_one_names_its_process(self, place, tmp_path):

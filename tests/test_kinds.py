@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mlx_openelm.data.formats import (
-    Preference,
+    PreferencePair,
     encode_continuation,
     encode_conversation,
     encode_record,
@@ -155,7 +155,7 @@ def test_conversations_need_a_chat_template(tokenizer):
 def test_pairs_of_texts(tokenizer):
     record = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5, or so"}
     pair = encode_record("preference", record, tokenizer)
-    assert isinstance(pair, Preference)
+    assert isinstance(pair, PreferencePair)
     assert [answers(side, tokenizer) for side in pair.sides] == [[" 4"], [" 5, or so"]]
     assert [tokenizer.decode(side.tokens.tolist()) for side in pair.sides] == ["2 + 2 = 4", "2 + 2 = 5, or so"]
 

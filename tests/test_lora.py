@@ -14,7 +14,7 @@ from mlx_openelm.conversion.convert import convert
 from mlx_openelm.conversion.open import open_source
 from mlx_openelm.data.batch import TokenBatch, counted_targets, make_batch
 from mlx_openelm.errors import AdapterError, ConfigError
-from mlx_openelm.merging import merge
+from mlx_openelm.merging import write_merged
 from mlx_openelm.model.adapters import about_base, save_adapter
 from mlx_openelm.model.lora import (
     EMBEDDING_TARGET,
@@ -123,7 +123,7 @@ def test_every_adapter_on_every_base_learns_is_kept_and_merges(bases, tmp_path, 
     assert_close(loaded(tokens), tuned, tolerance)
     assert mx.abs(tuned - plain).max().item() > 10 * tolerance or kind == "bfloat16"
 
-    merge(open_source([bases[kind]]), open_adapter(tmp_path), tmp_path / "merged")
+    write_merged(open_source([bases[kind]]), open_adapter(tmp_path), tmp_path / "merged")
     merged = load_model(tmp_path / "merged", dtype=dtype_of(kind))
     assert_close(merged(tokens), tuned, tolerance)
     assert merged.config.share_input_output_layers == (where == "linear")
@@ -256,7 +256,7 @@ class TestSaved:
         with pytest.raises(AdapterError, match=said):
             load_model(folder, adapter=adapter)
         with pytest.raises(AdapterError, match=said):
-            merge(open_source([folder]), open_adapter(adapter), tmp_path / "merged")
+            write_merged(open_source([folder]), open_adapter(adapter), tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
 
     def test_incomplete_or_damaged(self, adapter, tmp_path):
@@ -288,7 +288,7 @@ def test_full_tensors_take_the_places_of_the_models_own(tmp_path):
     tokens = mx.array(TOKENS)
     loaded = load_model(folder, adapter=tmp_path / "adapter", dtype=mx.float32)
     assert_close(loaded(tokens), expected(tokens), 1e-6)
-    merge(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    write_merged(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
     assert_close(load_model(tmp_path / "merged")(tokens), expected(tokens), 1e-6)
 
 
@@ -317,7 +317,7 @@ def test_a_row_of_zeros_stays_one(tmp_path, where):
     assert mx.array_equal(model.eval()(tokens), plain)
     (tmp_path / "adapter").mkdir()
     save_adapter(tmp_path / "adapter", adapter_parameters(model), "dora", config, {})
-    merge(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    write_merged(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
     assert_close(load_model(tmp_path / "merged")(tokens), plain, 2e-5)
 
 

@@ -12,8 +12,7 @@ from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model
 from mlx_openelm import ContextLengthWarning, generate_tokens, load_model, read_config
 from mlx_openelm.conversion.open import open_source
 from mlx_openelm.loading import load_source
-from mlx_openelm.model import openelm as model_module
-from mlx_openelm.model import rope
+from mlx_openelm.model import openelm as model_module, rope
 from mlx_openelm.model.openelm import ATTENTION_BLOCK
 
 TOLERANCE = 2e-5  # float32 against PyTorch's float32, on logits of size 1 to 10

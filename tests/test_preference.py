@@ -6,7 +6,7 @@ import pytest
 
 from conftest import assert_close, random_model
 from mlx_openelm.errors import ConfigError
-from mlx_openelm.training.dpo import Preference, row_logprobs
+from mlx_openelm.training.dpo import DPO, row_logprobs
 from mlx_openelm.training.loss import at_positions
 
 CHOSEN, REJECTED = math.log(0.5), math.log(0.25)  # log-probabilities of the answers of one token
@@ -45,7 +45,7 @@ def one_pair(reference):
 )
 def test_losses_and_gradients_by_hand(loss, reference, margin, expected, slope):
     hidden, batch = one_pair([math.log(p) for p in reference])
-    objective = Preference(beta=0.5, loss=loss)
+    objective = DPO(beta=0.5, loss=loss)
     sums, _ = objective(Flat, hidden, batch, False)
     assert sums.tolist() == pytest.approx([expected, margin, float(margin > 0), 1.0], abs=1e-6)
     gradient = mx.grad(lambda hidden: objective(Flat, hidden, batch, False)[1])(hidden)
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_mlxs_own_differentiation(tiny_config, loss, trai
         "rows": mx.repeat(mx.arange(4), 8),
         "reference": mx.array([-30.0, -31.0, -29.0, -33.0]),
     }
-    objective = Preference(beta=0.1, loss=loss, chunk=7)
+    objective = DPO(beta=0.1, loss=loss, chunk=7)
     if not trains_output:
         model.freeze()
         model.transformer.norm.unfreeze()
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_mlxs_own_differentiation(tiny_config, loss, trai
 
 def test_pairs_of_padding_do_not_count():
     hidden, batch = one_pair([0.0, 0.0])
-    sums, _ = Preference()(Flat, hidden, batch | {"weights": mx.zeros(2)}, False)
+    sums, _ = DPO()(Flat, hidden, batch | {"weights": mx.zeros(2)}, False)
     assert sums.tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
@@ -106,4 +106,4 @@ def test_log_probabilities_are_summed_by_row():
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"loss": "square"}])
 def test_impossible_settings_are_refused(options):
     with pytest.raises(ConfigError):
-        Preference(**options)
+        DPO(**options)

@@ -11,7 +11,7 @@ PUBLISHED = {"270M": (0.0053, False), "450M": (0.0039, True), "1.1B": (0.0024, T
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_recipes_have_the_papers_numbers(size):
     recipe = PretrainRecipe.from_file(PretrainRecipe.named(size))
-    assert (recipe.learning_rate, recipe.recompute_layers) == PUBLISHED[size]
+    assert (recipe.learning_rate, recipe.gradient_checkpointing) == PUBLISHED[size]
     assert recipe.model == PRESETS[size]
     assert recipe.steps == 350_000
     assert recipe.batch_size * recipe.sequence_length == 4_194_304

@@ -151,8 +151,7 @@ def test_damaged_files_are_refused(tmp_path, name, content):
 
 
 def test_byte_level_vocabularies_decode_too(tmp_path):
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library, decoders, models, pre_tokenizers, trainers
 
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -16,11 +16,11 @@ from conftest import assert_close, killed_at, launched
 from mlx_openelm import OpenELMConfig, load
 from mlx_openelm.data.batch import make_batch
 from mlx_openelm.data.corpus import Filters, prepare_corpus
-from mlx_openelm.data.text_files import Source
+from mlx_openelm.data.text_files import TextSource
 from mlx_openelm.errors import ConfigError, OutputError, TrainingError
 from mlx_openelm.training import trainer as trainer_module
 from mlx_openelm.training.checkpoints import checkpoint_folders, load_checkpoint
-from mlx_openelm.training.pretrain import PretrainRecipe, fresh_trainer, initial_parameters, pretrain
+from mlx_openelm.training.pretrain import PretrainRecipe, fresh_trainer, initial_parameters, pretraining_steps
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def corpus(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("corpus")
     documents = [f"The fox number {n} went to the river {'and slept ' * (n % 5)}." for n in range(300)]
     (folder / "a.txt").write_text("\n<|endoftext|>\n".join(documents))
-    return prepare_corpus([Source(str(folder / "a.txt"))], tokenizer, Filters(), folder / "cache")
+    return prepare_corpus([TextSource(str(folder / "a.txt"))], tokenizer, Filters(), folder / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_finite_differences(recipe, corpus, packing):
 
 @pytest.mark.parametrize("packing", ["stream", "documents", "rows"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("change", [{"loss_chunk": 5}, {"recompute_layers": True}], ids=["chunks", "layers"])
+@pytest.mark.parametrize("change", [{"loss_chunk": 5}, {"gradient_checkpointing": True}], ids=["chunks", "layers"])
 def test_memory_savers_change_no_gradient(recipe, corpus, change, tied, packing):
     recipe = replace(recipe, packing=packing, model=replace(recipe.model, share_input_output_layers=tied))
     sums, expected = gradients(recipe, corpus)
@@ -141,7 +141,7 @@ def losses(run):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, recipe, corpus, tokenizer):
     run = tmp_path_factory.mktemp("whole") / "run"
-    list(pretrain(recipe, corpus, tokenizer, run))
+    list(pretraining_steps(recipe, corpus, tokenizer, run))
     return run
 
 
@@ -159,11 +159,11 @@ def test_a_run_learns_and_leaves_models(whole_run, recipe):
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, recipe, corpus, tokenizer, stop):
-    steps = pretrain(recipe, corpus, tokenizer, tmp_path / "run")
+    steps = pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run")
     for _ in range(stop):
         next(steps)
     steps.close()
-    list(pretrain(recipe, corpus, tokenizer, tmp_path / "run", resume=True))
+    list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run", resume=True))
     assert losses(tmp_path / "run") == losses(whole_run)
 
 
@@ -173,7 +173,7 @@ def test_a_run_that_lost_its_last_checkpoint_goes_on_bit_for_bit(tmp_path, whole
     damaged = tmp_path / "run" / "checkpoints" / "step-00000009" / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     said = []
-    list(pretrain(recipe, corpus, tokenizer, tmp_path / "run", resume=True, on_message=said.append))
+    list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run", resume=True, on_message=said.append))
     assert "step-00000009 is damaged" in said[0]
     assert losses(tmp_path / "run") == losses(whole_run)
 
@@ -184,21 +184,21 @@ def test_a_run_that_lost_its_last_checkpoint_goes_on_bit_for_bit(tmp_path, whole
 )
 def test_another_recipe_cannot_go_on(whole_run, recipe, corpus, tokenizer, change, named):
     with pytest.raises(TrainingError, match=named):
-        next(pretrain(replace(recipe, **change), corpus, tokenizer, whole_run, resume=True))
+        next(pretraining_steps(replace(recipe, **change), corpus, tokenizer, whole_run, resume=True))
 
 
 def test_another_corpus_cannot_go_on(whole_run, recipe, corpus, tokenizer):
     with pytest.raises(TrainingError, match="the model, the data"):
-        next(pretrain(recipe, replace(corpus, fingerprint="other"), tokenizer, whole_run, resume=True))
+        next(pretraining_steps(recipe, replace(corpus, fingerprint="other"), tokenizer, whole_run, resume=True))
 
 
 def test_a_run_is_not_overwritten(whole_run, recipe, corpus, tokenizer):
     with pytest.raises(TrainingError, match="resume"):
-        next(pretrain(recipe, corpus, tokenizer, whole_run))
+        next(pretraining_steps(recipe, corpus, tokenizer, whole_run))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recipe, corpus, tokenizer, monkeypatch):
-    steps = pretrain(recipe, corpus, tokenizer, tmp_path / "run")
+    steps = pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run")
     for _ in range(4):
         next(steps)
     monkeypatch.setattr(trainer_module, "learning_rate", lambda recipe, step: math.inf)
@@ -212,7 +212,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recipe, corpus, tokeni
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     tmp_path, recipe, corpus, tokenizer, monkeypatch, where
 ):
-    steps = pretrain(recipe, corpus, tokenizer, tmp_path / "run")
+    steps = pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run")
     for _ in range(4):
         next(steps)
 
@@ -235,7 +235,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
 
 def test_samples_are_written_at_each_validation(tmp_path, whole_run, recipe, corpus, tokenizer):
     recipe = replace(recipe, sample_prompt="The fox")
-    found = list(pretrain(recipe, corpus, tokenizer, tmp_path / "run"))
+    found = list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run"))
     samples = [metrics.sample for metrics in found]
     assert all(sample.startswith("The fox") for sample in (samples[5], samples[11]))
     assert [step for step, sample in enumerate(samples, start=1) if sample] == [6, 12]
@@ -339,8 +339,8 @@ class TestCommand:
         ("more", "said"),
         [
             (["--steps", "0"], "steps must be positive; got 0"),
-            (["--frobs", "3"], "unknown recipe field: frobs"),
-            (["--learning-rate"], "--learning-rate requires a value"),
+            (["--frobs", "3"], "No such option: --frobs"),
+            (["--learning-rate"], "Option '--learning-rate' requires an argument"),
             (["--sequence-length", "64"], "at most 32, the model's context; got 64"),
             (["--data", "missing.txt"], "missing.txt does not exist"),
             (["--min-characters", "100000"], "no text after|leaves no text"),

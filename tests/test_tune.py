@@ -19,7 +19,7 @@ from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingErr
 from mlx_openelm.training import trainer as trainer_module
 from mlx_openelm.training.checkpoints import checkpoint_folders
 from mlx_openelm.training.memory import tuning_memory
-from mlx_openelm.training.tune import make_trainer, prepare_tuning, tune
+from mlx_openelm.training.tune import make_trainer, prepare_tuning, tuning_steps
 from mlx_openelm.training.tune_recipe import RECIPES, TuneRecipe
 
 CONFIG = SMALL_CONFIG
@@ -68,7 +68,7 @@ def losses(run):
 
 
 def tuned(recipe, run, **options):
-    return list(tune(prepare_tuning(recipe), run, **options))
+    return list(tuning_steps(prepare_tuning(recipe), run, **options))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_run_learns_and_leaves_an_adapter(whole_run, files):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
-@pytest.mark.parametrize("objective", ["likelihood", "dpo"])
+@pytest.mark.parametrize("objective", ["cross-entropy", "dpo"])
 def test_every_method_and_objective_learns(tmp_path, recipe, files, method, objective):
     recipe = replace(recipe, method=method, objective=objective, beta=0.1)
     if objective == "dpo":
@@ -134,7 +134,7 @@ def test_only_the_last_layers_are_trained_in_full(recipe):
 
 @pytest.mark.parametrize("stop", [2, 5, 9])
 def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, recipe, stop):
-    steps = tune(prepare_tuning(recipe), tmp_path / "run")
+    steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run")
     for _ in range(stop):
         next(steps)
     steps.close()
@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_not_published(tmp_path, whole_run, recipe, file
     shutil.copytree(whole_run, tmp_path / "run")
     damaged = tmp_path / "run" / "checkpoints" / "step-00000012" / "adapters.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:500])
-    steps = tune(prepare_tuning(recipe), tmp_path / "run", resume=True)
+    steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run", resume=True)
     assert next(steps).step == 10
     steps.close()
     names = [folder.name for folder in checkpoint_folders(tmp_path / "run")]
@@ -229,7 +229,7 @@ def test_accumulated_batches_make_the_step_of_one_large_one(recipe, method):
 
 
 def test_layer_by_layer_makes_the_same_run(tmp_path, whole_run, recipe):
-    tuned(replace(recipe, recompute_layers=True), tmp_path / "run")
+    tuned(replace(recipe, gradient_checkpointing=True), tmp_path / "run")
     one, other = losses(tmp_path / "run"), losses(whole_run)
     for step in (6, 12):
         assert one[step][3] == pytest.approx(other[step][3], rel=1e-3)
@@ -292,7 +292,7 @@ def test_a_better_loss_begins_the_count_of_early_stop_anew(tmp_path, recipe, mon
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recipe, files, monkeypatch):
-    steps = tune(prepare_tuning(recipe), tmp_path / "run")
+    steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run")
     for _ in range(5):
         next(steps)
     monkeypatch.setattr(trainer_module, "learning_rate", lambda recipe, step: float("inf"))
@@ -392,7 +392,7 @@ def test_memory_is_predicted_from_shapes(recipe):
     large = tuning_memory(prepare_tuning(replace(recipe, batch_size=8)))
     assert small.fits
     assert 1.5 < large.activation_bytes / small.activation_bytes < 2.1
-    assert tuning_memory(prepare_tuning(replace(recipe, recompute_layers=True))).peak_bytes < small.peak_bytes
+    assert tuning_memory(prepare_tuning(replace(recipe, gradient_checkpointing=True))).peak_bytes < small.peak_bytes
     assert tuning_memory(prepare_tuning(replace(recipe, method="dora"))).peak_bytes > small.peak_bytes
     assert tuning_memory(prepare_tuning(replace(recipe, batch_size=8)), processes=2) == small
 
@@ -416,7 +416,7 @@ class TestCommand:
     def test_shows_what_it_does(self, files, tmp_path):
         done = self.tune(files, tmp_path / "run", "--steps", "3", "--sample-prompt", "The fox")
         assert done.returncode == 0, done.stderr
-        assert "24 examples in completion format, 6 held out" in done.stderr
+        assert "24 examples in completion format, 6 for validation" in done.stderr
         assert re.search(r"The fox 0 ran\[\[ to the \w+\.\]\]", done.stderr)
         assert "trains 3,328 " in done.stderr
         assert "memory: about" in done.stderr
@@ -433,7 +433,7 @@ class TestCommand:
     def test_a_dry_run_writes_nothing(self, files, tmp_path):
         done = self.tune(files, tmp_path / "run", "--dry-run", "--json", "--rank", "8")
         found = json.loads(done.stdout)
-        assert (found["examples"], found["held_out"], found["recipe"]["rank"]) == (24, 6, 8)
+        assert (found["examples"], found["validation_examples"], found["recipe"]["rank"]) == (24, 6, 8)
         assert found["recipe"]["learning_rate"] == 0.01  # of the file
         assert found["memory"]["fits"]
         assert not (tmp_path / "run").exists()

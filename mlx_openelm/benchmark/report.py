@@ -26,7 +26,7 @@ HEADINGS = (
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """All results of one call."""
 
     results: tuple[Result, ...]

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,9 +19,8 @@ from .options import Adapter, Force, Json, Revision, examples
 from .terminal import INTERRUPTED, print_json, say
 
 if TYPE_CHECKING:
-    from ..benchmark.measure import Case, Result
-    from ..benchmark.models import Contestant
-    from ..benchmark.report import Report
+    from ..benchmark.measure import Result
+    from ..benchmark.report import BenchReport
     from ..cache.config import CacheConfig
     from ..model.openelm import OpenELM
 
@@ -31,7 +30,6 @@ EXAMPLES = examples(
     "openelm-mlx bench -m OpenELM-1_1B --prompt-tokens 128,512 --batch-size 1,8 --kv full,8,4",
     "openelm-mlx bench --preset 270M --paper --plot limits.png --output results.json",
 )
-_PEERS = ("mlx-lm",)
 
 
 def bench(
@@ -78,17 +76,13 @@ def bench(
     revision: Revision = None,
 ) -> None:
     """Measure tokens per second, time to first token, peak memory, and the share of the memory bandwidth limit."""
-    from ..benchmark.measure import PAPER_CASE, PAPER_PROMPT, Case, measure
-    from ..benchmark.models import Ours, Peer
-    from ..benchmark.report import Report
+    from ..benchmark.bench import bench_cases, check_cases
+    from ..benchmark.measure import PAPER_CASE, Case
+    from ..benchmark.report import BenchReport
     from ..machine.device import wired_memory
     from ..machine.hardware import describe, memory_bandwidth
     from ..plot import check_picture, plot_bench
 
-    if against is not None and against not in _PEERS:
-        raise BenchError(f"--against must be {', '.join(_PEERS)}; got {against!r}")
-    if rounds < 1:
-        raise BenchError(f"--rounds must be at least 1; got {rounds}")
     if as_json + as_csv + as_markdown > 1:
         raise BenchError("--json, --csv and --markdown are mutually exclusive")
     lengths = (_numbers("--prompt-tokens", prompt_tokens), _numbers("--tokens", tokens, least=2))
@@ -96,7 +90,7 @@ def bench(
         lengths = ([PAPER_CASE.prompt_tokens], [PAPER_CASE.max_tokens])
     kinds = [_kind(name) for name in _split(kv)]
     cases = [Case(*values) for values in product(*lengths, _numbers("--batch-size", batch_size), kinds)]
-    _check_cases(cases, against)
+    check_cases(cases, against, rounds)
     networks = _networks(model or [], preset, dtype, _numbers("--quantize", quantize, least=0), adapter, revision)
     with ExitStack() as claims:
         figures, picture = (
@@ -108,25 +102,27 @@ def bench(
         bandwidth = memory_bandwidth()
         results: list[Result] = []
         interrupted = False
-        about: dict[str, Any] = {"bandwidth": bandwidth, "rounds": rounds}
         try:
             with _progress() as moved, wired_memory():
                 for name, network in networks:
-                    if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
-                        raise BenchError(f"the vocabulary of {name} is too small for the prompt of --paper")
-                    contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
-                    on_round = partial(_show_round, moved, name, rounds)
-                    for case in cases:
-                        prompts = [list(PAPER_PROMPT)] * case.batch_size if paper else None
-                        results.append(
-                            measure(network, contestants, case, model=name, prompts=prompts, on_round=on_round, **about)
-                        )
+                    for result in bench_cases(
+                        network,
+                        cases,
+                        name=name,
+                        bandwidth=bandwidth,
+                        against=against,
+                        rounds=rounds,
+                        compiled=compiled,
+                        paper=paper,
+                        on_round=partial(_show_round, moved, name, rounds),
+                    ):
+                        results.append(result)
         except KeyboardInterrupt:
             if not results:
                 raise
             interrupted = True
             say(f"interrupted; showing the {len(results)} results so far")
-        report = Report(tuple(results), bandwidth, describe(shlex.join(["openelm-mlx", *sys.argv[1:]])))
+        report = BenchReport(tuple(results), bandwidth, describe(shlex.join(["openelm-mlx", *sys.argv[1:]])))
         if as_json:
             print_json(report.to_dict())
         elif as_csv:
@@ -141,14 +137,6 @@ def bench(
             plot_bench(report.to_dict(), picture)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def _check_cases(cases: Sequence[Case], against: str | None) -> None:
-    for case in cases:
-        if case.cache.window is not None and case.batch_size > 1:
-            raise BenchError("--kv window:N requires --batch-size 1")
-        if against and case.batch_size > 1 and case.cache.bits:
-            raise BenchError("mlx-lm cannot batch with a quantized KV cache; leave out --against, or use --kv full")
 
 
 def _show_round(show: Callable[[str], None], name: str, rounds: int, who: str, number: int) -> None:
@@ -227,7 +215,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def _print_table(report: Report) -> None:
+def _print_table(report: BenchReport) -> None:
     from rich.console import Console
     from rich.table import Table
 

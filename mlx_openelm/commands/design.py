@@ -11,9 +11,15 @@ from ..cache.config import kv_bytes_per_layer
 from ..config import OpenELMConfig
 from ..errors import ConfigError
 from ..files.output import output_file
-from ..model.design import FFN_MULTIPLIERS, QKV_MULTIPLIERS, Design, design, fit
-from ..model.design import parse_count as count
-from ..model.design import parse_multipliers as multipliers
+from ..model.design import (
+    FFN_MULTIPLIERS,
+    QKV_MULTIPLIERS,
+    Design,
+    design,
+    fit,
+    parse_count as count,
+    parse_multipliers as multipliers,
+)
 from .options import Force, Json, examples
 from .terminal import print_json, say
 

@@ -43,7 +43,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its model and write the result as a standalone model."""
     from ..errors import ConfigError
-    from ..merging import merge_folder
+    from ..merging import merge as run
     from ..quantization import Quantization
 
     wanted = quantize is not None or mode is not None
@@ -53,7 +53,7 @@ def merge(
         raise ConfigError("--group-size requires --quantize or --mode")
     quantization = Quantization.of(quantize, group_size, mode) if wanted else None
     with byte_bar("merging") as update:
-        result = merge_folder(
+        result = run(
             model,
             adapter,
             output,

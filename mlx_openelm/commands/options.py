@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
+MODEL_VARIABLE = "OPENELM_MLX_MODEL"
 Model = Annotated[
     str,
-    typer.Option(
-        "--model", "-m", envvar="OPENELM_MLX_MODEL", help="Model folder, hub id or built-in model.", metavar="M"
-    ),
+    typer.Option("--model", "-m", envvar=MODEL_VARIABLE, help="Model folder, hub id or built-in model.", metavar="M"),
 ]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", help="Maximum number of tokens to generate.", metavar="N")

@@ -5,71 +5,86 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .terminal import mib, say
+from ..files.names import resolved
+from ..training.checkpoints import checkpoint_folders
+from ..training.run import TrainingCallback
+from .terminal import INTERRUPTED, byte_bar, fail, mib, say
 
 if TYPE_CHECKING:
     from ..training.loop import Metrics
+    from ..training.tune import Tuning
 
 
-class TrainingView:
-    """Shows nothing; used in all processes but the first."""
+class TrainingView(TrainingCallback):
+    """Progress on stderr: on a terminal a bar with the time left, otherwise one line per logged step."""
 
-    def moved(self, metrics: Metrics) -> None:
-        """Called after every step."""
+    unit = "tokens"
 
-    def show(self, metrics: Metrics) -> None:
-        """Show metrics, when a step is logged or validated."""
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._bar: Any = None
+        self._steps = 0
 
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
-class _Lines(TrainingView):
-    """Lines, for when stderr is a file or a pipe."""
+    def on_tokenizing(self, done_bytes: int, total_bytes: int) -> None:
+        """Show how much of the corpus is tokenized."""
+        if self._bar is None:
+            self._bar = self._open.enter_context(byte_bar("tokenizing"))
+        self._bar(done_bytes, total_bytes)
 
-    def __init__(self, steps: int, unit: str):
-        self._steps = steps
-        self._unit = unit
+    def on_prepared(self, num_steps: int, tuning: Tuning | None) -> None:
+        """Start the bar of training steps."""
+        self._open.close()
+        self._bar, self._steps = None, num_steps
+        if not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    def show(self, metrics: Metrics) -> None:
-        say(f"step {metrics.step:,} of {self._steps:,}: {_text(metrics, self._unit)}")
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = self._open.enter_context(Progress(*columns, console=Console(stderr=True)))
+        self._task = self._bar.add_task("", total=num_steps)
+
+    def on_step(self, metrics: Metrics) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=metrics.step)
+
+    def on_metrics(self, metrics: Metrics) -> None:
+        """Print metrics and a sample."""
+        if self._bar is None:
+            say(f"step {metrics.step:,} of {self._steps:,}: {_text(metrics, self.unit)}")
+            if metrics.sample:
+                say(f"sample: {metrics.sample}")
+            return
+        self.on_step(metrics)
+        line = f"step {metrics.step:,}: {_text(metrics, self.unit)}"
+        self._bar.console.print(line, markup=False, highlight=False)
         if metrics.sample:
-            say(f"sample: {metrics.sample}")
+            self._bar.console.print(metrics.sample, style="dim", markup=False)
 
-
-class _Bar(TrainingView):
-    """Lines above a progress bar with the time left, for a terminal."""
-
-    def __init__(self, progress: Any, steps: int, unit: str):
-        self._progress = progress
-        self._task = progress.add_task("", total=steps)
-        self._unit = unit
-
-    def moved(self, metrics: Metrics) -> None:
-        self._progress.update(self._task, completed=metrics.step)
-
-    def show(self, metrics: Metrics) -> None:
-        self.moved(metrics)
-        line = f"step {metrics.step:,}: {_text(metrics, self._unit)}"
-        self._progress.console.print(line, markup=False, highlight=False)
-        if metrics.sample:
-            self._progress.console.print(metrics.sample, style="dim", markup=False)
+    def on_message(self, message: str) -> None:
+        """Print a message."""
+        say(message)
 
 
 @contextmanager
-def training_view(steps: int, main: bool, unit: str = "tokens") -> Iterator[TrainingView]:
-    """The view of a running training: a bar on a terminal, lines otherwise, nothing outside the main process."""
-    if not main:
-        yield TrainingView()
-        return
-    if not sys.stderr.isatty():
-        yield _Lines(steps, unit)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        yield _Bar(progress, steps, unit)
+def resumable(output: Path) -> Iterator[None]:
+    """On Ctrl-C, say whether the run can be resumed, and exit."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = checkpoint_folders(resolved(output))
+        fail(
+            f"interrupted; use --resume to continue {output}" if saved else "interrupted before the first checkpoint",
+            INTERRUPTED,
+        )
 
 
 def _text(metrics: Metrics, unit: str) -> str:

@@ -11,7 +11,7 @@ from ..tensors import LazyTensor
 from .source import Source, Tensor
 
 
-def average(sources: Sequence[Source]) -> Source:
+def averaged_source(sources: Sequence[Source]) -> Source:
     """A source whose tensors are the means of those of the others, added up in float32.
 
     Raises:

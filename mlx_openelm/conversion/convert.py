@@ -57,7 +57,7 @@ def convert(
     force: bool = False,
     revision: str | None = None,
     alpha: float | None = None,
-    on_progress: Callable[[str, int, int], None] = lambda name, done_bytes, total_bytes: None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Conversion:
     """Write the MLX folder of an OpenELM, whatever form its weights are in.
 
@@ -128,10 +128,28 @@ def convert(
         def on_written(name: str, nbytes: int) -> None:
             nonlocal done_bytes
             done_bytes += nbytes
-            on_progress(name, done_bytes, result.output_bytes)
+            if on_progress is not None:
+                on_progress(name, done_bytes, result.output_bytes)
 
         write_model(place, found.config, tensors, add_files=add_files, on_written=on_written)
         return result
+
+
+def average(
+    checkpoints: Sequence[str | Path],
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    force: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Conversion:
+    """Write the average of checkpoints of one run, as Apple did for its final weights; see `convert`.
+
+    Raises:
+        WeightsError: if the models have different shapes.
+        OpenELMError: of the kind that fits; nothing is written then.
+    """
+    return convert(checkpoints, output, dtype=dtype, force=force, on_progress=on_progress)
 
 
 def _wanted_quantization(

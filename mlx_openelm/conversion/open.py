@@ -11,7 +11,7 @@ from ..tokenizer.files import find_tokenizer, has_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
 from .adapters.common import with_vocabulary
 from .adapters.corenet import read_fine_tuned
-from .average import average
+from .average import averaged_source
 from .read.config import read_config
 from .read.corenet import checkpoint_tensors, holds_adapter, read_apple_mlx, read_checkpoint
 from .read.huggingface import read_huggingface
@@ -33,7 +33,7 @@ def open_source(
     named = read_config(config) if config is not None else None
     path = Path(sources[0]).expanduser()
     if len(sources) > 1:
-        return average([open_source([source], config=config, revision=revision) for source in sources])
+        return averaged_source([open_source([source], config=config, revision=revision) for source in sources])
 
     if path.suffix in TORCH_SUFFIXES and not path.is_dir():
         if not path.is_file():

@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..files.output import output_folder
 from ..tokenizer.tokenizer import Tokenizer
 from .batch import TokenBatch, counted_targets
-from .text_files import Source, read_documents
+from .text_files import TextSource, read_documents
 
 PACKINGS = ("stream", "documents", "rows")
 _SPLITS = ("train", "validation")
@@ -71,7 +71,7 @@ class Corpus:
 
 
 def prepare_corpus(
-    sources: Sequence[Source],
+    sources: Sequence[TextSource],
     tokenizer: Tokenizer,
     filters: Filters,
     cache: Path,
@@ -148,7 +148,7 @@ def _split(text: str, filters: Filters) -> str:
     return "validation" if zlib.crc32(text.encode()) < filters.validation_share * _HASH_STEPS else "train"
 
 
-def _fingerprint(sources: Sequence[Source], files: list[list[Path]], tokenizer: Tokenizer, filters: Filters) -> str:
+def _fingerprint(sources: Sequence[TextSource], files: list[list[Path]], tokenizer: Tokenizer, filters: Filters) -> str:
     about: dict[str, Any] = {
         "files": [[[path.name, path.stat().st_size, _ends(path)] for path in paths] for paths in files],
         "text_keys": [source.text_key for source in sources],

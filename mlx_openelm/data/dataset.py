@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import DataError, TokenizerError
 from ..tokenizer.tokenizer import Tokenizer
-from .formats import FIELD_NAMES, Example, Preference, encode_record, kind_of
+from .formats import FIELD_NAMES, Example, PreferencePair, encode_record, kind_of
 from .record_files import RECORD_ENDINGS, read_records
 from .text_files import BrokenLines
 
@@ -59,7 +59,7 @@ class ExampleSet:
     """Examples of one kind, and what became of the records of their file."""
 
     kind: str
-    examples: tuple[Example, ...] | tuple[Preference, ...]
+    examples: tuple[Example, ...] | tuple[PreferencePair, ...]
     path: Path
     num_cut: int = 0
     num_dropped: int = 0  # too long, without an answer, or pairs of equal answers
@@ -122,9 +122,11 @@ def _fields(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     return {name: value for name, value in {**others, **ours}.items() if value is not None}
 
 
-def _fitted(example: Example | Preference, options: ExampleOptions) -> Example | Preference:
-    if isinstance(example, Preference):
-        return Preference(*(_cut(_shortened(side, options.max_prompt), options.max_length) for side in example.sides))
+def _fitted(example: Example | PreferencePair, options: ExampleOptions) -> Example | PreferencePair:
+    if isinstance(example, PreferencePair):
+        return PreferencePair(
+            *(_cut(_shortened(side, options.max_prompt), options.max_length) for side in example.sides)
+        )
     example = _shortened(example, options.max_prompt)
     if options.train_on == "all":
         example = Example(example.tokens, np.arange(len(example.tokens)) > 0)
@@ -144,14 +146,14 @@ def _cut(example: Example, length: int) -> Example:
     return Example(example.tokens[:length], example.answer[:length])
 
 
-def _teaches(example: Example | Preference) -> bool:
+def _teaches(example: Example | PreferencePair) -> bool:
     """Whether there is an answer, and of pairs, two that differ."""
-    if isinstance(example, Preference) and np.array_equal(example.chosen.tokens, example.rejected.tokens):
+    if isinstance(example, PreferencePair) and np.array_equal(example.chosen.tokens, example.rejected.tokens):
         return False
     return all(side.answer.any() for side in example.sides)
 
 
-def _content(example: Example | Preference) -> bytes:
+def _content(example: Example | PreferencePair) -> bytes:
     """What tells examples apart."""
     return b"".join(
         len(side.tokens).to_bytes(4, "little") + side.tokens.tobytes() + side.answer.tobytes() for side in example.sides

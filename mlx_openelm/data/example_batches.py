@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from .batch import TokenBatch, counted_targets
-from .formats import Example, Preference
+from .formats import Example, PreferencePair
 
 _WIDTH_STEP = 32  # rows come in few widths, each of which is compiled once
 _WINDOW = 16  # batches whose examples are sorted by length together
@@ -25,7 +25,7 @@ class ExampleBatches:
 
     def __init__(
         self,
-        examples: Sequence[Example] | Sequence[Preference],
+        examples: Sequence[Example] | Sequence[PreferencePair],
         batch_size: int,
         *,
         max_length: int,
@@ -89,7 +89,7 @@ class ExampleBatches:
 
 
 def all_rows(
-    examples: Sequence[Example] | Sequence[Preference], batch_size: int, first: int = 0, stride: int = 1
+    examples: Sequence[Example] | Sequence[PreferencePair], batch_size: int, first: int = 0, stride: int = 1
 ) -> Iterator[TokenBatch]:
     """Every example or pair once, to validate with: the longest first, so that memory runs short at once or never.
 

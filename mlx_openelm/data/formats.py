@@ -37,7 +37,7 @@ class Example:
 
 
 @dataclass(frozen=True, eq=False)
-class Preference:
+class PreferencePair:
     """Two answers to the same prompt, of which the first is the better one."""
 
     chosen: Example
@@ -64,7 +64,7 @@ def kind_of(record: Mapping[str, Any], named: Collection[str] = ()) -> str:
 
 def encode_record(
     kind: str, record: Mapping[str, Any], tokenizer: Tokenizer, *, indent: int = 0
-) -> Example | Preference:
+) -> Example | PreferencePair:
     """The example that a record of this kind stands for, at its full length.
 
     Args:
@@ -161,11 +161,11 @@ def _num_shared(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.argmin(np.append(one[:shortest] == other[:shortest], False)))
 
 
-def _preference(record: Mapping[str, Any], tokenizer: Tokenizer) -> Preference:
+def _preference(record: Mapping[str, Any], tokenizer: Tokenizer) -> PreferencePair:
     chosen, rejected = record["chosen"], record["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt = _text(record, "prompt")
-        return Preference(*(encode_completion(prompt, answer, tokenizer) for answer in (chosen, rejected)))
+        return PreferencePair(*(encode_completion(prompt, answer, tokenizer) for answer in (chosen, rejected)))
     before = _messages(record, "prompt") if isinstance(record.get("prompt"), list) else []
     sides = [[*before, *_messages(record, name)] for name in ("chosen", "rejected")]
     shared = 0
@@ -175,7 +175,7 @@ def _preference(record: Mapping[str, Any], tokenizer: Tokenizer) -> Preference:
         shared += 1
     if shared == 0:
         raise DataError("chosen and rejected have no message in common that both answer")
-    return Preference(*(encode_conversation(side, tokenizer, first=shared) for side in sides))
+    return PreferencePair(*(encode_conversation(side, tokenizer, first=shared) for side in sides))
 
 
 def _text(record: Mapping[str, Any], name: str) -> str:

@@ -22,7 +22,7 @@ _UTF8 = "utf-8-sig"  # some editors and spreadsheets put a mark in front, which 
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Files that belong together.
 
     Attributes:

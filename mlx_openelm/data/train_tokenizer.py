@@ -7,13 +7,13 @@ from pathlib import Path
 from ..errors import DataError, TokenizerError
 from ..files.output import output_file
 from ..tokenizer.tokenizer import Tokenizer
-from .text_files import Source, read_documents
+from .text_files import TextSource, read_documents
 
 _LONGEST_SENTENCE = 4000  # bytes; SentencePiece passes over longer ones
 
 
 def train_tokenizer(
-    sources: Sequence[Source], size: int, path: Path, *, sample_bytes: int = 50_000_000, seed: int = 0
+    sources: Sequence[TextSource], size: int, path: Path, *, sample_bytes: int = 50_000_000, seed: int = 0
 ) -> Tokenizer:
     """Make a `tokenizer.model` of `size` pieces at `path` from a sample of the documents, of each source by its weight.
 
@@ -52,7 +52,7 @@ def train_tokenizer(
     return Tokenizer(path)
 
 
-def _sample(sources: Sequence[Source], sample_bytes: int, seed: int) -> Iterator[str]:
+def _sample(sources: Sequence[TextSource], sample_bytes: int, seed: int) -> Iterator[str]:
     """Lines of documents chosen at random: of each source a share like its weight, of all no more than the sample."""
     import unicodedata
 

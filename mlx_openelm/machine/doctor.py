@@ -20,7 +20,7 @@ _SLOW_GFLOPS = 20  # a vectorised BLAS is above on any core of the last ten year
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """The findings of `examine`."""
 
     versions: dict[str, str]
@@ -39,11 +39,11 @@ class Report:
         return asdict(self)
 
 
-def examine() -> Report:
+def examine() -> Diagnosis:
     """Look at the machine; takes a second, for one measured matrix multiplication."""
     gflops = _matmul_gflops()
     blas = blas_in_use() if sys.platform.startswith("linux") and on_cpu() else None
-    return Report(
+    return Diagnosis(
         versions={"openelm-mlx": __version__, **{name: installed_version(name) or "missing" for name in _PACKAGES}},
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",

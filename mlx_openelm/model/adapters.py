@@ -18,12 +18,20 @@ from ..errors import AdapterError, OpenELMError, shorten
 from ..quantization import matrix_shape
 from ..tensors import read_safetensors, save_arrays
 from ..version import __version__
-from .lora import EMBEDDING_TARGET, LINEAR_TARGETS, MAGNITUDE, AdapterConfig, adapters, cache_scales, wrap
-from .lora import METHODS as ADAPTER_METHODS
+from .lora import (
+    ADAPTER_METHODS,
+    EMBEDDING_TARGET,
+    LINEAR_TARGETS,
+    MAGNITUDE,
+    AdapterConfig,
+    adapters,
+    cache_scales,
+    wrap,
+)
 from .openelm import OpenELM
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapters.safetensors"
-METHODS = (*ADAPTER_METHODS, "full")
+TUNING_METHODS = (*ADAPTER_METHODS, "full")
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """
     values = read_adapter_config(folder)
     method = values.get("fine_tune_type", "lora")
-    if method not in METHODS:
+    if method not in TUNING_METHODS:
         raise AdapterError(
-            f"{folder / CONFIG_FILE}: unknown fine_tune_type {method!r} (choose from {', '.join(METHODS)})"
+            f"{folder / CONFIG_FILE}: unknown fine_tune_type {method!r} (choose from {', '.join(TUNING_METHODS)})"
         )
     lora = values.get("lora_parameters") or {}
     if not isinstance(lora, dict) or (method != "full" and "scale" not in lora):

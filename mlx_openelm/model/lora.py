@@ -20,7 +20,7 @@ from ..errors import AdapterError, ConfigError, shorten
 from ..quantization import dequantized, matrix_shape
 from .openelm import OpenELM
 
-METHODS = ("lora", "dora")
+ADAPTER_METHODS = ("lora", "dora")
 MAGNITUDE = "m"  # the last part of its name
 LINEAR_TARGETS = ("qkv_proj", "out_proj", "proj_1", "proj_2")
 EMBEDDING_TARGET = "token_embeddings"
@@ -44,8 +44,8 @@ class AdapterConfig:
     layers: int = 0  # that many from the end on; 0: all
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method is {self.method!r}; adapters are {', '.join(METHODS)}")
+        if self.method not in ADAPTER_METHODS:
+            raise ConfigError(f"unknown method {self.method!r} (choose from {', '.join(ADAPTER_METHODS)})")
         if self.rank < 1:
             raise ConfigError(f"rank must be positive; got {self.rank}")
         if not 0 <= self.dropout < 1:

@@ -36,7 +36,7 @@ def has_tokenizer(folder: Path | None) -> bool:
 
 
 def find_tokenizer(
-    requested: str | None, folder: Path | None, vocab_size: int, *, chat: bool, revision: str | None = None
+    requested: str | Path | None, folder: Path | None, vocab_size: int, *, chat: bool, revision: str | None = None
 ) -> tuple[Tokenizer, str]:
     """A model's tokenizer, and where it came from in words.
 
@@ -53,7 +53,7 @@ def find_tokenizer(
         path = Path(requested).expanduser()
         place = path.parent if path.is_file() else model_folder(requested, revision)
         tokenizer = Tokenizer(path, chat=chat) if path.is_file() else _from_folder(place, chat)
-        origin = path.name if path.exists() else requested
+        origin = path.name if path.exists() else str(requested)
     elif has_tokenizer(folder):
         assert folder is not None
         tokenizer, origin = _from_folder(folder, chat), "the model's own"

@@ -46,6 +46,34 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
 
 
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the best validation loss; without validation, the last one."""
+    folders = checkpoint_folders(run)
+    if not folders:
+        return None
+    best = read_state(folders[-1])["best_step"]
+    named = checkpoint_folder(run, best) if best is not None else folders[-1]
+    return named if named in folders else folders[-1]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Step, recipe, and best validation loss of a checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return state
+
+
+def check_output(run: Path, resume: bool) -> None:
+    """Make sure that a run may be kept in this folder, before anything is loaded.
+
+    Raises:
+        TrainingError: if another run is there, or none to resume.
+    """
+    if not resume:
+        check_fresh(run)
+    elif not checkpoint_folders(run):
+        raise TrainingError(f"{run} has no checkpoint to resume from; start without `resume`")
+
+
 def check_fresh(run: Path) -> None:
     """Make sure that a run may begin in this folder, because nothing in it would be overwritten.
 

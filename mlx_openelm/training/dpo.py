@@ -24,7 +24,7 @@ PREFERENCE_LOSSES = ("sigmoid", "hinge")
 
 
 @dataclass(frozen=True)
-class Preference:
+class DPO:
     """The loss of pairs: rows 2i of a batch are chosen, rows 2i + 1 rejected.
 
     Raises:

@@ -28,16 +28,16 @@ _LAYERS = "transformer.layers."
 _EMBEDDING = "transformer.token_embeddings."
 
 
-def gradients_of(model: OpenELM, objective: Objective, dtype: mx.Dtype, recompute_layers: bool) -> Gradients:
+def gradients_of(model: OpenELM, objective: Objective, dtype: mx.Dtype, gradient_checkpointing: bool) -> Gradients:
     """A function of the trained parameters (float32) and a batch.
 
     It gives the sums of the objective, float32 (K,), and the gradients of the sum that it minimises, float32. A batch
-    may hold a random key as `dropout`. Both ways of `recompute_layers` give the same.
+    may hold a random key as `dropout`. Both ways of `gradient_checkpointing` give the same.
 
     Args:
         dtype: to compute in.
     """
-    if recompute_layers:
+    if gradient_checkpointing:
         return LayerwiseBackward(model, objective, dtype)
     return mx.compile(partial(_at_once, model, objective, dtype))
 

@@ -67,7 +67,7 @@ class StepShape:
     length: int
     counted: int
     method: str = "lora"
-    recompute_layers: bool = False
+    gradient_checkpointing: bool = False
     is_quantized: bool = False
     loss_chunk: int = DEFAULT_CHUNK
     dtype: mx.Dtype = mx.float32
@@ -87,7 +87,7 @@ def tuning_memory(tuning: Tuning, processes: int = 1) -> TuningMemory:
         length,
         rows * length if recipe.pack else min(sum(answers), rows * length),
         recipe.method,
-        recipe.recompute_layers,
+        recipe.gradient_checkpointing,
         any(name.endswith(".scales") for name in own),
         recipe.loss_chunk,
         DTYPES[recipe.dtype],
@@ -116,7 +116,7 @@ def _activation_bytes(shape: StepShape) -> float:
     ]
     at_work = [_at_work(widths, shape) for widths in layers]
     inputs = float(tokens * config.model_dim)
-    saved = [inputs if shape.recompute_layers else _saved(widths, shape) for widths in layers]
+    saved = [inputs if shape.gradient_checkpointing else _saved(widths, shape) for widths in layers]
     largest = max(layers, key=sum)
     weights = config.model_dim * (largest[1] * 5 // 3 + 3 * largest[2])  # about those of the largest layer
     vocabulary = config.vocab_size * config.model_dim
@@ -128,7 +128,7 @@ def _activation_bytes(shape: StepShape) -> float:
     size = shape.dtype.size
     logits = _LOGITS * min(shape.loss_chunk, shape.counted) * config.vocab_size + 2 * shape.counted * config.model_dim
     stages = [*(numbers * size for numbers in layer), head * size + logits * mx.float32.size]
-    if shape.method == "full" and shape.recompute_layers:  # gradients of the layers before are still to come
+    if shape.method == "full" and shape.gradient_checkpointing:  # gradients of the layers before are still to come
         to_come = [mx.float32.size * sum(config.layer_parameters[:number]) for number in range(len(stages))]
         stages = [nbytes - gradients for nbytes, gradients in zip(stages, to_come, strict=True)]
     return max(stages)

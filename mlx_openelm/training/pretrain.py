@@ -4,8 +4,8 @@ The defaults are those of the paper where it gives one (OpenELM, arXiv:2404.1461
 """
 
 import json
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,21 +14,26 @@ import mlx.core as mx
 from ..config import OpenELMConfig
 from ..conversion.read.config import config_from_dict
 from ..data.batch import TokenBatch
-from ..data.corpus import PACKINGS, Corpus, CorpusBatches, validation_rows
-from ..data.text_files import Source
+from ..data.corpus import PACKINGS, Corpus, CorpusBatches, Filters, prepare_corpus, validation_rows
+from ..data.text_files import TextSource
+from ..data.train_tokenizer import train_tokenizer
 from ..errors import ConfigError
 from ..files.lock import LockedFolder
 from ..model.openelm import OpenELM, parameter_shapes
 from ..tensors import save_arrays
-from ..tokenizer.files import write_tokenizer
+from ..tokenizer.files import find_tokenizer, write_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
+from .checkpoints import together
 from .loop import Metrics, train
 from .loss import CrossEntropy
 from .optimizer import Tensors
-from .recipe import Recipe
+from .recipe import Recipe, changed, setting
 from .trainer import Trainer
 
 RECIPES = Path(__file__).parents[1] / "assets" / "recipes" / "pretrain"
+
+
+_DATA = "Model and data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,32 +44,35 @@ class PretrainRecipe(Recipe):
         ConfigError: naming the field, if a value is impossible.
     """
 
-    model: OpenELMConfig
-    data: tuple[Source, ...] = ()
-    tokenizer: str = ""  # file, folder or hub id
-    train_tokenizer: int = 0  # pieces of a vocabulary to be made from the data; 0 takes `tokenizer`
-    steps: int = 350_000
-    batch_size: int = 2048  # rows a step, over all processes
-    micro_batch_size: int = 0  # rows that one process computes at once; 0: all of its own
-    sequence_length: int = 2048
-    packing: str = "stream"  # "documents": as "stream", but none sees another; "rows": one document a row
-    min_characters: int = 0
-    min_tokens: int = 0
-    validation_share: float = 0.02  # of the documents
-    validation_rows: int = 200
-    learning_rate: float = 0.0024
-    warmup_steps: int = 5000
-    z_loss: float = 1e-4
+    model: OpenELMConfig = setting(MISSING, "Published size such as 270M, or a table of widths.", _DATA)
+    data: tuple[TextSource, ...] = setting((), "Text files, or a table of sources with weights.", _DATA, is_path=True)
+    tokenizer: str | Path = setting("", "Tokenizer file, folder or hub id.", _DATA, is_path=True)
+    train_tokenizer: int = setting(
+        0, "Train a tokenizer with this many tokens on the data; 0: use tokenizer.", _DATA, at_least=0
+    )
+    sequence_length: int = setting(2048, "Tokens per row.", _DATA, above=0)
+    packing: str = setting(
+        "stream",
+        "How documents fill rows: stream; documents (they do not attend to one another); rows (one each).",
+        _DATA,
+        choices=PACKINGS,
+    )
+    min_characters: int = setting(0, "Skip documents with fewer characters.", _DATA, at_least=0)
+    min_tokens: int = setting(0, "Skip documents with fewer tokens.", _DATA, at_least=0)
+    validation_share: float = setting(0.02, "Share of the documents to hold out.", _DATA, at_least=0, below=1)
+    validation_rows: int = setting(
+        200, "Maximum rows per validation; 0: all.", "Validation and checkpoints", at_least=0, can_change=True
+    )
+    steps: int = changed(Recipe, "steps", 350_000)
+    batch_size: int = changed(Recipe, "batch_size", 2048)
+    micro_batch_size: int = setting(
+        0, "Rows that a process computes at once; 0: all of its rows.", "Compute", at_least=0, can_change=True
+    )
+    learning_rate: float = changed(Recipe, "learning_rate", 0.0024)
+    warmup_steps: int = changed(Recipe, "warmup_steps", 5000)
+    z_loss: float = changed(Recipe, "z_loss", 1e-4)
 
     folder: ClassVar[Path] = RECIPES
-    free: ClassVar[frozenset[str]] = Recipe.free | {"micro_batch_size", "validation_rows"}
-    _choices: ClassVar[dict[str, tuple[str, ...]]] = {**Recipe._choices, "packing": PACKINGS}
-    _positive: ClassVar[tuple[str, ...]] = (*Recipe._positive, "sequence_length")
-    _not_negative: ClassVar[tuple[str, ...]] = (
-        *Recipe._not_negative,
-        *("micro_batch_size", "min_characters", "min_tokens", "validation_rows"),
-    )
-    _shares: ClassVar[tuple[str, ...]] = (*Recipe._shares, "validation_share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,14 +83,19 @@ class PretrainRecipe(Recipe):
             )
 
     @classmethod
-    def _read(cls, name: str, value: Any, default: Any, folder: Path) -> Any:
+    def _placed(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        placed = super()._placed(values, folder)
+        if "data" in values:  # patterns too
+            placed["data"] = [replace(source, path=str(folder / source.path)) for source in _sources(values["data"])]
+        return placed
+
+    @classmethod
+    def _read(cls, name: str, value: Any, entry: "Field[Any]") -> Any:
         if name == "model":
             return _model(value)
         if name == "data":
-            return tuple(_source(entry, folder) for entry in (value if isinstance(value, list) else [value]))
-        if name == "tokenizer" and value and (folder / str(value)).exists():
-            return str(folder / value)
-        return super()._read(name, value, default, folder)
+            return _sources(value)
+        return super()._read(name, value, entry)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as YAML and JSON can hold it; `from_dict` reads it back equal."""
@@ -90,6 +103,8 @@ class PretrainRecipe(Recipe):
 
 
 def _model(value: object) -> OpenELMConfig:
+    if isinstance(value, OpenELMConfig):
+        return value
     if isinstance(value, str):
         return OpenELMConfig.preset(value)
     if not isinstance(value, dict):
@@ -102,15 +117,20 @@ def _model(value: object) -> OpenELMConfig:
         raise ConfigError(f"model: {str(error).split('.')[-1]}") from error
 
 
-def _source(value: object, folder: Path) -> Source:
-    if isinstance(value, str):
-        value = {"path": value}
+def _sources(value: object) -> tuple[TextSource, ...]:
+    return tuple(_source(entry) for entry in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _source(value: object) -> TextSource:
+    if isinstance(value, TextSource):
+        return value
+    if isinstance(value, str | Path):
+        value = {"path": str(value)}
     try:
-        source = Source(**value)  # type: ignore[arg-type]
+        return TextSource(**value)  # type: ignore[arg-type]
     except TypeError as error:
-        names = ", ".join(entry.name for entry in fields(Source))
+        names = ", ".join(entry.name for entry in fields(TextSource))
         raise ConfigError(f"data: {value!r} is not a source (fields: {names})") from error
-    return replace(source, path=str(folder / source.path))
 
 
 class CorpusRows:
@@ -171,7 +191,42 @@ def fresh_trainer(recipe: PretrainRecipe, corpus: Corpus, group: mx.distributed.
     )
 
 
-def pretrain(
+def prepare_pretraining(
+    recipe: PretrainRecipe,
+    run: Path,
+    group: mx.distributed.Group,
+    *,
+    on_tokenizing: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+    on_message: Callable[[str], None] = lambda message: None,
+) -> tuple[Tokenizer, Corpus]:
+    """The tokenizer and the tokenized corpus of a run; the first process creates what does not exist yet.
+
+    Raises:
+        DataError: if the data cannot be read.
+        TokenizerError: if there is no tokenizer, or it does not fit the model.
+    """
+    is_first = group.rank() == 0
+    filters = Filters(recipe.min_characters, recipe.min_tokens, recipe.validation_share)
+    vocabulary = run / "tokenizer.model"
+
+    def make_vocabulary() -> None:
+        if is_first and recipe.train_tokenizer and not vocabulary.exists():
+            on_message(f"training a tokenizer with {recipe.train_tokenizer:,} tokens")
+            train_tokenizer(recipe.data, recipe.train_tokenizer, vocabulary)
+
+    def find_corpus() -> Corpus:
+        return prepare_corpus(recipe.data, tokenizer, filters, run / "corpus", on_tokenizing)
+
+    together(group, make_vocabulary)
+    if recipe.train_tokenizer:
+        tokenizer = Tokenizer(vocabulary)
+    else:
+        tokenizer, _ = find_tokenizer(recipe.tokenizer or None, None, recipe.model.vocab_size, chat=False)
+    corpus = together(group, lambda: find_corpus() if is_first else None)  # the others find it on disk
+    return tokenizer, corpus or find_corpus()
+
+
+def pretraining_steps(
     recipe: PretrainRecipe,
     corpus: Corpus,
     tokenizer: Tokenizer,
@@ -182,7 +237,7 @@ def pretrain(
     on_step: Callable[[Metrics], None] = lambda metrics: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Generator[Metrics, None, None]:
-    """Train from scratch to the recipe's last step; see `train`. A checkpoint is a model folder.
+    """Train from scratch to the recipe's last step, yielding metrics; see `train`. A checkpoint is a model folder.
 
     Raises:
         TrainingError: if the run cannot start or continue; the last good checkpoint stays.

@@ -1,11 +1,13 @@
-"""What every way of training has in common: the fields of a recipe, their defaults, and the YAML they are written in.
+"""Recipes: the settings of a training run, each with its default, its limits and its help text, and the YAML reader.
 
-`PretrainRecipe` and `TuneRecipe` add what is theirs, and defaults of their own.
+`PretrainRecipe` and `TuneRecipe` add their own settings. The options of `pretrain` and `tune` are made from them.
 """
 
 import json
+import math
+import os
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,90 +18,146 @@ from .loss import DEFAULT_CHUNK
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+SCHEDULES = ("cosine", "linear", "constant")
 _OLD_NAMES = {  # of fields, in recipes and runs that were written until 2026-11-25
     "accumulate": "grad_accumulation_steps",
     "clip": "max_grad_norm",
     "final_learning_rate": "min_lr_ratio",
+    "recompute_layers": "gradient_checkpointing",
 }
-SCHEDULES = ("cosine", "linear", "constant")
+_OLD_VALUES = {("objective", "likelihood"): "cross-entropy"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known about one field of a recipe besides its type and default.
+
+    Attributes:
+        help: one sentence, for `--help`.
+        group: heading under which `--help` shows it.
+        choices: allowed values; empty: any.
+        at_least, above, below: limits of a number.
+        is_path: a relative path in a recipe file starts at the file's folder.
+        can_change: a run may be resumed with another value, because the result stays the same.
+    """
+
+    help: str
+    group: str
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    is_path: bool = False
+    can_change: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ConfigError if a value is not allowed."""
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"unknown {name} {value!r} (choose from {', '.join(self.choices)})")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} must be finite; got {value}")
+        too_small = self.at_least is not None and value < self.at_least
+        if self.at_least is not None and self.below is not None and (too_small or value >= self.below):
+            raise ConfigError(f"{name} must be at least {self.at_least} and below {self.below}; got {value}")
+        if too_small:
+            raise ConfigError(
+                f"{name} must not be negative; got {value}"
+                if self.at_least == 0
+                else f"{name} must be at least {self.at_least}; got {value}"
+            )
+        if self.above is not None and not value > self.above:
+            raise ConfigError(
+                f"{name} must be positive; got {value}"
+                if self.above == 0
+                else f"{name} must be above {self.above}; got {value}"
+            )
+
+
+def setting(default: Any, help: str, group: str, **details: Any) -> Any:
+    """A recipe field; `details` are those of `Setting`. A dict as default is copied for each recipe."""
+    metadata = {"setting": Setting(help, group, **details)}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def changed(recipe: type["Recipe"], name: str, default: Any, **details: Any) -> Any:
+    """A field of another recipe with a new default, and with other details of its `Setting`."""
+    inherited = setting_of(recipe.__dataclass_fields__[name])
+    return field(default=default, metadata={"setting": replace(inherited, **details)})
+
+
+def setting_of(entry: "Field[Any]") -> Setting:
+    """The `Setting` of a recipe's field."""
+    found: Setting = entry.metadata["setting"]
+    return found
+
+
+_OPTIMIZER = "Optimizer"
+_COMPUTE = "Compute"
+_RUN = "Validation and checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How parameters are moved: steps, optimizer, precision, and when to look and to save.
+    """What every training run needs: steps, optimizer, precision, validation and checkpoints.
 
     Raises:
         ConfigError: naming the field, if a value is impossible.
     """
 
-    steps: int
-    batch_size: int
-    learning_rate: float
-    min_lr_ratio: float = 0.1  # as a share of the largest
-    initial_learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    schedule: str = "cosine"  # from the largest rate to the final one: "cosine", "linear" or "constant"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # of matrices
-    max_grad_norm: float = 1.0  # largest norm of the gradient; 0: none
-    z_loss: float = 0.0
-    dtype: str = "bfloat16"  # to compute in; what is trained and the optimizer are kept in float32
-    recompute_layers: bool = False  # gradient checkpointing: less memory, one more forward pass
-    loss_chunk: int = DEFAULT_CHUNK  # tokens whose logits stand in memory at once
-    seed: int = 0
-    log_every: int = 10
-    validate_first: bool = False  # before the first step too
-    validate_every: int = 1000
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
-    early_stop: int = 0  # validations in a row without a better loss that end the run; 0: never
-    sample_prompt: str = ""  # continued at each validation
+    steps: int = setting(MISSING, "Optimizer steps.", _OPTIMIZER, above=0, can_change=True)
+    batch_size: int = setting(MISSING, "Rows per optimizer step, over all processes.", _OPTIMIZER, above=0)
+    learning_rate: float = setting(MISSING, "Peak learning rate.", _OPTIMIZER, above=0)
+    min_lr_ratio: float = setting(0.1, "Final learning rate, as a share of the peak.", _OPTIMIZER, at_least=0)
+    initial_learning_rate: float = setting(1e-6, "Learning rate at the start of warm-up.", _OPTIMIZER, at_least=0)
+    warmup_steps: int = setting(0, "Warm-up steps.", _OPTIMIZER, at_least=0)
+    schedule: str = setting("cosine", "Learning rate after warm-up.", _OPTIMIZER, choices=SCHEDULES)
+    beta1: float = setting(0.9, "AdamW beta1.", _OPTIMIZER, at_least=0, below=1)
+    beta2: float = setting(0.95, "AdamW beta2.", _OPTIMIZER, at_least=0, below=1)
+    eps: float = setting(1e-8, "AdamW epsilon.", _OPTIMIZER, at_least=0)
+    weight_decay: float = setting(0.1, "Weight decay, on matrices only.", _OPTIMIZER, at_least=0)
+    max_grad_norm: float = setting(1.0, "Gradient norm to clip at; 0: no clipping.", _OPTIMIZER, at_least=0)
+    z_loss: float = setting(0.0, "Weight of the z-loss; 0: none.", _OPTIMIZER, at_least=0)
+    dtype: str = setting(
+        "bfloat16",
+        "Type to compute in; trained weights and optimizer state are float32.",
+        _COMPUTE,
+        choices=tuple(DTYPES),
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute layers in the backward pass: less memory, more time.", _COMPUTE, can_change=True
+    )
+    loss_chunk: int = setting(
+        DEFAULT_CHUNK, "Tokens whose logits are in memory at once.", _COMPUTE, above=0, can_change=True
+    )
+    seed: int = setting(0, "Random seed.", _COMPUTE, at_least=0)
+    log_every: int = setting(10, "Steps between logged metrics.", _RUN, above=0, can_change=True)
+    validate_first: bool = setting(False, "Validate before the first step too.", _RUN, can_change=True)
+    validate_every: int = setting(1000, "Steps between validations.", _RUN, above=0, can_change=True)
+    checkpoint_every: int = setting(1000, "Steps between checkpoints.", _RUN, above=0, can_change=True)
+    keep_checkpoints: int = setting(3, "Checkpoints to keep, besides the best one.", _RUN, above=0, can_change=True)
+    early_stop: int = setting(
+        0, "Stop after N validations without improvement; 0: never.", _RUN, at_least=0, can_change=True
+    )
+    sample_prompt: str = setting("", "Text to continue at each validation.", _RUN, can_change=True)
+
+    folder: ClassVar[Path]  # of the recipes that come with the package
 
     @property
     def warmup(self) -> int:
-        """Steps until the largest learning rate."""
+        """Steps until the peak learning rate."""
         return self.warmup_steps
 
-    folder: ClassVar[Path]  # of the recipes that come with the package
-    # Fields that change how a run is watched, kept and computed, but not what it computes.
-    free: ClassVar[frozenset[str]] = frozenset(
-        {"log_every", "validate_every", "validate_first", "checkpoint_every", "keep_checkpoints", "sample_prompt"}
-        | {"early_stop", "steps", "recompute_layers", "loss_chunk"}
-    )
-    _choices: ClassVar[dict[str, tuple[str, ...]]] = {"schedule": SCHEDULES}
-    _positive: ClassVar[tuple[str, ...]] = (
-        *("steps", "batch_size", "learning_rate", "log_every", "validate_every", "checkpoint_every"),
-        *("keep_checkpoints", "loss_chunk"),
-    )
-    _not_negative: ClassVar[tuple[str, ...]] = (
-        "warmup_steps",
-        "max_grad_norm",
-        "z_loss",
-        "weight_decay",
-        "early_stop",
-        "seed",
-    )
-    _shares: ClassVar[tuple[str, ...]] = ("beta1", "beta2")
-
     def __post_init__(self) -> None:
-        for name in self._positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
-        for name in self._not_negative:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative; got {getattr(self, name)}")
-        for name in self._shares:
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
-        for name, known in {"dtype": tuple(DTYPES), **self._choices}.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"unknown {name} {getattr(self, name)!r} (choose from {', '.join(known)})")
+        for entry in fields(self):
+            value = self._read(entry.name, getattr(self, entry.name), entry)
+            setting_of(entry).check(entry.name, value)
+            object.__setattr__(self, entry.name, value)
 
     @classmethod
-    def named(cls, name: str) -> Path:
-        """The file of a recipe: one that is named, or one that comes with the package, as in `270M`.
+    def named(cls, name: str | Path) -> Path:
+        """The path of a recipe: an existing file, or a recipe of the package such as `270M`.
 
         Raises:
             ConfigError: if there is neither.
@@ -108,60 +166,85 @@ class Recipe:
         if path.exists():
             return path
         packaged = {entry.stem: entry for entry in sorted(cls.folder.glob("*.yaml"))}
-        if name not in packaged:
+        if str(name) not in packaged:
             raise ConfigError(f"{name} does not exist; the recipes of the package are {', '.join(packaged)}")
-        return packaged[name]
+        return packaged[str(name)]
 
     @classmethod
-    def from_file(cls, path: Path, overrides: Mapping[str, str] | None = None, folder: Path | None = None) -> "Self":
-        """Read a recipe from YAML.
+    def from_file(
+        cls, path: str | Path, overrides: Mapping[str, Any] | None = None, folder: str | Path | None = None
+    ) -> "Self":
+        """Read a recipe from a YAML file.
 
         Args:
-            overrides: further fields as they are typed on a command line.
-            folder: what paths in it are relative to; by default, the file's own.
+            path: a file, or the name of a recipe of the package; see `named`.
+            overrides: fields that replace those of the file; paths in them are relative to the current folder.
+            folder: where relative paths in the file start; by default, the file's folder.
         Raises:
-            ConfigError: with the file's name, if it cannot be read or a field is unknown or impossible.
+            ConfigError: naming the file, if it cannot be read or a field is unknown or impossible.
         """
         import yaml
 
+        path = cls.named(path)
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            changes = {name: yaml.safe_load(text) for name, text in (overrides or {}).items()}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must contain a table of settings")
         try:
-            return cls.from_dict({**_renamed(values), **changes}, folder or path.parent)
+            values = cls._expanded(values)
+            cls._check_names(values)
+            return cls.from_dict(
+                {**cls._placed(values, Path(folder or path.parent)), **cls._expanded(overrides or {}, old=False)}
+            )
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], folder: Path = Path()) -> "Self":
-        """Read a recipe; every field is used or refused.
+    def from_dict(cls, values: Mapping[str, Any]) -> "Self":
+        """Read a recipe from a mapping such as `to_dict` gives; every field is used or refused.
 
-        Args:
-            folder: what paths are relative to.
         Raises:
             ConfigError: naming the field.
         """
-        known = {entry.name: entry for entry in fields(cls)}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(f"unknown recipe field: {shorten(unknown)} (choose from {', '.join(known)})")
+        values = cls._expanded(values, old=False)
+        cls._check_names(values)
         missing = [
-            name
-            for name, entry in known.items()
-            if entry.default is MISSING and entry.default_factory is MISSING and name not in values
+            entry.name
+            for entry in fields(cls)
+            if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in values
         ]
         if missing:
             raise ConfigError(f"{shorten(missing)} is missing")
-        return cls(**{name: cls._read(name, value, known[name].default, folder) for name, value in values.items()})
+        return cls(**values)
 
     @classmethod
-    def _read(cls, name: str, value: Any, default: Any, folder: Path) -> Any:
-        """The value of one field as YAML gives it; kinds of recipes read fields of their own here."""
-        return _typed(name, value, default)
+    def _check_names(cls, values: Mapping[str, Any]) -> None:
+        known = [entry.name for entry in fields(cls)]
+        if unknown := sorted(set(map(str, values)) - set(known)):
+            raise ConfigError(f"unknown recipe field: {shorten(unknown)} (choose from {', '.join(known)})")
+
+    @classmethod
+    def _expanded(cls, values: Mapping[str, Any], *, old: bool = True) -> dict[str, Any]:
+        """Values with shorthands written out and, if `old`, the names of earlier versions replaced."""
+        return _renamed(values) if old else dict(values)
+
+    @classmethod
+    def _placed(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Values of a file with its relative paths resolved, where such a file exists."""
+        paths = {entry.name for entry in fields(cls) if setting_of(entry).is_path}
+        return {
+            name: str(folder / value)
+            if name in paths and isinstance(value, str) and value and os.path.exists(folder / value)
+            else value
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def _read(cls, name: str, value: Any, entry: "Field[Any]") -> Any:
+        """The value of one field in its own type; recipes override this for fields with a notation of their own."""
+        return _typed(name, value, type(entry.default))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as YAML and JSON can hold it; `from_dict` reads it back equal."""
@@ -172,33 +255,37 @@ class Recipe:
         own = json.loads(json.dumps(self.to_dict()))
         # A field that an older recipe did not have has its default there.
         defaults = {e.name: e.default for e in fields(self) if e.default is not MISSING}
-        other = {**json.loads(json.dumps(defaults)), **_renamed(other)}
-        names = sorted((set(own) | set(other)) - self.free)
+        other = {**json.loads(json.dumps(defaults)), **self._expanded(other)}
+        can_change = {entry.name for entry in fields(self) if setting_of(entry).can_change}
+        names = sorted((set(own) | set(other)) - can_change)
         return [f"{n} {other.get(n)!r} -> {own.get(n)!r}" for n in names if own.get(n) != other.get(n)]
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a file under the names of today; where it has both, the old one stays and is refused as unknown."""
-    return {
+    named = {
         name if _OLD_NAMES.get(name, name) in values else _OLD_NAMES.get(name, name): value
         for name, value in values.items()
     }
+    return {
+        name: _OLD_VALUES.get((name, value), value) if isinstance(value, str) else value
+        for name, value in named.items()
+    }
 
 
-_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
+_TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
-    kind = type(default)
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML takes 1e-6 for a text
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):  # YAML reads 1e-6 as text
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if kind is str and value is None:
         return ""
+    if kind is str and isinstance(value, os.PathLike):
+        return str(value)
     if type(value) is not kind:
-        raise ConfigError(f"{name} must be {_KINDS[kind]}; got {value!r}")
+        raise ConfigError(f"{name} must be {_TYPES[kind]}; got {value!r}")
     return value

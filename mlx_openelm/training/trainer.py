@@ -82,7 +82,7 @@ class Trainer:
         self._dropout = dropout
         self._prepare = prepare
         dtype = DTYPES[recipe.dtype]
-        self._gradients = gradients_of(model, objective, dtype, recipe.recompute_layers)
+        self._gradients = gradients_of(model, objective, dtype, recipe.gradient_checkpointing)
         self._losses = mx.compile(partial(batch_losses, model, objective, dtype))
         self._update = mx.compile(partial(_update, recipe))
         model.train()

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from ..data.batch import Batch, TokenBatch
 from ..data.dataset import ExampleOptions, ExampleSet, read_splits
 from ..data.example_batches import ExampleBatches, all_rows
-from ..errors import AdapterError, ConfigError, DataError, OutputError, TrainingError
+from ..errors import AdapterError, ConfigError, DataError, OutputError
 from ..files.lock import LockedFolder
 from ..files.output import OutputFile, move_away, output_file
 from ..loading import dtype_named, load
@@ -30,8 +30,8 @@ from ..model.lora import MAGNITUDE, adapter_parameters, add_adapter, last_layers
 from ..model.openelm import OpenELM
 from ..tensors import as_bytes
 from ..tokenizer.tokenizer import Tokenizer
-from .checkpoints import check_fresh, checkpoint_folder, checkpoint_folders, run_lock
-from .dpo import Preference, reference_logprobs
+from .checkpoints import best_checkpoint, run_lock
+from .dpo import DPO, reference_logprobs
 from .loop import Metrics, train
 from .loss import CrossEntropy, Objective
 from .optimizer import Tensors
@@ -97,7 +97,7 @@ class Tuning:
     def objective(self) -> Objective:
         """What is minimised."""
         if self.recipe.objective == "dpo":
-            return Preference(self.recipe.beta, self.recipe.preference_loss, self.recipe.loss_chunk)
+            return DPO(self.recipe.beta, self.recipe.preference_loss, self.recipe.loss_chunk)
         return CrossEntropy(self.recipe.z_loss, self.recipe.loss_chunk)
 
 
@@ -125,7 +125,7 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
         indent=recipe.indent,
     )
     share = _share(recipe.validation)
-    validation = share if share is not None else recipe.validation or None
+    validation = share if share is not None else str(recipe.validation) or None
     if not Path(recipe.data).exists():
         raise DataError(f"{recipe.data} does not exist")
     examples, held_out, _ = read_splits(Path(recipe.data), tokenizer, options, validation, recipe.seed)
@@ -146,7 +146,7 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     return Tuning(recipe, model, tokenizer, examples, held_out, rows, parameters, count)
 
 
-def tune(
+def tuning_steps(
     tuning: Tuning,
     output: Path | LockedFolder,
     *,
@@ -155,7 +155,7 @@ def tune(
     on_step: Callable[[Metrics], None] = lambda metrics: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Generator[Metrics, None, None]:
-    """Train to the recipe's last step; see `train`. A checkpoint is an adapter.
+    """Train to the recipe's last step, yielding metrics; see `train`. A checkpoint is an adapter.
 
     At the end, or when it is interrupted, `output` itself is the adapter with the best loss on held-out examples, or
     where there are none, the last one.
@@ -184,18 +184,6 @@ def tune(
                 _publish(published, run.path)
             raise
         _publish(published, run.path)
-
-
-def check_output(run: Path, resume: bool) -> None:
-    """Make sure that a run may be kept in this folder, before anything is loaded.
-
-    Raises:
-        TrainingError: if another run is there, or none to go on with.
-    """
-    if not resume:
-        check_fresh(run)
-    elif not checkpoint_folders(run):
-        raise TrainingError(f"{run} has no checkpoint to resume from; start without `resume`")
 
 
 def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> Trainer:
@@ -230,16 +218,6 @@ def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> T
         prepare=prepare,
         group=group,
     )
-
-
-def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the best loss on held-out examples; where none was measured, the last."""
-    folders = checkpoint_folders(run)
-    if not folders:
-        return None
-    best = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))["best_step"]
-    named = checkpoint_folder(run, best) if best is not None else folders[-1]
-    return named if named in folders else folders[-1]
 
 
 def _unchanged(batch: Batch) -> Batch:
@@ -289,8 +267,8 @@ def _fingerprint(model: OpenELM) -> str:
     return digest.hexdigest()
 
 
-def _share(value: str) -> float | None:
+def _share(value: str | float | Path) -> float | None:
     try:
-        return float(value)
+        return float(str(value))
     except ValueError:
         return None

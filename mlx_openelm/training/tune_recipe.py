@@ -1,87 +1,113 @@
-"""How a model is fine-tuned: the fields of the recipe and their defaults."""
+"""How a model is fine-tuned: the settings of the recipe."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..data.dataset import TOO_LONG, TRAIN_ON, ExampleOptions
 from ..errors import ConfigError
 from ..hub import BUILT_IN_MODEL
 from ..machine.device import DTYPES
-from ..model.adapters import METHODS
-from ..model.lora import LINEAR_TARGETS, AdapterConfig
+from ..model.adapters import TUNING_METHODS
+from ..model.lora import AdapterConfig
 from .dpo import PREFERENCE_LOSSES
-from .recipe import Recipe
+from .recipe import Recipe, changed, setting
 
-OBJECTIVES = ("likelihood", "dpo")
+OBJECTIVES = ("cross-entropy", "dpo")
 RECIPES = Path(__file__).parents[1] / "assets" / "recipes" / "tune"
+
+_DATA = "Model and data"
+_ADAPTER = "What is trained"
+_EXAMPLES = "Examples"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRecipe(Recipe):
     """Everything that decides what fine-tuning computes.
 
+    `method` may be written `dpo`, `dora+dpo` or `full+dpo`, which sets `objective` too.
+
     Raises:
         ConfigError: naming the field, if a value is impossible.
     """
 
-    model: str = BUILT_IN_MODEL  # folder, hub id or built-in model
-    data: str = ""  # file, or folder with files called train, valid and test
-    tokenizer: str = ""  # file, folder or hub id; by default the model's own
-    method: str = "lora"
-    objective: str = "likelihood"  # or "dpo", of pairs of answers
-    rank: int = 8
-    alpha: float = 16.0  # alpha / rank is what the adapter's product is multiplied by
-    dropout: float = 0.0  # of the adapter's input
-    rank_stabilised: bool = False  # alpha / sqrt(rank) instead
-    targets: tuple[str, ...] = LINEAR_TARGETS
-    layers: int = 0  # that many from the end on; 0: all
-    epochs: float = 1.0
-    steps: int = 0  # 0: as many as the epochs have
-    batch_size: int = 4  # rows, or pairs, that all processes compute at once
-    grad_accumulation_steps: int = 1  # such batches in a step
-    max_length: int = 0  # tokens of an example; 0: the model's context
-    max_prompt: int = 0  # tokens before the answer, of which the last ones are kept; 0: all
-    too_long: str = "cut"  # or "drop"
-    train_on: str = "completion"  # the loss of answers; "all": of every token
-    pack: bool = False  # several examples in a row, which do not see one another
-    indent: int = 0  # of instructions; Apple's own code has 16 spaces there
-    columns: dict[str, str] = field(default_factory=dict)  # field of an example: its name in the data
-    validation: str = ""  # file, or share of the training examples; by default what the folder holds
-    beta: float = 0.01  # of dpo: how far a preference may go
-    preference_loss: str = "sigmoid"  # or "hinge"
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0  # 0: `warmup_share` of all
-    warmup_share: float = 0.03
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    dtype: str = "auto"  # float32 on the CPU, elsewhere the model's own
-    validate_first: bool = True
-    validate_every: int = 100
-    checkpoint_every: int = 100
+    # The result depends on the contents of the model and the data, which are hashed, and not on where they are.
+    model: str | Path = setting(
+        BUILT_IN_MODEL, "Model folder, hub id or built-in model.", _DATA, is_path=True, can_change=True
+    )
+    tokenizer: str | Path = setting(
+        "", "Tokenizer file, folder or hub id; default: the model's.", _DATA, is_path=True, can_change=True
+    )
+    data: str | Path = setting(
+        "", "Data file, or folder with train and valid files.", _DATA, is_path=True, can_change=True
+    )
+    validation: str | float | Path = setting(
+        "", "Validation file, or share of the examples to hold out.", _DATA, is_path=True, can_change=True
+    )
+    columns: dict[str, str] = setting({}, "Field names in the data, such as prompt=question,completion=answer.", _DATA)
+    method: str = setting(
+        AdapterConfig.method,
+        "lora, dora or full; on pairs: dpo (with LoRA), dora+dpo or full+dpo.",
+        _ADAPTER,
+        choices=TUNING_METHODS,
+    )
+    objective: str = setting("cross-entropy", "What training minimizes.", _ADAPTER, choices=OBJECTIVES)
+    rank: int = setting(AdapterConfig.rank, "Rank of the adapter.", _ADAPTER, above=0)
+    alpha: float = setting(AdapterConfig.alpha, "LoRA alpha; the adapter is scaled by alpha / rank.", _ADAPTER, above=0)
+    rank_stabilised: bool = setting(AdapterConfig.rank_stabilised, "Scale by alpha / sqrt(rank) instead.", _ADAPTER)
+    dropout: float = setting(AdapterConfig.dropout, "Dropout on the adapter's inputs.", _ADAPTER, at_least=0, below=1)
+    targets: tuple[str, ...] = setting(
+        AdapterConfig.targets, "Matrices that get an adapter; token_embeddings also works.", _ADAPTER
+    )
+    layers: int = setting(AdapterConfig.layers, "Train only the last N layers; 0: all.", _ADAPTER, at_least=0)
+    beta: float = setting(0.01, "DPO beta; larger values stay closer to the reference model.", _ADAPTER, above=0)
+    preference_loss: str = setting("sigmoid", "DPO loss.", _ADAPTER, choices=PREFERENCE_LOSSES)
+    max_length: int = setting(0, "Maximum tokens per example; 0: the model's context length.", _EXAMPLES, at_least=0)
+    max_prompt: int = setting(
+        ExampleOptions.max_prompt,
+        "Maximum prompt tokens; longer prompts lose their beginning; 0: no limit.",
+        _EXAMPLES,
+        at_least=0,
+    )
+    too_long: str = setting(ExampleOptions.too_long, "What to do with longer examples.", _EXAMPLES, choices=TOO_LONG)
+    train_on: str = setting(ExampleOptions.train_on, "Tokens in the loss.", _EXAMPLES, choices=TRAIN_ON)
+    pack: bool = setting(False, "Pack several examples into a row; they do not attend to one another.", _EXAMPLES)
+    indent: int = setting(
+        ExampleOptions.indent, "Spaces before instruction lines; Apple's code has 16.", _EXAMPLES, at_least=0
+    )
+    epochs: float = setting(1.0, "Passes over the training data, if steps is 0.", "Optimizer", above=0, can_change=True)
+    steps: int = changed(
+        Recipe, "steps", 0, help="Optimizer steps; 0: as many as the epochs have.", above=None, at_least=0
+    )
+    batch_size: int = changed(Recipe, "batch_size", 4, help="Examples, or pairs, that all processes compute at once.")
+    grad_accumulation_steps: int = setting(1, "Batches per optimizer step.", "Optimizer", above=0)
+    learning_rate: float = changed(Recipe, "learning_rate", 1e-4)
+    warmup_steps: int = changed(Recipe, "warmup_steps", 0, help="Warm-up steps; 0: a share of all steps.")
+    warmup_share: float = setting(
+        0.03, "Warm-up, as a share of all steps, if warmup_steps is 0.", "Optimizer", at_least=0, below=1
+    )
+    beta2: float = changed(Recipe, "beta2", 0.999)
+    weight_decay: float = changed(Recipe, "weight_decay", 0.0)
+    dtype: str = changed(
+        Recipe,
+        "dtype",
+        "auto",
+        help="Type to compute in; auto: float32 on a CPU, otherwise the model's.",
+        choices=("auto", *DTYPES),
+    )
+    validate_first: bool = changed(Recipe, "validate_first", True)
+    validate_every: int = changed(Recipe, "validate_every", 100)
+    checkpoint_every: int = changed(Recipe, "checkpoint_every", 100)
 
     folder: ClassVar[Path] = RECIPES
-    # What the model and the examples are is told by their fingerprints, wherever they lie.
-    free: ClassVar[frozenset[str]] = Recipe.free | {"epochs", "data", "validation", "model", "tokenizer"}
-    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        **Recipe._choices,
-        "dtype": ("auto", *DTYPES),
-        "method": METHODS,
-        "objective": OBJECTIVES,
-        "too_long": ("cut", "drop"),
-        "train_on": ("completion", "all"),
-        "preference_loss": PREFERENCE_LOSSES,
-    }
-    _positive: ClassVar[tuple[str, ...]] = (
-        *(name for name in Recipe._positive if name != "steps"),
-        *("rank", "grad_accumulation_steps", "epochs", "beta", "alpha"),
-    )
-    _not_negative: ClassVar[tuple[str, ...]] = (
-        *Recipe._not_negative,
-        *("steps", "layers", "max_length", "max_prompt", "indent"),
-    )
-    _shares: ClassVar[tuple[str, ...]] = (*Recipe._shares, "dropout", "warmup_share")
 
     def __post_init__(self) -> None:
+        methods = self.method.split("+") if isinstance(self.method, str) else []
+        if "dpo" in methods:
+            methods.remove("dpo")
+            object.__setattr__(self, "objective", "dpo")
+            object.__setattr__(self, "method", "+".join(methods) or AdapterConfig.method)
         super().__post_init__()
         if self.max_length == 1:
             raise ConfigError("max_length must be at least 2; got 1")
@@ -89,27 +115,32 @@ class TuneRecipe(Recipe):
             raise ConfigError("pack and dpo are mutually exclusive: the two answers of a pair are separate rows")
 
     @classmethod
-    def _read(cls, name: str, value: Any, default: Any, folder: Path) -> Any:
+    def _expanded(cls, values: Mapping[str, Any], *, old: bool = True) -> dict[str, Any]:
+        values = super()._expanded(values, old=old)
+        if "epochs" in values and "steps" not in values:
+            values["steps"] = 0  # else the steps of a file would override the epochs of a command line
+        return values
+
+    @classmethod
+    def _read(cls, name: str, value: Any, entry: "Field[Any]") -> Any:
         if name == "targets":
             names = value.split(",") if isinstance(value, str) else value
             if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
                 raise ConfigError(f"targets must be names such as qkv_proj; got {value!r}")
             return tuple(n.strip().split(".")[-1] for n in names)  # mlx-lm says attn.qkv_proj
         if name == "columns":
-            if isinstance(value, str) and "=" in value:
-                value = dict(pair.split("=", 1) for pair in value.split(",") if "=" in pair)
+            if isinstance(value, str):
+                value = dict(pair.split("=", 1) for pair in value.split(",") if "=" in pair) if value else {}
             if not isinstance(value, dict):
                 raise ConfigError("columns must be a table such as prompt=question,completion=answer")
             return {str(key).strip(): str(column).strip() for key, column in value.items()}
-        if name == "validation" and isinstance(value, float | int):
+        if name == "validation" and isinstance(value, float | int) and not isinstance(value, bool):
             return str(value)
-        if name in ("data", "model", "tokenizer", "validation") and value and (folder / str(value)).exists():
-            return str(folder / value)
-        return super()._read(name, value, default, folder)
+        return super()._read(name, value, entry)
 
     @property
     def warmup(self) -> int:
-        """Steps until the largest learning rate."""
+        """Steps until the peak learning rate."""
         return self.warmup_steps or round(self.warmup_share * self.steps)
 
     @property

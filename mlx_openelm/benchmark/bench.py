@@ -1,0 +1,115 @@
+"""Benchmarks of whole models: every case, one after another, with a peer in the same run."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import BenchError
+from ..loading import load_model
+from ..machine.device import wired_memory
+from ..machine.hardware import describe, memory_bandwidth
+from ..model.openelm import OpenELM
+from .measure import PAPER_PROMPT, Case, Result, measure
+from .models import Contestant, Ours, Peer
+from .report import BenchReport
+
+PEERS = ("mlx-lm",)
+
+
+def bench(
+    model: str | Path | OpenELM,
+    cases: Sequence[Case] = (Case(),),
+    *,
+    against: str | None = None,
+    rounds: int = 3,
+    compiled: bool | None = None,
+    dtype: mx.Dtype | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    on_round: Callable[[str, int], None] | None = None,
+) -> BenchReport:
+    """Measure tokens per second, time to first token and peak memory of a model on this machine.
+
+    Args:
+        model: a network, or a folder, hub id or built-in model.
+        cases: what to measure, such as `[Case(prompt_tokens=128, max_tokens=64)]`.
+        against: `"mlx-lm"` runs it too, in turn with this package, on the same weights.
+        rounds: measured rounds, after one warm-up round.
+        compiled: whether to compile the decoding step; by default where it pays off.
+        dtype, adapter, revision: as for `load_model`.
+        on_round: called before each round with who runs, and the number of the round; 0 is the warm-up.
+    Raises:
+        BenchError: if the peer cannot run a case.
+        OpenELMError: if the model cannot be loaded.
+    """
+    if isinstance(model, OpenELM):
+        network, name = model, "model"
+    else:
+        network, name = load_model(model, dtype=dtype, adapter=adapter, revision=revision), Path(model).name
+    bandwidth = memory_bandwidth()
+    with wired_memory():
+        results = bench_cases(
+            network,
+            cases,
+            name=name,
+            bandwidth=bandwidth,
+            against=against,
+            rounds=rounds,
+            compiled=compiled,
+            on_round=on_round,
+        )
+        return BenchReport(tuple(results), bandwidth, describe("mlx_openelm.bench"))
+
+
+def bench_cases(
+    network: OpenELM,
+    cases: Sequence[Case],
+    *,
+    name: str,
+    bandwidth: float,
+    against: str | None = None,
+    rounds: int = 3,
+    compiled: bool | None = None,
+    paper: bool = False,
+    on_round: Callable[[str, int], None] | None = None,
+) -> Iterator[Result]:
+    """The result of each case, as soon as it is measured.
+
+    Args:
+        name: of the model.
+        bandwidth: of the memory, in bytes per second.
+        paper: use the paper's prompt, in place of random tokens.
+    Raises:
+        BenchError: if the peer cannot run a case, or the vocabulary is too small for the paper's prompt.
+    """
+    check_cases(cases, against, rounds)
+    if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
+        raise BenchError(f"the vocabulary of {name} is too small for the paper's prompt")
+    contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
+    for case in cases:
+        yield measure(
+            network,
+            contestants,
+            case,
+            model=name,
+            bandwidth=bandwidth,
+            rounds=rounds,
+            prompts=[list(PAPER_PROMPT)] * case.batch_size if paper else None,
+            on_round=on_round or (lambda who, number: None),
+        )
+
+
+def check_cases(cases: Sequence[Case], against: str | None, rounds: int = 1) -> None:
+    """Raise BenchError if a case cannot be measured, before anything is loaded."""
+    if against is not None and against not in PEERS:
+        raise BenchError(f"`against` must be {', '.join(PEERS)}; got {against!r}")
+    if rounds < 1:
+        raise BenchError(f"`rounds` must be at least 1; got {rounds}")
+    for case in cases:
+        if case.cache.window is not None and case.batch_size > 1:
+            raise BenchError("a KV cache with a window requires `batch_size=1`")
+        if against and case.batch_size > 1 and case.cache.bits:
+            raise BenchError(
+                "mlx-lm cannot batch with a quantized KV cache; leave out `against`, or do not quantize it"
+            )

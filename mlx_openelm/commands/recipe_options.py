@@ -1,0 +1,95 @@
+"""Options made from the fields of a recipe, where their names, defaults, choices and help are written."""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields, replace
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from ..training.recipe import Recipe, setting_of
+from ..training.tune_recipe import TuneRecipe
+from .options import MODEL_VARIABLE
+
+_SHORT = {"model": "-m", "data": "-d", "batch_size": "-b"}
+_GROUPS = ("Model and data", "What is trained", "Examples", "Optimizer", "Validation and checkpoints", "Compute")
+
+
+def recipe_options(recipe: type[Recipe]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a command one option for each field of a recipe.
+
+    The command's last parameter, `given`, receives the fields that were given on the command line.
+    """
+    entries = sorted(fields(recipe), key=lambda entry: _GROUPS.index(setting_of(entry).group))
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_options(context: typer.Context, **values: Any) -> None:
+            given = {entry.name: _value(entry, values.pop(entry.name)) for entry in entries}
+            sources = {name: context.get_parameter_source(name) for name in given}
+            named = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+            command(**values, given={name: value for name, value in given.items() if name in named})
+
+        parameters = [
+            inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+            *list(inspect.signature(command, eval_str=True).parameters.values())[:-1],
+            *map(_parameter, entries),
+        ]
+        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return decorate
+
+
+def tune_recipe(config: str | None, given: dict[str, Any]) -> TuneRecipe:
+    """The recipe of a file with the fields given on the command line; the environment may name the model."""
+    recipe = TuneRecipe.from_file(config, given) if config else TuneRecipe.from_dict(given)
+    named = os.environ.get(MODEL_VARIABLE)
+    return replace(recipe, model=named) if named and recipe.model == TuneRecipe.model else recipe
+
+
+def _parameter(entry: "Field[Any]") -> inspect.Parameter:
+    setting, kind, default = setting_of(entry), _kind(entry), option_default(entry)
+    flag = f"--{entry.name.replace('_', '-')}"
+    names = [f"{flag}/--no-{entry.name.replace('_', '-')}"] if kind is bool else [flag]
+    names += [_SHORT[entry.name]] if entry.name in _SHORT else []
+    help = setting.help
+    if setting.choices and not all(choice in help for choice in setting.choices):
+        help = f"{help.removesuffix('.')}: {', '.join(setting.choices[:-1])} or {setting.choices[-1]}."
+    option = typer.Option(
+        *names,
+        help=help,
+        metavar=None if kind is bool else {int: "N", float: "X"}.get(kind, "TEXT"),
+        rich_help_panel=setting.group,
+        envvar=MODEL_VARIABLE if entry.name == "model" and default else None,
+    )
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def option_default(entry: "Field[Any]") -> Any:
+    """The default of a field as its option has it; None if there is nothing to show."""
+    if entry.default is MISSING or entry.default in ("", ()):
+        return None
+    return ",".join(entry.default) if isinstance(entry.default, tuple) else entry.default
+
+
+def _kind(entry: "Field[Any]") -> type:
+    """The type in which an option is read; text, for what has a notation of its own."""
+    return type(entry.default) if isinstance(entry.default, bool | int | float) else str
+
+
+def _value(entry: "Field[Any]", value: Any) -> Any:
+    """The value of an option; lists and tables may be written as in YAML."""
+    import yaml
+
+    if not isinstance(entry.default, str) and isinstance(value, str) and value.startswith(("[", "{")):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{entry.name} cannot be read: {' '.join(str(error).split())}") from error
+    return value

@@ -1,0 +1,166 @@
+"""Whole training runs: from a recipe to a result, in a folder that no other process may write to."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..errors import DataError
+from ..files.lock import LockedFolder
+from .checkpoints import best_checkpoint, check_fresh, check_output, checkpoint_folders, read_state, run_lock, together
+from .pretrain import PretrainRecipe, prepare_pretraining, pretraining_steps
+from .tune import Tuning, prepare_tuning, tuning_steps
+from .tune_recipe import TuneRecipe
+
+if TYPE_CHECKING:
+    from .loop import Metrics
+
+
+class TrainingCallback:
+    """Hears of a run as it goes; every method does nothing until a subclass overrides it.
+
+    With several processes, each has a callback of its own. A callback is a context manager, so that one that opens
+    something can close it.
+    """
+
+    def __enter__(self) -> TrainingCallback:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def on_tokenizing(self, done_bytes: int, total_bytes: int) -> None:
+        """Called while `pretrain` tokenizes its corpus, in the first process."""
+
+    def on_prepared(self, num_steps: int, tuning: Tuning | None) -> None:
+        """Called once before training, with the total number of steps; `tuning` is None in `pretrain`."""
+
+    def on_step(self, metrics: Metrics) -> None:
+        """Called after every step."""
+
+    def on_metrics(self, metrics: Metrics) -> None:
+        """Called when metrics are logged: every `log_every` steps and at each validation."""
+
+    def on_message(self, message: str) -> None:
+        """Called with what the user should know, such as a damaged checkpoint that was skipped."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run left in its folder.
+
+    Attributes:
+        folder: of the run; after `tune` it is also the adapter.
+        checkpoint: the one with the best validation loss; without validation, the last one. None in a process that
+            does not share the folder with the first one.
+        step: of that checkpoint.
+        validation_loss: of that checkpoint, in nats per token (pairs: per pair).
+        validation_loss_before: the same before the first step, if this call measured it.
+        stopped_early: whether `early_stop` ended the run before its last step.
+        metrics: the last metrics; None if nothing was left to train.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    step: int | None
+    validation_loss: float | None
+    validation_loss_before: float | None
+    stopped_early: bool
+    metrics: Metrics | None
+
+
+def tune(
+    recipe: TuneRecipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    group: mx.distributed.Group | None = None,
+    callback: TrainingCallback | None = None,
+) -> TrainingResult:
+    """Fine-tune a model on a data file or folder: LoRA, DoRA, full fine-tuning, or DPO.
+
+    Args:
+        recipe: such as `TuneRecipe(model="OpenELM-270M", data="answers.jsonl", steps=200)`.
+        output: folder for the run and the adapter with the best validation loss.
+        resume: continue from the last checkpoint in `output`.
+        group: processes that share each step; by default, those that `mlx.launch` started.
+    Raises:
+        OpenELMError: of the kind that fits; the last good checkpoint stays.
+    """
+    group, callback = group or mx.distributed.init(), callback or TrainingCallback()
+    with run_lock(Path(output), group) as run:
+        together(group, lambda: check_output(run.path, resume))
+        tuning = prepare_tuning(recipe)
+        callback.on_prepared(tuning.recipe.steps, tuning)
+        steps = tuning_steps(
+            tuning, run, resume=resume, group=group, on_step=callback.on_step, on_message=callback.on_message
+        )
+        return _taken(steps, tuning.recipe.steps, run, callback)
+
+
+def pretrain(
+    recipe: PretrainRecipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    group: mx.distributed.Group | None = None,
+    callback: TrainingCallback | None = None,
+) -> TrainingResult:
+    """Train a model from scratch; tokenizes the corpus first, and trains a tokenizer if the recipe says so.
+
+    Args:
+        recipe: such as `PretrainRecipe(model="270M", data="stories/*.txt", tokenizer="tokenizer.model")`.
+        output: folder for the run; each checkpoint in it is a model folder.
+        resume, group: as for `tune`.
+    Raises:
+        OpenELMError: of the kind that fits; the last good checkpoint stays.
+    """
+    if not recipe.data:
+        raise DataError("no data; set `data` in the recipe, for example to stories/*.txt")
+    group, callback = group or mx.distributed.init(), callback or TrainingCallback()
+    with run_lock(Path(output), group) as run:
+        if not resume:
+            together(group, lambda: check_fresh(run.path))
+        tokenizer, corpus = prepare_pretraining(
+            recipe, run.path, group, on_tokenizing=callback.on_tokenizing, on_message=callback.on_message
+        )
+        callback.on_prepared(recipe.steps, None)
+        steps = pretraining_steps(
+            recipe,
+            corpus,
+            tokenizer,
+            run,
+            resume=resume,
+            group=group,
+            on_step=callback.on_step,
+            on_message=callback.on_message,
+        )
+        return _taken(steps, recipe.steps, run, callback)
+
+
+def _taken(
+    steps: Generator[Metrics, None, None], num_steps: int, run: LockedFolder, callback: TrainingCallback
+) -> TrainingResult:
+    """Take all steps, and read what they left."""
+    before = last = None
+    with closing(steps):
+        for metrics in steps:
+            callback.on_metrics(metrics)
+            last = metrics
+            before = metrics.validation_loss if metrics.step == 0 else before
+    best = best_checkpoint(run.path)
+    newest = read_state(checkpoint_folders(run.path)[-1]) if best is not None else {}
+    return TrainingResult(
+        folder=run.name,
+        checkpoint=best,
+        step=read_state(best)["step"] if best is not None else None,
+        validation_loss=newest.get("best_loss"),
+        validation_loss_before=before,
+        stopped_early=last is not None and last.step < num_steps,
+        metrics=last,
+    )
