@@ -119,7 +119,7 @@ def attention_slope(network: OpenELM, config: CacheConfig) -> float:
         mx.eval(cache.arrays)
         layout, mask = cache.layout, mx.arange(cache.arrays[0].shape[2]) < length
         queries = [mx.random.normal((1, heads, 1, CONFIG.head_dim)) for heads in CONFIG.num_query_heads]
-        buffers = cache.lend(1)
+        buffers = cache.take_buffers(1)
         mx.eval(queries, mask)
         best = min(_read(layout, buffers, queries, mask) for _ in range(30))
         spent.append(best)
@@ -128,7 +128,7 @@ def attention_slope(network: OpenELM, config: CacheConfig) -> float:
 
 def _read(layout, buffers, queries, mask) -> float:  # type: ignore[no-untyped-def]
     started = time.perf_counter()
-    mx.eval([layout.read_all(of, query, mask) for of, query in zip(buffers, queries, strict=True)])
+    mx.eval([layout.attend_masked(of, query, mask) for of, query in zip(buffers, queries, strict=True)])
     return time.perf_counter() - started
 
 

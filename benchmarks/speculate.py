@@ -29,8 +29,9 @@ from mlx.utils import tree_flatten
 
 from mlx_openelm import OpenELM, OpenELMConfig, SamplingConfig, Tokenizer, generate_tokens, load
 from mlx_openelm.benchmark.models import random_network
+from mlx_openelm.generation.drafters import Drafter, DraftModel, PromptLookup
 from mlx_openelm.generation.sampling import State
-from mlx_openelm.generation.speculative import Drafter, DraftModel, PromptLookup, speculate_tokens
+from mlx_openelm.generation.speculative import speculate_tokens
 from mlx_openelm.quantization import dequantized
 
 TARGET = OpenELMConfig.layerwise(8, 768, 64, num_gqa_groups=2, ffn_dim_divisor=256, vocab_size=8000)

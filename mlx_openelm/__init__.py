@@ -21,14 +21,11 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .errors import OpenELMError as OpenELMError
     from .generation.batch import generate_batch as generate_batch
     from .generation.chat import Chat as Chat
+    from .generation.drafters import Drafter as Drafter, DraftModel as DraftModel, PromptLookup as PromptLookup
     from .generation.engine import Step as Step, generate_tokens as generate_tokens
     from .generation.prompt_cache import PromptCache as PromptCache
     from .generation.sampling import SamplingConfig as SamplingConfig
-    from .generation.speculative import (
-        DraftModel as DraftModel,
-        PromptLookup as PromptLookup,
-        speculate_tokens as speculate_tokens,
-    )
+    from .generation.speculative import speculate_tokens as speculate_tokens
     from .generation.text import (
         GenerationChunk as GenerationChunk,
         Stats as Stats,
@@ -87,11 +84,12 @@ _MODULES = {
     ),
     "generation.prompt_cache": ("PromptCache",),
     "generation.sampling": ("SamplingConfig",),
-    "generation.speculative": (
+    "generation.drafters": (
+        "Drafter",
         "DraftModel",
         "PromptLookup",
-        "speculate_tokens",
     ),
+    "generation.speculative": ("speculate_tokens",),
     "generation.text": (
         "GenerationChunk",
         "Stats",

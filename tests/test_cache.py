@@ -62,7 +62,7 @@ def test_buffers_grow_in_steps():
 
 
 def test_more_cannot_be_forgotten_than_is_there():
-    with pytest.raises(AssertionError, match="forget"):
+    with pytest.raises(AssertionError, match="cannot remove"):
         KVCache(1).trim(1)
 
 
@@ -93,9 +93,9 @@ class TestQuantized:
         layout = QuantizedKV(bits, 32)
         keys, values = mx.random.normal((2, 2, 3, 16, 64), key=mx.random.key(0))
         queries = mx.random.normal((2, 6, 5, 64), key=mx.random.key(1))
-        buffers = layout.packed(keys, values)
+        buffers = layout.quantize(keys, values)
         mask = mx.arange(16) <= mx.arange(11, 16)[:, None]
-        assert_close(layout.read_all(buffers, queries, mask), layout.read(buffers, queries, 16), 1e-5)
+        assert_close(layout.attend_masked(buffers, queries, mask), layout.attend(buffers, queries, 16), 1e-5)
 
     @pytest.mark.parametrize("compiled", [False, True])
     def test_before_its_time_nothing_changes(self, tiny_model, compiled):
@@ -171,11 +171,11 @@ class TestWindow:
     def test_what_has_turned_cannot_go_back(self, tiny_model):
         cache = tiny_model.make_cache(CacheConfig(window=16))
         tiny_model(mx.array([TEXT[:16]]), cache=cache)
-        assert cache.can_forget
+        assert cache.can_trim
         cache.trim(2)
         tiny_model(mx.array([TEXT[14:30]]), cache=cache)
-        assert not cache.can_forget
-        with pytest.raises(AssertionError, match="turned"):
+        assert not cache.can_trim
+        with pytest.raises(AssertionError, match="cannot be trimmed"):
             cache.trim(1)
 
     def test_its_memory_stays_the_same(self, tiny_model):
@@ -196,16 +196,16 @@ class TestJoin:
         cache.join(self.filled(tiny_model, TEXT[:9]))
         cache.join(self.filled(tiny_model, TEXT[:3]))
         assert cache.offset == 9
-        assert cache.starts.tolist() == [4, 0, 6]
+        assert cache.row_offsets.tolist() == [4, 0, 6]
         cache.join(self.filled(tiny_model, TEXT[:7]), row=1)
-        assert cache.starts.tolist() == [4, 2, 6]
+        assert cache.row_offsets.tolist() == [4, 2, 6]
 
     def test_room_before_all_texts_is_given_back(self, tiny_model, monkeypatch):
         monkeypatch.setattr(kv_cache, "GROWTH_STEP", 8)
         cache = self.filled(tiny_model, TEXT[:40])
         cache.join(self.filled(tiny_model, TEXT[:10]))
         cache.keep([1])
-        assert (cache.offset, cache.starts.tolist()) == (16, [6])
+        assert (cache.offset, cache.row_offsets.tolist()) == (16, [6])
         assert cache.arrays[0].shape[2] == 16
 
     def test_rows_of_both_kinds_become_quantized(self, tiny_model):

@@ -160,6 +160,6 @@ def test_no_graph_grows_from_step_to_step(tiny_model, sampling, count, compiled)
         rows.step()
         mx.synchronize()
         dot = io.StringIO()
-        mx.export_to_dot(dot, *rows._state, rows._tokens, *rows._cache.arrays)
+        mx.export_to_dot(dot, *rows._rows, *rows._cache.arrays)
         sizes.add(dot.getvalue().count("shape=rectangle"))
     assert sizes == {0}

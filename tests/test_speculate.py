@@ -9,8 +9,10 @@ from mlx.utils import tree_map
 from conftest import random_model
 from mlx_openelm import CacheConfig, SamplingConfig, generate_tokens
 from mlx_openelm.errors import CacheError, PromptError
+from mlx_openelm.generation.draft_length import DraftLengthController
+from mlx_openelm.generation.drafters import Drafter, DraftModel, PromptLookup
 from mlx_openelm.generation.sampling import Sampler
-from mlx_openelm.generation.speculative import Drafter, DraftModel, Pace, PromptLookup, _Writer, speculate_tokens
+from mlx_openelm.generation.speculative import _Writer, speculate_tokens
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4, 1]
 SAMPLINGS = {
@@ -28,7 +30,7 @@ class Oracle(Drafter):
         super().__init__()
         self.rng = np.random.default_rng(0)
         self.known, self.share = text, share
-        self.pace.next_length = lambda: length
+        self.length.next_length = lambda: length
 
     def draft(self, text, count, state):
         guesses = self.known[len(text) : len(text) + count]
@@ -67,7 +69,7 @@ class TestTheTextIsTheSame:
 
     def test_with_a_draft_model(self, tiny_model, near_model, name):
         drafter = DraftModel(near_model)
-        drafter.pace.next_length = lambda: 4
+        drafter.length.next_length = lambda: 4
         expected = steps(tiny_model, None, sampling=SAMPLINGS[name])
         self.check(steps(tiny_model, drafter, sampling=SAMPLINGS[name]), expected)
         assert 0 < drafter.accepted < drafter.drafted
@@ -75,7 +77,7 @@ class TestTheTextIsTheSame:
     def test_with_prompt_lookup(self, tiny_model, name):
         expected = steps(tiny_model, None, sampling=SAMPLINGS[name])
         drafter = PromptLookup()
-        drafter.pace.next_length = lambda: 4
+        drafter.length.next_length = lambda: 4
         self.check(steps(tiny_model, drafter, sampling=SAMPLINGS[name]), expected)
         if name == "greedy":  # the others find no two tokens again
             assert drafter.drafted > 0
@@ -144,23 +146,23 @@ class TestPromptLookup:
         assert drafter.draft(text, 2, None).tolist() == [9, 1]
 
 
-class TestPace:
+class TestDraftLengthController:
     def paced(self, agreement, seconds, rounds=300):
         """How many tokens a second a drafter of this agreement brings, against none; by a clock of our own."""
         rng = np.random.default_rng(0)
-        pace = Pace(8)
+        controller = DraftLengthController(8)
         tokens = time = 0
         lengths = []
         while tokens < rounds:
-            length = pace.next_length()
+            length = controller.next_length()
             if length == 0:
-                rest = pace.next_rest()
-                pace.took(0, seconds(0))
-                tokens, time = tokens + rest, time + rest * seconds(0)
+                backoff = controller.next_backoff()
+                controller.record_seconds(0, seconds(0))
+                tokens, time = tokens + backoff, time + backoff * seconds(0)
             else:
                 right = [*(rng.random(length) < agreement), False].index(False)
-                pace.checked(length, right)
-                pace.took(length, seconds(length))
+                controller.record_acceptance(length, right)
+                controller.record_seconds(length, seconds(length))
                 tokens, time = tokens + right + 1, time + seconds(length)
             lengths.append(length)
         return tokens / time * seconds(0), lengths
@@ -189,12 +191,12 @@ def test_guesses_have_a_limit(count):
 
 
 def test_a_window_cannot_go_back(tiny_model):
-    with pytest.raises(CacheError, match="go back"):
+    with pytest.raises(CacheError, match="mutually exclusive"):
         steps(tiny_model, PromptLookup(), cache=tiny_model.make_cache(CacheConfig(window=32)))
 
 
 def test_another_vocabulary_is_refused(tiny_model, tiny_config):
-    with pytest.raises(PromptError, match="vocabulary of 300"):
+    with pytest.raises(PromptError, match="vocabulary of 400 entries; it has 300"):
         steps(tiny_model, DraftModel(random_model(replace(tiny_config, vocab_size=300))))
 
 
@@ -204,8 +206,8 @@ def test_no_graph_grows_from_pass_to_pass(tiny_model):
     writer.begin((), mx.array(PROMPT), lambda done, total: None)
     drafter = PromptLookup()
     for _ in range(5):
-        list(writer.checked(mx.array([1, 2], mx.uint32), drafter, 0.0))
-        list(writer.alone(3, drafter.pace))
+        list(writer.with_drafts(mx.array([1, 2], mx.uint32), drafter, 0.0))
+        list(writer.without_drafts(3, drafter.length))
         mx.synchronize()
         dot = io.StringIO()
         mx.export_to_dot(dot, *writer.state)

@@ -1,4 +1,4 @@
-"""The keys and values of all layers for rows of tokens, and the place where the next one goes."""
+"""The keys and values of all layers for a batch of rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,32 +15,35 @@ GROWTH_STEP = 256  # tokens; a buffer that grew with every token would be copied
 class KVCache:
     """Keys and values of every layer for one batch of rows.
 
-    Layers differ in width: layer i keeps arrays for num_kv_heads[i] heads. All rows write to the same place, `offset`;
-    a row that is shorter than others starts further on. A forward pass hands each layer's queries, keys and values to
-    `attend` and calls `advance` once at its end: all layers see one `offset`.
+    Layers differ in width: layer i keeps arrays for num_kv_heads[i] heads. All rows write to the same slot, `offset`; a
+    row that is shorter than others begins at a later slot. A forward pass hands each layer's queries, keys and values
+    to `attend` and calls `advance` once at its end, so that all layers see one `offset`.
 
     Attributes:
-        offset: the place where the next token goes.
-        layout: how each layer's buffers are filled and read.
+        offset: slot of the next token.
+        layout: how each layer's buffers are written and read.
     """
 
     def __init__(self, num_layers: int, config: CacheConfig = CacheConfig(), rope_base: float = 10_000):  # noqa: B008
         self.config = config
         self._rope_base = rope_base
-        self._buffers: list[Buffers] = [()] * num_layers  # () of a layer that has none yet, or whose are lent
+        self._buffers: list[Buffers] = [()] * num_layers  # () of a layer that has none yet, or whose are taken
         self.clear()
+
+    def __repr__(self) -> str:
+        return f"KVCache({self.offset:,} tokens {self.config.in_words}, {self.nbytes / 2**20:,.1f} MiB)"
 
     def clear(self) -> None:
         """Forget everything."""
         self.offset = 0
-        self._starts: list[int] | None = None  # of rows that were joined
+        self._row_offsets: list[int] | None = None  # of rows that were joined
         config = self.config
         self.layout = FullKV() if config.window is None else RotatingKV(config.window, config.sinks, self._rope_base)
         self._buffers = [()] * len(self._buffers)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """A pass that breaks off within leaves the cache empty, and not filled for some layers only."""
+        """If a forward pass within fails, leave the cache empty instead of filled for some layers only."""
         try:
             yield
         except BaseException:
@@ -48,70 +51,67 @@ class KVCache:
             raise
 
     @property
-    def starts(self) -> mx.array | None:
-        """Where each row's text begins, (B,) int32; `None` if all begin at 0."""
-        return None if self._starts is None else mx.array(self._starts, mx.int32)
+    def row_offsets(self) -> mx.array | None:
+        """First slot of each row, (B,) int32; None if all rows begin at slot 0."""
+        return None if self._row_offsets is None else mx.array(self._row_offsets, mx.int32)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return self.offset - min(self._starts or [0])
+        return self.offset - min(self._row_offsets or [0])
 
     @property
     def positions(self) -> int:
-        """Position of the next token in the text, of all rows."""
-        assert self._starts is None, "rows with starts of their own go on by steps"
+        """Position of the next token in the text, the same for all rows."""
+        assert self._row_offsets is None, "rows with offsets of their own need a StepCache"
         return self.offset
 
     def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """Keep keys and values (B, K, L, D) of L new tokens; what the last of these read by their queries (B, H, _, D).
+        """Store keys and values (B, K, L, D) of L new tokens; attention output of the last ones' queries (B, H, _, D).
 
         The offset stays until `advance`.
         """
         buffers = self._with_room(layer, keys.shape[2]) or self._new(keys, values)
-        if isinstance(self.layout, RotatingKV):
-            self._buffers[layer], read = self.layout.extend(buffers, self.offset, keys, values, queries)
-            return read
-        buffers = self._buffers[layer] = self.layout.write(buffers, mx.array(self.offset), keys, values)
-        return self.layout.read(buffers, queries, self.offset + keys.shape[2])
+        self._buffers[layer], output = self.layout.extend(buffers, self.offset, keys, values, queries)
+        return output
 
     def advance(self, num_tokens: int) -> None:
-        """Move on after a forward pass over `num_tokens` tokens."""
+        """Move the offset after a forward pass over `num_tokens` tokens."""
         self.offset += num_tokens
         if self.config.bits and self.longest >= self.config.quantize_after:
             self.quantize()
 
     def quantize(self) -> None:
-        """Keep keys and values in the configuration's bits from now on."""
+        """Quantize what is stored, and all that follows, to the configuration's bits."""
         if self.is_quantized or self.config.bits is None:
             return
         layout = QuantizedKV(self.config.bits, kv_group_size(self._buffers[0][0].shape[-1]))
-        self._buffers = [layout.packed(*buffers) for buffers in self._buffers]
+        self._buffers = [layout.quantize(*buffers) for buffers in self._buffers]
         self.layout = layout
 
     @property
-    def can_forget(self) -> bool:
-        """Whether `trim` can take back tokens: a window that has turned has nothing to put in their places."""
+    def can_trim(self) -> bool:
+        """Whether `trim` can remove tokens; a window that is full has overwritten what came before them."""
         return self.config.window is None or self.offset <= self.config.window
 
     def trim(self, num_tokens: int) -> None:
-        """Forget the last `num_tokens` tokens; their room is used again."""
-        assert 0 <= num_tokens <= self.offset, f"cannot forget {num_tokens} of {self.offset} tokens"
-        assert self.can_forget or num_tokens == 0, "a window that has turned cannot go back"
+        """Remove the last `num_tokens` tokens; their slots are used again."""
+        assert 0 <= num_tokens <= self.offset, f"cannot remove {num_tokens} of {self.offset} tokens"
+        assert self.can_trim or num_tokens == 0, "a full window cannot be trimmed"
         self.offset -= num_tokens
 
-    def lend(self, num_tokens: int) -> list[Buffers]:
-        """The buffers of all layers, with room for so many more tokens, to one who gives them back by `put_back`.
+    def take_buffers(self, num_tokens: int) -> list[Buffers]:
+        """Hand the buffers of all layers, with room for `num_tokens` more tokens, to a decoding step.
 
-        They are not kept meanwhile: what is computed of them may take their memory.
+        The cache does not hold them until `restore_buffers`, so that the step may reuse their memory.
         """
-        lent = [self._with_room(layer, num_tokens) for layer in range(len(self._buffers))]
-        assert all(lent), "a cache without a token has no buffers yet"
-        self._buffers = [()] * len(lent)
-        return lent
+        taken = [self._with_room(layer, num_tokens) for layer in range(len(self._buffers))]
+        assert all(taken), "a cache without a token has no buffers yet"
+        self._buffers = [()] * len(taken)
+        return taken
 
-    def put_back(self, buffers: Sequence[Buffers], num_tokens: int) -> None:
-        """Take the buffers of all layers again, in which so many more tokens stand."""
+    def restore_buffers(self, buffers: Sequence[Buffers], num_tokens: int) -> None:
+        """Take back the buffers of all layers, with `num_tokens` more tokens in them."""
         self._buffers = list(buffers)
         self.advance(num_tokens)
 
@@ -127,22 +127,21 @@ class KVCache:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether keys and values stand in the configuration's bits by now."""
-        return isinstance(self.layout, QuantizedKV)
+        """Whether keys and values are stored in the configuration's bits by now."""
+        return self.layout.is_quantized
 
     def to_arrays(self) -> dict[str, mx.array]:
-        """What the buffers hold, by name, to be kept in a file; of one row."""
-        assert self._starts is None, "rows that were joined are not kept in files"
-        assert all(self._buffers) or not self.offset, "buffers that are lent cannot be kept"
-        room = self.offset if self.config.window is None else min(self.offset, self.config.window)
+        """What a cache of one row holds, by name, to be kept in a file."""
+        assert self._row_offsets is None, "rows that were joined are not kept in files"
+        assert all(self._buffers) or not self.offset, "buffers that are taken cannot be kept"
         return {
-            f"layers.{layer}.{part}": array if part == 2 and self.config.window else array[..., :room, :]
-            for layer, buffers in enumerate(self._buffers)
-            for part, array in enumerate(buffers)
+            f"layers.{layer}.{part}": array
+            for layer, buffers in enumerate(self._buffers if self.offset else [])
+            for part, array in enumerate(self.layout.to_arrays(buffers, self.offset))
         }
 
-    def take_arrays(self, arrays: Mapping[str, mx.array], num_tokens: int, quantized: bool) -> None:
-        """The opposite of `to_arrays`.
+    def from_arrays(self, arrays: Mapping[str, mx.array], num_tokens: int, quantized: bool) -> None:
+        """Fill an empty cache with what `to_arrays` gave.
 
         Raises:
             KeyError: if an array is missing.
@@ -151,61 +150,58 @@ class KVCache:
         if quantized and self.config.bits is not None:
             head_dim = arrays["layers.0.0"].shape[-1] * 32 // self.config.bits
             self.layout = QuantizedKV(self.config.bits, kv_group_size(head_dim))
-        parts = range(6 if quantized else 3 if self.config.window else 2)
-        room = num_tokens if self.config.window is None else min(num_tokens, self.config.window)
         for layer in range(len(self._buffers) if num_tokens else 0):
-            self._buffers[layer] = tuple(arrays[f"layers.{layer}.{part}"] for part in parts)
-            if any(array.shape[2] != room for array in self._buffers[layer][: 2 if self.config.window else 6]):
-                raise ValueError(f"layer {layer} does not hold {room:,} tokens")
+            parts = [arrays[f"layers.{layer}.{part}"] for part in range(self.layout.num_arrays)]
+            self._buffers[layer] = self.layout.from_arrays(parts, num_tokens)
         self.offset = num_tokens
 
     def join(self, other: "KVCache", row: int | None = None) -> None:
-        """Take in another cache of one row: as a further row, or in place of one that is done.
+        """Take in another cache of one row: as a further row, or in place of one that is finished.
 
-        The texts then end at the same place.
+        All rows then end at the same slot.
         """
-        assert self.config.window is None, "a window serves one row"
-        assert self.config == other.config, "rows of one cache are kept in one way"
+        assert self.config.window is None, "a window holds one row"
+        assert self.config == other.config, "all rows of a cache have one configuration"
         if self.is_quantized != other.is_quantized:
             self.quantize()
             other.quantize()
-        if self._starts is None:
-            self._starts = [0] * self._buffers[0][0].shape[0]
-        self._give_back([place for place in range(len(self._starts)) if place != row])
-        further = max(0, other.offset - self.offset)
-        start = self.offset + further - other.offset
-        length = _rounded(self.offset + further)
+        if self._row_offsets is None:
+            self._row_offsets = [0] * self._buffers[0][0].shape[0]
+        self._free_slots([kept for kept in range(len(self._row_offsets)) if kept != row])
+        shift = max(0, other.offset - self.offset)  # of the rows here, if the new one is longer
+        row_offset = self.offset + shift - other.offset
+        length = _rounded(self.offset + shift)
         for layer, (buffers, more) in enumerate(zip(self._buffers, other._buffers, strict=True)):
             self._buffers[layer] = ()
-            if further or buffers[0].shape[2] < length:
-                buffers = tuple(_moved(array, self.offset, further, length) for array in buffers)
+            if shift or buffers[0].shape[2] < length:
+                buffers = tuple(_moved(array, self.offset, shift, length) for array in buffers)
             more = tuple(array[..., : other.offset, :] for array in more)
-            self._buffers[layer] = _with_row(buffers, more, row, start)
-        self.offset += further
-        self._starts = [old + further for old in self._starts]
+            self._buffers[layer] = _with_row(buffers, more, row, row_offset)
+        self.offset += shift
+        self._row_offsets = [old + shift for old in self._row_offsets]
         if row is None:
-            self._starts.append(start)
+            self._row_offsets.append(row_offset)
         else:
-            self._starts[row] = start
+            self._row_offsets[row] = row_offset
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these."""
-        assert self._starts is not None, "rows that were never joined stay together"
-        self._give_back(rows)
+        """Remove all rows but these."""
+        assert self._row_offsets is not None, "rows that were never joined stay together"
+        self._free_slots(rows)
         chosen = mx.array(list(rows))
         for layer, buffers in enumerate(self._buffers):
             self._buffers[layer] = tuple(array[chosen] for array in buffers)
-        self._starts = [self._starts[row] for row in rows]
+        self._row_offsets = [self._row_offsets[row] for row in rows]
 
-    def _give_back(self, rows: Sequence[int]) -> None:
-        """The places before the texts of these rows, if they take much room."""
-        starts = self._starts or []
-        unused = min((starts[row] for row in rows), default=0) // GROWTH_STEP * GROWTH_STEP
+    def _free_slots(self, rows: Sequence[int]) -> None:
+        """Cut off the slots before the first of these rows begins, if they are many."""
+        row_offsets = self._row_offsets or []
+        unused = min((row_offsets[row] for row in rows), default=0) // GROWTH_STEP * GROWTH_STEP
         if unused:
             for layer, buffers in enumerate(self._buffers):
                 self._buffers[layer] = tuple(array[..., unused:, :] for array in buffers)
             self.offset -= unused
-            self._starts = [start - unused for start in starts]
+            self._row_offsets = [offset - unused for offset in row_offsets]
 
     def _with_room(self, layer: int, num_tokens: int) -> Buffers:
         buffers = self._buffers[layer]
@@ -213,66 +209,71 @@ class KVCache:
         if not buffers or buffers[0].shape[2] >= end:
             return buffers
         self._buffers[layer] = ()
-        return self.layout.grown(buffers, self.offset, _rounded(end))
+        return self.layout.grow(buffers, self.offset, _rounded(end))
 
     def _new(self, keys: mx.array, values: mx.array) -> Buffers:
-        return self.layout.new(keys, values, _rounded(self.offset + keys.shape[2]))
+        return self.layout.allocate(keys, values, _rounded(self.offset + keys.shape[2]))
 
 
 def _rounded(num_tokens: int) -> int:
     return -(-num_tokens // GROWTH_STEP) * GROWTH_STEP
 
 
-def _moved(array: mx.array, used: int, further: int, length: int) -> mx.array:
-    """The first `used` places of a buffer, so much further on in one of another length."""
+def _moved(array: mx.array, used: int, shift: int, length: int) -> mx.array:
+    """A buffer of another length with the first `used` slots of this one, moved back by `shift`."""
     room = mx.zeros((*array.shape[:2], length, array.shape[3]), array.dtype)
-    return mx.slice_update(room, array[..., :used, :], mx.array(further), axes=(2,))
+    return mx.slice_update(room, array[..., :used, :], mx.array(shift), axes=(2,))
 
 
-def _with_row(buffers: Buffers, more: Buffers, row: int | None, start: int) -> Buffers:
+def _with_row(buffers: Buffers, more: Buffers, row: int | None, slot: int) -> Buffers:
     if row is not None:
-        place = mx.array([row, start])
-        return tuple(mx.slice_update(old, new, place, axes=(0, 2)) for old, new in zip(buffers, more, strict=True))
-    rows = (_moved(new, new.shape[2], start, old.shape[2]) for old, new in zip(buffers, more, strict=True))
+        corner = mx.array([row, slot])
+        return tuple(mx.slice_update(old, new, corner, axes=(0, 2)) for old, new in zip(buffers, more, strict=True))
+    rows = (_moved(new, new.shape[2], slot, old.shape[2]) for old, new in zip(buffers, more, strict=True))
     return tuple(mx.concatenate([old, new]) for old, new in zip(buffers, rows, strict=True))
 
 
 class StepCache:
-    """Stands for a `KVCache` within a step that may be compiled: places are arrays, the buffers keep their length.
+    """A `KVCache` within a decoding step that may be compiled: slots are arrays, and buffers keep their length.
 
     Args:
         layout: of the buffers.
-        offset: where the next token goes, () int32. As a number it would be a constant of the compiled step.
-        starts: as of a `KVCache`.
+        offset: slot of the next token, () int32; as a number, it would be a constant of the compiled step.
+        row_offsets: as of a `KVCache`.
         buffers: of all layers.
-        num_tokens: how many tokens each row takes in.
+        num_tokens: new tokens per row.
     """
 
     def __init__(
-        self, layout: FullKV, offset: mx.array, starts: mx.array | None, buffers: Sequence[Buffers], num_tokens: int
+        self,
+        layout: FullKV,
+        offset: mx.array,
+        row_offsets: mx.array | None,
+        buffers: Sequence[Buffers],
+        num_tokens: int,
     ):
         self.buffers = list(buffers)
         self._layout = layout
         self._offset = offset
-        self._starts = starts
+        self._row_offsets = row_offsets
         self._num_tokens = num_tokens
 
     @property
     def positions(self) -> mx.array:
         """Position of the next token in its text: () of all rows, or (B,) of each."""
-        return self._offset if self._starts is None else self._offset - self._starts
+        return self._offset if self._row_offsets is None else self._offset - self._row_offsets
 
     def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """As of a `KVCache`."""
         buffers = self.buffers[layer] = self._layout.write(self.buffers[layer], self._offset, keys, values)
-        return self._layout.read_all(buffers, queries, self._mask)
+        return self._layout.attend_masked(buffers, queries, self._mask)
 
     @cached_property
     def _mask(self) -> mx.array:
-        """Which places of the buffers each token may read, bool, to broadcast to (B, H, L, S)."""
-        places = mx.arange(self.buffers[0][0].shape[2])  # (S,)
+        """Which slots each token may attend to, bool, to broadcast to (B, H, L, S)."""
+        slots = mx.arange(self.buffers[0][0].shape[2])  # (S,)
         if self._num_tokens == 1:
-            seen = places <= self._offset
+            seen = slots <= self._offset
         else:
-            seen = places <= self._offset + mx.arange(self._num_tokens)[:, None]  # (L, S)
-        return seen if self._starts is None else seen & (places >= self._starts[:, None, None, None])
+            seen = slots <= self._offset + mx.arange(self._num_tokens)[:, None]  # (L, S)
+        return seen if self._row_offsets is None else seen & (slots >= self._row_offsets[:, None, None, None])

@@ -1,12 +1,13 @@
-"""How the keys and values of a layer stand in arrays: in full, quantized, or in a window that turns.
+"""How the keys and values of one layer are stored: in full, quantized, or in a rotating window.
 
-A layer's buffers are a tuple of arrays (B, K, S, ...) with a place for each token. A place is an array () int32, so
-that a compiled step can be told another one each time.
+A layer's buffers are a tuple of arrays (B, K, S, ...) with one slot per token. In the decoding step a slot number is an
+array () int32, so that a compiled step can be called with another one each time.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -15,52 +16,78 @@ Buffers = tuple[mx.array, ...]
 
 @dataclass(frozen=True)
 class FullKV:
-    """Keys and values (B, K, S, D) as the layer made them."""
+    """Keys and values (B, K, S, D) as the layer computed them."""
 
-    def new(self, keys: mx.array, values: mx.array, length: int) -> Buffers:
-        """Empty buffers with so many places, for keys and values of this kind."""
+    num_arrays: ClassVar[int] = 2
+    is_quantized: ClassVar[bool] = False
+
+    def allocate(self, keys: mx.array, values: mx.array, length: int) -> Buffers:
+        """Empty buffers with `length` slots for keys and values of this type."""
         return _zeros(keys, length), _zeros(values, length)
 
-    def grown(self, buffers: Buffers, used: int, length: int) -> Buffers:
-        """The first `used` places in longer buffers."""
+    def grow(self, buffers: Buffers, used: int, length: int) -> Buffers:
+        """Buffers with `length` slots that begin with the first `used` ones."""
         return tuple(_grown(array, used, length) for array in buffers)
 
-    def write(self, buffers: Buffers, place: mx.array, keys: mx.array, values: mx.array) -> Buffers:
-        """With the keys and values of L new tokens from a place on."""
-        return _written(buffers, place, (keys, values))
+    def write(self, buffers: Buffers, slot: mx.array, keys: mx.array, values: mx.array) -> Buffers:
+        """Buffers with the keys and values of L new tokens from a slot on."""
+        return _written(buffers, slot, (keys, values))
 
-    def read(self, buffers: Buffers, queries: mx.array, end: int) -> mx.array:
-        """What the newest tokens' queries (B, H, L, D) read causally from `end` tokens."""
+    def extend(
+        self, buffers: Buffers, offset: int, keys: mx.array, values: mx.array, queries: mx.array
+    ) -> tuple[Buffers, mx.array]:
+        """Write L tokens behind `offset` others; attention output of the last of them, by queries (B, H, _, D)."""
+        buffers = self.write(buffers, mx.array(offset), keys, values)
+        return buffers, self.attend(buffers, queries, offset + keys.shape[2])
+
+    def attend(self, buffers: Buffers, queries: mx.array, end: int) -> mx.array:
+        """Causal attention of the newest tokens' queries (B, H, L, D) over the first `end` slots."""
         keys, values = (array[..., :end, :] for array in buffers)
         return attention(queries, keys, values)
 
-    def read_all(self, buffers: Buffers, queries: mx.array, mask: mx.array) -> mx.array:
-        """What queries read from those places of whole buffers that the mask, bool and broadcast, leaves."""
+    def attend_masked(self, buffers: Buffers, queries: mx.array, mask: mx.array) -> mx.array:
+        """Attention over the slots of whole buffers that a mask, bool and broadcast to (B, H, L, S), allows."""
         keys, values = buffers
         return attention(queries, keys, values, mask)
+
+    def to_arrays(self, buffers: Buffers, num_tokens: int) -> Buffers:
+        """The slots in use, to be kept in a file."""
+        return tuple(array[..., :num_tokens, :] for array in buffers)
+
+    def from_arrays(self, arrays: Sequence[mx.array], num_tokens: int) -> Buffers:
+        """Buffers of what `to_arrays` gave.
+
+        Raises:
+            ValueError: if an array holds another number of tokens.
+        """
+        _check_length(arrays, num_tokens)
+        return tuple(arrays)
 
 
 @dataclass(frozen=True)
 class QuantizedKV(FullKV):
-    """Keys and values in 4 or 8 bits: words, scales and offsets of the keys, then those of the values."""
+    """Keys and values in 4 or 8 bits: words, scales and biases of the keys, then those of the values."""
+
+    num_arrays: ClassVar[int] = 6
+    is_quantized: ClassVar[bool] = True
 
     bits: int
     group_size: int
 
-    def packed(self, keys: mx.array, values: mx.array) -> Buffers:
+    def quantize(self, keys: mx.array, values: mx.array) -> Buffers:
         """Keys and values in this layout."""
         return *mx.quantize(keys, self.group_size, self.bits), *mx.quantize(values, self.group_size, self.bits)
 
-    def new(self, keys: mx.array, values: mx.array, length: int) -> Buffers:
-        return tuple(_zeros(array, length) for array in self.packed(keys, values))
+    def allocate(self, keys: mx.array, values: mx.array, length: int) -> Buffers:
+        return tuple(_zeros(array, length) for array in self.quantize(keys, values))
 
-    def write(self, buffers: Buffers, place: mx.array, keys: mx.array, values: mx.array) -> Buffers:
-        return _written(buffers, place, self.packed(keys, values))
+    def write(self, buffers: Buffers, slot: mx.array, keys: mx.array, values: mx.array) -> Buffers:
+        return _written(buffers, slot, self.quantize(keys, values))
 
-    def read(self, buffers: Buffers, queries: mx.array, end: int) -> mx.array:
-        return super().read(self._unpacked(tuple(array[..., :end, :] for array in buffers)), queries, end)
+    def attend(self, buffers: Buffers, queries: mx.array, end: int) -> mx.array:
+        return super().attend(self._dequantized(tuple(array[..., :end, :] for array in buffers)), queries, end)
 
-    def read_all(self, buffers: Buffers, queries: mx.array, mask: mx.array) -> mx.array:
+    def attend_masked(self, buffers: Buffers, queries: mx.array, mask: mx.array) -> mx.array:
         B, H, L, D = queries.shape
         K, S = buffers[0].shape[1:3]
         grouped = queries.reshape(B, K, H // K * L, D) * D**-0.5
@@ -69,28 +96,37 @@ class QuantizedKV(FullKV):
         weights = mx.softmax(scores, axis=-1, precise=True).reshape(B, K, H // K * L, S)
         return self._product(weights, buffers[3:], transpose=False).reshape(B, H, L, D)
 
-    def _product(self, x: mx.array, packed: Buffers, transpose: bool) -> mx.array:
-        words, scales, offsets = packed
+    def _product(self, x: mx.array, quantized: Buffers, transpose: bool) -> mx.array:
+        words, scales, biases = quantized
         return mx.quantized_matmul(
-            x, words, scales, offsets, transpose=transpose, group_size=self.group_size, bits=self.bits
+            x, words, scales, biases, transpose=transpose, group_size=self.group_size, bits=self.bits
         )
 
-    def _unpacked(self, buffers: Buffers) -> Buffers:
+    def _dequantized(self, buffers: Buffers) -> Buffers:
         parts = buffers[:3], buffers[3:]
         return tuple(
-            mx.dequantize(words, scales, offsets, group_size=self.group_size, bits=self.bits)
-            for words, scales, offsets in parts
+            mx.dequantize(words, scales, biases, group_size=self.group_size, bits=self.bits)
+            for words, scales, biases in parts
         )
 
 
 @dataclass(frozen=True)
 class RotatingKV(FullKV):
-    """The first tokens, the sinks, and behind them as many of the last ones as there is room for, in a ring.
+    """The first tokens (attention sinks) and, in a ring behind them, as many of the last tokens as fit.
 
-    To a query the sinks seem to stand right before the oldest token of the ring, however far it is from them: distances
-    stay within the window, and so within what the model was trained with (Xiao et al., arXiv:2309.17453, section 3.2).
-    The third array keeps the sinks' keys (B, K, sinks + 1, D) as they were; its last place is for keys of no interest.
+    With 2 sinks and 6 slots, after 9 tokens (numbered from 0) the next token replaces number 5:
+
+        slot     0   1 | 2   3   4   5
+        token    0   1 | 6   7   8   5
+                 sinks   ring, its oldest token at (tokens - sinks) % ring
+
+    A query sees the sinks directly before the oldest token of the ring, however far away they are, so that distances
+    stay within the window and within what the model was trained on (Xiao et al., arXiv:2309.17453, section 3.2). For
+    that the sinks' keys are rotated further with each token. The third array keeps them unrotated,
+    (B, K, sinks + 1, D); its last slot takes the keys of all other tokens, which nobody reads.
     """
+
+    num_arrays: ClassVar[int] = 3
 
     size: int
     sinks: int
@@ -98,112 +134,136 @@ class RotatingKV(FullKV):
 
     @property
     def ring(self) -> int:
-        """How many tokens behind the sinks it holds."""
+        """Number of slots behind the sinks."""
         return self.size - self.sinks
 
-    def new(self, keys: mx.array, values: mx.array, length: int) -> Buffers:
-        return *super().new(keys, values, min(length, self.size)), _zeros(keys, self.sinks + 1)
+    def allocate(self, keys: mx.array, values: mx.array, length: int) -> Buffers:
+        return *super().allocate(keys, values, min(length, self.size)), _zeros(keys, self.sinks + 1)
 
-    def grown(self, buffers: Buffers, used: int, length: int) -> Buffers:
-        keys, values, first = buffers
+    def grow(self, buffers: Buffers, used: int, length: int) -> Buffers:
+        keys, values, unrotated = buffers
         length = min(length, self.size)
-        return (*super().grown((keys, values), used, length), first) if keys.shape[2] < length else buffers
+        return (*super().grow((keys, values), used, length), unrotated) if keys.shape[2] < length else buffers
 
-    def write(self, buffers: Buffers, place: mx.array, keys: mx.array, values: mx.array) -> Buffers:
-        """With the keys and values of one new token; the place counts all tokens there ever were."""
+    def write(self, buffers: Buffers, slot: mx.array, keys: mx.array, values: mx.array) -> Buffers:
+        """Buffers with the keys and values of one new token; `slot` is the number of tokens before it."""
         assert keys.shape[2] == 1, "a window takes several tokens by `extend`"
-        first = mx.slice_update(buffers[2], keys, mx.minimum(place, self.sinks), axes=(2,))
+        unrotated = mx.slice_update(buffers[2], keys, mx.minimum(slot, self.sinks), axes=(2,))
         if buffers[0].shape[2] < self.size:
-            return *_written(buffers[:2], place, (keys, values)), first
-        slot = mx.where(place < self.size, place, self.sinks + (place - self.sinks) % self.ring)
-        kept_keys, kept_values = _written(buffers[:2], slot, (keys, values))
+            return *_written(buffers[:2], slot, (keys, values)), unrotated
+        in_ring = mx.where(slot < self.size, slot, self.sinks + (slot - self.sinks) % self.ring)
+        kept_keys, kept_values = _written(buffers[:2], in_ring, (keys, values))
         if self.sinks:
-            shifted = self._shifted(first, mx.maximum(place - (self.size - 1), 0))
-            kept_keys = mx.slice_update(kept_keys, shifted, mx.array(0), axes=(2,))
-        return kept_keys, kept_values, first
-
-    def read(self, buffers: Buffers, queries: mx.array, end: int) -> mx.array:
-        return super().read(buffers[:2], queries, end)
-
-    def read_all(self, buffers: Buffers, queries: mx.array, mask: mx.array) -> mx.array:
-        return super().read_all(buffers[:2], queries, mask)
+            rotated = self._rotated_sinks(unrotated, mx.maximum(slot - (self.size - 1), 0))
+            kept_keys = mx.slice_update(kept_keys, rotated, mx.array(0), axes=(2,))
+        return kept_keys, kept_values, unrotated
 
     def extend(
         self, buffers: Buffers, offset: int, keys: mx.array, values: mx.array, queries: mx.array
     ) -> tuple[Buffers, mx.array]:
-        """Take in L tokens behind `offset` others, and what the last of them read by their queries (B, H, _, D).
-
-        As long as the window is not full this is as in full; then each query sees its own sinks and last tokens.
-        """
+        """As `FullKV.extend`; of tokens beyond the window, each query sees its own sinks and last tokens."""
         room = self.size - offset
         if keys.shape[2] <= room:
-            buffers = self._filled(buffers, offset, keys, values)
-            return buffers, self.read(buffers, queries, offset + keys.shape[2])
+            buffers = self._write_in_order(buffers, offset, keys, values)
+            return buffers, self.attend(buffers, queries, offset + keys.shape[2])
         if room <= 0:
-            return self._turned(buffers, offset, keys, values, queries)
+            return self._extend_full(buffers, offset, keys, values, queries)
         early = max(0, queries.shape[2] - (keys.shape[2] - room))  # queries of tokens for which there is room
-        buffers = self._filled(buffers, offset, keys[..., :room, :], values[..., :room, :])
-        parts = [self.read(buffers, queries[..., :early, :], self.size)] if early else []
-        rest = keys[..., room:, :], values[..., room:, :], queries[..., early:, :]
-        buffers, read = self._turned(buffers, self.size, *rest)
-        return buffers, mx.concatenate([*parts, read], axis=2)
+        buffers = self._write_in_order(buffers, offset, keys[..., :room, :], values[..., :room, :])
+        parts = [self.attend(buffers, queries[..., :early, :], self.size)] if early else []
+        later = keys[..., room:, :], values[..., room:, :], queries[..., early:, :]
+        buffers, output = self._extend_full(buffers, self.size, *later)
+        return buffers, mx.concatenate([*parts, output], axis=2)
 
-    def _filled(self, buffers: Buffers, offset: int, keys: mx.array, values: mx.array) -> Buffers:
-        first = buffers[2]
+    def attend(self, buffers: Buffers, queries: mx.array, end: int) -> mx.array:
+        return super().attend(buffers[:2], queries, end)
+
+    def attend_masked(self, buffers: Buffers, queries: mx.array, mask: mx.array) -> mx.array:
+        return super().attend_masked(buffers[:2], queries, mask)
+
+    def to_arrays(self, buffers: Buffers, num_tokens: int) -> Buffers:
+        return *super().to_arrays(buffers[:2], min(num_tokens, self.size)), buffers[2]
+
+    def from_arrays(self, arrays: Sequence[mx.array], num_tokens: int) -> Buffers:
+        _check_length(arrays[:2], min(num_tokens, self.size))
+        return tuple(arrays)
+
+    def _write_in_order(self, buffers: Buffers, offset: int, keys: mx.array, values: mx.array) -> Buffers:
+        """Buffers with tokens for which there is room."""
+        unrotated = buffers[2]
         if offset < self.sinks:
-            first = mx.slice_update(first, keys[..., : self.sinks - offset, :], mx.array(offset), axes=(2,))
-        return *_written(buffers[:2], mx.array(offset), (keys, values)), first
+            new_sinks = keys[..., : self.sinks - offset, :]
+            unrotated = mx.slice_update(unrotated, new_sinks, mx.array(offset), axes=(2,))
+        return *_written(buffers[:2], mx.array(offset), (keys, values)), unrotated
 
-    def _turned(
+    def _extend_full(
         self, buffers: Buffers, offset: int, keys: mx.array, values: mx.array, queries: mx.array
     ) -> tuple[Buffers, mx.array]:
-        """`extend` of a full window."""
-        B, H, num_queries, D = queries.shape
-        K, L, ring, sinks = keys.shape[1], keys.shape[2], self.ring, self.sinks
-        unread = L - num_queries  # new tokens whose queries nobody asks for
-        turn = (offset - sinks) % ring  # slot of the oldest token, counted behind the sinks
-        last = [mx.roll(array[..., sinks:, :], -turn, 2) for array in buffers[:2]]
-        keys, values = mx.concatenate([last[0], keys], axis=2), mx.concatenate([last[1], values], axis=2)  # ring + L
+        """`extend` of a full window by L tokens."""
+        L = keys.shape[2]
+        oldest = (offset - self.sinks) % self.ring
+        in_order = [mx.roll(array[..., self.sinks :, :], -oldest, 2) for array in buffers[:2]]
+        recent_keys = mx.concatenate([in_order[0], keys], axis=2)  # (B, K, ring + L, D), the oldest first
+        recent_values = mx.concatenate([in_order[1], values], axis=2)
+        sink_keys, sink_values = buffers[2][..., : self.sinks, :], buffers[1][..., : self.sinks, :]
+        output = self._attend_windows(offset + L, queries, (sink_keys, recent_keys), (sink_values, recent_values))
 
-        grouped = (queries * D**-0.5).reshape(B, K, H // K, num_queries, D)
-        age = mx.arange(unread, L)[:, None] + ring - mx.arange(ring + L)[None, :]  # of a key, to a query
-        scores = grouped @ keys[:, :, None].swapaxes(-1, -2)
-        scores = mx.where((age >= 0) & (age < ring), scores, _lowest(scores.dtype))
+        turn = (oldest + L) % self.ring
+        ring_keys, ring_values = (
+            mx.roll(array[..., -self.ring :, :], turn, 2) for array in (recent_keys, recent_values)
+        )
+        rotated = self._rotated_sinks(buffers[2], mx.array(offset + L - self.size))
+        new_keys = mx.concatenate([rotated, ring_keys], axis=2)
+        return (new_keys, mx.concatenate([sink_values, ring_values], axis=2), buffers[2]), output
+
+    def _attend_windows(
+        self,
+        end: int,
+        queries: mx.array,
+        keys: tuple[mx.array, mx.array],
+        values: tuple[mx.array, mx.array],
+    ) -> mx.array:
+        """Attention of the last n of `end` tokens (B, H, n, D), each over the sinks and its own window.
+
+        Args:
+            keys, values: of the sinks, unrotated, and of the recent tokens, oldest first.
+        """
+        B, H, n, D = queries.shape
+        K, num_recent = keys[1].shape[1:3]
+        grouped = (queries * D**-0.5).reshape(B, K, H // K, n, D)
+        age = mx.arange(num_recent - n, num_recent)[:, None] - mx.arange(num_recent)[None, :]  # of a key, to a query
+        scores = grouped @ keys[1][:, :, None].swapaxes(-1, -2)
+        scores = mx.where((age >= 0) & (age < self.ring), scores, _lowest(scores.dtype))
+        # Rotating a query back is the same as rotating the sinks forward, to right before the query's window.
         back = mx.fast.rope(
             queries * D**-0.5,
             D,
             traditional=False,
             base=self.rope_base,
             scale=-1.0,
-            offset=offset + unread - self.size + 1,
-        ).reshape(B, K, H // K, num_queries, D)
-        first = buffers[2][..., :sinks, :]
-        scores = mx.concatenate([back @ first[:, :, None].swapaxes(-1, -2), scores], axis=-1)
+            offset=end - n - self.size + 1,
+        ).reshape(B, K, H // K, n, D)
+        scores = mx.concatenate([back @ keys[0][:, :, None].swapaxes(-1, -2), scores], axis=-1)
         weights = mx.softmax(scores, axis=-1, precise=True)
-        seen = mx.concatenate([buffers[1][..., :sinks, :], values], axis=2)
-        read = (weights @ seen[:, :, None]).reshape(B, H, num_queries, D)
+        return (weights @ mx.concatenate(list(values), axis=2)[:, :, None]).reshape(B, H, n, D)
 
-        turn = (turn + L) % ring
-        last = [mx.roll(array[..., -ring:, :], turn, 2) for array in (keys, values)]
-        shift = mx.array(offset + L - self.size)
-        full = (
-            mx.concatenate([self._shifted(buffers[2], shift), last[0]], axis=2),
-            mx.concatenate([buffers[1][..., :sinks, :], last[1]], axis=2),
-        )
-        return (*full, buffers[2]), read
-
-    def _shifted(self, first: mx.array, shift: mx.array) -> mx.array:
-        """The sinks' keys as if each stood so many places further on."""
-        B, K, _, D = first.shape
-        alone = first[..., : self.sinks, :].reshape(B, K * self.sinks, 1, D)  # so that all turn by the same angle
-        shifted = mx.fast.rope(alone, D, traditional=False, base=self.rope_base, scale=1.0, offset=shift)
-        return shifted.reshape(B, K, self.sinks, D)
+    def _rotated_sinks(self, unrotated: mx.array, shift: mx.array) -> mx.array:
+        """The sinks' keys as if each were `shift` positions further on."""
+        B, K, _, D = unrotated.shape
+        alone = unrotated[..., : self.sinks, :].reshape(B, K * self.sinks, 1, D)  # so that all get the same angle
+        rotated = mx.fast.rope(alone, D, traditional=False, base=self.rope_base, scale=1.0, offset=shift)
+        return rotated.reshape(B, K, self.sinks, D)
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None = None) -> mx.array:
-    """What queries (B, H, L, D) read from values (B, K, S, D): by the mask, or causally, aligned at the end."""
-    seen = mask if mask is not None else "causal" if queries.shape[2] > 1 else None
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=seen)
+    """Attention of queries (B, H, L, D) over (B, K, S, D): masked, or causal with the last query at the last key."""
+    chosen = mask if mask is not None else "causal" if queries.shape[2] > 1 else None
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=chosen)
+
+
+def _check_length(arrays: Sequence[mx.array], num_tokens: int) -> None:
+    if any(array.shape[2] != num_tokens for array in arrays):
+        raise ValueError(f"a layer does not hold {num_tokens:,} tokens")
 
 
 def _zeros(like: mx.array, length: int) -> mx.array:
@@ -217,8 +277,8 @@ def _grown(array: mx.array, used: int, length: int) -> mx.array:
     return mx.concatenate([array[..., :used, :], _zeros(array, length - used)], axis=2)
 
 
-def _written(buffers: Sequence[mx.array], place: mx.array, new: Sequence[mx.array]) -> Buffers:
-    return tuple(mx.slice_update(array, part, place, axes=(2,)) for array, part in zip(buffers, new, strict=True))
+def _written(buffers: Sequence[mx.array], slot: mx.array, new: Sequence[mx.array]) -> Buffers:
+    return tuple(mx.slice_update(array, part, slot, axes=(2,)) for array, part in zip(buffers, new, strict=True))
 
 
 def _lowest(dtype: mx.Dtype) -> mx.array:

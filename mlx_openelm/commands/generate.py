@@ -15,10 +15,10 @@ from ..conversion.open import open_model
 from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
 from ..files.output import OutputFile, output_file
 from ..generation.batch import BATCH_SIZE, generate_batch
+from ..generation.drafters import DEFAULT_MAX_DRAFT, Drafter, DraftModel, PromptLookup
 from ..generation.engine import MAX_TOKENS
 from ..generation.prompt_cache import PromptCache, fingerprint
 from ..generation.sampling import SamplingConfig
-from ..generation.speculative import Drafter, DraftModel, PromptLookup
 from ..generation.text import Generation, Stats, stream_generate
 from ..hub import BUILT_IN_MODEL
 from ..loading import dtype_named, load, load_source
@@ -92,6 +92,9 @@ def generate(
     draft_model: Annotated[
         str | None, typer.Option(help="Draft model for speculative decoding; the text stays the same.", metavar="M")
     ] = None,
+    num_draft_tokens: Annotated[
+        int, typer.Option(help="Maximum tokens drafted at once with --draft-model; the number adapts.", metavar="N")
+    ] = DEFAULT_MAX_DRAFT,
     prompt_lookup: Annotated[
         int,
         typer.Option(help="Prompt-lookup decoding with up to N draft tokens; 0: off.", metavar="N"),
@@ -153,7 +156,7 @@ def generate(
             sampling=sampling,
             stop=stop or (),
             cache=cache,
-            drafter=_drafter(draft_model, prompt_lookup, dtype, tokens),
+            drafter=_drafter(draft_model, num_draft_tokens, prompt_lookup, dtype, tokens),
         )
         if sys.stdout.isatty() and not as_json and not chat:
             typer.secho(text, dim=True, nl=False)
@@ -239,13 +242,15 @@ def _check_options(
             raise OutputExistsError(output)
 
 
-def _drafter(draft_model: str | None, prompt_lookup: int, dtype: str, tokenizer: Tokenizer) -> Drafter | None:
+def _drafter(
+    draft_model: str | None, num_draft_tokens: int, prompt_lookup: int, dtype: str, tokenizer: Tokenizer
+) -> Drafter | None:
     if draft_model is None:
         return PromptLookup(prompt_lookup) if prompt_lookup else None
     opened = open_model([draft_model])
     if opened.tokenizer is not None and opened.tokenizer.vocab_hash() != tokenizer.vocab_hash():
         raise TokenizerError(f"the vocabulary of --draft-model {draft_model} differs from the model's")
-    return DraftModel(load_source(opened.source, dtype_named(dtype)))
+    return DraftModel(load_source(opened.source, dtype_named(dtype)), num_draft_tokens)
 
 
 def _answer_file(

@@ -1,12 +1,12 @@
-"""Tokens in, tokens out: prefill in chunks, then one token after another with the device kept busy.
+"""Tokens in, tokens out: prefill in chunks, then one token after another while the device stays busy.
 
-This stands below text (no tokenizer, no stop strings) and above the model. A single prompt is a batch of one row.
+Nothing here knows about text: no tokenizer, no stop strings. A single prompt is a batch of one row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -30,7 +30,7 @@ class Step:
     """One generated token."""
 
     token: int
-    logprob: float  # natural logarithm of the probability that the model gave it, before sampling changed anything
+    logprob: float  # natural logarithm of its probability under the model, before sampling changed anything
 
 
 def generate_tokens(
@@ -41,21 +41,21 @@ def generate_tokens(
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
     cache: KVCache | None = None,
     before: Sequence[int] = (),
-    on_prefill: Progress = lambda done, total: None,
+    on_prefill: Progress | None = None,
     compiled: bool | None = None,
 ) -> Iterator[Step]:
-    """Continue a prompt, one `Step` at a time, through the end of the text and beyond: stopping is the caller's.
+    """Continue a prompt, one `Step` at a time, past the end-of-text token too: the caller decides when to stop.
 
     While the caller handles a token, the device computes the next one.
 
     Args:
         tokens: ids (L,), at least one.
         max_tokens: how many to generate.
-        cache: what came before the prompt; afterwards it holds the prompt and all generated tokens whose successor was
-            computed, which is at most one more than were taken.
-        before: the ids that the cache holds already; a repetition penalty counts them.
+        cache: what came before the prompt. Afterwards it holds the prompt and the generated tokens, except those whose
+            successor was never computed; that is at most one token more than the caller took.
+        before: ids that the cache already holds; a repetition penalty counts them.
         on_prefill: called with the number of prompt tokens done and their total.
-        compiled: whether the step from token to token is compiled whole; by default where that pays.
+        compiled: whether to compile the whole decoding step; by default where it pays off.
 
     Raises:
         PromptError: if there are no tokens, or ids outside the vocabulary.
@@ -66,30 +66,51 @@ def generate_tokens(
     check_memory(model, cache.offset + prompt.size + max_tokens, cache.config)
     if max_tokens < 1:
         return
-    rows = DecodeBatch(model, sampling, compiled=pays_to_compile(max_tokens) if compiled is None else compiled)
-    rows.add(prompt, cache, before=before, on_prefill=on_prefill)
+    batch = DecodeBatch(model, sampling, compiled=pays_to_compile(max_tokens) if compiled is None else compiled)
+    batch.add(prompt, cache, before=before, on_prefill=on_prefill)
     for remaining in range(max_tokens - 1, -1, -1):
-        yield from rows.step(more=remaining > 0).values()
+        yield from batch.step(more=remaining > 0).values()
+
+
+class _Rows(NamedTuple):
+    """What is known of every row of a batch before its next step; arrays with one entry per row."""
+
+    tokens: mx.array  # (B,), the next token of each
+    logprobs: mx.array  # (B,), of these
+    keys: mx.array  # (B, 2), random state
+    recent: mx.array  # (B, R), tokens that a repetition penalty covers
+
+    @property
+    def state(self) -> State:
+        """State of the sampler."""
+        return self.keys, self.recent
+
+    def join(self, row: "_Rows", slot: int | None) -> "_Rows":
+        """With one more row, at the end or in the slot of another one."""
+        return _Rows(*(_with_row(old, new, slot) for old, new in zip(self, row, strict=True)))
+
+    def keep(self, slots: Sequence[int]) -> "_Rows":
+        """These rows only."""
+        chosen = mx.array(list(slots))
+        return _Rows(*(array[chosen] for array in self))
 
 
 class DecodeBatch:
-    """Rows of tokens that are decoded together. A finished row leaves, and another takes its place while others run.
+    """Rows of tokens that are decoded together. A finished row leaves, and another one takes its slot meanwhile.
 
     Args:
         sampling: of all rows.
-        compiled: whether the step is compiled whole.
+        compiled: whether to compile the whole step.
     """
 
     def __init__(self, model: OpenELM, sampling: SamplingConfig, *, compiled: bool):
         self._model = model
         self._sampler = Sampler(sampling)
         self._step = DecodeStep(model, self._choose, compiled)
-        self._numbers: list[int | None] = []  # of the row in each place; None where it has left
+        self._numbers: list[int | None] = []  # of the row in each slot; None where it has left
         self._added = 0
         self._cache: KVCache
-        self._state: State
-        self._tokens: mx.array  # (B,), the next of each row, and its log-probability
-        self._logprobs: mx.array
+        self._rows: _Rows
 
     def __len__(self) -> int:
         return sum(number is not None for number in self._numbers)
@@ -101,71 +122,64 @@ class DecodeBatch:
         *,
         before: Sequence[int] = (),
         seed: int | None = None,
-        on_prefill: Progress = lambda done, total: None,
+        on_prefill: Progress | None = None,
     ) -> int:
-        """Prefill a prompt (L,) behind what a cache of one row holds; gives the row's number.
+        """Prefill a prompt (L,) behind what a cache of one row holds; returns the row's number.
 
-        The first row goes on in this very cache; further ones are copied to it.
+        The batch uses the cache of its first row; the caches of further rows are copied into it.
         """
         state = self._sampler.start(whole_text(before, prompt), seed)
         token, logprob, state = first_choice(self._model, self._sampler, prompt, cache, state, on_prefill)
-        own = token[None], logprob[None], state[0][None], state[1][None]
+        row = _Rows(token[None], logprob[None], state[0][None], state[1][None])
         free = self._numbers.index(None) if None in self._numbers else None
         if not len(self):
-            self._numbers = [self._added]
-            self._cache = cache
-            self._tokens, self._logprobs, *both = own
+            self._numbers, self._cache, self._rows = [self._added], cache, row
         else:
             self._cache.join(cache, free)
-            of_all = self._tokens, self._logprobs, *self._state
-            self._tokens, self._logprobs, *both = (
-                _with_row(old, new, free) for old, new in zip(of_all, own, strict=True)
-            )
+            self._rows = self._rows.join(row, free)
             if free is None:
                 self._numbers.append(self._added)
             else:
                 self._numbers[free] = self._added
-        self._state = both[0], both[1]
         self._added += 1
         return self._added - 1
 
     def step(self, more: bool = True) -> dict[int, Step]:
-        """The next token of each row by its number; with `more`, the ones behind them are queued."""
+        """The next token of each row by its number; with `more`, the tokens after these are queued."""
         self._close_gaps()
-        tokens, logprobs = self._tokens, self._logprobs
+        tokens, logprobs, *_ = rows = self._rows
         if more:
-            self._tokens, self._logprobs, self._state = self._step(tokens[:, None], self._state, self._cache)
-            mx.async_eval(self._tokens, self._logprobs, *self._state)  # a state never asked for would grow for ever
+            chosen, chosen_logprobs, state = self._step(tokens[:, None], rows.state, self._cache)
+            self._rows = _Rows(chosen, chosen_logprobs, *state)
+            mx.async_eval(*self._rows)  # the state too: if it were never evaluated, its graph would grow
         values: Any = tokens.tolist(), logprobs.tolist()
         found = zip(self._numbers, *values, strict=True)
         return {number: Step(token, logprob) for number, token, logprob in found if number is not None}
 
     def remove(self, number: int) -> None:
-        """A row leaves; the next one that is added takes its place."""
+        """Let a row leave; the next row that is added takes its slot."""
         self._numbers[self._numbers.index(number)] = None
 
     def _close_gaps(self) -> None:
-        taken = [place for place, number in enumerate(self._numbers) if number is not None]
+        taken = [slot for slot, number in enumerate(self._numbers) if number is not None]
         if len(taken) == len(self._numbers):
             return
         self._cache.keep(taken)
-        chosen = mx.array(taken)
-        self._tokens, self._logprobs = self._tokens[chosen], self._logprobs[chosen]
-        self._state = self._state[0][chosen], self._state[1][chosen]
-        self._numbers = [self._numbers[place] for place in taken]
+        self._rows = self._rows.keep(taken)
+        self._numbers = [self._numbers[slot] for slot in taken]
 
     def _choose(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
         return self._sampler.choose_rows(logits[:, -1], state)
 
 
 class DecodeStep:
-    """A pass over the next tokens of all rows, and a choice from its logits, as one function that may be compiled.
+    """A forward pass over the next tokens of all rows and a choice from its logits, as one function, maybe compiled.
 
-    Keys and values stand in buffers that grow now and then; for each length, and each number of rows and tokens, the
-    step is traced once. The weights are constants of it, so it lives no longer than a generation.
+    Buffers for keys and values grow from time to time; the step is traced once for each of their lengths, and for each
+    number of rows and tokens. The weights are constants of a compiled step, so it lives no longer than a generation.
 
     Args:
-        choose: from logits (B, L, V) and a state to whatever is wanted: a function of arrays.
+        choose: a function of arrays, from logits (B, L, V) and a state to whatever is wanted.
     """
 
     def __init__(self, model: OpenELM, choose: Callable[[mx.array, Any], Any], compiled: bool):
@@ -175,43 +189,43 @@ class DecodeStep:
         self._runs: dict[FullKV, Callable[..., tuple[Any, list[Buffers]]]] = {}
 
     def __call__(self, tokens: mx.array, state: Any, cache: KVCache) -> Any:
-        """What is chosen for tokens (B, L); the cache then holds these."""
+        """What is chosen after tokens (B, L); the cache holds these afterwards."""
         run = self._runs.get(cache.layout)
         if run is None:
             run = partial(self._run, cache.layout)
             run = self._runs[cache.layout] = mx.compile(run) if self._compiled else run
-        self._model.transformer.warn_past_context(cache, tokens.shape[1])
-        place = mx.array(cache.offset, mx.int32)
-        starts = [] if cache.starts is None else [cache.starts]
+        num_tokens = tokens.shape[1]
+        self._model.transformer.warn_past_context(cache, num_tokens)
+        offset = mx.array(cache.offset, mx.int32)
+        row_offsets = [] if cache.row_offsets is None else [cache.row_offsets]
         with cache.guarded():
-            chosen, buffers = run(tokens, place, starts, cache.lend(tokens.shape[1]), state)
-            cache.put_back(buffers, tokens.shape[1])
+            chosen, buffers = run(tokens, offset, row_offsets, cache.take_buffers(num_tokens), state)
+            cache.restore_buffers(buffers, num_tokens)
         return chosen
 
     def _run(
         self,
         layout: FullKV,
         tokens: mx.array,
-        place: mx.array,
-        starts: list[mx.array],
+        offset: mx.array,
+        row_offsets: list[mx.array],
         buffers: list[Buffers],
         state: Any,
     ) -> tuple[Any, list[Buffers]]:
-        cache = StepCache(layout, place, starts[0] if starts else None, buffers, tokens.shape[1])
+        cache = StepCache(layout, offset, row_offsets[0] if row_offsets else None, buffers, tokens.shape[1])
         transformer = self._model.transformer
         hidden = transformer.run(tokens, transformer.forward_context(tokens.shape[0], cache))
         return self._choose(self._model.logits(hidden), state), cache.buffers
 
 
-def prefill(
-    model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Progress = lambda done, total: None
-) -> mx.array:
-    """Put a prompt (L,) into the cache, chunk by chunk; gives the last position's hidden state (1, 1, M).
+def prefill(model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Progress | None = None) -> mx.array:
+    """Put a prompt (L,) into the cache, chunk by chunk; returns the last position's hidden state (1, 1, M).
 
-    Logits are left to the caller: those of the other positions nobody reads.
+    The caller computes logits, because only those of the last position are needed.
     """
     for start in range(0, prompt.size, PREFILL_CHUNK):
-        on_prefill(start, prompt.size)
+        if on_prefill is not None:
+            on_prefill(start, prompt.size)
         hidden = model.transformer(prompt[None, start : start + PREFILL_CHUNK], cache, last_only=True)
         if start + PREFILL_CHUNK < prompt.size:
             mx.eval(cache.arrays)
@@ -219,13 +233,14 @@ def prefill(
 
 
 def first_choice(
-    model: OpenELM, sampler: Sampler, prompt: mx.array, cache: KVCache, state: State, on_prefill: Progress
+    model: OpenELM, sampler: Sampler, prompt: mx.array, cache: KVCache, state: State, on_prefill: Progress | None
 ) -> tuple[mx.array, mx.array, State]:
-    """Prefill a prompt (L,) and choose what follows it: token (), log-probability (), the state behind it."""
+    """Prefill a prompt (L,) and choose the token after it: token (), log-probability () and the next state."""
     hidden = prefill(model, prompt, cache, on_prefill)
     token, logprob, state = sampler.choose(model.logits(hidden)[0, -1], state)
     mx.async_eval(token, logprob)
-    on_prefill(prompt.size, prompt.size)
+    if on_prefill is not None:
+        on_prefill(prompt.size, prompt.size)
     return token, logprob, state
 
 
@@ -248,15 +263,17 @@ def as_prompt(model: OpenELM, tokens: mx.array | Sequence[int]) -> mx.array:
 
 
 def whole_text(before: Sequence[int], prompt: mx.array) -> mx.array:
-    """What the cache holds already and the prompt behind it, (L,)."""
+    """What the cache already holds, followed by the prompt, (L,)."""
     return mx.concatenate([mx.array(list(before), prompt.dtype), prompt]) if before else prompt
 
 
 def check_memory(model: OpenELM, num_tokens: int, cache: CacheConfig, rows: int = 1) -> None:
-    """Keys and values once more than kept, for the moment when they grow; attention within a layer comes on top.
+    """Make sure that `rows` sequences of `num_tokens` tokens fit into memory.
+
+    Counts keys and values twice, for the moment when their buffers are copied to grow, and one layer's scores.
 
     Raises:
-        MemoryLimitError: if so many tokens in each of so many rows do not fit into memory.
+        MemoryLimitError: if they do not fit.
     """
     config = model.config
     dtype = model.transformer.norm.weight.dtype
@@ -268,8 +285,8 @@ def check_memory(model: OpenELM, num_tokens: int, cache: CacheConfig, rows: int 
         raise MemoryLimitError(num_tokens, needed, limit)
 
 
-def _with_row(old: mx.array, new: mx.array, row: int | None) -> mx.array:
-    """Rows (B, ...) with one more (1, ...) at the end, or in the place of another."""
-    if row is None:
+def _with_row(old: mx.array, new: mx.array, slot: int | None) -> mx.array:
+    """Rows (B, ...) with one more (1, ...), at the end or in the slot of another one."""
+    if slot is None:
         return mx.concatenate([old, new])
-    return mx.concatenate([old[:row], new, old[row + 1 :]])
+    return mx.concatenate([old[:slot], new, old[slot + 1 :]])

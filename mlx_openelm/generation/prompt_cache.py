@@ -54,7 +54,7 @@ class PromptCache:
                 break
             shared += 1
         goes_back = shared < len(self.tokens)
-        if goes_back and (not self.kv.can_forget or (self.kv.is_quantized and shared < self.config.quantize_after)):
+        if goes_back and (not self.kv.can_trim or (self.kv.is_quantized and shared < self.config.quantize_after)):
             self.clear()
             return [], list(tokens)
         self.kv.trim(len(self.tokens) - shared)
@@ -65,7 +65,7 @@ class PromptCache:
         """Say what text the keys and values now belong to, as far as they go; those of a token more are dropped."""
         self.tokens = list(tokens[: self.kv.offset])
         surplus = self.kv.offset - len(self.tokens)
-        if surplus and not self.kv.can_forget:
+        if surplus and not self.kv.can_trim:
             self.clear()
         else:
             self.kv.trim(surplus)
@@ -123,7 +123,7 @@ class PromptCache:
         cache._fingerprint = own
         cache.tokens = json.loads(about["tokens"])
         try:
-            cache.kv.take_arrays(arrays, len(cache.tokens), json.loads(about["quantized"]))
+            cache.kv.from_arrays(arrays, len(cache.tokens), json.loads(about["quantized"]))
         except (KeyError, ValueError) as error:
             raise CacheError(f"{path} is damaged: {error}") from error
         return cache

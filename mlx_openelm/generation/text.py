@@ -10,10 +10,11 @@ from ..errors import PromptError
 from ..machine.device import peak_memory_bytes, wired_memory
 from ..model.openelm import OpenELM
 from ..tokenizer.tokenizer import Tokenizer
+from .drafters import Drafter
 from .engine import MAX_TOKENS, Progress, Step, generate_tokens
 from .prompt_cache import PromptCache
 from .sampling import SamplingConfig
-from .speculative import Drafter, speculate_tokens
+from .speculative import speculate_tokens
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Stats:
     prefill_seconds: float  # until the first token
     decode_seconds: float  # from the first token on
     peak_memory_bytes: int
-    drafted_tokens: int = 0  # guesses of speculative decoding
+    drafted_tokens: int = 0  # of speculative decoding
     accepted_tokens: int = 0  # those that were right
     reused_tokens: int = 0  # of the prompt, whose keys and values were there already
     seed: int | None = None  # that the text was sampled with; None where it was not sampled
@@ -42,7 +43,7 @@ class Stats:
 
     @property
     def acceptance(self) -> float | None:
-        """Share of the guesses of speculative decoding that were right; `None` without guesses."""
+        """Share of the draft tokens that were accepted; `None` without draft tokens."""
         return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
 
 
@@ -94,9 +95,22 @@ def generate(
     max_tokens: int = MAX_TOKENS,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
     stop: Iterable[str] = (),
+    cache: PromptCache | None = None,
+    drafter: Drafter | None = None,
+    on_prefill: Progress | None = None,
 ) -> str:
     """The text that follows a prompt; arguments and errors as for `stream_generate`."""
-    chunks = stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop)
+    chunks = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=stop,
+        cache=cache,
+        drafter=drafter,
+        on_prefill=on_prefill,
+    )
     return "".join(chunk.text for chunk in chunks)
 
 
@@ -110,7 +124,7 @@ def stream_generate(
     stop: Iterable[str] = (),
     cache: PromptCache | None = None,
     drafter: Drafter | None = None,
-    on_prefill: Progress = lambda done, total: None,
+    on_prefill: Progress | None = None,
 ) -> Generator[GenerationChunk, None, None]:
     """Continue a prompt and yield a `GenerationChunk` with every token; the last one has a `finish_reason`.
 
@@ -120,7 +134,7 @@ def stream_generate(
         stop: texts that end the generation; neither they nor what follows them is given out.
         cache: of an earlier text; what the prompt shares with it is not computed again. It then holds the prompt and
             what was generated.
-        drafter: guesses ahead (see `speculate`); the text stays the same.
+        drafter: proposes draft tokens (see `speculate_tokens`); the text stays the same.
         on_prefill: called with the number of prompt tokens done and their total.
 
     Raises:
@@ -182,7 +196,7 @@ class TextStream:
         self._reused = reused
         self._seed = seed
         self._drafter = drafter
-        self._drafted_before, self._accepted_before = self._guesses()
+        self._drafted_before, self._accepted_before = self._draft_counts()
         self._generated = 0
         self._start = self._first = time.perf_counter()
 
@@ -203,8 +217,8 @@ class TextStream:
             finish_reason = "stop" if self._watch.found else finish_reason
         return GenerationChunk(text, step.token, step.logprob, finish_reason, stats)
 
-    def _guesses(self) -> tuple[int, int]:
-        """How many the drafter has made so far, for this text and others, and how many of them were right."""
+    def _draft_counts(self) -> tuple[int, int]:
+        """Draft tokens so far, for this text and earlier ones, and how many of them were accepted."""
         return (self._drafter.drafted, self._drafter.accepted) if self._drafter is not None else (0, 0)
 
     def _tick(self) -> Stats:
@@ -212,7 +226,7 @@ class TextStream:
         self._generated += 1
         if self._generated == 1:
             self._first = now
-        drafted, accepted = self._guesses()
+        drafted, accepted = self._draft_counts()
         return Stats(
             self._prompt_tokens,
             self._generated,
