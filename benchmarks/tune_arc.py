@@ -81,7 +81,7 @@ def choice_nats(path: Path, tuning) -> float:  # type: ignore[no-untyped-def]
     counts = Counter(record["answer"] for record in records)
     entropy = -sum(n * math.log(n / len(records)) for n in counts.values()) / len(records)
     held_out = tuning.held_out.examples
-    return entropy / (sum(int(example.answer.sum()) for example in held_out) / len(held_out))
+    return entropy / (sum(int(example.completion_mask.sum()) for example in held_out) / len(held_out))
 
 
 if __name__ == "__main__":

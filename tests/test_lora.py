@@ -12,7 +12,7 @@ from mlx_openelm import OpenELMConfig, load_model
 from mlx_openelm.conversion.adapters.forms import open_adapter
 from mlx_openelm.conversion.convert import convert
 from mlx_openelm.conversion.open import open_source
-from mlx_openelm.data.batch import TokenBatch, counted_targets, make_batch
+from mlx_openelm.data.batch import TokenBatch, make_batch, target_mask
 from mlx_openelm.errors import AdapterError, ConfigError
 from mlx_openelm.merging import write_merged
 from mlx_openelm.model.adapters import about_base, save_adapter
@@ -60,7 +60,7 @@ class OneBatch:
 
     def step(self, step, first=0, count=None):
         segments = np.zeros_like(TOKENS)
-        return TokenBatch(TOKENS, segments, counted_targets(segments, False))
+        return TokenBatch(TOKENS, segments, target_mask(segments, False))
 
     def validation(self, first, stride):
         return [self.step(0)]

@@ -115,7 +115,7 @@ def test_the_reference_is_the_model_as_it_was(recipe, files):
     logits = plain(mx.array(rows.tokens[:, :-1]))
     logprobs = mx.take_along_axis(logits - mx.logsumexp(logits, axis=-1, keepdims=True),
                                   mx.array(rows.tokens[:, 1:, None]), axis=-1)[..., 0]  # fmt: skip
-    assert_close(before, (logprobs * mx.array(rows.counted)).sum(axis=1), 1e-4)
+    assert_close(before, (logprobs * mx.array(rows.loss_mask)).sum(axis=1), 1e-4)
     for _ in range(4):
         trainer.take_step()
     assert_close(trainer._prepare(make_batch(rows))["reference"], before, 1e-5)
@@ -256,14 +256,14 @@ def test_the_loss_is_that_of_answers_alone(recipe, files):
     logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     picked = np.take_along_axis(logprobs, rows.tokens[:, 1:, None], axis=-1)[..., 0]
     figures = trainer.take_step()
-    assert figures["count"] == rows.counted.sum()
-    assert figures["loss"] == pytest.approx(-picked[rows.counted].mean(), rel=1e-4)
+    assert figures["count"] == rows.loss_mask.sum()
+    assert figures["loss"] == pytest.approx(-picked[rows.loss_mask].mean(), rel=1e-4)
 
 
 def test_a_step_without_a_target_changes_nothing(recipe):
     trainer = make_trainer(prepare_tuning(recipe))
     rows = trainer.data.step(0)
-    trainer.data.step = lambda *arguments: replace(rows, counted=np.zeros_like(rows.counted))
+    trainer.data.step = lambda *arguments: replace(rows, loss_mask=np.zeros_like(rows.loss_mask))
     before = dict(trainer.parameters)
     assert trainer.take_step()["count"] == 0
     assert trainer.step == 1

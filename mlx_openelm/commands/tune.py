@@ -90,7 +90,7 @@ class TuningView(TrainingView):
 
 def _counts(tuning: Tuning) -> dict[str, Any]:
     return {
-        "format": tuning.train.kind,
+        "format": tuning.train.format,
         "examples": len(tuning.train.examples),
         "validation_examples": len(tuning.held_out.examples) if tuning.held_out else 0,
         "cut": tuning.train.num_cut,
@@ -118,7 +118,7 @@ def _describe(tuning: Tuning, num_processes: int) -> None:
     recipe, counts = tuning.recipe, _counts(tuning)
     held_out = f"{counts['validation_examples']:,} for validation"
     say(f"{_described(tuning.train)}, {held_out}; the first one, with trained tokens marked:")
-    for side in tuning.train.examples[0].sides:
+    for side in tuning.train.examples[0].sequences:
         typer.echo(_marked(side, tuning.tokenizer), err=True)
     total = tuning.model.config.num_parameters
     kind = f"{recipe.method}, rank {recipe.rank}, scale {recipe.adapter.scale:g}" if recipe.adapter else "full"
@@ -139,7 +139,7 @@ def _described(found: ExampleSet) -> str:
         )
         if count
     ]
-    return f"{len(found.examples):,} examples in {found.kind} format" + (f" ({', '.join(more)})" if more else "")
+    return f"{len(found.examples):,} examples in {found.format} format" + (f" ({', '.join(more)})" if more else "")
 
 
 def _marked(example: Example, tokenizer: Tokenizer) -> str:

@@ -6,67 +6,68 @@ from typing import TypedDict
 import mlx.core as mx
 import numpy as np
 
-_SIZES = 8  # numbers of counted positions that a shape of batch comes in; each is compiled once
+_SIZES = 8  # numbers of scored positions per shape of batch; each is compiled once
 
 
 class Batch(TypedDict, total=False):
-    """Arrays of a step; B rows of L tokens, of which N positions are scored."""
+    """Arrays of a step: B rows of L tokens, of which N positions are scored."""
 
     inputs: mx.array  # ids (B, L)
-    segments: mx.array  # documents or examples of a row, numbered, (B, L); only where they may not see one another
-    positions: mx.array  # of the N scored ones, counted over all rows, (N,); only where not all are scored
-    targets: mx.array  # ids of their successors, (N,)
-    weights: mx.array  # float32 (N,): 1 for those that count, 0 for those that fill the shape up
-    rows: mx.array  # which row each of them stands in, (N,)
-    reference: mx.array  # of preferences: log-probabilities of the rows before training, (B,)
+    segments: mx.array  # number of the document or example within its row, (B, L); only if they are isolated
+    positions: mx.array  # scored positions in the flattened rows, (N,); only if not all are scored
+    targets: mx.array  # ids to predict there, (N,)
+    weights: mx.array  # float32 (N,): 1 where the loss mask is set, 0 where the shape is filled up
+    rows: mx.array  # row of each scored position, (N,)
+    reference: mx.array  # DPO: log-probabilities of the rows under the reference model, (B,)
     dropout: mx.array  # the random key of the step
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows of one step: ids (B, L + 1), which documents they belong to, and which of them count.
+    """Rows of one step: ids (B, L + 1), the documents they belong to, and the loss mask.
 
-    Position i predicts position i + 1. Negative `segments` are padding. `isolated` rows hold several documents, none
-    of which may see another.
+    Position i predicts position i + 1. Negative `segments` are padding. `isolated` rows hold several documents that do
+    not attend to one another.
     """
 
     tokens: np.ndarray  # int32 (B, L + 1)
     segments: np.ndarray  # int32 (B, L + 1), counted within the row
-    counted: np.ndarray  # bool (B, L): whether the loss of position i + 1 counts
+    loss_mask: np.ndarray  # bool (B, L): whether predicting position i + 1 counts in the loss
     isolated: bool = False
 
     def part(self, start: int, stop: int) -> "TokenBatch":
-        """Rows `start` to before `stop`."""
+        """Rows from `start` to `stop`, exclusive."""
         cut = slice(start, stop)
-        return TokenBatch(self.tokens[cut], self.segments[cut], self.counted[cut], self.isolated)
+        return TokenBatch(self.tokens[cut], self.segments[cut], self.loss_mask[cut], self.isolated)
 
 
-def counted_targets(segments: np.ndarray, isolated: bool) -> np.ndarray:
-    """Positions whose successor counts, bool (..., L), of segments (..., L + 1): no padding, and if `isolated` not the
-    first token of the next document, which does not follow from this one.
+def target_mask(segments: np.ndarray, isolated: bool) -> np.ndarray:
+    """Positions with a token to predict, bool (..., L), of segments (..., L + 1).
+
+    Padding is not predicted, and if `isolated`, neither is the first token of the next document.
     """
-    counted = segments[..., 1:] >= 0
-    return counted & (segments[..., 1:] == segments[..., :-1]) if isolated else counted
+    mask = segments[..., 1:] >= 0
+    return mask & (segments[..., 1:] == segments[..., :-1]) if isolated else mask
 
 
 def make_batch(rows: TokenBatch) -> Batch:
     """The arrays that a step computes with; see `Batch`.
 
-    Logits are computed only where they can count: of examples with short answers, that is few. Their number is rounded
-    up to one of eight for a shape, so that few shapes have to be compiled.
+    Logits are computed only where the loss mask is set, which in examples with short answers is at few positions. Their
+    number is rounded up to one of eight per shape, so that few shapes have to be compiled.
     """
-    inputs, targets, counted = rows.tokens[:, :-1], rows.tokens[:, 1:].reshape(-1), rows.counted.reshape(-1)
+    inputs, targets, mask = rows.tokens[:, :-1], rows.tokens[:, 1:].reshape(-1), rows.loss_mask.reshape(-1)
     batch: Batch = {"inputs": mx.array(inputs)}
     if rows.isolated:
         batch["segments"] = mx.array(rows.segments[:, :-1])
-    places, weights = np.arange(counted.size), counted
-    share = -(-counted.size // _SIZES)
-    size = share * max(1, -(-counted.sum() // share))
-    if size < counted.size:
-        places, weights = np.flatnonzero(counted), np.arange(size) < counted.sum()
-        places = np.pad(places, (0, size - places.size))  # with weight 0
-        batch["positions"] = mx.array(places.astype(np.int32))
-    batch["targets"] = mx.array(targets[places])
+    positions, weights = np.arange(mask.size), mask
+    share = -(-mask.size // _SIZES)
+    size = share * max(1, -(-mask.sum() // share))
+    if size < mask.size:
+        positions, weights = np.flatnonzero(mask), np.arange(size) < mask.sum()
+        positions = np.pad(positions, (0, size - positions.size))  # with weight 0
+        batch["positions"] = mx.array(positions.astype(np.int32))
+    batch["targets"] = mx.array(targets[positions])
     batch["weights"] = mx.array(weights.astype(np.float32))
-    batch["rows"] = mx.array((places // inputs.shape[1]).astype(np.int32))
+    batch["rows"] = mx.array((positions // inputs.shape[1]).astype(np.int32))
     return batch

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import DataError
 from ..files.output import output_folder
 from ..tokenizer.tokenizer import Tokenizer
-from .batch import TokenBatch, counted_targets
+from .batch import TokenBatch, target_mask
 from .text_files import TextSource, read_documents
 
 PACKINGS = ("stream", "documents", "rows")
@@ -187,7 +187,7 @@ class CorpusBatches:
         numbers = range(step * self.batch_size + first, step * self.batch_size + first + (count or self.batch_size))
         tokens, segments = (np.stack(parts) for parts in zip(*map(self._row, numbers), strict=True))
         isolated = self._packing == "documents"
-        return TokenBatch(tokens, segments, counted_targets(segments, isolated), isolated)
+        return TokenBatch(tokens, segments, target_mask(segments, isolated), isolated)
 
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Row by number: its place in [0, 1) decides the source, and how many came before decides the place there."""
@@ -229,7 +229,7 @@ def validation_rows(
     for number in range(first, count, stride):
         file, start = places[number * len(places) // count]
         tokens, segments = _cut(file, None, start, sequence_length)
-        yield TokenBatch(tokens[None], segments[None], counted_targets(segments[None], isolated), isolated)
+        yield TokenBatch(tokens[None], segments[None], target_mask(segments[None], isolated), isolated)
 
 
 def _spread(number: int) -> float:

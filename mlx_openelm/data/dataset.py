@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import DataError, TokenizerError
 from ..tokenizer.tokenizer import Tokenizer
-from .formats import FIELD_NAMES, Example, PreferencePair, encode_record, kind_of
+from .formats import FIELD_NAMES, Example, PreferencePair, encode_record, format_of
 from .record_files import RECORD_ENDINGS, read_records
 from .text_files import BrokenLines
 
@@ -27,14 +27,14 @@ class ExampleOptions:
     """How records become examples.
 
     Attributes:
-        max_length: tokens of an example, BOS and EOS among them.
-        max_prompt: tokens before the first answer, of which the last ones are kept behind BOS; 0: all of them.
-        too_long: "cut" its end off, or "drop" it.
-        train_on: the "completion", which is any answer, or "all" tokens behind BOS; of pairs always the answers.
-        columns: names in the file of fields that have another one here, as {"prompt": "question"}.
-        indent: of an instruction's lines; see `instruction_prompt`.
+        max_length: maximum tokens of an example, including BOS and EOS.
+        max_prompt: maximum tokens before the first answer; longer prompts lose their beginning; 0: no limit.
+        too_long: "cut" or "drop" longer examples.
+        train_on: "completion", or "all" tokens after BOS; in pairs always the answers.
+        columns: field names in the file, such as {"prompt": "question"}.
+        indent: spaces before an instruction's lines; see `instruction_prompt`.
     Raises:
-        DataError: if `columns` names a field that no kind of record has.
+        DataError: if `columns` names a field that no format has.
     """
 
     max_length: int = 1024
@@ -45,10 +45,10 @@ class ExampleOptions:
     indent: int = 0
 
     def __post_init__(self) -> None:
-        assert self.max_length > 1, "an example is BOS and a token at least"
-        assert self.max_prompt >= 0, "a prompt cannot have less than no tokens"
-        assert self.too_long in TOO_LONG, f"unknown way with long examples {self.too_long}"
-        assert self.train_on in TRAIN_ON, f"unknown part to train on {self.train_on}"
+        assert self.max_length > 1, "max_length must be at least 2"
+        assert self.max_prompt >= 0, "max_prompt must not be negative"
+        assert self.too_long in TOO_LONG, f"unknown too_long {self.too_long}"
+        assert self.train_on in TRAIN_ON, f"unknown train_on {self.train_on}"
         for name in self.columns:
             if name not in FIELD_NAMES:
                 raise DataError(f"unknown field {name!r} (choose from {', '.join(sorted(FIELD_NAMES))})")
@@ -56,19 +56,19 @@ class ExampleOptions:
 
 @dataclass(frozen=True, eq=False)
 class ExampleSet:
-    """Examples of one kind, and what became of the records of their file."""
+    """Examples of one format, and what became of the records of their file."""
 
-    kind: str
+    format: str
     examples: tuple[Example, ...] | tuple[PreferencePair, ...]
     path: Path
     num_cut: int = 0
-    num_dropped: int = 0  # too long, without an answer, or pairs of equal answers
+    num_dropped: int = 0  # too long, without an answer, or pairs with equal answers
     num_broken: int = 0
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the kind, the ids and which of them are answers, in their order."""
-        digest = hashlib.sha256(self.kind.encode())
+        """SHA-256 of the format, the ids and the completion masks, in order."""
+        digest = hashlib.sha256(self.format.encode())
         for example in self.examples:
             digest.update(_content(example))
         return digest.hexdigest()
@@ -79,41 +79,43 @@ def read_examples(
     tokenizer: Tokenizer,
     options: ExampleOptions = ExampleOptions(),
 ) -> ExampleSet:
-    """Examples of all records of a file, which are of one kind.
+    """Examples of all records of a file, which must have one format.
 
     Raises:
-        DataError: if the file cannot be read, a record is not what it has to be, or nothing is left; with the file and
-            the number of the record.
+        DataError: if the file cannot be read, a record is invalid, or no example is left; with the file and the number
+            of the record.
     """
     broken = BrokenLines(path)
-    kind = ""
+    format_name = ""
     examples: list[Any] = []
     num_cut = num_dropped = 0
     for number, record in enumerate(read_records(path, broken), start=1):
         try:
             fields = _fields(record, options.columns)
-            found = kind_of(fields, options.columns)
-            if kind and found != kind:
-                raise DataError(f"of the kind {found}, and those before it are of the kind {kind}")
-            kind = found
-            whole = encode_record(kind, fields, tokenizer, indent=options.indent)
+            found = format_of(fields, options.columns)
+            if format_name and found != format_name:
+                raise DataError(f"{found} format; the records before it have {format_name} format")
+            format_name = found
+            whole = encode_record(format_name, fields, tokenizer, indent=options.indent)
         except (DataError, TokenizerError) as error:
             raise DataError(f"{path}, record {number + broken.count}: {error}") from error
         example = _fitted(whole, options)
-        too_long = max(len(side.tokens) for side in whole.sides) > options.max_length
+        too_long = max(len(sequence.tokens) for sequence in whole.sequences) > options.max_length
         if not _teaches(whole) or not _teaches(example) or (too_long and options.too_long == "drop"):
             num_dropped += 1
         else:
             num_cut += too_long
             examples.append(example)
     if not examples:
-        dropped = f": {num_dropped:,} are too long, hold no answer, or are pairs of equal ones" if num_dropped else ""
+        dropped = (
+            f": {num_dropped:,} are too long, have no answer, or are pairs with equal answers" if num_dropped else ""
+        )
         raise DataError(f"{path} leaves no example to train on{dropped}")
-    return ExampleSet(kind, tuple(examples), path, num_cut, num_dropped, broken.count)
+    return ExampleSet(format_name, tuple(examples), path, num_cut, num_dropped, broken.count)
 
 
 def _fields(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Fields that are there, by our names."""
+    """The fields of a record under the names of the formats."""
     for column in columns.values():
         if column not in record:
             raise DataError(f"no column {column!r}; the columns are {', '.join(map(str, record))}")
@@ -125,7 +127,7 @@ def _fields(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
 def _fitted(example: Example | PreferencePair, options: ExampleOptions) -> Example | PreferencePair:
     if isinstance(example, PreferencePair):
         return PreferencePair(
-            *(_cut(_shortened(side, options.max_prompt), options.max_length) for side in example.sides)
+            *(_cut(_shortened(sequence, options.max_prompt), options.max_length) for sequence in example.sequences)
         )
     example = _shortened(example, options.max_prompt)
     if options.train_on == "all":
@@ -134,29 +136,30 @@ def _fitted(example: Example | PreferencePair, options: ExampleOptions) -> Examp
 
 
 def _shortened(example: Example, max_prompt: int) -> Example:
-    """Without the beginning of a prompt that is too long, but with BOS."""
-    excess = int(np.argmax(example.answer)) - max_prompt
+    """The example with BOS and the last `max_prompt` tokens of its prompt."""
+    excess = int(np.argmax(example.completion_mask)) - max_prompt
     if not max_prompt or excess <= 0:
         return example
     kept = np.r_[0, excess + 1 : len(example.tokens)]
-    return Example(example.tokens[kept], example.answer[kept])
+    return Example(example.tokens[kept], example.completion_mask[kept])
 
 
 def _cut(example: Example, length: int) -> Example:
-    return Example(example.tokens[:length], example.answer[:length])
+    return Example(example.tokens[:length], example.completion_mask[:length])
 
 
 def _teaches(example: Example | PreferencePair) -> bool:
-    """Whether there is an answer, and of pairs, two that differ."""
+    """Whether there is an answer; in a pair, two different ones."""
     if isinstance(example, PreferencePair) and np.array_equal(example.chosen.tokens, example.rejected.tokens):
         return False
-    return all(side.answer.any() for side in example.sides)
+    return all(sequence.completion_mask.any() for sequence in example.sequences)
 
 
 def _content(example: Example | PreferencePair) -> bytes:
-    """What tells examples apart."""
+    """Bytes that are equal for equal examples."""
     return b"".join(
-        len(side.tokens).to_bytes(4, "little") + side.tokens.tobytes() + side.answer.tobytes() for side in example.sides
+        len(side.tokens).to_bytes(4, "little") + side.tokens.tobytes() + side.completion_mask.tobytes()
+        for side in example.sequences
     )
 
 
@@ -167,22 +170,22 @@ def read_splits(
     validation: str | Path | float | None = None,
     seed: int = 0,
 ) -> tuple[ExampleSet, ExampleSet | None, ExampleSet | None]:
-    """Examples to train on, to validate with and to test with.
+    """Training, validation and test examples.
 
     Args:
-        path: a file, or a folder with files that are called train, valid (validation, val, dev) and test.
-        validation: a file, or the share of the examples to train on that is held out, where equal examples stand on the
-            same side; either goes before a file of the folder.
-        seed: another one holds out other examples.
+        path: a file, or a folder with files called train, valid (or validation, val, dev) and test.
+        validation: a file, or the share of the training examples to hold out, where equal examples stay together;
+            replaces the folder's validation file.
+        seed: decides which examples are held out.
     Raises:
-        DataError: as `read_examples` does; if there is nothing to train on, or kinds differ.
+        DataError: as `read_examples` does; if there is nothing to train on, or formats differ.
     """
     train_path: Path | None = path
     valid_path = test_path = None
     if path.is_dir():
         train_path, valid_path, test_path = (_split_file(path, names) for names in (_TRAIN, _VALIDATION, _TEST))
     if train_path is None:
-        raise DataError(f"{path} holds no file to train on; it would be called train.jsonl, or end in another way")
+        raise DataError(f"{path} contains no training file; expected train.jsonl, .json, .csv or .parquet")
     if isinstance(validation, str | Path):
         valid_path, validation = Path(validation), None
     elif validation is not None:
@@ -190,10 +193,8 @@ def read_splits(
     train = read_examples(train_path, tokenizer, options)
     valid, test = (read_examples(other, tokenizer, options) if other else None for other in (valid_path, test_path))
     for held_out in (valid, test):
-        if held_out is not None and held_out.kind != train.kind:
-            raise DataError(
-                f"{held_out.path} is of the kind {held_out.kind}, and {train.path} of the kind {train.kind}"
-            )
+        if held_out is not None and held_out.format != train.format:
+            raise DataError(f"{held_out.path} has {held_out.format} format, but {train.path} has {train.format} format")
     if validation is not None:
         train, valid = _held_out(train, validation, seed)
     return train, valid, test
@@ -202,22 +203,22 @@ def read_splits(
 def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
     found = [path for name in names for ending in RECORD_ENDINGS if (path := folder / f"{name}{ending}").is_file()]
     if len(found) > 1:
-        raise DataError(f"{found[0]} and {found[1].name} are both there; one of them has to go")
+        raise DataError(f"{found[0]} and {found[1].name} both exist; remove one of them")
     return found[0] if found else None
 
 
 def _held_out(examples: ExampleSet, share: float, seed: int) -> tuple[ExampleSet, ExampleSet]:
-    """Those to train on and those held out, which have the smallest hashes: as many as asked for, and one at least."""
+    """Training examples, and held-out ones: those with the smallest hashes, at least one."""
     if not 0 < share < 1:
         raise DataError(f"the validation share must be above 0 and below 1; got {share}")
     hashes = [zlib.crc32(_content(example), seed) for example in examples.examples]
     largest = sorted(hashes)[max(1, round(share * len(hashes))) - 1]
-    sides: tuple[list[Any], list[Any]] = ([], [])
+    parts: tuple[list[Any], list[Any]] = ([], [])
     for example, value in zip(examples.examples, hashes, strict=True):
-        sides[value <= largest].append(example)
-    if not sides[0]:
-        raise DataError(f"{examples.path} leaves no example to train on once a share of {share} is held out")
-    return replace(examples, examples=tuple(sides[0])), ExampleSet(examples.kind, tuple(sides[1]), examples.path)
+        parts[value <= largest].append(example)
+    if not parts[0]:
+        raise DataError(f"{examples.path} leaves no example to train on when {share} of them are held out")
+    return replace(examples, examples=tuple(parts[0])), ExampleSet(examples.format, tuple(parts[1]), examples.path)
 
 
 def marked(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -225,7 +226,7 @@ def marked(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     decoder = tokenizer.stream_decoder()
     stretches: list[tuple[str, bool]] = []
     for is_answer, run in groupby(
-        zip(example.tokens.tolist(), example.answer.tolist(), strict=True), lambda pair: pair[1]
+        zip(example.tokens.tolist(), example.completion_mask.tolist(), strict=True), lambda pair: pair[1]
     ):
         stretches.append(("".join(decoder.push(token) for token, _ in run), is_answer))
     stretches[-1] = (stretches[-1][0] + decoder.finish(), stretches[-1][1])

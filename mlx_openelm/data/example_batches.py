@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .batch import TokenBatch, counted_targets
+from .batch import TokenBatch, target_mask
 from .formats import Example, PreferencePair
 
 _WIDTH_STEP = 32  # rows come in few widths, each of which is compiled once
@@ -39,7 +39,7 @@ class ExampleBatches:
             pack: put examples together that share a row of `max_length` without seeing one another; otherwise each has
                 its own, and those of about the same length share a batch.
         """
-        self._sides = list(zip(*(example.sides for example in examples), strict=True))
+        self._sides = list(zip(*(example.sequences for example in examples), strict=True))
         self._lengths = _lengths(self._sides)
         self._max_length = max_length
         self._batch_size = batch_size
@@ -96,7 +96,7 @@ def all_rows(
     Args:
         first, stride: of the batches, a process takes those that are its own.
     """
-    sides = list(zip(*(example.sides for example in examples), strict=True))
+    sides = list(zip(*(example.sequences for example in examples), strict=True))
     lengths = _lengths(sides)
     order = np.argsort(-lengths, kind="stable")
     for start in range(first * batch_size, len(order), stride * batch_size):
@@ -148,7 +148,7 @@ def _rows(sides: Sequence[Sequence[Example]], entries: Sequence[np.ndarray], wid
         for segment, number in enumerate(numbers):
             example = side[number]
             stop = start + len(example.tokens)
-            tokens[row, start:stop], answer[row, start:stop] = example.tokens, example.answer
+            tokens[row, start:stop], answer[row, start:stop] = example.tokens, example.completion_mask
             segments[row, start:stop] = segment
             start = stop
-    return TokenBatch(tokens, segments, answer[:, 1:] & counted_targets(segments, isolated=True), isolated)
+    return TokenBatch(tokens, segments, answer[:, 1:] & target_mask(segments, isolated=True), isolated)

@@ -58,14 +58,14 @@ class StepShape:
 
     Attributes:
         rows, length: computed at once, and tokens that each predicts.
-        counted: tokens whose logits are computed.
+        num_logits: tokens whose logits are computed.
         method: `lora`, `dora` or `full`.
     """
 
     config: OpenELMConfig
     rows: int
     length: int
-    counted: int
+    num_logits: int
     method: str = "lora"
     gradient_checkpointing: bool = False
     is_quantized: bool = False
@@ -77,10 +77,10 @@ def tuning_memory(tuning: Tuning, processes: int = 1) -> TuningMemory:
     """The memory of the largest step of a run, in each of its processes."""
     recipe, entries = tuning.recipe, tuning.rows.rows_per_entry
     own = dict(tree_flatten(tuning.model.parameters()))
-    sides = [side for example in tuning.train.examples for side in example.sides]
+    sides = [side for example in tuning.train.examples for side in example.sequences]
     rows = max(1, recipe.batch_size // processes) * entries
     length = recipe.max_length if recipe.pack else row_width(max(len(side.tokens) for side in sides), recipe.max_length)
-    answers = sorted((int(side.answer.sum()) for side in sides), reverse=True)[:rows]
+    answers = sorted((int(side.completion_mask.sum()) for side in sides), reverse=True)[:rows]
     shape = StepShape(
         tuning.model.config,
         rows,
@@ -126,7 +126,9 @@ def _activation_bytes(shape: StepShape) -> float:
         layer = [numbers + 1.6 * weights for numbers in layer]
         head += 1.6 * weights + vocabulary
     size = shape.dtype.size
-    logits = _LOGITS * min(shape.loss_chunk, shape.counted) * config.vocab_size + 2 * shape.counted * config.model_dim
+    logits = (
+        _LOGITS * min(shape.loss_chunk, shape.num_logits) * config.vocab_size + 2 * shape.num_logits * config.model_dim
+    )
     stages = [*(numbers * size for numbers in layer), head * size + logits * mx.float32.size]
     if shape.method == "full" and shape.gradient_checkpointing:  # gradients of the layers before are still to come
         to_come = [mx.float32.size * sum(config.layer_parameters[:number]) for number in range(len(stages))]

@@ -100,7 +100,7 @@ class Trainer:
         gradients: Tensors | None = None
         for start in range(0, self._own_rows, self._micro_batch):
             part = rows.part(start, start + self._micro_batch)
-            if gradients is not None and not part.counted.any():
+            if gradients is not None and not part.loss_mask.any():
                 continue
             batch = self._prepare(make_batch(part))
             if self._dropout:

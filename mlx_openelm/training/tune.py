@@ -129,13 +129,13 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     if not Path(recipe.data).exists():
         raise DataError(f"{recipe.data} does not exist")
     examples, held_out, _ = read_splits(Path(recipe.data), tokenizer, options, validation, recipe.seed)
-    if (examples.kind == "preference") != (recipe.objective == "dpo"):
+    if (examples.format == "preference") != (recipe.objective == "dpo"):
         needed = (
             "prompt, chosen and rejected"
             if recipe.objective == "dpo"
             else "a text or an answer; use `method=dpo` for pairs"
         )
-        raise DataError(f"{examples.path} is in the {examples.kind} format; this method needs {needed}")
+        raise DataError(f"{examples.path} is in the {examples.format} format; this method needs {needed}")
     if recipe.early_stop and held_out is None:
         raise DataError("early_stop needs validation examples; set `validation` to a file or a share such as 0.05")
     rows = ExampleRows(recipe, examples, held_out, _fingerprint(model))

@@ -25,7 +25,7 @@ def test_examples_are_those_of_the_file_in_its_order(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [*completions(2), "broken\n", *completions(1, 2)])
     examples = read_examples(path, tokenizer)
     assert texts(examples, tokenizer) == ["Number 0: 0", "Number 1: 1", "Number 2: 2"]
-    assert (examples.kind, examples.path, examples.num_broken) == ("completion", path, 1)
+    assert (examples.format, examples.path, examples.num_broken) == ("completion", path, 1)
     assert (examples.num_cut, examples.num_dropped) == (0, 0)
 
 
@@ -34,7 +34,7 @@ def test_long_examples_are_cut_or_dropped(tmp_path, tokenizer):
     before = len(tokenizer.encode("a"))
     cut = read_examples(path, tokenizer, ExampleOptions(max_length=10))
     assert [len(example.tokens) for example in cut.examples] == [before + 2, 10]
-    assert cut.examples[1].answer.tolist() == [False] * before + [True] * (10 - before)
+    assert cut.examples[1].completion_mask.tolist() == [False] * before + [True] * (10 - before)
     assert cut.examples[1].tokens[-1] != tokenizer.eos_token_id  # the text goes on there
     assert (cut.num_cut, cut.num_dropped) == (1, 0)
     dropped = read_examples(path, tokenizer, ExampleOptions(max_length=10, too_long="drop"))
@@ -55,16 +55,16 @@ def test_examples_without_an_answer_are_dropped(tmp_path, tokenizer):
 def test_all_tokens_behind_bos_can_be_trained_on(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", completions(1))
     (example,) = read_examples(path, tokenizer, ExampleOptions(train_on="all")).examples
-    assert example.answer.tolist() == [False] + [True] * (len(example.tokens) - 1)
+    assert example.completion_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
 
 
 def test_pairs_of_equal_answers_are_dropped(tmp_path, tokenizer):
     records = [{"prompt": "a", "chosen": " b", "rejected": end} for end in (" b", " c", "")]
     examples = read_examples(write(tmp_path / "a.jsonl", records), tokenizer, ExampleOptions(train_on="all"))
-    assert (examples.kind, len(examples.examples), examples.num_dropped) == ("preference", 1, 2)
+    assert (examples.format, len(examples.examples), examples.num_dropped) == ("preference", 1, 2)
     before = len(tokenizer.encode("a"))
-    for side in examples.examples[0].sides:  # the prompt says nothing about which is better
-        assert side.answer.tolist() == [False] * before + [True] * (len(side.tokens) - before)
+    for side in examples.examples[0].sequences:  # the prompt says nothing about which is better
+        assert side.completion_mask.tolist() == [False] * before + [True] * (len(side.tokens) - before)
 
 
 def test_fields_may_go_by_other_names(tmp_path, tokenizer):
@@ -80,7 +80,7 @@ def test_fields_may_go_by_other_names(tmp_path, tokenizer):
 
 def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):
     record = {"instruction": "Add.", "input": None, "output": "3", "messages": None}
-    assert read_examples(write(tmp_path / "a.jsonl", [record]), tokenizer).kind == "instruction"
+    assert read_examples(write(tmp_path / "a.jsonl", [record]), tokenizer).format == "instruction"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path, tokenizer):
         read_splits(tmp_path, tokenizer)
     write(tmp_path / "train.jsonl", completions(3))
     write(tmp_path / "dev.jsonl", [{"text": "a"}])
-    with pytest.raises(DataError, match=r"dev\.jsonl is of the kind text, and .*train\.jsonl of the kind completion"):
+    with pytest.raises(DataError, match=r"dev\.jsonl has text format, but .*train\.jsonl has "):
         read_splits(tmp_path, tokenizer)
 
 
@@ -188,7 +188,7 @@ def test_characters_whose_bytes_are_cut_apart_come_back_whole(tokenizer):
 def test_a_long_prompt_keeps_bos_and_its_end(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", [{"prompt": "The old fox ran to the river", "completion": " and slept."}])
     (whole,) = read_examples(tmp_path / "a.jsonl", tokenizer).examples
-    begin = int(whole.answer.argmax())
+    begin = int(whole.completion_mask.argmax())
     (short,) = read_examples(tmp_path / "a.jsonl", tokenizer, ExampleOptions(max_prompt=4)).examples
     assert short.tokens.tolist() == [1, *whole.tokens[begin - 3 :].tolist()]
-    assert short.answer.tolist() == [False] * 4 + whole.answer[begin:].tolist()
+    assert short.completion_mask.tolist() == [False] * 4 + whole.completion_mask[begin:].tolist()

@@ -37,7 +37,7 @@ def epoch(batches, number=0):
 
 
 def equal(one, other):
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("tokens", "segments", "counted"))
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("tokens", "segments", "loss_mask"))
 
 
 def whole(examples):
@@ -68,14 +68,14 @@ def test_shares_of_two_processes_are_the_whole(examples, pack):
     batches = ExampleBatches(examples, 8, max_length=100, pack=pack, seed=0)
     for step, rows in enumerate(epoch(batches)):
         parts = [batches.step(step, first, 4) for first in (0, 4)]
-        for name in ("tokens", "segments", "counted"):
+        for name in ("tokens", "segments", "loss_mask"):
             assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(rows, name))
 
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_as_many_tokens_count_as_there_are_answers(examples, pack):
     rows = epoch(ExampleBatches(examples, 8, max_length=100, pack=pack, seed=0))
-    assert sum(int(row.counted.sum()) for row in rows) == 2 * len(examples)
+    assert sum(int(row.loss_mask.sum()) for row in rows) == 2 * len(examples)
 
 
 def test_examples_of_about_one_length_share_a_batch(examples):
@@ -96,8 +96,8 @@ def test_rows_without_an_example_are_padding(examples):
     rows = batches.step(0)
     assert batches.steps_per_epoch == 1
     assert (rows.segments[5:] == -1).all()
-    assert not rows.counted[5:].any()
-    assert rows.counted[:5].any(axis=1).all()
+    assert not rows.loss_mask[5:].any()
+    assert rows.loss_mask[:5].any(axis=1).all()
 
 
 def test_a_row_by_hand():
@@ -105,7 +105,7 @@ def test_a_row_by_hand():
     rows = batches.step(0)
     assert rows.tokens.tolist() == [[1, 50, 7, 7, 2, 0, 0]]  # not 32 wide, which is past the longest
     assert rows.segments.tolist() == [[0, 0, 0, 0, 0, -1, -1]]
-    assert rows.counted.tolist() == [[False, False, True, True, False, False]]
+    assert rows.loss_mask.tolist() == [[False, False, True, True, False, False]]
     assert rows.tokens.dtype == rows.segments.dtype == np.int32
 
 
@@ -115,7 +115,7 @@ def test_a_packed_row_by_hand():
     assert rows.tokens.tolist() == [[1, 50, 7, 7, 2, 1, 60, 2, 0]]
     assert rows.segments.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, -1]]
     # BOS of the second example is marked as an answer here, but does not follow from the first example.
-    assert rows.counted.tolist() == [[True, True, True, True, False, True, True, False]]
+    assert rows.loss_mask.tolist() == [[True, True, True, True, False, True, True, False]]
     assert rows.isolated
 
 
@@ -123,8 +123,8 @@ def test_packed_rows_never_count_across_borders(examples):
     for rows in epoch(ExampleBatches(examples, 4, max_length=100, pack=True, seed=0)):
         assert rows.tokens.shape == (4, 101)
         assert rows.isolated
-        assert (rows.segments[:, 1:] == rows.segments[:, :-1])[rows.counted].all()
-        assert (rows.tokens[:, 1:][rows.counted] != 1).all()
+        assert (rows.segments[:, 1:] == rows.segments[:, :-1])[rows.loss_mask].all()
+        assert (rows.tokens[:, 1:][rows.loss_mask] != 1).all()
 
 
 def test_packing_fills_rows(examples):
@@ -164,7 +164,7 @@ def test_the_rows_of_a_pair_follow_each_other(pairs):
         seen += found[::2]
         part = batches.step(step, 2, 2)  # in pairs
         assert np.array_equal(part.tokens, rows.tokens[4:])
-        assert np.array_equal(part.counted, rows.counted[4:])
+        assert np.array_equal(part.loss_mask, rows.loss_mask[4:])
     assert sorted(seen) == list(range(1000, 1021))
 
 

@@ -6,8 +6,8 @@ from mlx_openelm.data.formats import (
     encode_continuation,
     encode_conversation,
     encode_record,
+    format_of,
     instruction_prompt,
-    kind_of,
 )
 from mlx_openelm.errors import DataError, TokenizerError
 
@@ -20,14 +20,14 @@ def say(role, content):
 
 def answers(example, tokenizer):
     """Runs of answer tokens as text, each of which has to end with EOS."""
-    runs = np.split(np.arange(len(example.tokens)), np.flatnonzero(np.diff(example.answer)) + 1)
-    runs = [example.tokens[run].tolist() for run in runs if example.answer[run[0]]]
+    runs = np.split(np.arange(len(example.tokens)), np.flatnonzero(np.diff(example.completion_mask)) + 1)
+    runs = [example.tokens[run].tolist() for run in runs if example.completion_mask[run[0]]]
     assert all(run[-1] == tokenizer.eos_token_id for run in runs)
     return [b"".join(map(tokenizer.token_bytes, run)).decode() for run in runs]
 
 
 @pytest.mark.parametrize(
-    ("fields", "kind"),
+    ("fields", "name"),
     [
         ({"text"}, "text"),
         ({"prompt", "completion", "id"}, "completion"),
@@ -37,20 +37,20 @@ def answers(example, tokenizer):
         ({"prompt", "chosen", "rejected", "messages", "score_chosen"}, "preference"),
     ],
 )
-def test_the_kind_is_told_by_the_fields(fields, kind):
-    assert kind_of(dict.fromkeys(fields, "")) == kind
+def test_the_format_is_told_by_the_fields(fields, name):
+    assert format_of(dict.fromkeys(fields, "")) == name
 
 
-def test_fields_of_no_kind_are_listed_with_the_kinds_there_are():
+def test_fields_of_no_format_are_listed_with_the_formats_there_are():
     with pytest.raises(DataError, match=r"fields question, reply .* completion: prompt, completion"):
-        kind_of({"question": "", "reply": ""})
+        format_of({"question": "", "reply": ""})
 
 
 def test_all_of_a_text_is_to_be_learnt(tokenizer):
     example = encode_record("text", {"text": "A small fox"}, tokenizer)
     assert example.tokens.tolist() == [*tokenizer.encode("A small fox"), 2]
     assert example.tokens.dtype == np.int32
-    assert example.answer.tolist() == [False] + [True] * (len(example.tokens) - 1)
+    assert example.completion_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
 
 
 @pytest.mark.parametrize("prompt", ["Once upon", "Once upon ", "", " ", "She said: \n", "日本"])
@@ -61,7 +61,7 @@ def test_a_prompt_s_ids_begin_those_of_the_whole(tokenizer, prompt, completion):
     assert example.tokens[: len(before)].tolist() == before
     assert example.tokens[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(example.tokens.tolist()) == prompt + completion
-    assert example.answer.tolist() == [False] * len(before) + [True] * (len(example.tokens) - len(before))
+    assert example.completion_mask.tolist() == [False] * len(before) + [True] * (len(example.tokens) - len(before))
 
 
 def test_a_word_behind_a_space_is_the_piece_that_it_is_within_a_text(tokenizer):
@@ -96,7 +96,7 @@ def test_a_vocabulary_that_joins_newlines_with_words_is_refused():
 
 @pytest.mark.parametrize("completion", ["", " \n"])
 def test_a_blank_completion_is_no_answer(tokenizer, completion):
-    assert not encode_record("completion", {"prompt": "Hi", "completion": completion}, tokenizer).answer.any()
+    assert not encode_record("completion", {"prompt": "Hi", "completion": completion}, tokenizer).completion_mask.any()
 
 
 def test_an_instruction_in_alpaca_s_words():
@@ -137,14 +137,14 @@ def test_the_assistant_s_messages_are_answers_each_with_its_end(chat_tokenizer):
     assert answers(example, chat_tokenizer) == ["Hello there.", "\nA fox, é 🎉"]
     assert example.tokens[-1] == chat_tokenizer.eos_token_id
     # What stands before an answer is what the model is given when it has to answer.
-    begin = np.flatnonzero(np.diff(example.answer.astype(int)) == 1) + 1
+    begin = np.flatnonzero(np.diff(example.completion_mask.astype(int)) == 1) + 1
     assert [example.tokens[:n].tolist() for n in begin] == [chat_tokenizer.encode_chat(messages[:n]) for n in (2, 4)]
 
 
 def test_conversations_may_begin_with_the_assistant_and_end_with_the_user(chat_tokenizer):
     example = encode_conversation([say(ASSISTANT, "Hello."), say(USER, "Bye.")], chat_tokenizer)
     assert answers(example, chat_tokenizer) == ["Hello."]
-    assert not encode_conversation([say(USER, "Hi"), say(ASSISTANT, " ")], chat_tokenizer).answer.any()
+    assert not encode_conversation([say(USER, "Hi"), say(ASSISTANT, " ")], chat_tokenizer).completion_mask.any()
 
 
 def test_conversations_need_a_chat_template(tokenizer):
@@ -156,8 +156,8 @@ def test_pairs_of_texts(tokenizer):
     record = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5, or so"}
     pair = encode_record("preference", record, tokenizer)
     assert isinstance(pair, PreferencePair)
-    assert [answers(side, tokenizer) for side in pair.sides] == [[" 4"], [" 5, or so"]]
-    assert [tokenizer.decode(side.tokens.tolist()) for side in pair.sides] == ["2 + 2 = 4", "2 + 2 = 5, or so"]
+    assert [answers(side, tokenizer) for side in pair.sequences] == [[" 4"], [" 5, or so"]]
+    assert [tokenizer.decode(side.tokens.tolist()) for side in pair.sequences] == ["2 + 2 = 4", "2 + 2 = 5, or so"]
 
 
 @pytest.mark.parametrize("prompt_is_a_list", [False, True])
@@ -169,12 +169,12 @@ def test_pairs_of_conversations_differ_behind_their_shared_prompt(chat_tokenizer
     else:
         record = {"prompt": "Hi", "chosen": prompt + ends[0], "rejected": prompt + ends[1]}
     pair = encode_record("preference", record, chat_tokenizer)
-    assert [answers(side, chat_tokenizer) for side in pair.sides] == [["A fox."], ["You.", "No."]]
+    assert [answers(side, chat_tokenizer) for side in pair.sequences] == [["A fox."], ["You.", "No."]]
     assert pair.chosen.tokens.tolist() == encode_conversation(prompt + ends[0], chat_tokenizer).tokens.tolist()
 
 
 @pytest.mark.parametrize(
-    ("kind", "record", "reason"),
+    ("name", "record", "reason"),
     [
         ("text", {"text": 3}, "text is int, not text"),
         ("preference", {"chosen": "a", "rejected": "b"}, "prompt is missing"),
@@ -187,6 +187,6 @@ def test_pairs_of_conversations_differ_behind_their_shared_prompt(chat_tokenizer
         ("chat", {"messages": [say(USER, "Hi"), {"role": ASSISTANT}]}, "must be text .role assistant"),
     ],
 )
-def test_fields_that_are_not_what_they_have_to_be(chat_tokenizer, kind, record, reason):
+def test_fields_that_are_not_what_they_have_to_be(chat_tokenizer, name, record, reason):
     with pytest.raises((DataError, TokenizerError), match=reason):
-        encode_record(kind, record, chat_tokenizer)
+        encode_record(name, record, chat_tokenizer)
