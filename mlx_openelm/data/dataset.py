@@ -107,10 +107,8 @@ def read_examples(
             num_cut += too_long
             examples.append(example)
     if not examples:
-        dropped = (
-            f": {num_dropped:,} are too long, have no answer, or are pairs with equal answers" if num_dropped else ""
-        )
-        raise DataError(f"{path} leaves no example to train on{dropped}")
+        why = f": {num_dropped:,} are too long, have no answer, or are pairs with equal answers"
+        raise DataError(f"{path} leaves no example to train on{why if num_dropped else ''}")
     return ExampleSet(format_name, tuple(examples), path, num_cut, num_dropped, broken.count)
 
 
@@ -158,8 +156,8 @@ def _teaches(example: Example | PreferencePair) -> bool:
 def _content(example: Example | PreferencePair) -> bytes:
     """Bytes that are equal for equal examples."""
     return b"".join(
-        len(side.tokens).to_bytes(4, "little") + side.tokens.tobytes() + side.completion_mask.tobytes()
-        for side in example.sequences
+        len(sequence.tokens).to_bytes(4, "little") + sequence.tokens.tobytes() + sequence.completion_mask.tobytes()
+        for sequence in example.sequences
     )
 
 

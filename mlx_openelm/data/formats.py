@@ -128,7 +128,7 @@ def encode_continuation(text: str, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode("\n" + text, bos=False)
     if ids[: len(newline)] != newline:
         raise TokenizerError(
-            "the vocabulary joins newlines with the text after them, so that completions have no start of their own"
+            "the vocabulary joins newlines with the text after them, which would merge prompt and answer"
         )
     return ids[len(newline) :]
 
