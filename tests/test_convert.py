@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from test_model import corenet_name
-from test_quantize import EVERY_QUANTIZATION
+from test_quantization import EVERY_QUANTIZATION
 
 from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model, write_folder
 from mlx_openelm import OpenELMError, Quantization, convert, load, load_model

@@ -2,7 +2,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from test_quantize import EVERY_QUANTIZATION
+from test_quantization import EVERY_QUANTIZATION
 
 from conftest import assert_close, random_model
 from mlx_openelm.model import cpu_layers as cpu

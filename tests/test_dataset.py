@@ -46,7 +46,7 @@ def test_examples_without_an_answer_are_dropped(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [*records, {"prompt": "a", "completion": ""}])
     examples = read_examples(path, tokenizer, ExampleOptions(max_length=10))
     assert (len(examples.examples), examples.num_cut, examples.num_dropped) == (1, 0, 2)
-    with pytest.raises(DataError, match=r"a\.jsonl leaves no example to train on: 1 are too long, hold no answer"):
+    with pytest.raises(DataError, match=r"a\.jsonl leaves no example to train on: 1 are too long, have no answer"):
         read_examples(write(tmp_path / "a.jsonl", records[1:]), tokenizer, ExampleOptions(max_length=10))
     with pytest.raises(DataError, match=r"a\.jsonl leaves no example to train on$"):
         read_examples(write(tmp_path / "a.jsonl", []), tokenizer)
@@ -86,8 +86,14 @@ def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("records", "reason"),
     [
-        ([{"prompt": "a", "completion": " b"}, {"text": "a"}], r"record 2: of the kind text, and .* kind completion"),
-        (["{\n", {"text": "a"}, {"prompt": "a", "reply": "b"}], r"record 3: the fields prompt, reply are of no kind"),
+        (
+            [{"prompt": "a", "completion": " b"}, {"text": "a"}],
+            r"record 2: text format; the records before it have completion format",
+        ),
+        (
+            ["{\n", {"text": "a"}, {"prompt": "a", "reply": "b"}],
+            r"record 3: unknown format with the fields prompt, reply",
+        ),
         ([{"text": "a"}, {"text": 3}], r"record 2: text is int"),
         ([{"text": "half \ud83d"}], r"record 1: the text holds a lone surrogate"),
         ([{"messages": [{"role": "user", "content": "Hi"}]}], r"record 1: conversations need a chat template"),
@@ -129,12 +135,12 @@ def test_a_folder_has_its_files_for_each_use(tmp_path, tokenizer):
     other = write(tmp_path / "other.jsonl", completions(4))
     assert len(read_splits(tmp_path, tokenizer, validation=str(other))[1].examples) == 4
     write(tmp_path / "valid.jsonl", completions(2))
-    with pytest.raises(DataError, match=r"valid\.jsonl and val\.json are both there"):
+    with pytest.raises(DataError, match=r"valid\.jsonl and val\.json both exist"):
         read_splits(tmp_path, tokenizer)
 
 
 def test_folders_that_cannot_be_trained_on(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="holds no file to train on"):
+    with pytest.raises(DataError, match="contains no training file"):
         read_splits(tmp_path, tokenizer)
     write(tmp_path / "train.jsonl", completions(3))
     write(tmp_path / "dev.jsonl", [{"text": "a"}])
@@ -159,7 +165,7 @@ def test_a_share_is_held_out_by_content(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"validation share must be .*got 1\.5"):
         held_out(0, share=1.5)
     write(path, completions(1))
-    with pytest.raises(DataError, match="leaves no example to train on once"):
+    with pytest.raises(DataError, match="leaves no example to train on when"):
         read_splits(path, tokenizer, validation=0.5)
 
 

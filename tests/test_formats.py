@@ -148,7 +148,9 @@ def test_conversations_may_begin_with_the_assistant_and_end_with_the_user(chat_t
 
 
 def test_conversations_need_a_chat_template(tokenizer):
-    with pytest.raises(DataError, match="base model without one; data with the fields prompt and completion"):
+    with pytest.raises(
+        DataError, match="base model has none; use an Instruct model, or data with the fields prompt and completion"
+    ):
         encode_conversation([say(USER, "Hi")], tokenizer)
 
 
@@ -179,7 +181,7 @@ def test_pairs_of_conversations_differ_behind_their_shared_prompt(chat_tokenizer
         ("text", {"text": 3}, "text is int, not text"),
         ("preference", {"chosen": "a", "rejected": "b"}, "prompt is missing"),
         ("preference", {"prompt": "x", "chosen": "a", "rejected": []}, "chosen must be a list of messages"),
-        ("preference", {"chosen": [say(USER, "a")], "rejected": [say(USER, "b")]}, "no message in common"),
+        ("preference", {"chosen": [say(USER, "a")], "rejected": [say(USER, "b")]}, "must begin with the same message"),
         ("chat", {"messages": "Hi"}, "messages must be a list of messages"),
         ("chat", {"messages": []}, "messages must be a list of messages"),
         ("chat", {"messages": [{"content": "Hi"}]}, "role None"),
