@@ -15,6 +15,7 @@ from .engine import MAX_TOKENS, Progress, Step, generate_tokens
 from .prompt_cache import PromptCache
 from .sampling import SamplingConfig
 from .speculative import speculate_tokens
+from .stop import StopStrings
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class TextStream:
     ):
         self._eos = model.config.eos_token_id
         self._decoder = tokenizer.stream_decoder()
-        self._watch = StopWatch(stop)
+        self._stop = StopStrings(stop)
         self._max_tokens = max_tokens
         self._prompt_tokens = prompt_tokens
         self._reused = reused
@@ -209,12 +210,12 @@ class TextStream:
         """What one more token brought."""
         stats = self._tick()
         ended = step.token == self._eos
-        text = self._watch.push("" if ended else self._decoder.push(step.token))
+        text = self._stop.push("" if ended else self._decoder.push(step.token))
         is_last = self._generated == self._max_tokens
-        finish_reason = "stop" if ended or self._watch.found else "length" if is_last else None
-        if finish_reason and not self._watch.found:
-            text += self._watch.push(self._decoder.finish()) + self._watch.finish()
-            finish_reason = "stop" if self._watch.found else finish_reason
+        finish_reason = "stop" if ended or self._stop.found else "length" if is_last else None
+        if finish_reason and not self._stop.found:
+            text += self._stop.push(self._decoder.finish()) + self._stop.finish()
+            finish_reason = "stop" if self._stop.found else finish_reason
         return GenerationChunk(text, step.token, step.logprob, finish_reason, stats)
 
     def _draft_counts(self) -> tuple[int, int]:
@@ -238,34 +239,3 @@ class TextStream:
             self._reused,
             self._seed,
         )
-
-
-class StopWatch:
-    """Holds text back as long as it could be the beginning of a stop string."""
-
-    def __init__(self, stop: Iterable[str]):
-        self._stops = [text for text in stop if text]
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """What of the text so far is certain to stand before any stop string; "" for all that follows one."""
-        if self.found:
-            return ""
-        self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self.found = True
-            return self._held[: min(places)]
-        certain = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        out, self._held = self._held[:certain], self._held[certain:]
-        return out
-
-    def finish(self) -> str:
-        """What was held back for a stop string that never came."""
-        return "" if self.found else self._held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

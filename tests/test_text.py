@@ -1,14 +1,13 @@
-import random
 import sys
 
 import mlx.core as mx
 import pytest
 
 from conftest import random_model
-from mlx_openelm import Chat, SamplingConfig, generate, generate_batch, generate_tokens, stream_generate
-from mlx_openelm.errors import PromptError, TokenizerError
+from mlx_openelm import SamplingConfig, generate, generate_batch, generate_tokens, stream_generate
+from mlx_openelm.errors import PromptError
 from mlx_openelm.generation.engine import Step
-from mlx_openelm.generation.text import Stats, StopWatch
+from mlx_openelm.generation.text import Stats
 
 PROMPT = "Once upon a time"
 
@@ -86,25 +85,6 @@ def test_a_text_cut_within_a_character_says_so(model_that_says, tokenizer):
     assert (text, reason) == (" \ufffd", "length")
 
 
-def test_stop_watch_finds_what_searching_the_whole_finds():
-    rng = random.Random(0)
-    for _ in range(3000):
-        text = "".join(rng.choices("ab", k=rng.randrange(12)))
-        stops = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) for _ in range(rng.randrange(3))]
-        watch, out, place = StopWatch(stops), "", 0
-        while place < len(text):
-            step = rng.randrange(1, 4)
-            out += watch.push(text[place : place + step])
-            place += step
-        out += watch.finish()
-        places = [text.find(stop) for stop in stops if stop in text]
-        if watch.found:  # chunks of several characters may hold two stop strings: the one that begins first counts
-            assert any(text.startswith(stop, len(out)) for stop in stops)
-        else:
-            assert not places
-            assert out == text
-
-
 def test_figures_count_tokens(tiny_model, tokenizer):
     *_, last = stream_generate(tiny_model, tokenizer, PROMPT, max_tokens=5)
     assert last.stats.prompt_tokens == len(tokenizer.encode(PROMPT))
@@ -117,65 +97,6 @@ def test_figures_count_tokens(tiny_model, tokenizer):
 def test_nothing_to_do_is_refused(tiny_model, tokenizer, prompt, max_tokens):
     with pytest.raises(PromptError):
         generate(tiny_model, tokenizer, prompt, max_tokens=max_tokens)
-
-
-class TestChat:
-    def answer(self, chat, text):
-        return "".join(chunk.text for chunk in chat.reply(text))
-
-    def test_turns_give_what_the_whole_conversation_gives(self, tiny_model, chat_tokenizer):
-        chat = Chat(tiny_model, chat_tokenizer, system="Be brief.", max_tokens=6)
-        for text in ("Hello", "And then?", "Why?"):
-            messages = [*chat.messages, {"role": "user", "content": text}]
-            whole = generate(tiny_model, chat_tokenizer, chat_tokenizer.encode_chat(messages), max_tokens=6)
-            assert self.answer(chat, text) == whole
-        assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 3]
-
-    def test_later_turns_compute_only_what_is_new(self, tiny_model, chat_tokenizer):
-        chat = Chat(tiny_model, chat_tokenizer, max_tokens=4)
-        (*_, first) = chat.reply("Hello, this is a long message about a fox in a garden")
-        (*_, second) = chat.reply("Hm")
-        assert (
-            second.stats.prompt_tokens
-            > first.stats.prompt_tokens
-            == first.stats.prompt_tokens - first.stats.reused_tokens
-        )
-        assert second.stats.prompt_tokens - second.stats.reused_tokens < first.stats.prompt_tokens
-
-    def test_an_answer_that_is_cut_belongs_to_the_conversation(self, tiny_model, chat_tokenizer):
-        chat = Chat(tiny_model, chat_tokenizer, max_tokens=20)
-        reply = chat.reply("Hello")
-        chunks = [next(reply) for _ in range(5)]
-        reply.close()
-        assert chat.messages[-1]["content"] == "".join(chunk.text for chunk in chunks).lstrip()
-        whole = chat_tokenizer.encode_chat([*chat.messages, {"role": "user", "content": "Go on"}])
-        expected = generate(tiny_model, chat_tokenizer, whole, max_tokens=20)
-        assert self.answer(chat, "Go on") == expected
-
-    def test_reset_forgets_all_but_the_system_message(self, tiny_model, chat_tokenizer):
-        chat = Chat(tiny_model, chat_tokenizer, system="Be brief.", max_tokens=4)
-        first = self.answer(chat, "Hello")
-        chat.reset()
-        assert chat.messages == [{"role": "system", "content": "Be brief."}]
-        assert self.answer(chat, "Hello") == first
-
-    def test_a_message_that_fails_changes_nothing(self, tiny_model, chat_tokenizer):
-        chat = Chat(tiny_model, chat_tokenizer, max_tokens=4)
-        self.answer(chat, "Hello")
-        before = list(chat.messages)
-        with pytest.raises(TokenizerError):
-            self.answer(chat, "\ud83d")
-        assert chat.messages == before
-        self.answer(chat, "Still there?")
-
-    def test_base_models_do_not_chat(self, tiny_model, tokenizer):
-        with pytest.raises(TokenizerError, match="base model"):
-            Chat(tiny_model, tokenizer)
-
-    def test_sampling_with_a_seed_reproduces(self, tiny_model, chat_tokenizer):
-        sampling = SamplingConfig(temperature=1.0, seed=3)
-        answers = [self.answer(Chat(tiny_model, chat_tokenizer, sampling=sampling, max_tokens=8), "Hi") for _ in "ab"]
-        assert answers[0] == answers[1]
 
 
 def test_float16_and_quantized_models_generate(tiny_folder, tmp_path, tokenizer):
