@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from conftest import assert_close, random_model
-from mlx_openelm import PRESETS, CacheConfig, KVCache, OpenELMConfig, generate_tokens, kv_cache_bytes
+from mlx_openelm import CacheConfig, OpenELMConfig, generate_tokens
 from mlx_openelm.cache import kv_cache
 from mlx_openelm.cache.config import kv_bytes_per_layer
-from mlx_openelm.cache.kv_cache import GROWTH_STEP
 from mlx_openelm.cache.layouts import QuantizedKV, RotatingKV
 from mlx_openelm.errors import CacheError
 
@@ -25,60 +24,6 @@ def step_by_step(model, tokens, config):
     """Log-probabilities of each token, by a cache that sees one after the other."""
     cache = model.make_cache(config)
     return mx.concatenate([model(mx.array([[token]]), cache=cache) for token in tokens], axis=1)
-
-
-class TestBytes:
-    def test_size_counts_each_layers_own_heads(self):
-        heads = sum(PRESETS["270M"].num_kv_heads)
-        assert kv_cache_bytes(PRESETS["270M"], 10) == 10 * heads * 64 * 2 * 2  # keys and values, two bytes each
-        assert kv_cache_bytes(PRESETS["270M"], 10, mx.float32) == 2 * kv_cache_bytes(PRESETS["270M"], 10)
-
-    def test_a_window_keeps_no_more_than_its_size(self):
-        config = CacheConfig(window=100)
-        assert kv_cache_bytes(PRESETS["270M"], 5000, cache=config) == kv_cache_bytes(PRESETS["270M"], 100)
-        assert kv_cache_bytes(PRESETS["270M"], 50, cache=config) == kv_cache_bytes(PRESETS["270M"], 50)
-
-    def test_texts_too_short_to_quantize_take_what_they_take(self):
-        config = CacheConfig(bits=8, quantize_after=100)
-        assert kv_cache_bytes(PRESETS["270M"], 99, cache=config) == kv_cache_bytes(PRESETS["270M"], 99)
-        assert kv_cache_bytes(PRESETS["270M"], 100, cache=config) < 0.6 * kv_cache_bytes(PRESETS["270M"], 100)
-
-    @pytest.mark.parametrize(
-        "config", [CacheConfig(), CacheConfig(bits=4), CacheConfig(bits=8), CacheConfig(window=GROWTH_STEP)]
-    )
-    def test_what_is_predicted_is_what_a_full_buffer_takes(self, tiny_model, tiny_config, config):
-        cache = tiny_model.make_cache(config)
-        tiny_model(mx.array([(TEXT * 3)[:GROWTH_STEP]]), cache=cache)
-        predicted = kv_cache_bytes(tiny_config, GROWTH_STEP, mx.float32, config)
-        sinks = 5 * sum(kv_bytes_per_layer(tiny_config, mx.float32)) // 2 if config.window else 0
-        assert cache.nbytes == predicted + sinks
-
-
-def test_buffers_grow_in_steps():
-    cache = KVCache(1)
-    new = mx.ones((1, 2, 3, 4))
-    assert cache.attend(0, new, new, new).shape == (1, 2, 3, 4)
-    assert cache.nbytes == 2 * 2 * GROWTH_STEP * 4 * 4
-
-
-def test_more_cannot_be_forgotten_than_is_there():
-    with pytest.raises(AssertionError, match="cannot remove"):
-        KVCache(1).trim(1)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"bits": 3}, "got 3"),
-        ({"bits": 4, "quantize_after": -1}, "negative"),
-        ({"window": 4}, "no room"),
-        ({"window": 9, "sinks": -1}, "sinks must not be negative; got -1"),
-        ({"window": 64, "bits": 4}, "mutually exclusive"),
-    ],
-)
-def test_what_cannot_be_kept_is_refused(values, message):
-    with pytest.raises(CacheError, match=message):
-        CacheConfig(**values)
 
 
 class TestQuantized:
@@ -183,33 +128,3 @@ class TestWindow:
         steps = generate_tokens(tiny_model, TEXT, max_tokens=200, cache=cache)
         assert len({(next(steps), cache.nbytes)[1] for _ in range(200)}) == 1
         assert isinstance(cache.layout, RotatingKV)
-
-
-class TestJoin:
-    def filled(self, model, tokens, config=None):
-        cache = model.make_cache(config or CacheConfig())
-        model(mx.array([tokens]), cache=cache)
-        return cache
-
-    def test_texts_end_at_the_same_place(self, tiny_model):
-        cache = self.filled(tiny_model, TEXT[:5])
-        cache.join(self.filled(tiny_model, TEXT[:9]))
-        cache.join(self.filled(tiny_model, TEXT[:3]))
-        assert cache.offset == 9
-        assert cache.row_offsets.tolist() == [4, 0, 6]
-        cache.join(self.filled(tiny_model, TEXT[:7]), row=1)
-        assert cache.row_offsets.tolist() == [4, 2, 6]
-
-    def test_room_before_all_texts_is_given_back(self, tiny_model, monkeypatch):
-        monkeypatch.setattr(kv_cache, "GROWTH_STEP", 8)
-        cache = self.filled(tiny_model, TEXT[:40])
-        cache.join(self.filled(tiny_model, TEXT[:10]))
-        cache.keep([1])
-        assert (cache.offset, cache.row_offsets.tolist()) == (16, [6])
-        assert cache.arrays[0].shape[2] == 16
-
-    def test_rows_of_both_kinds_become_quantized(self, tiny_model):
-        config = CacheConfig(bits=8, quantize_after=20)
-        cache = self.filled(tiny_model, TEXT[:5], config)
-        cache.join(self.filled(tiny_model, TEXT[:30], config))
-        assert isinstance(cache.layout, QuantizedKV)
