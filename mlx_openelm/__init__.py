@@ -24,9 +24,10 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .generation.drafters import Drafter as Drafter, DraftModel as DraftModel, PromptLookup as PromptLookup
     from .generation.engine import Step as Step, generate_tokens as generate_tokens
     from .generation.prompt_cache import PromptCache as PromptCache
-    from .generation.sampling import SamplingConfig as SamplingConfig
+    from .generation.sampling import Sampler as Sampler, SamplingConfig as SamplingConfig
     from .generation.speculative import speculate_tokens as speculate_tokens
     from .generation.text import (
+        Generation as Generation,
         GenerationChunk as GenerationChunk,
         Stats as Stats,
         generate as generate,
@@ -34,9 +35,10 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     )
     from .loading import load as load, load_model as load_model
     from .merging import Merge as Merge, merge as merge
+    from .model.lora import AdapterConfig as AdapterConfig
     from .model.openelm import ContextLengthWarning as ContextLengthWarning, OpenELM as OpenELM
     from .quantization import Quantization as Quantization
-    from .tokenizer.tokenizer import Tokenizer as Tokenizer
+    from .tokenizer.tokenizer import StreamDecoder as StreamDecoder, Tokenizer as Tokenizer
     from .training.loop import Metrics as Metrics
     from .training.pretrain import PretrainRecipe as PretrainRecipe
     from .training.run import (
@@ -83,7 +85,10 @@ _MODULES = {
         "generate_tokens",
     ),
     "generation.prompt_cache": ("PromptCache",),
-    "generation.sampling": ("SamplingConfig",),
+    "generation.sampling": (
+        "Sampler",
+        "SamplingConfig",
+    ),
     "generation.drafters": (
         "Drafter",
         "DraftModel",
@@ -91,6 +96,7 @@ _MODULES = {
     ),
     "generation.speculative": ("speculate_tokens",),
     "generation.text": (
+        "Generation",
         "GenerationChunk",
         "Stats",
         "generate",
@@ -104,12 +110,16 @@ _MODULES = {
         "Merge",
         "merge",
     ),
+    "model.lora": ("AdapterConfig",),
     "model.openelm": (
         "ContextLengthWarning",
         "OpenELM",
     ),
     "quantization": ("Quantization",),
-    "tokenizer.tokenizer": ("Tokenizer",),
+    "tokenizer.tokenizer": (
+        "StreamDecoder",
+        "Tokenizer",
+    ),
     "training.loop": ("Metrics",),
     "training.pretrain": ("PretrainRecipe",),
     "training.run": (

@@ -126,7 +126,7 @@ class TestKeysAndValues:
         (["-p", "x", "--seed", "-1"], "got -1"),
         (["-p", "x", "--seed", "18446744073709551616"], "got 18446744073709551616"),
         (["-p", "x", "--prompt-lookup", "65"], "must be 1 to 64; got 65"),
-        (["-i", "{p}/prompts.jsonl", "--max-kv-size", "50"], "one row at a time"),
+        (["-i", "{p}/prompts.jsonl", "--max-kv-size", "50"], "requires --batch-size 1"),
         (["-i", "{p}/prompts.jsonl", "--draft-model", "{p}/base"], "--draft-model cannot be used with --input"),
         (["-i", "{p}/prompts.jsonl", "--json"], "--json cannot be used with --input"),
         (["-p", "x", "--draft-model", "{p}/base", "--prompt-lookup", "3"], "mutually exclusive"),

@@ -119,7 +119,7 @@ def test_rows_that_hold_fewer_tokens_than_a_new_one_move_on(tiny_model, tokenize
         ({"batch_size": 0}, PromptError, "batch_size"),
         ({"max_tokens": 0}, PromptError, "at least one token"),
         ({"prompts": [[1], []]}, PromptError, "empty"),
-        ({"cache": CacheConfig(window=20)}, CacheError, "one row"),
+        ({"cache": CacheConfig(window=20)}, CacheError, "window"),
         ({"prompts": [[1], [999]]}, PromptError, "vocabulary"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 from conftest import random_model
 from mlx_openelm import CacheConfig, SamplingConfig
 from mlx_openelm.errors import CacheError, OutputError
-from mlx_openelm.generation.prompt_cache import PromptCache, fingerprint
+from mlx_openelm.generation.prompt_cache import PromptCache, model_fingerprint
 from mlx_openelm.generation.text import Generation, stream_generate
 from mlx_openelm.model.openelm import FeedForward
 
@@ -105,16 +105,16 @@ def test_an_empty_one_is_kept_too(tiny_model, tmp_path):
 
 def test_the_fingerprint_follows_the_weights(tiny_config):
     model = random_model(tiny_config)
-    before = fingerprint(model)
-    assert fingerprint(random_model(tiny_config)) == before
+    before = model_fingerprint(model)
+    assert model_fingerprint(random_model(tiny_config)) == before
     model.transformer.layers[1].ffn.proj_2.weight[3, 5] += 0.001
-    assert fingerprint(model) != before
+    assert model_fingerprint(model) != before
     model = random_model(tiny_config)
     model.transformer.norm.weight = model.transformer.norm.weight[::-1]
-    assert fingerprint(model) != before
+    assert model_fingerprint(model) != before
     model = random_model(tiny_config)
     model.set_dtype(mx.float16)
-    assert fingerprint(model) != before
+    assert model_fingerprint(model) != before
 
 
 class TestFilesThatDoNotFit:

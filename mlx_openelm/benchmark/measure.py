@@ -30,6 +30,12 @@ class Case:
     batch_size: int = 1
     cache: CacheConfig = CacheConfig()  # noqa: RUF009, frozen
 
+    def __repr__(self) -> str:
+        return (
+            f"Case({self.prompt_tokens:,} prompt tokens, {self.max_tokens:,} generated, {self.batch_size} at once, "
+            f"KV cache {self.cache.in_words})"
+        )
+
     def prompts(self, vocab_size: int) -> list[list[int]]:
         """Random ids for each row, always the same."""
         key = mx.random.key(self.prompt_tokens)

@@ -42,6 +42,15 @@ class BenchReport:
             "machine": self.machine,
         }
 
+    def __repr__(self) -> str:
+        lines = [
+            f"  {result.model}, {weights_in_words(result.dtype, result.bits)}, {result.case!r}: "
+            f"{who} {figures.decode_tokens_per_second.median:,.1f} tokens/s"
+            for result in self.results
+            for who, figures in result.figures.items()
+        ]
+        return "\n".join(["BenchReport(", *lines, ")"])
+
     def shared(self) -> dict[int, str]:
         """What all results have in common, by the column of `HEADINGS`."""
         rows = [_about(result) for result in self.results]

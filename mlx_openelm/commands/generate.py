@@ -14,10 +14,10 @@ from ..cache.config import CacheConfig
 from ..conversion.open import open_model
 from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
 from ..files.output import OutputFile, output_file
-from ..generation.batch import BATCH_SIZE, generate_batch
+from ..generation.batch import BATCH_SIZE, check_batch, generate_batch
 from ..generation.drafters import DEFAULT_MAX_DRAFT, Drafter, DraftModel, PromptLookup
 from ..generation.engine import MAX_TOKENS
-from ..generation.prompt_cache import PromptCache, fingerprint
+from ..generation.prompt_cache import PromptCache, model_fingerprint, write_prompt_cache
 from ..generation.sampling import SamplingConfig
 from ..generation.text import Generation, Stats, stream_generate
 from ..hub import BUILT_IN_MODEL
@@ -134,16 +134,13 @@ def generate(
     for claimed in filter(None, (answers, cache_file)):
         claimed.protect(prompts)
     network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
-    chat = tokens.has_chat_template if chat is None else chat
-    if system is not None and not chat:
-        raise PromptError("--system requires a model with a chat template and cannot be used with --raw")
+    chat = tokens.uses_chat_template(chat, system)
     if text is None:
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}
         about = {"chat": chat, "system": system}
         _answer_file(network, tokens, prompts, answers, batch_size, options, about)  # type: ignore[arg-type]
         return
-    messages = [{"role": "system", "content": system}] if system else []
-    ids = tokens.encode_chat([*messages, {"role": "user", "content": text}]) if chat else tokens.encode(text)
+    ids = tokens.encode_prompt(text, chat=chat, system=system)
 
     result = Generation(text)
     interrupted = False
@@ -189,7 +186,7 @@ def open_prompt_cache(network: OpenELM, output: OutputFile | None, config: Cache
         yield cache
     finally:
         if cache.tokens:
-            cache.write(output)
+            write_prompt_cache(cache, output)
 
 
 def print_stats(stats: Stats | None) -> None:
@@ -266,12 +263,12 @@ def _answer_file(
 
     prompts = read_prompts(path, tokenizer, chat=about["chat"], system=about["system"])
     ids = [prompt.tokens for prompt in prompts]
-    generate_batch(network, tokenizer, ids, batch_size=batch_size, **options)  # validates the options; runs nothing
+    check_batch(network, ids, batch_size=batch_size, max_tokens=options["max_tokens"], cache=options["cache"])
     if output is None:
         answers = Answers(prompts, typer.echo)
     else:
         described = {"sampling": asdict(options["sampling"]), "cache": asdict(options["cache"])}
-        settings = {**about, **options, **described, "model": fingerprint(network)}
+        settings = {**about, **options, **described, "model": model_fingerprint(network)}
         answers = AnswerFile(prompts, output, settings)
     missing = answers.missing
     if len(missing) < len(prompts):

@@ -16,7 +16,6 @@ from .terminal import INTERRUPTED, byte_bar, fail, mib, say
 
 if TYPE_CHECKING:
     from ..training.loop import Metrics
-    from ..training.tune import Tuning
 
 
 class TrainingView(TrainingCallback):
@@ -38,7 +37,7 @@ class TrainingView(TrainingCallback):
             self._bar = self._open.enter_context(byte_bar("tokenizing"))
         self._bar(done_bytes, total_bytes)
 
-    def on_prepared(self, num_steps: int, tuning: Tuning | None) -> None:
+    def on_prepared(self, num_steps: int) -> None:
         """Start the bar of training steps."""
         self._open.close()
         self._bar, self._steps = None, num_steps

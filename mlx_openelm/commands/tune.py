@@ -49,7 +49,7 @@ def tune(
 
     The result is the adapter with the best validation loss. Options take precedence over the recipe of --config.
     """
-    from ..training.run import TrainingCallback, tune as run
+    from ..training.run import TrainingCallback, run_tuning
     from ..training.tune import prepare_tuning
 
     recipe = tune_recipe(config, given)
@@ -62,30 +62,19 @@ def tune(
             print_json({"recipe": tuning.recipe.to_dict(), "memory": memory.to_dict(), **_counts(tuning)})
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that a shutdown loses nothing
-    view: TrainingCallback = TuningView(group.size(), quiet=as_json) if is_first else TrainingCallback()
+    view = TrainingView() if is_first else TrainingCallback()
+    prepared: list[Tuning] = []
+
+    def show(tuning: Tuning) -> None:
+        prepared.append(tuning)
+        _show(tuning, group.size(), quiet=as_json or not is_first)
+        if isinstance(view, TrainingView) and tuning.recipe.objective == "dpo":
+            view.unit = "pairs"
+
     with resumable(output), view:
-        result = run(recipe, output, resume=resume, group=group, callback=view)
-    if isinstance(view, TuningView):
-        _report(result, view.tuning, as_json)
-
-
-class TuningView(TrainingView):
-    """Shows what is about to be trained, then the progress."""
-
-    tuning: Tuning
-
-    def __init__(self, num_processes: int, quiet: bool):
-        super().__init__()
-        self._num_processes = num_processes
-        self._quiet = quiet
-
-    def on_prepared(self, num_steps: int, tuning: Tuning | None) -> None:
-        """Show the first example, the number of steps and the memory needed."""
-        assert tuning is not None
-        self.tuning = tuning
-        _show(tuning, self._num_processes, self._quiet)
-        self.unit = "pairs" if tuning.recipe.objective == "dpo" else "tokens"
-        super().on_prepared(num_steps, tuning)
+        result = run_tuning(recipe, output, resume, group, view, show)
+    if is_first:
+        _report(result, prepared[0], as_json)
 
 
 def _counts(tuning: Tuning) -> dict[str, Any]:

@@ -41,6 +41,13 @@ class Conversion:
     warnings: tuple[str, ...]
     adapter: Path | None = None  # folder of the adapter that was in the source
 
+    def __repr__(self) -> str:
+        stored = f"{self.quantization.bits}-bit {self.quantization.mode}" if self.quantization else self.dtype
+        return (
+            f"Conversion({str(self.folder)!r}: {self.num_parameters:,} parameters in {stored}, "
+            f"{self.bits_per_weight:.2f} bits per weight, {self.output_bytes / 2**20:,.1f} MiB)"
+        )
+
 
 def convert(
     source: str | Path | Sequence[str | Path],

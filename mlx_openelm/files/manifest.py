@@ -1,6 +1,6 @@
 """What this package wrote into a folder, so that nothing else is ever replaced or removed with it.
 
-A finished folder lists its files with a fingerprint of each. One that is being written bears a mark until it is whole.
+A finished folder lists its files with a signature of each. One that is being written bears a mark until it is whole.
 """
 
 import json
@@ -24,7 +24,7 @@ _BLOCK_BYTES, _BLOCKS = 1 << 16, 16
 
 def write_manifest(folder: Path) -> None:
     """List all files of a folder."""
-    files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder) if path.name != UNFINISHED}
+    files = {str(path.relative_to(folder)): _signature(path) for path in _files(folder) if path.name != UNFINISHED}
     values = {"openelm_mlx_version": __version__, "files": files}
     (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -56,7 +56,7 @@ def foreign(folder: Path) -> Iterator[str]:
 
 def _is_unchanged(path: Path, mark: object) -> bool:
     """Whether a file still is as it was listed. Of a large one the time of its last change has to be the same too."""
-    found = _fingerprint(path)
+    found = _signature(path)
     if not isinstance(mark, dict) or not found or found["bytes"] > _BLOCK_BYTES * _BLOCKS:
         return bool(found) and found == mark
     return found["bytes"] == mark.get("bytes") and found["blake2b"] == mark.get("blake2b")
@@ -75,7 +75,7 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _signature(path: Path) -> dict[str, Any]:
     """Size of a regular file, time of its last change, and a hash of it, or of blocks spread over a large one."""
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode):

@@ -1,9 +1,7 @@
-"""Many prompts at once: rows go on together, and one that is done makes room for the next prompt."""
+"""Many prompts at once: rows are decoded together, and the next prompt takes the slot of one that is finished."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import mlx.core as mx
 
 from ..cache.config import CacheConfig
 from ..errors import CacheError, PromptError
@@ -30,36 +28,26 @@ def generate_batch(
     numbers: Iterable[int] | None = None,
     compiled: bool | None = None,
 ) -> Iterator[tuple[int, Generation]]:
-    """Continue many prompts; gives each generation with its prompt's number as soon as it is done.
+    """Continue many prompts; yields each generation with its prompt's number as soon as it is finished.
 
-    What cannot be done is told at once, before anything is computed.
-
-    Each row gives what its prompt gives alone; only that with `quantize_after` all rows are quantized once one is long
-    enough. The prompt of number n is sampled with the seed plus n; without a seed, one is drawn for all.
+    Each prompt gives the text that it gives alone, except that with `quantize_after` all rows are quantized once one of
+    them is long enough. Prompt n is sampled with the seed plus n; without a seed, one is drawn for all.
 
     Args:
-        prompts: as of `stream_generate`.
-        batch_size: how many rows go on together, at least 1.
-        numbers: of the prompts to continue, and in which order; by default all.
-        compiled: as of `generate_tokens`.
+        prompts: texts or ids, as for `stream_generate`.
+        batch_size: rows decoded at once, at least 1.
+        numbers: which prompts to continue, and in which order; by default all.
+        compiled: as for `generate_tokens`.
 
     Raises:
-        PromptError: if a prompt is empty, or no row or token is asked for.
-        CacheError: if the cache shall keep a window, which serves one row.
-        MemoryLimitError: if so many rows do not fit into memory.
+        PromptError, CacheError, MemoryLimitError: as `check_batch`, before anything is computed.
     """
-    if batch_size < 1:
-        raise PromptError(f"batch_size must be at least 1; got {batch_size}")
-    if cache.window is not None and batch_size > 1:
-        raise CacheError("a window serves one row at a time; leave it out, or take a batch size of 1")
     numbers = list(range(len(prompts)) if numbers is None else numbers)
-    ids: dict[int, mx.array] = {}
+    ids: dict[int, Sequence[int]] = {}
     for number in numbers:
         prompt = prompts[number]
-        check_request(prompt, max_tokens)
-        ids[number] = as_prompt(model, tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-    if ids:
-        check_memory(model, max(tokens.size for tokens in ids.values()) + max_tokens, cache, batch_size)
+        ids[number] = tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt  # type: ignore[assignment]
+    check_batch(model, list(ids.values()), batch_size=batch_size, max_tokens=max_tokens, cache=cache)
     compiled = pays_to_compile(max_tokens) if compiled is None else compiled
     sampling = sampling.with_seed()
     rows = DecodeBatch(model, sampling, compiled=compiled)
@@ -67,19 +55,45 @@ def generate_batch(
 
     def begin(number: int) -> "_Running":
         seed = None if sampling.seed is None else sampling.seed + number
-        text = TextStream(
-            model, tokenizer, ids[number].size, max_tokens, stop, seed=None if sampling.is_greedy else seed
-        )
-        row = rows.add(ids.pop(number), model.make_cache(cache), seed=seed)
+        tokens = as_prompt(model, ids.pop(number))
+        text = TextStream(model, tokenizer, tokens.size, max_tokens, stop, seed=None if sampling.is_greedy else seed)
+        row = rows.add(tokens, model.make_cache(cache), seed=seed)
         prompt = prompts[number]
         return _Running(row, number, text, Generation(prompt if isinstance(prompt, str) else ""))
 
     return _in_turn(rows, batch_size, iter(numbers), begin)
 
 
+def check_batch(
+    model: OpenELM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int = BATCH_SIZE,
+    max_tokens: int = MAX_TOKENS,
+    cache: CacheConfig = CacheConfig(),  # noqa: B008, frozen
+) -> None:
+    """Make sure that `generate_batch` can continue these ids.
+
+    Raises:
+        PromptError: if a prompt is empty or outside the vocabulary, or no row or token is asked for.
+        CacheError: if the cache is a window and there are several rows.
+        MemoryLimitError: if so many rows do not fit into memory.
+    """
+    if batch_size < 1:
+        raise PromptError(f"batch_size must be at least 1; got {batch_size}")
+    if cache.window is not None and batch_size > 1:
+        raise CacheError("a window in the KV cache requires `batch_size=1`")
+    longest = 0
+    for prompt in prompts:
+        check_request(prompt, max_tokens)
+        longest = max(longest, as_prompt(model, prompt).size)
+    if longest:
+        check_memory(model, longest + max_tokens, cache, batch_size)
+
+
 @dataclass
 class _Running:
-    """A row that goes on."""
+    """A row that is not finished."""
 
     row: int
     number: int
@@ -98,7 +112,7 @@ def _in_turn(
                 running[new.row] = new
             if not running:
                 return
-            for row, step in rows.step(more=any(one.text.goes_on for one in running.values())).items():
+            for row, step in rows.step(more=any(one.text.wants_more for one in running.values())).items():
                 one = running[row]
                 one.generation.add(one.text.push(step))
                 if one.generation.finish_reason:

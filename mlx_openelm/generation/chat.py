@@ -1,4 +1,4 @@
-"""A conversation with an Instruct model, whose keys and values stay between turns."""
+"""A conversation with an Instruct model that keeps its KV cache between turns."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,7 +12,7 @@ from .text import GenerationChunk, stream_generate
 
 
 class Chat:
-    """Messages so far, and the model's memory of them: a turn costs only its own tokens.
+    """Messages, and the KV cache of the conversation: each turn computes only its own tokens.
 
     Raises:
         TokenizerError: if the model has no chat template.
@@ -40,16 +40,19 @@ class Chat:
         self.cache = cache if cache is not None else PromptCache(model)
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
+    def __repr__(self) -> str:
+        return f"Chat({self.model!r}, {len(self.messages)} messages, {len(self.cache.tokens):,} tokens in the cache)"
+
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.cache.clear()
 
     def reply(self, text: str) -> Iterator[GenerationChunk]:
-        """The answer to a message; once it is complete, or given up, both belong to the conversation.
+        """The answer to a message; once it is complete, or the caller stops, both belong to the conversation.
 
         Raises:
-            PromptError, MemoryLimitError: as `stream_generate` does; the conversation is then as before.
+            PromptError, MemoryLimitError: as `stream_generate`; the conversation then stays unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self.tokenizer.encode_chat(messages)

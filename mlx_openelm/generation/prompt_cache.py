@@ -1,13 +1,11 @@
 """Keys and values that outlive a generation, in memory or in a file, for texts that begin alike."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -16,9 +14,7 @@ from ..cache.config import CacheConfig
 from ..cache.kv_cache import KVCache
 from ..errors import CacheError
 from ..files.output import OutputFile, output_file
-
-if TYPE_CHECKING:
-    from ..model.openelm import OpenELM
+from ..model.openelm import OpenELM
 
 _FORMAT = "openelm-mlx prompt cache 1"
 _SPREAD = 2654435761  # near 2**32 over the golden ratio: neighbours get factors far from one another
@@ -77,25 +73,21 @@ class PromptCache:
             OutputError: if it cannot be written.
         """
         with output_file(path, overwrite=True) as output:
-            self.write(output)
+            write_prompt_cache(self, output)
 
-    def write(self, output: OutputFile) -> None:
-        """Write text, keys and values to a file that is locked since it was read."""
-        about = {
+    def about(self) -> dict[str, str]:
+        """What a file says of its arrays: the model, the configuration and the tokens."""
+        return {
             "format": _FORMAT,
-            "model": self._fingerprint or fingerprint(self._model),
+            "model": self._fingerprint or model_fingerprint(self._model),
             "config": json.dumps(asdict(self.config)),
             "tokens": json.dumps(self.tokens),
             "quantized": json.dumps(self.kv.is_quantized),
         }
-        arrays: Any = self.kv.to_arrays()
-        mx.eval(arrays)
-        with output.replaced() as file:
-            mx.save_safetensors(file, arrays, about)
 
     @classmethod
-    def load(cls, model: OpenELM, path: Path, config: CacheConfig | None = None) -> PromptCache:
-        """A cache from a file.
+    def load(cls, model: OpenELM, path: str | Path, config: CacheConfig | None = None) -> "PromptCache":
+        """Read a cache from a file.
 
         Args:
             config: how keys and values are to be kept; by default as in the file.
@@ -111,7 +103,7 @@ class PromptCache:
             raise CacheError(f"{path} is not a prompt cache: {error}") from error
         if about.get("format") != _FORMAT:
             raise CacheError(f"{path} is not a prompt cache, or comes from another version of this package")
-        own = fingerprint(model)
+        own = model_fingerprint(model)
         if about["model"] != own:
             raise CacheError(f"{path} was made with another model, adapter or dtype; delete it or choose another file")
         saved = CacheConfig(**json.loads(about["config"]))
@@ -129,7 +121,15 @@ class PromptCache:
         return cache
 
 
-def fingerprint(model: OpenELM) -> str:
+def write_prompt_cache(cache: PromptCache, output: OutputFile) -> None:
+    """Write text, keys and values to a file that has been locked since it was read."""
+    arrays: Any = cache.kv.to_arrays()
+    mx.eval(arrays)
+    with output.replaced() as file:
+        mx.save_safetensors(file, arrays, cache.about())
+
+
+def model_fingerprint(model: OpenELM) -> str:
     """A number that changes with the model's shape, its weights, their type, and what is put on it."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     parameters: Any = tree_flatten(model.parameters())

@@ -51,7 +51,6 @@ def read_prompts(path: Path, tokenizer: Tokenizer, *, chat: bool, system: str | 
 
 
 def _ids(record: Mapping[str, Any], tokenizer: Tokenizer, chat: bool, system: str | None, where: str) -> list[int]:
-    before = [{"role": "system", "content": system}] if system else []
     found = [name for name in _NEEDED if name in record]
     if len(found) != 1:
         raise DataError(f"{where}: expected the field prompt or messages, found {', '.join(record) or 'none'}")
@@ -65,7 +64,7 @@ def _ids(record: Mapping[str, Any], tokenizer: Tokenizer, chat: bool, system: st
             return tokenizer.encode_chat(value)
         if not isinstance(value, str) or not value:
             raise DataError(f"{where}: the prompt must be non-empty text")
-        return tokenizer.encode_chat([*before, {"role": "user", "content": value}]) if chat else tokenizer.encode(value)
+        return tokenizer.encode_prompt(value, chat=chat, system=system)
     except TokenizerError as error:
         raise DataError(f"{where}: {error}") from error
 

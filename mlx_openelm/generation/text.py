@@ -202,7 +202,7 @@ class TextStream:
         self._start = self._first = time.perf_counter()
 
     @property
-    def goes_on(self) -> bool:
+    def wants_more(self) -> bool:
         """Whether a token behind the next one may be wanted."""
         return self._generated + 1 < self._max_tokens
 

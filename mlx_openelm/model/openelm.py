@@ -52,6 +52,15 @@ class OpenELM(nn.Module):
         """
         return self.logits(self.transformer(tokens, cache))
 
+    def __repr__(self) -> str:
+        config = self.config
+        dtype = str(self.transformer.norm.weight.dtype).removeprefix("mlx.core.")
+        bits = next((f"{layer.bits} bits, " for _, layer in self.named_modules() if hasattr(layer, "bits")), "")
+        return (
+            f"OpenELM({config.num_parameters:,} parameters in {bits}{dtype}, {config.num_transformer_layers} layers, "
+            f"model_dim {config.model_dim})"
+        )
+
     def logits(self, hidden: mx.array) -> mx.array:
         """(..., V) from hidden states (..., M): lets prefill skip the positions that nobody reads."""
         if self.config.share_input_output_layers:

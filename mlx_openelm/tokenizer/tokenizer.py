@@ -51,6 +51,10 @@ class Tokenizer:
             raise TokenizerError(f"{path} has no tokens that begin and end a text (<s> and </s>)")
         self._adds_space = self._library.piece(next(iter(self._library.encode("a")), 0)).startswith(_SPACE)
 
+    def __repr__(self) -> str:
+        kind = "with" if self.has_chat_template else "no"
+        return f"Tokenizer({str(self.path)!r}, {self.vocab_size:,} tokens, {kind} chat template)"
+
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Ids of a text, behind BOS.
 
@@ -78,6 +82,31 @@ class Tokenizer:
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder for ids that come one at a time and go on with a text."""
         return StreamDecoder(self)
+
+    def encode_prompt(self, text: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:
+        """Ids of a prompt: in the chat template if the model has one, otherwise as plain text.
+
+        Args:
+            chat: True or False to decide that instead.
+            system: system message; requires the chat template.
+        Raises:
+            TokenizerError: if the chat template is required and the model has none.
+        """
+        if not self.uses_chat_template(chat, system):
+            return self.encode(text)
+        before = [{"role": "system", "content": system}] if system else []
+        return self.encode_chat([*before, {"role": "user", "content": text}])
+
+    def uses_chat_template(self, chat: bool | None = None, system: str | None = None) -> bool:
+        """Whether `encode_prompt` uses the chat template; see there."""
+        chosen = self.has_chat_template if chat is None else chat
+        if system is not None and not chosen:
+            raise TokenizerError(
+                "`system` requires a chat template" + (", which `chat` turns off" if chat is False else "")
+            )
+        if chosen and not self.has_chat_template:
+            raise TokenizerError("this model has no chat template: it is a base model, which continues text")
+        return chosen
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True, bos: bool = True

@@ -1,24 +1,19 @@
 """Whole training runs: from a recipe to a result, in a folder that no other process may write to."""
 
-from __future__ import annotations
-
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..errors import DataError
 from ..files.lock import LockedFolder
 from .checkpoints import best_checkpoint, check_fresh, check_output, checkpoint_folders, read_state, run_lock, together
+from .loop import Metrics
 from .pretrain import PretrainRecipe, prepare_pretraining, pretraining_steps
 from .tune import Tuning, prepare_tuning, tuning_steps
 from .tune_recipe import TuneRecipe
-
-if TYPE_CHECKING:
-    from .loop import Metrics
 
 
 class TrainingCallback:
@@ -28,7 +23,7 @@ class TrainingCallback:
     something can close it.
     """
 
-    def __enter__(self) -> TrainingCallback:
+    def __enter__(self) -> "TrainingCallback":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -37,8 +32,8 @@ class TrainingCallback:
     def on_tokenizing(self, done_bytes: int, total_bytes: int) -> None:
         """Called while `pretrain` tokenizes its corpus, in the first process."""
 
-    def on_prepared(self, num_steps: int, tuning: Tuning | None) -> None:
-        """Called once before training, with the total number of steps; `tuning` is None in `pretrain`."""
+    def on_prepared(self, num_steps: int) -> None:
+        """Called once before training, with the total number of steps."""
 
     def on_step(self, metrics: Metrics) -> None:
         """Called after every step."""
@@ -73,6 +68,11 @@ class TrainingResult:
     stopped_early: bool
     metrics: Metrics | None
 
+    def __repr__(self) -> str:
+        before = f", {self.validation_loss_before:.4f} before" if self.validation_loss_before is not None else ""
+        loss = f", validation loss {self.validation_loss:.4f}{before}" if self.validation_loss is not None else ""
+        return f"TrainingResult({str(self.folder)!r}: step {self.step:,}{loss})"
+
 
 def tune(
     recipe: TuneRecipe,
@@ -93,10 +93,24 @@ def tune(
         OpenELMError: of the kind that fits; the last good checkpoint stays.
     """
     group, callback = group or mx.distributed.init(), callback or TrainingCallback()
-    with run_lock(Path(output), group) as run:
+    return run_tuning(recipe, Path(output), resume, group, callback)
+
+
+def run_tuning(
+    recipe: TuneRecipe,
+    output: Path,
+    resume: bool,
+    group: mx.distributed.Group,
+    callback: TrainingCallback,
+    on_tuning: Callable[[Tuning], None] | None = None,
+) -> TrainingResult:
+    """`tune`, for callers that want to see the model and the examples before the training starts."""
+    with run_lock(output, group) as run:
         together(group, lambda: check_output(run.path, resume))
         tuning = prepare_tuning(recipe)
-        callback.on_prepared(tuning.recipe.steps, tuning)
+        if on_tuning is not None:
+            on_tuning(tuning)
+        callback.on_prepared(tuning.recipe.steps)
         steps = tuning_steps(
             tuning, run, resume=resume, group=group, on_step=callback.on_step, on_message=callback.on_message
         )
@@ -129,7 +143,7 @@ def pretrain(
         tokenizer, corpus = prepare_pretraining(
             recipe, run.path, group, on_tokenizing=callback.on_tokenizing, on_message=callback.on_message
         )
-        callback.on_prepared(recipe.steps, None)
+        callback.on_prepared(recipe.steps)
         steps = pretraining_steps(
             recipe,
             corpus,
