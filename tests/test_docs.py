@@ -1,13 +1,19 @@
 """What the documents say is what the program does. Run as a script, this writes `docs/commands.md` anew."""
 
 import ast
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import mlx_openelm
+from conftest import SMALL_CONFIG, random_model, write_folder
 from mlx_openelm.cli import all_commands, as_flags
 
 ROOT = Path(__file__).parent.parent
@@ -50,11 +56,45 @@ def test_commands_in_documents_can_be_typed(line):
     COMMANDS[name].make_context(name, arguments, resilient_parsing=False)
 
 
-@pytest.mark.parametrize(("document", "block"), blocks("python"))
-def test_python_in_documents_uses_what_there_is(document, block):
-    for node in ast.walk(ast.parse(block)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mlx_openelm":
-            assert hasattr(mlx_openelm, node.attr), f"{document}: mlx_openelm.{node.attr}"
+def python_of(document):
+    """All Python of a document, as one program."""
+    return "\n".join(block for name, block in blocks("python") if name == document)
+
+
+DOCUMENTS_WITH_PYTHON = sorted({name for name, _ in blocks("python")})
+
+
+def test_python_in_documents_type_checks(tmp_path):
+    paths = []
+    for document in DOCUMENTS_WITH_PYTHON:
+        paths.append(tmp_path / f"{Path(document).stem.lower()}_md.py")
+        paths[-1].write_text(python_of(document), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *paths], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS_WITH_PYTHON)
+def test_python_in_documents_runs(document, tmp_path, chat_tokenizer):
+    """On a small random model in a folder of the name that the document says."""
+    program = python_of(document)
+    for name in {*re.findall(r'"(OpenELM-[\w.]+(?:-Instruct)?)"', program), "openelm-tiny"}:
+        write_folder(tmp_path / name, random_model(replace(SMALL_CONFIG, max_context_length=512)), chat_tokenizer)
+    records = [{"prompt": f"{number} and", "completion": f" {number + 1}."} for number in range(20)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    program = re.sub(r"\[\[1, 9038, 2501\]\]", "[[1, 38, 251]]", program).replace("steps=100", "steps=2")
+    program = program.replace("rank=16,", "rank=2, steps=2,")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 def test_links_between_documents_lead_somewhere():
