@@ -69,9 +69,7 @@ def test_python_in_documents_type_checks(tmp_path):
     for document in DOCUMENTS_WITH_PYTHON:
         paths.append(tmp_path / f"{Path(document).stem.lower()}_md.py")
         paths[-1].write_text(python_of(document), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", *paths], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "mypy", *paths], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout
 
 

@@ -107,3 +107,20 @@ def test_log_probabilities_are_summed_by_row():
 def test_impossible_settings_are_refused(options):
     with pytest.raises(ConfigError):
         DPO(**options)
+
+
+def test_the_hinge_loss_is_flat_from_a_margin_of_1_on():
+    losses, slopes = DPO(loss="hinge").of_margins(mx.array([-1.0, 0.5, 1.0, 3.0]))
+    assert (losses.tolist(), slopes.tolist()) == ([2.0, 0.5, 0.0, 0.0], [-1.0, -1.0, 0.0, 0.0])
+
+
+def test_the_slope_of_the_sigmoid_loss_is_its_derivative():
+    margins = mx.array([-3.0, 0.0, 0.7, 40.0])
+    losses, slopes = DPO().of_margins(margins)
+    expected = mx.grad(lambda margins: mx.logaddexp(mx.zeros(()), -margins).sum())(margins)
+    assert_close(slopes, expected, 1e-6)
+    assert_close(losses, mx.log1p(mx.exp(-margins)), 1e-6)
+
+
+def test_defaults_are_those_of_apples_recipes():
+    assert (DPO().beta, DPO().loss, DPO.names) == (0.01, "sigmoid", ("loss", "margin", "accuracy"))

@@ -194,3 +194,21 @@ def test_validation_of_pairs(pairs):
     found = [number for row in rows for number, _ in contents(row)]
     assert [number + 1000 for number in found[::2]] == found[1::2]
     assert sorted(found[::2]) == list(range(1000, 1021))
+
+
+def test_windows_of_16_batches_are_sorted_by_length():
+    """Each window of 16 batches of an epoch is cut into batches of neighbouring lengths: spreads stay small."""
+    rng = np.random.default_rng(1)
+    examples = [example(1000 + number, int(length)) for number, length in enumerate(rng.integers(4, 90, 16 * 4 * 3))]
+    batches = ExampleBatches(examples, 4, max_length=100, seed=0)
+    assert batches.steps_per_epoch == 48
+    spreads = [np.ptp([length for _, length in contents(rows)]) for rows in epoch(batches)]
+    assert max(spreads) < 86 / 3  # a window has 64 examples: four neighbours span a small part of all lengths
+    assert np.mean(spreads) < 10
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9])
+def test_steps_of_an_epoch_are_those_that_hold_every_entry(count):
+    entries = [example(1000 + number, 50) for number in range(count)]
+    assert ExampleBatches(entries, 4, max_length=60).steps_per_epoch == -(-count // 4)
+    assert ExampleBatches(entries, 4, max_length=60, pack=True).steps_per_epoch == -(-count // 4)

@@ -192,3 +192,13 @@ def test_pairs_of_conversations_differ_behind_their_shared_prompt(chat_tokenizer
 def test_fields_that_are_not_what_they_have_to_be(chat_tokenizer, name, record, reason):
     with pytest.raises((DataError, TokenizerError), match=reason):
         encode_record(name, record, chat_tokenizer)
+
+
+def test_masks_are_as_long_as_their_tokens_and_end_with_eos(chat_tokenizer):
+    messages = [say(USER, "Hi"), say(ASSISTANT, "Hello!"), say(USER, "Bye"), say(ASSISTANT, "See you.")]
+    example = encode_conversation(messages, chat_tokenizer)
+    assert len(example.tokens) == len(example.completion_mask)
+    assert (example.tokens[-1], example.completion_mask[-1]) == (chat_tokenizer.eos_token_id, True)
+    example = encode_conversation(messages[:3], chat_tokenizer)
+    assert len(example.tokens) == len(example.completion_mask)
+    assert not example.completion_mask[-1]

@@ -8,7 +8,7 @@ from conftest import assert_close, random_model
 from mlx_openelm import CacheConfig, OpenELMConfig, generate_tokens
 from mlx_openelm.cache import kv_cache
 from mlx_openelm.cache.config import kv_bytes_per_layer
-from mlx_openelm.cache.layouts import QuantizedKV, RotatingKV
+from mlx_openelm.cache.layouts import FullKV, QuantizedKV, RotatingKV, attention
 from mlx_openelm.errors import CacheError
 
 TEXT = [int(token) for token in np.random.default_rng(0).integers(0, 400, 90)]
@@ -128,3 +128,67 @@ class TestWindow:
         steps = generate_tokens(tiny_model, TEXT, max_tokens=200, cache=cache)
         assert len({(next(steps), cache.nbytes)[1] for _ in range(200)}) == 1
         assert isinstance(cache.layout, RotatingKV)
+
+
+class TestArrays:
+    """What is kept in a file is what a layout holds, and nothing else fits."""
+
+    LAYOUTS = (FullKV(), QuantizedKV(bits=4, group_size=32), RotatingKV(size=8, sinks=2, rope_base=1e4))
+
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "quantized", "rotating"])
+    @pytest.mark.parametrize("count", [1, 5, 12])
+    def test_buffers_come_back(self, layout, count):
+        keys, values, queries = (mx.random.normal((1, 2, count, 32), key=mx.random.key(n)) for n in range(3))
+        buffers = layout.allocate(keys, values, 16)
+        buffers, _ = layout.extend(buffers, 0, keys, values, queries)
+        arrays = layout.to_arrays(buffers, count)
+        assert len(arrays) == layout.num_arrays
+        slots = min(count, 8) if isinstance(layout, RotatingKV) else count
+        assert [array.shape[2] for array in arrays[:2]] == [slots, slots]
+        again = layout.from_arrays(arrays, count)
+        query = mx.random.normal((1, 4, 1, 32), key=mx.random.key(9))
+        assert_close(layout.attend(again, query, slots), layout.attend(buffers, query, slots), 1e-6)
+        for wrong in (count + 1, count - 1) if count < 8 else (7,):
+            with pytest.raises(ValueError, match="does not hold"):
+                layout.from_arrays(arrays, wrong)
+
+    def test_every_array_has_to_fit(self):
+        layout = RotatingKV(size=8, sinks=2, rope_base=1e4)
+        fitting, short = mx.zeros((1, 2, 8, 32)), mx.zeros((1, 2, 7, 32))
+        with pytest.raises(ValueError, match="does not hold 8"):
+            layout.from_arrays([fitting, short, short], 20)
+        assert len(layout.from_arrays([fitting, fitting, mx.zeros((1, 2, 3, 32))], 20)) == 3
+        with pytest.raises(ValueError, match="does not hold 8"):
+            FullKV().from_arrays([fitting, short], 8)
+
+
+@pytest.mark.parametrize(("size", "sinks"), [(12, 3), (9, 0), (10, 1)])
+@pytest.mark.parametrize("lengths", [(30,), (9, 1, 20), (5, 5, 5, 15), (12, 18), (1,) * 30])
+def test_a_window_is_attention_over_the_sinks_and_the_last_tokens(size, sinks, lengths):
+    """Against the definition: rotate what each query sees to positions that follow one another, and attend."""
+    B, K, H, D, base = 1, 2, 4, 16, 100.0
+    layout = RotatingKV(size=size, sinks=sinks, rope_base=base)
+    total = sum(lengths)
+    plain_keys, values = (mx.random.normal((B, K, total, D), key=mx.random.key(n)) for n in range(2))
+    plain_queries = mx.random.normal((B, H, total, D), key=mx.random.key(2))
+
+    def rotated(array, offset):
+        return mx.fast.rope(array, D, traditional=False, base=base, scale=1.0, offset=offset)
+
+    expected = []
+    for end in range(1, total + 1):
+        seen = [*range(min(sinks, end)), *range(max(sinks, end - (size - sinks)), end)]
+        window_keys = rotated(plain_keys[:, :, mx.array(seen)], end - len(seen))
+        query = rotated(plain_queries[:, :, end - 1 : end], end - 1)
+        expected.append(attention(query, window_keys, values[:, :, mx.array(seen)]))
+    expected = mx.concatenate(expected, axis=2)
+
+    keys, queries = rotated(plain_keys, 0), rotated(plain_queries, 0)
+    buffers, found, offset = layout.allocate(keys, values, 4), [], 0
+    for length in lengths:
+        part = slice(offset, offset + length)
+        buffers = layout.grow(buffers, min(offset, size), offset + length)
+        buffers, output = layout.extend(buffers, offset, keys[:, :, part], values[:, :, part], queries[:, :, part])
+        found.append(output)
+        offset += length
+    assert_close(mx.concatenate(found, axis=2), expected, 2e-5)

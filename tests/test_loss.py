@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from conftest import assert_close, random_model
-from mlx_openelm.training.loss import token_logprobs, token_losses
+from mlx_openelm.training.loss import CrossEntropy, at_positions, token_logprobs, token_losses
 
 TOKENS = mx.random.randint(0, 400, (2, 21), key=mx.random.key(0))
 COUNTED = mx.random.uniform(shape=(2, 20), key=mx.random.key(1)) > 0.2
@@ -78,3 +78,25 @@ def test_log_probabilities_are_those_of_the_whole(tiny_model):
     targets = TOKENS[:, 1:].reshape(-1)
     expected = nn.losses.cross_entropy(tiny_model.logits(hidden), targets)
     assert_close(-token_logprobs(tiny_model, hidden, targets, chunk=7), expected, 1e-4)
+
+
+def test_hidden_states_are_those_of_the_scored_positions():
+    hidden = mx.arange(24).reshape(2, 4, 3)
+    assert at_positions(hidden, {}).tolist() == hidden.reshape(8, 3).tolist()
+    assert at_positions(hidden, {"positions": mx.array([0, 5])}).tolist() == [[0, 1, 2], [15, 16, 17]]
+
+
+def test_cross_entropy_reports_its_sums_and_their_count(tiny_model):
+    hidden = tiny_model.transformer(TOKENS[:, :-1])
+    batch = {
+        "positions": mx.array([3, 22, 0]),
+        "targets": mx.array([5, 7, 9]),
+        "weights": mx.array([1.0, 1.0, 0.0]),
+    }
+    sums, total = CrossEntropy(0.25)(tiny_model, hidden, batch, True)
+    logprobs = token_logprobs(tiny_model, hidden.reshape(40, -1)[mx.array([3, 22])], mx.array([5, 7]))
+    assert sums[0].item() == pytest.approx(-logprobs.sum().item(), rel=1e-5)
+    assert sums[2].item() == 2.0
+    assert total.item() == pytest.approx((sums[0] + 0.25 * sums[1]).item(), rel=1e-5)
+    assert CrossEntropy().z_weight == 0.0
+    assert CrossEntropy.names == ("loss", "z_loss")

@@ -202,3 +202,25 @@ def test_choices_along_a_text_are_those_one_after_another(config):
         assert logprob.item() == pytest.approx(logprobs[place].item(), abs=1e-5)
         assert mx.array_equal(state[0], keys[place]).item()
         assert mx.array_equal(state[1], recents[place]).item()
+
+
+def test_seeds_may_have_63_bits():
+    assert SamplingConfig(seed=2**63 - 1).seed == 2**63 - 1
+    with pytest.raises(SamplingError, match="seed must be"):
+        SamplingConfig(seed=2**63)
+
+
+def test_top_p_ends_with_the_token_that_reaches_it():
+    quarters = mx.log(mx.array([0.25, 0.25, 0.25, 0.25]))
+    assert np.isfinite(np.array(restrict(quarters, SamplingConfig(temperature=1, top_p=0.5)))).sum() == 2
+    assert np.isfinite(np.array(restrict(quarters, SamplingConfig(temperature=1, top_p=0.51)))).sum() == 3
+
+
+def test_one_row_is_chosen_as_alone():
+    sampler = Sampler(SamplingConfig(temperature=1.0, repetition_penalty=1.3, repetition_context=4, seed=5))
+    state = sampler.start(mx.array([1, 2, 3]))
+    logits = mx.random.normal((6,), key=mx.random.key(3)) * 3
+    token, logprob, (key, recent) = sampler.choose(logits, state)
+    tokens, logprobs, (keys, recents) = sampler.choose_rows(logits[None], (state[0][None], state[1][None]))
+    assert (tokens.tolist(), logprobs.tolist()) == ([token.item()], [logprob.item()])
+    assert (keys.tolist(), recents.tolist()) == ([key.tolist()], [recent.tolist()])
