@@ -199,3 +199,46 @@ def refused(*arguments, **options):
     assert err.startswith("openelm-mlx: error: ")
     assert err.count("\n") == 1
     return err
+
+
+@pytest.fixture(scope="session")
+def pretrain_config():
+    return OpenELMConfig.layerwise(
+        num_transformer_layers=2,
+        model_dim=32,
+        head_dim=8,
+        num_gqa_groups=2,
+        ffn_dim_divisor=16,
+        vocab_size=400,
+        max_context_length=32,
+    )
+
+
+@pytest.fixture(scope="session")
+def pretrain_corpus(tmp_path_factory, tokenizer):
+    from mlx_openelm.data.corpus import Filters, prepare_corpus
+    from mlx_openelm.data.text_files import TextSource
+
+    folder = tmp_path_factory.mktemp("corpus")
+    documents = [f"The fox number {n} went to the river {'and slept ' * (n % 5)}." for n in range(300)]
+    (folder / "a.txt").write_text("\n<|endoftext|>\n".join(documents))
+    return prepare_corpus([TextSource(str(folder / "a.txt"))], tokenizer, Filters(), folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def pretrain_recipe(pretrain_config):
+    from mlx_openelm.training.pretrain import PretrainRecipe
+
+    return PretrainRecipe(
+        model=pretrain_config,
+        steps=12,
+        batch_size=4,
+        sequence_length=16,
+        learning_rate=0.01,
+        warmup_steps=4,
+        dtype="float32",
+        log_every=1,
+        validate_every=6,
+        checkpoint_every=3,
+        validation_rows=4,
+    )

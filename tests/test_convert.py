@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_model import corenet_name
+from test_openelm import corenet_name
 from test_quantization import EVERY_QUANTIZATION
 
 from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model, write_folder

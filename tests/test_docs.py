@@ -156,6 +156,40 @@ def test_the_tree_in_the_design_is_complete_and_gives_a_reason_for_what_is_long(
             assert f"`{function}()`" in what, f"{function} in {name} is long; say why in docs/design.md"
 
 
+TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
+    "test_cli.py": ["cli.py", "__main__.py", "errors.py", "version.py", "packages.py", "commands/"],
+    "test_bench.py": ["benchmark/measure.py", "benchmark/models.py", "benchmark/report.py", "machine/hardware.py"],
+    "test_convert.py": ["conversion/average.py", "conversion/open.py", "conversion/source.py", "conversion/write/"],
+    "test_conversion_adapters.py": ["conversion/adapters/"],
+    "test_read_config.py": ["conversion/read/config.py"],
+    "test_loading.py": ["conversion/read/huggingface.py", "conversion/read/corenet.py", "conversion/describe.py"],
+    "test_torch_file.py": ["conversion/read/torch_pickle.py"],
+    "test_cache_config.py": ["cache/config.py"],
+    "test_corpus.py": ["data/train_tokenizer.py"],
+    "test_data_batch.py": ["data/batch.py"],
+    "test_generation_batch.py": ["generation/batch.py"],
+    "test_files.py": ["files/"],
+    "test_openelm.py": ["model/rope.py"],
+    "test_lora.py": ["merging.py", "evaluation/divergence.py"],
+    "test_tokenizer_files.py": ["tokenizer/files.py"],
+    "test_package.py": ["__init__.py", "training/run.py"],
+    "test_pretrain.py": ["training/loop.py"],
+    "test_tune.py": ["training/tune_recipe.py"],
+    "test_memory.py": ["machine/device.py"],
+}
+
+
+def test_every_module_has_a_test_file():
+    tests = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert set(TESTED_ELSEWHERE) <= tests
+    elsewhere = tuple(name for names in TESTED_ELSEWHERE.values() for name in names)
+    package = ROOT / "mlx_openelm"
+    for path in package.rglob("*.py"):
+        name = str(path.relative_to(package))
+        if path.name != "__init__.py" and not name.startswith(elsewhere):
+            assert f"test_{path.stem}.py" in tests, name
+
+
 def test_every_public_name_is_documented():
     for name in mlx_openelm.__all__:
         thing = getattr(mlx_openelm, name)

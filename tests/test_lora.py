@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -237,59 +236,6 @@ def test_targets_that_match_nothing_are_refused(change, said):
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         replace(AdapterConfig(), **change)
-
-
-class TestSaved:
-    @pytest.fixture
-    def adapter(self, tmp_path):
-        model = random_model(CONFIG)
-        add_adapter(model, METHODS["dora"])
-        (tmp_path / "adapter").mkdir()
-        tensors = adapter_parameters(model)
-        save_adapter(tmp_path / "adapter", tensors, "dora", METHODS["dora"], about_base("base", CONFIG))
-        return tmp_path / "adapter"
-
-    def test_for_another_model_names_the_widths(self, adapter, tmp_path):
-        wider = random_model(replace(CONFIG, ffn_multipliers=(1.0, 4.0)))
-        folder = write_folder(tmp_path / "wider", wider)
-        said = r"another model: transformer.layers.1.ffn.proj_1.lora_b .* \(4, 256\), and \(4, 512\).*2 layers"
-        with pytest.raises(AdapterError, match=said):
-            load_model(folder, adapter=adapter)
-        with pytest.raises(AdapterError, match=said):
-            write_merged(open_source([folder]), open_adapter(adapter), tmp_path / "merged")
-        assert not (tmp_path / "merged").exists()
-
-    def test_incomplete_or_damaged(self, adapter, tmp_path):
-        folder = write_folder(tmp_path / "base", random_model(CONFIG))
-        tensors = mx.load(str(adapter / "adapters.safetensors"))
-        name = "transformer.layers.0.attn.qkv_proj.lora_b"
-        mx.save_safetensors(str(adapter / "adapters.safetensors"), {n: t for n, t in tensors.items() if n != name})
-        with pytest.raises(AdapterError, match=f"{name} is missing"):
-            load_model(folder, adapter=adapter)
-        (adapter / "adapters.safetensors").write_bytes(b"damaged")
-        with pytest.raises(AdapterError, match="damaged"):
-            load_model(folder, adapter=adapter)
-        (adapter / "adapter_config.json").unlink()
-        with pytest.raises(AdapterError, match="is not an adapter"):
-            load_model(folder, adapter=adapter)
-        with pytest.raises(AdapterError):
-            load_model(folder, adapter=Path("missing"))
-
-
-def test_full_tensors_take_the_places_of_the_models_own(tmp_path):
-    model = random_model(CONFIG)
-    folder = write_folder(tmp_path / "base", model)
-    other = dict(tree_flatten(random_model(CONFIG, seed=1).parameters()))
-    tensors = {name: a for name, a in other.items() if name.startswith("transformer.layers.1.")}
-    (tmp_path / "adapter").mkdir()
-    save_adapter(tmp_path / "adapter", tensors, "full", None, about_base("base", CONFIG))
-    expected = random_model(CONFIG)
-    expected.update(tree_unflatten(list(tensors.items())))
-    tokens = mx.array(TOKENS)
-    loaded = load_model(folder, adapter=tmp_path / "adapter", dtype=mx.float32)
-    assert_close(loaded(tokens), expected(tokens), 1e-6)
-    write_merged(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
-    assert_close(load_model(tmp_path / "merged")(tokens), expected(tokens), 1e-6)
 
 
 def test_a_settled_adapter_gives_the_same(bases):

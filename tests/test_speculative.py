@@ -9,7 +9,6 @@ from mlx.utils import tree_map
 from conftest import random_model
 from mlx_openelm import CacheConfig, SamplingConfig, generate_tokens
 from mlx_openelm.errors import CacheError, PromptError
-from mlx_openelm.generation.draft_length import DraftLengthController
 from mlx_openelm.generation.drafters import Drafter, DraftModel, PromptLookup
 from mlx_openelm.generation.sampling import Sampler
 from mlx_openelm.generation.speculative import _Writer, speculate_tokens
@@ -115,79 +114,6 @@ def test_a_cache_that_was_filled_before(tiny_model, near_model):
         found = list(speculate_tokens(tiny_model, PROMPT[7:], drafter, max_tokens=40, cache=cache, before=PROMPT[:7]))
         assert [step.token for step in found] == [step.token for step in expected]
         assert cache.offset >= len(PROMPT) + 39
-
-
-class TestPromptLookup:
-    def guesses(self, text, count=5):
-        found = PromptLookup().draft(text, count, None)
-        return None if found is None else found.tolist()
-
-    def test_what_followed_the_same_words_last(self):
-        assert self.guesses([1, 2, 3, 9, 9, 1, 2, 3, 7, 8, 5, 6, 1, 2, 3], 3) == [7, 8, 5]
-
-    def test_longer_agreement_comes_first(self):
-        assert self.guesses([1, 2, 3, 7, 5, 2, 3, 8, 4, 1, 2, 3], 1) == [7]
-
-    def test_a_text_that_turns_goes_on_turning(self):
-        assert self.guesses([5, 1, 2, 3, 1, 2, 3]) == [1, 2, 3, 1, 2]
-        assert self.guesses([7, 7, 7, 7], 3) == [7, 7, 7]
-
-    def test_nothing_is_guessed_where_nothing_was_the_same(self):
-        assert self.guesses([1, 2, 3, 4, 5]) is None
-        assert self.guesses([1]) is None
-
-    def test_places_are_found_as_the_text_grows(self):
-        drafter = PromptLookup()
-        text = [1, 2, 3]
-        assert drafter.draft(text, 2, None) is None
-        text += [4, 1, 2]
-        assert drafter.draft(text, 2, None).tolist() == [3, 4]
-        text += [9, 1, 2]
-        assert drafter.draft(text, 2, None).tolist() == [9, 1]
-
-
-class TestDraftLengthController:
-    def paced(self, agreement, seconds, rounds=300):
-        """How many tokens a second a drafter of this agreement brings, against none; by a clock of our own."""
-        rng = np.random.default_rng(0)
-        controller = DraftLengthController(8)
-        tokens = time = 0
-        lengths = []
-        while tokens < rounds:
-            length = controller.next_length()
-            if length == 0:
-                backoff = controller.next_backoff()
-                controller.record_seconds(0, seconds(0))
-                tokens, time = tokens + backoff, time + backoff * seconds(0)
-            else:
-                right = [*(rng.random(length) < agreement), False].index(False)
-                controller.record_acceptance(length, right)
-                controller.record_seconds(length, seconds(length))
-                tokens, time = tokens + right + 1, time + seconds(length)
-            lengths.append(length)
-        return tokens / time * seconds(0), lengths
-
-    def test_good_guesses_are_made_in_long_rows_and_bad_ones_hardly(self):
-        cheap = lambda length: 1 + 0.1 * length  # noqa: E731
-        speed, lengths = self.paced(0.95, cheap)
-        assert speed > 2.5
-        assert max(lengths[-20:]) >= 6
-        speed, lengths = self.paced(0.5, cheap)
-        assert speed > 1.3
-        assert max(lengths[-20:]) <= 4
-        speed, _ = self.paced(0.0, cheap)
-        assert speed > 0.95
-
-    def test_dear_guesses_are_left_alone(self):
-        speed, lengths = self.paced(0.6, lambda length: 1 + length)
-        assert speed > 0.9
-        assert np.mean(lengths) < 1
-
-
-@pytest.mark.parametrize("count", [0, 65])
-def test_guesses_have_a_limit(count):
-    with pytest.raises(PromptError, match="1 to 64"):
-        PromptLookup(count)
 
 
 def test_a_window_cannot_go_back(tiny_model):

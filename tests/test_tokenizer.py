@@ -164,3 +164,18 @@ def test_byte_level_vocabularies_decode_too(tmp_path):
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.decode(tokenizer.encode("once upon a 日本 🎉")) == "once upon a 日本 🎉"
+
+
+def test_a_prompt_gets_the_chat_template_if_there_is_one(tokenizer, chat_tokenizer):
+    user = {"role": "user", "content": "Hi"}
+    assert tokenizer.encode_prompt("Hi") == tokenizer.encode("Hi")
+    assert chat_tokenizer.encode_prompt("Hi") == chat_tokenizer.encode_chat([user])
+    assert chat_tokenizer.encode_prompt("Hi", chat=False) == chat_tokenizer.encode("Hi")
+    with_system = chat_tokenizer.encode_chat([{"role": "system", "content": "Be brief."}, user])
+    assert chat_tokenizer.encode_prompt("Hi", system="Be brief.") == with_system
+    with pytest.raises(TokenizerError, match="no chat template"):
+        tokenizer.encode_prompt("Hi", chat=True)
+    with pytest.raises(TokenizerError, match="`system` requires a chat template"):
+        tokenizer.encode_prompt("Hi", system="Be brief.")
+    with pytest.raises(TokenizerError, match="which `chat` turns off"):
+        chat_tokenizer.encode_prompt("Hi", chat=False, system="Be brief.")

@@ -12,108 +12,27 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from conftest import assert_close, killed_at, launched
-from mlx_openelm import OpenELMConfig, load
-from mlx_openelm.data.batch import make_batch
-from mlx_openelm.data.corpus import Filters, prepare_corpus
-from mlx_openelm.data.text_files import TextSource
+from conftest import killed_at, launched
+from mlx_openelm import load
 from mlx_openelm.errors import ConfigError, OutputError, TrainingError
 from mlx_openelm.training import trainer as trainer_module
 from mlx_openelm.training.checkpoints import checkpoint_folders, load_checkpoint
-from mlx_openelm.training.pretrain import PretrainRecipe, fresh_trainer, initial_parameters, pretraining_steps
+from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters, pretraining_steps
 
 
 @pytest.fixture(scope="module")
-def config():
-    return OpenELMConfig.layerwise(
-        num_transformer_layers=2,
-        model_dim=32,
-        head_dim=8,
-        num_gqa_groups=2,
-        ffn_dim_divisor=16,
-        vocab_size=400,
-        max_context_length=32,
-    )
+def config(pretrain_recipe):
+    return pretrain_recipe.model
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("corpus")
-    documents = [f"The fox number {n} went to the river {'and slept ' * (n % 5)}." for n in range(300)]
-    (folder / "a.txt").write_text("\n<|endoftext|>\n".join(documents))
-    return prepare_corpus([TextSource(str(folder / "a.txt"))], tokenizer, Filters(), folder / "cache")
+def corpus(pretrain_corpus):
+    return pretrain_corpus
 
 
 @pytest.fixture(scope="module")
-def recipe(config):
-    return PretrainRecipe(
-        model=config,
-        steps=12,
-        batch_size=4,
-        sequence_length=16,
-        learning_rate=0.01,
-        warmup_steps=4,
-        dtype="float32",
-        log_every=1,
-        validate_every=6,
-        checkpoint_every=3,
-        validation_rows=4,
-    )
-
-
-def gradients(recipe, corpus):
-    trainer = fresh_trainer(recipe, corpus)
-    sums, found = trainer._gradients(trainer.parameters, make_batch(trainer.data.step(0)))
-    return np.array(sums), found
-
-
-@pytest.mark.parametrize("packing", ["stream", "documents", "rows"])
-def test_gradients_are_those_of_finite_differences(recipe, corpus, packing):
-    trainer = fresh_trainer(replace(recipe, packing=packing, z_loss=0.01), corpus)
-    batch = make_batch(trainer.data.step(0))
-    _, found = trainer._gradients(trainer.parameters, batch)
-
-    def total(parameters):
-        sums = trainer._losses(parameters, batch)[0].tolist()
-        return sums[0] + 0.01 * sums[1]
-
-    for number, (name, parameter) in enumerate(trainer.parameters.items()):
-        direction = mx.random.normal(parameter.shape, key=mx.random.key(number))
-        direction = direction / mx.linalg.norm(direction)
-        step = 0.02
-        values = [total({**trainer.parameters, name: parameter + sign * step * direction}) for sign in (1, -1)]
-        measured = (values[0] - values[1]) / (2 * step)
-        computed = mx.sum(found[name] * direction).item()
-        assert computed == pytest.approx(measured, rel=0.02, abs=0.03), name
-
-
-@pytest.mark.parametrize("packing", ["stream", "documents", "rows"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("change", [{"loss_chunk": 5}, {"gradient_checkpointing": True}], ids=["chunks", "layers"])
-def test_memory_savers_change_no_gradient(recipe, corpus, change, tied, packing):
-    recipe = replace(recipe, packing=packing, model=replace(recipe.model, share_input_output_layers=tied))
-    sums, expected = gradients(recipe, corpus)
-    other, found = gradients(replace(recipe, **change), corpus)
-    assert other == pytest.approx(sums, rel=1e-5)
-    for name in expected:
-        assert_close(found[name], expected[name], 1e-3)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_micro_batches_make_the_same_step(recipe, corpus, size):
-    whole, parts = fresh_trainer(recipe, corpus), fresh_trainer(replace(recipe, micro_batch_size=size), corpus)
-    assert parts.take_step() == pytest.approx(whole.take_step(), rel=1e-4)
-    for name, p in whole.parameters.items():
-        assert_close(parts.parameters[name], p, 1e-4)
-
-
-def test_documents_that_share_a_row_do_not_see_each_other(recipe, corpus):
-    trainer = fresh_trainer(replace(recipe, packing="documents"), corpus)
-    model = trainer.current_model()
-    tokens = mx.array([[1, 50, 60, 2, 1, 70, 80, 2]])
-    shared = model.transformer(tokens, segments=mx.array([[0, 0, 0, 0, 1, 1, 1, 1]]))
-    assert_close(shared[:, 4:], model.transformer(tokens[:, 4:]), 1e-5)
-    assert_close(shared[:, :4], model.transformer(tokens[:, :4]), 1e-5)
+def recipe(pretrain_recipe):
+    return pretrain_recipe
 
 
 def test_fresh_weights_follow_corenets_rule(config, recipe):
@@ -240,18 +159,6 @@ def test_samples_are_written_at_each_validation(tmp_path, whole_run, recipe, cor
     assert all(sample.startswith("The fox") for sample in (samples[5], samples[11]))
     assert [step for step, sample in enumerate(samples, start=1) if sample] == [6, 12]
     assert losses(tmp_path / "run") == losses(whole_run)
-
-
-def test_a_batch_that_the_processes_cannot_share_is_refused(recipe, corpus):
-    class Three:
-        def size(self):
-            return 3
-
-        def rank(self):
-            return 0
-
-    with pytest.raises(TrainingError, match="4 rows cannot be split over 3"):
-        fresh_trainer(recipe, corpus, Three())
 
 
 def test_a_sequence_longer_than_the_context_is_refused(config):

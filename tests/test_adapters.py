@@ -1,0 +1,92 @@
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from conftest import assert_close, random_model, write_folder
+from mlx_openelm import OpenELMConfig, load_model
+from mlx_openelm.conversion.adapters.forms import open_adapter
+from mlx_openelm.conversion.open import open_source
+from mlx_openelm.errors import AdapterError
+from mlx_openelm.merging import write_merged
+from mlx_openelm.model.adapters import about_base, save_adapter
+from mlx_openelm.model.lora import (
+    AdapterConfig,
+    adapter_parameters,
+    add_adapter,
+)
+
+CONFIG = OpenELMConfig.layerwise(
+    num_transformer_layers=2,
+    model_dim=64,
+    head_dim=32,
+    qkv_multipliers=(1.0, 2.0),
+    num_gqa_groups=2,
+    ffn_multipliers=(1.0, 2.0),
+    ffn_dim_divisor=64,
+    vocab_size=96,
+    max_context_length=64,
+)
+TOKENS = np.random.default_rng(0).integers(3, 96, (2, 17)).astype(np.int32)
+BASES = ["float32", "bfloat16", 2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4"]
+METHODS = {
+    "lora": AdapterConfig("lora", 4, 8.0),
+    "rslora": AdapterConfig("lora", 4, 8.0, rank_stabilised=True),
+    "dora": AdapterConfig("dora", 4, 8.0),
+}
+
+
+class TestSaved:
+    @pytest.fixture
+    def adapter(self, tmp_path):
+        model = random_model(CONFIG)
+        add_adapter(model, METHODS["dora"])
+        (tmp_path / "adapter").mkdir()
+        tensors = adapter_parameters(model)
+        save_adapter(tmp_path / "adapter", tensors, "dora", METHODS["dora"], about_base("base", CONFIG))
+        return tmp_path / "adapter"
+
+    def test_for_another_model_names_the_widths(self, adapter, tmp_path):
+        wider = random_model(replace(CONFIG, ffn_multipliers=(1.0, 4.0)))
+        folder = write_folder(tmp_path / "wider", wider)
+        said = r"another model: transformer.layers.1.ffn.proj_1.lora_b .* \(4, 256\), and \(4, 512\).*2 layers"
+        with pytest.raises(AdapterError, match=said):
+            load_model(folder, adapter=adapter)
+        with pytest.raises(AdapterError, match=said):
+            write_merged(open_source([folder]), open_adapter(adapter), tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+
+    def test_incomplete_or_damaged(self, adapter, tmp_path):
+        folder = write_folder(tmp_path / "base", random_model(CONFIG))
+        tensors = mx.load(str(adapter / "adapters.safetensors"))
+        name = "transformer.layers.0.attn.qkv_proj.lora_b"
+        mx.save_safetensors(str(adapter / "adapters.safetensors"), {n: t for n, t in tensors.items() if n != name})
+        with pytest.raises(AdapterError, match=f"{name} is missing"):
+            load_model(folder, adapter=adapter)
+        (adapter / "adapters.safetensors").write_bytes(b"damaged")
+        with pytest.raises(AdapterError, match="damaged"):
+            load_model(folder, adapter=adapter)
+        (adapter / "adapter_config.json").unlink()
+        with pytest.raises(AdapterError, match="is not an adapter"):
+            load_model(folder, adapter=adapter)
+        with pytest.raises(AdapterError):
+            load_model(folder, adapter=Path("missing"))
+
+
+def test_full_tensors_take_the_places_of_the_models_own(tmp_path):
+    model = random_model(CONFIG)
+    folder = write_folder(tmp_path / "base", model)
+    other = dict(tree_flatten(random_model(CONFIG, seed=1).parameters()))
+    tensors = {name: a for name, a in other.items() if name.startswith("transformer.layers.1.")}
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", tensors, "full", None, about_base("base", CONFIG))
+    expected = random_model(CONFIG)
+    expected.update(tree_unflatten(list(tensors.items())))
+    tokens = mx.array(TOKENS)
+    loaded = load_model(folder, adapter=tmp_path / "adapter", dtype=mx.float32)
+    assert_close(loaded(tokens), expected(tokens), 1e-6)
+    write_merged(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    assert_close(load_model(tmp_path / "merged")(tokens), expected(tokens), 1e-6)

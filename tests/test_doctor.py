@@ -1,0 +1,55 @@
+"""What `doctor` finds, with the machine replaced."""
+
+import json
+import shutil
+
+import pytest
+
+from mlx_openelm.machine import doctor
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A fast Linux machine without a GPU."""
+
+    def change(**values):
+        settings = {"on_cpu": True, "platform": "linux", "gflops": 100.0, "compiler": "/usr/bin/g++", **values}
+        monkeypatch.setattr(doctor, "on_cpu", lambda: settings["on_cpu"])
+        monkeypatch.setattr(doctor.sys, "platform", settings["platform"])
+        monkeypatch.setattr(doctor, "_matmul_gflops", lambda: settings["gflops"])
+        monkeypatch.setattr(shutil, "which", lambda name: settings["compiler"])
+        return " ".join(doctor.examine().advice)
+
+    return change
+
+
+def test_a_fast_cpu_is_told_of_16_bit_arithmetic_alone(machine):
+    advice = machine()
+    assert "16-bit" in advice
+    assert "OpenBLAS" not in advice
+    assert "g++" not in advice
+
+
+@pytest.mark.parametrize(("gflops", "said"), [(19.9, True), (20.0, False)])
+def test_a_slow_blas_is_named_with_what_to_install(machine, gflops, said):
+    assert ("libopenblas0-pthread" in machine(gflops=gflops)) == said
+
+
+def test_a_missing_compiler_is_named(machine):
+    assert "g++ is missing" in machine(compiler=None)
+
+
+def test_on_a_gpu_there_is_nothing_to_advise(machine):
+    assert machine(on_cpu=False, gflops=1.0, compiler=None) == ""
+
+
+def test_a_mac_on_its_cpu_is_told_why(machine):
+    assert "not Apple silicon" in machine(platform="darwin", gflops=1.0, compiler=None)
+
+
+def test_findings_are_measured_and_can_be_written_as_json():
+    found = doctor.examine()
+    assert found.float32_matmul_gflops > 0
+    assert found.versions["openelm-mlx"]
+    assert found.memory_bytes >= found.memory_limit_bytes > 0
+    assert json.loads(json.dumps(found.to_dict()))["python"] == found.python
