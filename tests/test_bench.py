@@ -92,7 +92,7 @@ class TestMachine:
         assert found["versions"]["mlx"]
 
     def test_memory_gives_something(self, monkeypatch):
-        monkeypatch.setattr("mlx_openelm.machine.hardware._COPIED_BYTES", 1 << 22)
+        monkeypatch.setattr("mlx_openelm.machine.hardware._LARGE_BYTES", 1 << 22)
         assert 1e8 < memory_bandwidth() < 1e14
 
     def test_power_is_a_number_or_unknown(self):
@@ -154,7 +154,7 @@ class TestCommand:
 
     @pytest.fixture(autouse=True)
     def little_memory_to_copy(self, monkeypatch):
-        monkeypatch.setattr("mlx_openelm.machine.hardware._COPIED_BYTES", 1 << 20)
+        monkeypatch.setattr("mlx_openelm.machine.hardware._LARGE_BYTES", 1 << 20)
 
     def test_the_built_in_model_against_mlx_lm(self, tmp_path):
         status, out, _ = run("bench", "--against", "mlx-lm", *self.QUICK, "-o", tmp_path / "r.json")

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..errors import BenchError
 from ..loading import load_model
@@ -78,7 +80,8 @@ def bench_cases(
 
     Args:
         name: of the model.
-        bandwidth: of the memory, in bytes per second.
+        bandwidth: of the memory, in bytes per second; the limit of a model that fits into caches is theirs, measured
+            on arrays of the size of its weights.
         paper: use the paper's prompt, in place of random tokens.
     Raises:
         BenchError: if the peer cannot run a case, or the vocabulary is too small for the paper's prompt.
@@ -86,6 +89,9 @@ def bench_cases(
     check_cases(cases, against, rounds)
     if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
         raise BenchError(f"the vocabulary of {name} is too small for the paper's prompt")
+    parameters: Any = tree_flatten(network.parameters())
+    weights = sum(array.nbytes for _, array in parameters)
+    bandwidth = max(bandwidth, memory_bandwidth(weights))
     contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
     for case in cases:
         yield measure(

@@ -17,7 +17,8 @@ from ..packages import installed_version
 from ..version import __version__
 from .device import compute_streams, device_name, on_cpu
 
-_COPIED_BYTES = 1 << 28
+_LARGE_BYTES = 1 << 28  # more than any cache
+_COLUMNS = 1024
 _ROUNDS = 7
 _RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
@@ -62,26 +63,31 @@ def chip_name() -> str:
     return found[1].strip() if found else platform.machine()
 
 
-def memory_bandwidth() -> float:
-    """Bytes per second that memory gives: the best of some copies of a large array, on a CPU by all cores at once.
+def memory_bandwidth(working_set: int = _LARGE_BYTES) -> float:
+    """Bytes per second that this machine reads: the fastest of several passes over arrays, on a CPU by all cores.
 
-    Reading and writing both count. A matrix that is multiplied by one vector is only read, which some machines do
-    faster; the better of the two is taken.
+    Three kinds of pass compete, because which one is fastest depends on the machine: a copy (reads and writes count), a
+    matrix-vector product, and a maximum.
+
+    Args:
+        working_set: bytes of all arrays; those of a small model fit into caches, which are faster than memory.
     """
     streams = compute_streams()
-    parts = [mx.zeros((_COPIED_BYTES // len(streams) // 4,), mx.float32) for _ in streams]
-    columns = 4096
-    matrix = mx.zeros((_COPIED_BYTES // 4 // columns, columns), mx.float32)
-    vector = mx.zeros((1, columns), mx.float32)
-    mx.eval(parts, matrix, vector)
+    rows = max(1, min(working_set, _LARGE_BYTES) // (len(streams) * _COLUMNS * 4))
+    parts = [mx.zeros((rows, _COLUMNS), mx.float32) for _ in streams]
+    vector = mx.zeros((1, _COLUMNS), mx.float32)
+    mx.eval(parts, vector)
+    nbytes = sum(part.nbytes for part in parts)
 
-    def copy() -> None:
-        mx.eval([mx.add(part, 1, stream=stream) for part, stream in zip(parts, streams, strict=True)])
+    def together(action: Callable[[mx.array, mx.Stream], mx.array]) -> Callable[[], None]:
+        return lambda: mx.eval([action(part, stream) for part, stream in zip(parts, streams, strict=True)])
 
-    def read() -> None:
-        mx.eval(vector @ matrix.T)
-
-    return max(2 * _COPIED_BYTES / _fastest(copy), _COPIED_BYTES / _fastest(read))
+    passes = {
+        together(lambda part, stream: mx.add(part, 1, stream=stream)): 2 * nbytes,
+        together(lambda part, stream: mx.matmul(vector, part.T, stream=stream)): nbytes,
+        together(lambda part, stream: mx.max(part, stream=stream)): nbytes,
+    }
+    return max(moved / _fastest(run) for run, moved in passes.items())
 
 
 def power_meter() -> Callable[[], float | None]:
