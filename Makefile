@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # MLX brings its own backend on a Mac; elsewhere the one for the CPU has to be asked for.
 EXTRAS := $(if $(filter Darwin,$(shell uname -s)),dev,dev,cpu)
 
-.PHONY: install demo test check slow bench clean
+.PHONY: install demo test check slow torch bench clean
 
 install: $(BIN)/openelm-mlx
 
@@ -34,6 +34,13 @@ check: install
 slow: install
 	$(BIN)/python -m pytest -m slow
 
+# PyTorch is 500 MB; its tests are skipped without it. They run in an environment of their own, which "clean" removes.
+torch:
+	$(PYTHON) -m venv $(VENV)-torch
+	$(VENV)-torch/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-torch/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]" torch==2.13.0 peft
+	$(VENV)-torch/bin/python -m pytest -m torch -rs
+
 bench: install
 	$(BIN)/python benchmarks/cold_start.py
 	$(BIN)/python benchmarks/decode.py
@@ -52,4 +59,4 @@ bench: install
 	$(BIN)/python benchmarks/tune_memory.py
 
 clean:
-	rm -rf build $(VENV) *.egg-info
+	rm -rf build $(VENV) $(VENV)-torch *.egg-info

@@ -419,6 +419,7 @@ class TestPeft:
             convert_adapter(written(tmp_path / "ours", adapter), tmp_path / "out", to="peft")
 
 
+@pytest.mark.torch
 class TestAgainstPeft:
     """PEFT itself, on the same network in PyTorch; last run with peft 0.21.2, torch 2.13.0, transformers 5.24.0.
 

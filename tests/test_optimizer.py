@@ -46,6 +46,7 @@ def test_first_steps_of_adamw_by_hand(recipe):
     assert_close(parameters["norm"], mx.array([0.98, 1.0]), 1e-6)  # norms do not decay; no gradient, no change
 
 
+@pytest.mark.torch
 def test_adamw_is_pytorchs(recipe):
     torch = pytest.importorskip("torch")
     p = torch.nn.Parameter(torch.tensor([[0.3, -0.7], [1.1, 0.2]]))

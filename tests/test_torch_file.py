@@ -224,6 +224,7 @@ def test_a_description_without_tensors_is_refused(tmp_path):
         read_torch_file(save(tmp_path / "x.pt", {"epoch": 1}))
 
 
+@pytest.mark.torch
 def test_the_writer_is_read_by_pytorch(tmp_path):
     """The files of these tests are what PyTorch takes for its own."""
     torch = pytest.importorskip("torch")
