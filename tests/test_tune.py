@@ -438,7 +438,7 @@ class TestCommand:
         assert found["memory"]["fits"]
         assert not (tmp_path / "run").exists()
 
-    @pytest.mark.parametrize("processes", [1, 2])
+    @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
     def test_a_run_killed_at_any_step_goes_on_bit_for_bit(self, files, tmp_path, processes):
         assert self.tune(files, tmp_path / "whole", processes=processes).returncode == 0
         rng = random.Random(processes)
