@@ -1,7 +1,7 @@
 """Locks against concurrent writers, and cleanup after killed ones.
 
 Every output has its own lock, whichever process writes it and wherever it is. A lock is a small file on which the
-holder takes an advisory lock of the operating system, so it is released when the process ends for any reason. The file
+holder takes an advisory lock of the operating system, so it is released when the process ends for any reason. It
 contains the process id of the holder, for the error message that other processes show.
 """
 

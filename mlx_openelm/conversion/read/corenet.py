@@ -1,4 +1,4 @@
-"""Checkpoints of CoreNet, the PyTorch library that OpenELM was trained with, and of Apple's MLX port of CoreNet."""
+"""Checkpoints of CoreNet, the PyTorch library that OpenELM was trained with, and model folders of Apple's MLX port."""
 
 from collections.abc import Mapping
 from pathlib import Path
