@@ -1,7 +1,7 @@
-"""The shape of an OpenELM: `OpenELMConfig` and the four published sizes (`conversion/read/config.py` reads files).
+"""`OpenELMConfig`, the shape of an OpenELM, and the four published sizes (`conversion/read/config.py` reads files).
 
 Layer-wise scaling (OpenELM paper, arXiv:2404.14619, section 2) gives each layer its own number of heads and its own FFN
-width. A configuration says so by two multipliers, from which the widths follow.
+width. Both follow from multipliers for the first and the last layer.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .errors import ConfigError
 
 ACTIVATIONS = ("swish", "gelu", "relu")
 
-# What every OpenELM is, by the keys with which a Hugging Face configuration could say something else.
+# Properties of every OpenELM, by the key of a Hugging Face configuration that could set another value.
 FIXED_SETTINGS = {
     "model_type": "openelm",
     "normalization_layer_name": "rms_norm",
@@ -28,11 +28,11 @@ FIXED_SETTINGS = {
 class OpenELMConfig:
     """The shape of one OpenELM.
 
-    `num_query_heads`, `num_kv_heads`, `ffn_multipliers` and `ffn_dims` hold one value a layer. Equality is by value,
-    and `config_from_dict(config.to_dict()) == config`.
+    `num_query_heads`, `num_kv_heads`, `ffn_multipliers` and `ffn_dims` have one value per layer. Configurations compare
+    by value, and `config_from_dict(config.to_dict()) == config`.
 
     Raises:
-        ConfigError: if the values contradict one another.
+        ConfigError: if a value is invalid or the values contradict one another.
     """
 
     num_transformer_layers: int
@@ -44,7 +44,7 @@ class OpenELMConfig:
     vocab_size: int = 32000
     max_context_length: int = 2048
     num_gqa_groups: int = 4
-    qkv_multipliers: tuple[float, ...] | None = None  # the two ends, where the heads follow from them
+    qkv_multipliers: tuple[float, ...] | None = None  # first and last layer, if the heads follow from them
     ffn_dim_divisor: int = 256
     ffn_with_glu: bool = True
     activation_fn_name: str = "swish"
@@ -62,24 +62,24 @@ class OpenELMConfig:
             values = getattr(self, name)
             if len(values) != self.num_transformer_layers:
                 raise ConfigError(
-                    f"{name} lists {len(values)} layers and num_transformer_layers is {self.num_transformer_layers}"
+                    f"{name} has {len(values)} values, but num_transformer_layers is {self.num_transformer_layers}"
                 )
             for value in values:
                 check_positive(name, value)
         for layer, (queries, keys) in enumerate(zip(self.num_query_heads, self.num_kv_heads, strict=True)):
             if queries % keys:
                 raise ConfigError(
-                    f"layer {layer} has {queries} query heads, which is not a multiple of its {keys} key/value heads"
+                    f"layer {layer} has {queries} query heads, which is not a multiple of its {keys} key-value heads"
                 )
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+            raise ConfigError(f"head_dim must be even for rotary position embeddings; got {self.head_dim}")
         if self.activation_fn_name not in ACTIVATIONS:
             raise ConfigError(
                 f"unknown activation_fn_name {self.activation_fn_name!r} (choose from {', '.join(ACTIVATIONS)})"
             )
         for name in ("bos_token_id", "eos_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ConfigError(f"{name} is {getattr(self, name)} and the vocabulary has {self.vocab_size} entries")
+                raise ConfigError(f"{name} is {getattr(self, name)}, but the vocabulary has {self.vocab_size} entries")
 
     @cached_property
     def ffn_dims(self) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ class OpenELMConfig:
 
     @cached_property
     def layer_parameters(self) -> tuple[int, ...]:
-        """How many numbers each layer holds."""
+        """Number of parameters of each layer."""
         qk_norms = 2 * self.head_dim if self.normalize_qk_projections else 0
         matrices = 3 if self.ffn_with_glu else 2
         return tuple(
@@ -101,7 +101,7 @@ class OpenELMConfig:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the model holds, tied ones counted once."""
+        """Number of parameters of the model; tied ones count once."""
         embeddings = 1 if self.share_input_output_layers else 2
         return sum(self.layer_parameters) + embeddings * self.vocab_size * self.model_dim + self.model_dim
 
@@ -120,9 +120,13 @@ class OpenELMConfig:
         """A model whose widths grow from the first layer to the last.
 
         Args:
-            qkv_multipliers: width of the queries over `model_dim` in the first and in the last layer; one value for a
-                uniform model.
-            ffn_multipliers: FFN width over `model_dim` likewise, or one value a layer.
+            qkv_multipliers: width of the queries divided by `model_dim`, in the first and in the last layer; one value
+                for a uniform model.
+            ffn_multipliers: FFN width divided by `model_dim`, in the first and in the last layer; one value for a
+                uniform model, or one per layer.
+            rest: other fields of `OpenELMConfig`.
+        Raises:
+            ConfigError: if a value is invalid.
         Source: layer-wise scaling, OpenELM paper (arXiv:2404.14619), section 2.
         """
         check_positive("num_transformer_layers", num_transformer_layers)
@@ -144,22 +148,22 @@ class OpenELMConfig:
 
     @classmethod
     def preset(cls, name: str) -> "OpenELMConfig":
-        """A published model: `270M`, `450M`, `1.1B` or `3B`, also by a name like `apple/OpenELM-1_1B-Instruct`.
+        """A published model: `270M`, `450M`, `1.1B`, `3B`, or a full name like `apple/OpenELM-1_1B-Instruct`.
 
         Raises:
             ConfigError: if there is no such model.
         """
         size = name.split("/")[-1].removesuffix("-Instruct").removeprefix("OpenELM-").replace("_", ".").upper()
         if size not in PRESETS:
-            raise ConfigError(f"{name!r} is none of the published models ({', '.join(PRESETS)})")
+            raise ConfigError(f"{name!r} is not a published model (choose from {', '.join(PRESETS)})")
         return PRESETS[size]
 
     def to_dict(self) -> dict[str, Any]:
-        """The Hugging Face dialect, with per-layer lists and nothing that asks for remote code.
+        """The configuration in Hugging Face format, without keys that need remote code.
 
-        `config_files.config_from_dict` reads it back equal, after a trip through JSON too.
-        `ffn_multipliers` is written one value a layer and `num_query_heads`, `num_kv_heads` in full, which is the form
-        that stock mlx-lm needs.
+        `config_from_dict` turns it into an equal configuration, also after a round trip through JSON.
+        `ffn_multipliers`, `num_query_heads` and `num_kv_heads` are lists with one value per layer, as stock mlx-lm
+        requires.
         """
         written = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.qkv_multipliers is None:
@@ -174,26 +178,26 @@ class OpenELMConfig:
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `value`: at least one, and one more where rounding lost over a tenth."""
+    """Round to the nearest multiple of `divisor`, at least one; to the next higher one if that loses over a tenth."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse a setting that is zero, negative or not a number.
+    """Refuse a setting that is zero, negative or NaN.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: naming the setting.
     """
     if not value > 0:
         raise ConfigError(f"{name} must be positive; got {value}")
 
 
 def per_layer(name: str, multipliers: Sequence[float], num_layers: int) -> tuple[float, ...]:
-    """One multiplier a layer, from as many or from one or the two ends.
+    """One multiplier per layer, from one for all, two for the first and the last layer, or one per layer.
 
     Raises:
-        ConfigError: if there are neither as many as layers nor one or two.
+        ConfigError: if there is any other number of multipliers.
     """
     if len(multipliers) == num_layers and num_layers != 2:
         return tuple(float(m) for m in multipliers)
@@ -203,20 +207,20 @@ def per_layer(name: str, multipliers: Sequence[float], num_layers: int) -> tuple
 def query_heads(
     num_layers: int, model_dim: int, head_dim: int, qkv_multipliers: Sequence[float], num_gqa_groups: int
 ) -> tuple[int, ...]:
-    """Query heads of each layer: the multiplier's share of `model_dim`, rounded to whole groups of heads.
+    """Query heads of each layer: `model_dim` times the multiplier, rounded to whole groups of heads.
 
     Raises:
-        ConfigError: if there are neither one nor two multipliers.
+        ConfigError: if there are not one or two multipliers.
     """
     multipliers = _linear("qkv_multipliers", qkv_multipliers, num_layers)
     return tuple(make_divisible(m * model_dim, head_dim * num_gqa_groups) // head_dim for m in multipliers)
 
 
 def _linear(name: str, multipliers: Sequence[float], num_layers: int) -> tuple[float, ...]:
-    """One multiplier a layer, linear between the two ends and rounded to two decimals."""
+    """One multiplier per layer, interpolated linearly from first to last and rounded to two decimals."""
     if len(multipliers) not in (1, 2):
         raise ConfigError(
-            f"{name} has {len(multipliers)} values; expected one for all layers, or two for the first and the last"
+            f"{name} has {len(multipliers)} values; expected one for all layers, or two for the first and last layer"
         )
     first, last = multipliers[0], multipliers[-1]
     steps = max(num_layers - 1, 1)

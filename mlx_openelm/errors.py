@@ -1,6 +1,6 @@
-"""Every error a user can meet: what is wrong, the value, and what to do about it.
+"""All errors that a user can see. A message says what is wrong, the value, and what to do about it.
 
-The command line prints the message as one line and exits with status 2; a program catches `OpenELMError`.
+The command line prints the message as one line and exits with status 2; programs can catch `OpenELMError`.
 """
 
 import os
@@ -9,23 +9,23 @@ from pathlib import Path
 
 
 class OpenELMError(Exception):
-    """A mistake in what was asked for or handed in, as opposed to a fault of this package."""
+    """Base class: a mistake in the arguments, files or environment, as opposed to a bug in this package."""
 
 
 class ConfigError(OpenELMError):
-    """A configuration that cannot be read, that contradicts itself, or that asks for what OpenELM is not."""
+    """A configuration that cannot be read, contradicts itself, or is not an OpenELM; or an invalid argument."""
 
 
 class SourceError(OpenELMError):
-    """A model that is not where it was looked for, or not in a form that can be read."""
+    """A model that does not exist, cannot be downloaded, or is in an unsupported format."""
 
 
 class WeightsError(OpenELMError):
-    """A file of weights that is damaged, or weights that do not belong to the configuration."""
+    """A damaged weights file, or weights that do not match the configuration."""
 
 
 class TorchFileError(WeightsError):
-    """A PyTorch file that is damaged, or whose pickle asks for more than plain tensors."""
+    """A PyTorch file that is damaged, or whose pickle needs more than plain tensors."""
 
 
 class QuantizationError(OpenELMError):
@@ -33,35 +33,35 @@ class QuantizationError(OpenELMError):
 
 
 class TokenizerError(OpenELMError):
-    """A tokenizer that cannot be found or read, or text that it cannot take."""
+    """A tokenizer that cannot be found or read, or text that it cannot encode."""
 
 
 class SamplingError(OpenELMError):
-    """A sampling setting outside its range."""
+    """A sampling setting out of range."""
 
 
 class PromptError(OpenELMError):
-    """A prompt that no text can follow: empty, or not text."""
+    """A prompt that cannot be continued: empty, or not text."""
 
 
 class DataError(OpenELMError):
-    """Text to train on that is missing, broken, or not enough."""
+    """Training data that is missing, malformed or too small."""
 
 
 class TrainingError(OpenELMError):
-    """A run that cannot start, go on, or be resumed."""
+    """A run that cannot start, continue or be resumed."""
 
 
 class CacheError(OpenELMError):
-    """Keys and values that cannot be kept as asked for, or a file of them that does not fit."""
+    """An unsupported cache configuration, or a saved cache that does not fit."""
 
 
 class BenchError(OpenELMError):
-    """A benchmark that cannot be run as asked for."""
+    """A benchmark that cannot run as requested."""
 
 
 class AdapterError(OpenELMError):
-    """An adapter that cannot be read, or that does not belong to its model."""
+    """An adapter that cannot be read or converted, or does not fit its model."""
 
 
 class MissingPackageError(OpenELMError):
@@ -69,18 +69,18 @@ class MissingPackageError(OpenELMError):
 
 
 class OutputError(OpenELMError):
-    """Results that cannot be written where they were asked for."""
+    """An output that cannot be written."""
 
 
 class OutputExistsError(OutputError):
-    """Something already stands where the result should go."""
+    """The output already exists."""
 
     def __init__(self, path: Path):
         super().__init__(f"{path} already exists; use `force` to replace it, or choose another `output`")
 
 
 class OutputLockedError(OutputError):
-    """Another process is writing to the same place."""
+    """Another process is writing the same output."""
 
     def __init__(self, path: Path, process: int | None):
         who = f"process {process}" if process else "another process"
@@ -91,27 +91,27 @@ class OutputLockedError(OutputError):
 
 
 class DiskSpaceError(OutputError):
-    """The disk cannot hold the result."""
+    """The disk does not have enough free space for the output."""
 
     def __init__(self, path: Path, needed_bytes: int, free_bytes: int):
         super().__init__(
-            f"{path} needs {needed_bytes / 2**20:,.0f} MiB and the disk has {free_bytes / 2**20:,.0f} MiB free; "
+            f"{path} needs {needed_bytes / 2**20:,.0f} MiB, but the disk has only {free_bytes / 2**20:,.0f} MiB free; "
             "free some space, or choose an `output` on another disk"
         )
 
 
 class MemoryLimitError(OpenELMError):
-    """A prompt whose keys, values and activations do not fit into this machine's memory."""
+    """A prompt whose KV cache and activations do not fit into this machine's memory."""
 
     def __init__(self, num_tokens: int, needed_bytes: int, limit_bytes: int):
         super().__init__(
-            f"a prompt of {num_tokens:,} tokens needs about {needed_bytes / 2**30:,.1f} GiB and this machine has "
+            f"a prompt of {num_tokens:,} tokens needs about {needed_bytes / 2**30:,.1f} GiB, but this machine has "
             f"{limit_bytes / 2**30:,.1f} GiB; shorten the prompt"
         )
 
 
 def shorten(names: Iterable[str], limit: int = 4) -> str:
-    """Names for a message: the first `limit` of them, then how many more there are."""
+    """Names joined for a message: the first `limit`, then the number of others."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,4 +1,4 @@
-"""Folders of models: on this disk, in this package, or downloaded from the Hugging Face hub by name."""
+"""Locating model folders: on disk, in this package, or on the Hugging Face hub."""
 
 import re
 from collections.abc import Iterator
@@ -7,23 +7,23 @@ from pathlib import Path
 
 from .errors import SourceError
 
-BUILT_IN_MODEL = "openelm-tiny"  # comes with the package
+BUILT_IN_MODEL = "openelm-tiny"  # included in the package
 _BUILT_IN_FOLDER = Path(__file__).parent / "assets" / BUILT_IN_MODEL
 
-# All that is needed of a repository; the rest (PyTorch copies, pictures, code) stays where it is.
+# The files to download from a repository; PyTorch copies, images and code are not needed.
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder that a path, the built-in model's name or a hub id means.
+    """The model folder for a path, a hub id, or the name of the built-in model.
 
-    A hub's model is downloaded if need be; a download that was cut off goes on.
+    A model on the hub is downloaded unless it is cached; an interrupted download is resumed.
 
     Args:
-        revision: branch, tag or commit of the hub's repository.
+        revision: branch, tag or commit of the repository on the hub.
     Raises:
-        SourceError: if there is no such folder, no such repository, or no way to reach it.
+        SourceError: if the folder or repository does not exist, or the hub cannot be reached.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -31,14 +31,14 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
     if str(name) == BUILT_IN_MODEL:
         return _BUILT_IN_FOLDER
     if path.exists():
-        raise SourceError(f"{name} is a file; a model is a folder (`convert` takes .pt files)")
+        raise SourceError(f"{name} is a file; a model is a folder (use `convert` for .pt files)")
     if isinstance(name, Path) or not _REPO_ID.fullmatch(name) or name.startswith("."):
-        raise SourceError(f"{name} does not exist; give a folder, or a hub id like apple/OpenELM-270M-Instruct")
+        raise SourceError(f"{name} does not exist; expected a folder, or a hub id like apple/OpenELM-270M-Instruct")
     return _download(name, revision)
 
 
 def cached_file(repo_id: str, name: str) -> Path | None:
-    """A file of a hub repository if it was downloaded before."""
+    """The path of a file of a hub repository in the local cache; `None` if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo_id, name)
@@ -46,10 +46,10 @@ def cached_file(repo_id: str, name: str) -> Path | None:
 
 
 def download_file(repo_id: str, name: str) -> Path:
-    """One file of a hub repository.
+    """Download one file of a hub repository, unless it is cached; returns its path.
 
     Raises:
-        SourceError: if it cannot be had.
+        SourceError: if it cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
 
@@ -66,7 +66,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 @contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line."""
+    """Turn exceptions of the hub's client into a `SourceError` with a one-line message."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -78,17 +78,17 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        raise SourceError(f"{repo_id} needs permission: ask for it on its page, then `hf auth login`") from error
+        raise SourceError(f"{repo_id} is gated: request access on its page, then run `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise SourceError(f"{repo_id} is neither a folder here nor a repository on the Hugging Face hub") from error
+        raise SourceError(f"{repo_id} is neither a local folder nor a repository on the Hugging Face hub") from error
     except RevisionNotFoundError as error:
         raise SourceError(f"{repo_id} has no such revision") from error
     except LocalEntryNotFoundError as error:
         raise SourceError(
-            f"{repo_id} is neither a folder here nor in the Hugging Face cache, and the hub cannot be reached"
+            f"{repo_id} is neither a local folder nor in the Hugging Face cache, and the hub cannot be reached"
         ) from error
     except EntryNotFoundError as error:
-        raise SourceError(f"{repo_id} does not hold the file") from error
-    except Exception as error:  # the hub's client lets errors of several HTTP libraries through
+        raise SourceError(f"{repo_id} does not contain the file") from error
+    except Exception as error:  # the hub's client raises errors of several HTTP libraries
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(f"{repo_id} cannot be downloaded: {reason[:200]}") from error

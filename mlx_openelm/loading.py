@@ -1,4 +1,4 @@
-"""Models into memory: from any folder that holds an OpenELM, converted or not."""
+"""Loading models into memory from any supported format, converted or not."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,20 +29,20 @@ def load(
     revision: str | None = None,
     adapter: str | Path | None = None,
 ) -> tuple[OpenELM, Tokenizer]:
-    """A model ready to use and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
-        model: a folder or hub id: written by `convert`, from Apple, from the MLX community, or of Apple's MLX port; or
-            a CoreNet `.pt` file. By default the small model that comes with the package.
-        dtype: to compute in; by default float32 on the CPU, where 16 bits are slow, and elsewhere the stored type.
+        model: a folder or hub id (written by `convert`, from Apple, the MLX community or Apple's MLX port), or a
+            CoreNet `.pt` file; by default the small model included in the package.
+        dtype: type to compute in; by default float32 on the CPU, where 16-bit types are slow, else the stored type.
         tokenizer: file, folder or hub id of another tokenizer.
-        config: as for `convert`, where the source does not say it.
-        revision: branch, tag or commit on the hub, also of `tokenizer`.
-        adapter: folder of an adapter to put on it: of `tune`, mlx-lm or PEFT, or a CoreNet `.pt` file.
+        config: the configuration, if the source lacks one; see `convert`.
+        revision: branch, tag or commit on the hub, also for `tokenizer`.
+        adapter: adapter to apply: a folder written by `tune`, mlx-lm or PEFT, or a CoreNet `.pt` file.
 
     Raises:
         TokenizerError: if the model has no tokenizer; `load_model` loads the network alone.
-        OpenELMError: of the kind that fits, if anything is missing, damaged or contradictory.
+        OpenELMError: another subclass, if anything is missing, damaged or contradictory.
     """
     opened = open_model([model], tokenizer=tokenizer, config=config, revision=revision)
     if opened.tokenizer is None:
@@ -61,10 +61,10 @@ def load_model(
     revision: str | None = None,
     adapter: str | Path | None = None,
 ) -> OpenELM:
-    """A network ready to use, without a tokenizer; see `load`.
+    """Load a network without its tokenizer; see `load`.
 
     Raises:
-        OpenELMError: of the kind that fits, if anything is missing, damaged or contradictory.
+        OpenELMError: a subclass, if anything is missing, damaged or contradictory.
     """
     opened = open_model([model], tokenizer="none", config=config, revision=revision)
     return _network(opened.source, dtype, adapter)
@@ -79,10 +79,10 @@ def _network(source: Source, dtype: mx.Dtype | None, adapter: str | Path | None)
 
 
 def dtype_named(name: str) -> mx.Dtype | None:
-    """The type to compute in by its name; `None`, the choice of `load`, for `auto`.
+    """The dtype of this name; `None` for `auto`, which leaves the choice to `load`.
 
     Raises:
-        ConfigError: if there is no such type.
+        ConfigError: if the name is unknown.
     """
     if name != "auto" and name not in DTYPES:
         raise ConfigError(f"unknown dtype {name!r} (choose from auto, {', '.join(DTYPES)})")
@@ -90,7 +90,7 @@ def dtype_named(name: str) -> mx.Dtype | None:
 
 
 def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
-    """The network of an opened source, computing in `dtype`.
+    """Load the network of an opened source, to compute in `dtype`; by default in that of `load`.
 
     Raises:
         WeightsError: if a tensor holds NaN or infinity.
@@ -114,11 +114,12 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
 def assemble(
     config: OpenELMConfig, arrays: Mapping[str, mx.array], packed: Mapping[str, Quantization], dtype: mx.Dtype
 ) -> OpenELM:
-    """A network of these weights, computing in `dtype`.
+    """A network with these weights, computing in `dtype`.
 
     Args:
-        arrays: by the names of parameters, those of quantized matrices in their parts.
-        packed: the quantized matrices by their paths.
+        arrays: weights by parameter name; a quantized matrix as `PATH.weight`, `PATH.scales` and, if affine,
+            `PATH.biases`.
+        packed: quantization of each quantized matrix, by path.
     """
     model = OpenELM(config)
     if packed and on_cpu():

@@ -1,9 +1,8 @@
-"""Adapters merged into the weights of their model: exactly, row by row, and written as a model folder.
+"""Merging an adapter into the weights of its model, row by row and in float32, and writing the result.
 
-A merged matrix is w + s A B, of DoRA each row at its learned length. An adapter on a tied embedding changes only what
-goes in; so that merging it does not change what comes out, an output matrix of its own with the base embedding is
-written. Quantized matrices are merged in full: quantizing the result again loses small changes, and how much is
-measured.
+A merged matrix is w + s A B; with DoRA, each row is then scaled to its learned norm. An adapter on a tied embedding
+changes only the input embedding, so the merged model is untied: its output matrix is the base embedding. Quantized
+matrices are dequantized first. Quantizing the result again loses small changes; `merge` measures how much.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,15 +31,15 @@ _OUTPUT = "lm_head"
 
 @dataclass(frozen=True)
 class Merge:
-    """What a merge wrote."""
+    """The result of a merge."""
 
     folder: Path
     num_merged: int  # matrices
-    unties: bool  # the output got a matrix of its own
-    dequantized: bool  # the base was quantized and the result is not
+    unties: bool  # the output has its own matrix now
+    dequantized: bool  # the base was quantized, the result is not
     output_bytes: int
-    divergence: float | None = None  # of the quantized result from the model with its adapter, nats per token
-    adapter_divergence: float | None = None  # of the model with its adapter from the model without
+    divergence: float | None = None  # KL(model with adapter, quantized result), nats per token
+    adapter_divergence: float | None = None  # KL(model with adapter, model without), nats per token
 
 
 def merge(
@@ -56,19 +55,19 @@ def merge(
     revision: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Merge:
-    """Merge an adapter into a model, and write that with its tokenizer and a card.
+    """Merge an adapter into a model, and write the result with its tokenizer and a model card.
 
     Args:
-        model: folder, hub id or built-in model.
+        model: folder, hub id or name of the built-in model.
         adapter: see `open_adapter`.
-        quantization: to quantize the result again; what that costs is measured.
-        dtype: of the result: `auto` keeps that of the model.
-        tokenizer, config, revision: as for `load`.
         output: folder to write.
+        quantization: quantize the result, and measure the loss as a KL divergence.
+        dtype: type of the result; `auto` keeps that of the model.
+        tokenizer, config, revision: as in `load`.
         force: replace a model folder at `output`.
-        on_progress: called with the bytes written so far, and all.
+        on_progress: called with the bytes written so far and the total bytes.
     Raises:
-        OpenELMError: of the kind that fits; nothing is written then.
+        OpenELMError: a subclass for each kind of failure; nothing is written.
     """
     folder = Path(output).expanduser()
     with output_folder(folder, overwrite=force) as place:
@@ -101,18 +100,18 @@ def merge(
 def _card(source: Source, adapter: str | Path, found: SavedAdapter, quantization: Quantization | None) -> str:
     kind = f", quantized to {quantization.bits} bits" if quantization else ""
     return (
-        f"# {source.name} with {Path(adapter).name}\n\n{source.name}, into which the adapter {Path(adapter).name} "
-        f"({found.method}) was merged by `openelm-mlx merge`{kind}. The licence of {source.name} goes on to hold.\n"
+        f"# {source.name} with {Path(adapter).name}\n\n{source.name} with the adapter {Path(adapter).name} "
+        f"({found.method}) merged into it by `openelm-mlx merge`{kind}. The licence of {source.name} still applies.\n"
     )
 
 
 def merged_source(source: Source, adapter: SavedAdapter, dtype: mx.Dtype | None = None) -> Source:
-    """A model with an adapter merged into it, still on disk: rows are merged when they are read.
+    """A model with an adapter merged into it; its tensors stay lazy, and rows are merged when read.
 
     Args:
-        dtype: of the result; by default that of the model.
+        dtype: type of the result; by default that of the model.
     Raises:
-        AdapterError: if the adapter was made for another model.
+        AdapterError: if the adapter does not fit the model.
     """
     dtype = dtype or source.tensors["transformer.norm.weight"].dtype
     tensors = {name: _in_full(name, tensor, dtype) for name, tensor in source.tensors.items()}
@@ -120,7 +119,7 @@ def merged_source(source: Source, adapter: SavedAdapter, dtype: mx.Dtype | None 
     if adapter.method == "full":
         for name, tensor in adapter.tensors.items():
             if name not in tensors or tensors[name].shape != tensor.shape:
-                raise AdapterError(f"the adapter is for another model: {name} of shape {tensor.shape} is not there")
+                raise AdapterError(f"the adapter is for another model, which has {name} of shape {tensor.shape}")
             tensors[name] = _of_array(checked_cast(name, tensor, dtype))
         return replace(source, tensors=dict(tensors))
     check_adapter(adapter, {name: tensor.shape for name, tensor in tensors.items()})
@@ -146,11 +145,12 @@ def write_merged(
     """Write a model with an adapter merged into it.
 
     Args:
-        quantization: to quantize the result again; see `divergences`.
-        dtype: of the result; by default that of the model.
-        add_files, force, on_written: as for `write_model`.
+        quantization: quantize the result; its loss is not measured here, see `merge`.
+        dtype: type of the result; by default that of the model.
+        add_files, on_written: as in `write_model`.
+        force: replace a model folder at `folder`.
     Raises:
-        AdapterError: if the adapter was made for another model.
+        AdapterError: if the adapter does not fit the model.
         OutputError: if the folder exists or cannot be written.
     """
     with output_folder(folder, overwrite=force) as output:
@@ -194,7 +194,7 @@ def _of_array(array: mx.array) -> LazyTensor:
 
 
 def _merged(path: str, base: LazyTensor, adapter: SavedAdapter, dtype: mx.Dtype) -> LazyTensor:
-    """The matrix of a path; one of its rows needs no other row."""
+    """The merged matrix (rows, columns) at `path`; each row is computed independently of the others."""
     parts: Mapping[str, mx.array] = {
         name: adapter.tensors[f"{path}.{name}"].astype(mx.float32)
         for name in ("lora_a", "lora_b", MAGNITUDE)

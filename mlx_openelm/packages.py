@@ -1,4 +1,4 @@
-"""Packages that only some features need: imported when they are, with a word on how to get them."""
+"""Optional packages: imported when a feature needs them, with a message that says how to install them."""
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
@@ -8,22 +8,22 @@ from .errors import MissingPackageError
 
 
 def optional_package(name: str, what: str, extra: str) -> Any:
-    """A package by its import name.
+    """Import a package by its import name.
 
     Args:
-        what: the feature that needs it, for the message.
-        extra: the extra of this package that brings it.
+        what: start of the message, such as `plots need`.
+        extra: the extra of this package that installs it.
     Raises:
         MissingPackageError: if it is not installed.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingPackageError(f"{what} another package: pip install 'openelm-mlx[{extra}]'") from error
+        raise MissingPackageError(f"{what} an optional package: pip install 'openelm-mlx[{extra}]'") from error
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a package by its name on the index; `None` if it is not installed."""
+    """The version of a package by its distribution name; `None` if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

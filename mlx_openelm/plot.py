@@ -1,4 +1,4 @@
-"""Pictures: of a training run, and of a model's layers. Drawn with matplotlib, readable 800 pixels wide."""
+"""Plots of training runs, layer-wise designs and benchmarks, drawn with matplotlib, 800 pixels wide."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +19,13 @@ _LAYERWISE, _UNIFORM, _PALE = "#1f77b4", "#d95f02", "#b8cfe4"
 
 
 def plot_run(run: Path, picture: OutputFile) -> None:
-    """Loss, learning rate, gradient norm and speed over the steps of a run, from its `metrics.jsonl`.
+    """Plot loss, learning rate, gradient norm and speed over the steps of a run, from its `metrics.jsonl`.
 
     Args:
-        picture: file to write; its ending says the kind.
+        picture: file to write; its suffix selects the format.
     Raises:
         TrainingError: if the run has no metrics, or they are damaged.
-        OutputError: if the picture cannot be written.
+        OutputError: if the file cannot be written.
     """
     lines = read_metrics(run)
     held_out = [(line["step"], line["validation_loss"]) for line in lines if line["validation_loss"] is not None]
@@ -33,7 +33,7 @@ def plot_run(run: Path, picture: OutputFile) -> None:
     steps = [line["step"] for line in lines]
     with _figure(picture, 2, 2) as (figure, axes):
         pairs = "accuracy" in lines[-1]
-        counted = f"{lines[-1]['tokens']:,} {'pairs' if pairs else 'tokens'} learnt"
+        counted = f"{lines[-1]['tokens']:,} {'pairs' if pairs else 'tokens'} seen"
         figure.suptitle(f"Training run {run.resolve().name}: {counted}")
         loss, rate, norm, speed = axes.flat
         loss.plot(
@@ -61,10 +61,12 @@ def plot_run(run: Path, picture: OutputFile) -> None:
 
 
 def plot_design(design: Design, picture: OutputFile) -> None:
-    """Heads, FFN widths and parameters of each layer, layer-wise and uniform.
+    """Plot heads, FFN widths and parameters of each layer, for the layer-wise and the uniform model.
 
+    Args:
+        picture: file to write; its suffix selects the format.
     Raises:
-        OutputError: if the picture cannot be written.
+        OutputError: if the file cannot be written.
     """
     layers = range(design.layerwise.num_transformer_layers)
     with _figure(picture, 3, 1) as (figure, axes):
@@ -91,25 +93,25 @@ def plot_design(design: Design, picture: OutputFile) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """Make sure that a picture of this kind can be drawn.
+    """Make sure that matplotlib can write a file of this type.
 
     Raises:
-        OutputError: if its ending is no kind of picture.
+        OutputError: if matplotlib does not support the suffix.
         MissingPackageError: if matplotlib is not installed.
     """
-    kinds = optional_package("matplotlib.figure", "pictures need", "plot").Figure().canvas.get_supported_filetypes()
+    kinds = optional_package("matplotlib.figure", "plots need", "plot").Figure().canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in kinds:
         raise OutputError(f"unsupported picture type: {path} (choose from {', '.join(sorted(kinds))})")
 
 
 def plot_bench(report: Mapping[str, Any], picture: OutputFile) -> None:
-    """Tokens per second of decoding as bars, each with a mark where reading from memory alone would end.
+    """Plot the decoding speed of each benchmark as a bar in tokens per second, with the limit of memory bandwidth.
 
     Args:
-        report: of `bench` (see `BenchReport.to_dict`).
-        picture: file to write; its ending says the kind.
+        report: a benchmark report; see `BenchReport.to_dict`.
+        picture: file to write; its suffix selects the format.
     Raises:
-        OutputError: if the picture cannot be written.
+        OutputError: if the file cannot be written.
     """
     results = report["results"]
     names = list(results[0]["figures"])
@@ -147,17 +149,17 @@ def plot_bench(report: Mapping[str, Any], picture: OutputFile) -> None:
             )
             for result in results
         )
-        axis.set(xlabel="tokens per second of decoding", xlim=(0, 1.12 * longest))
+        axis.set(xlabel="decoding speed, tokens per second", xlim=(0, 1.12 * longest))
         machine = report["machine"]
         figure.suptitle(f"{machine['chip']}, {machine['device']}, {report['bandwidth_gb_per_second']:,.1f} GB/s")
-        labels = [*names, "limit of the memory's bandwidth"]
+        labels = [*names, "limit of memory bandwidth"]
         axis.legend(
             handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=8
         )
 
 
 def _bench_label(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
-    """What sets a result apart from the others, always with the model."""
+    """The model of a result, and the settings in which it differs from other results."""
     case = result["case"]
     parts = {
         "weights": f"{result['bits']} bits" if result["bits"] else result["dtype"],
@@ -176,11 +178,11 @@ def _bench_label(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
 
 
 def _cache_label(cache: CacheConfig) -> str:
-    return f"window {cache.window:,}" if cache.window else f"KV {cache.bits} bits" if cache.bits else "KV in full"
+    return f"window {cache.window:,}" if cache.window else f"KV {cache.bits} bits" if cache.bits else "unquantized KV"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`.
+    """Read the lines of a run's `metrics.jsonl`.
 
     Raises:
         TrainingError: if there are none, or one is damaged.
@@ -190,13 +192,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         needed = {"step", "loss", "validation_loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second"}
         if not all(needed <= set(line) for line in lines):
-            raise ValueError("figures are missing")
+            raise ValueError("a line lacks some metrics")
     except OSError as error:
         raise TrainingError(f"{run} is not a training run: {path.name} cannot be read") from error
     except (ValueError, TypeError) as error:
         raise TrainingError(f"{path} is damaged: {error}") from error
     if not lines:
-        raise TrainingError(f"{path} is empty: there is nothing to draw yet")
+        raise TrainingError(f"{path} is empty; there is nothing to plot yet")
     return lines
 
 
@@ -210,8 +212,8 @@ def _columns(config: OpenELMConfig) -> tuple[list[float], ...]:
 
 @contextmanager
 def _figure(picture: OutputFile, rows: int, columns: int, inches: float = _INCHES[1]) -> Iterator[Any]:
-    """A figure of this height and its axes, saved at the end; matplotlib's global state is left alone."""
-    figures = optional_package("matplotlib.figure", "pictures need", "plot")
+    """Yield a figure of this height and its axes, then save it; matplotlib's global state is not touched."""
+    figures = optional_package("matplotlib.figure", "plots need", "plot")
     figure = figures.Figure(figsize=(_INCHES[0], inches), dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots(rows, columns, sharex="col" if columns == 1 else False)
     for axis in axes.flat if rows * columns > 1 else [axes]:
@@ -221,11 +223,11 @@ def _figure(picture: OutputFile, rows: int, columns: int, inches: float = _INCHE
     with picture.replaced() as file:
         try:
             figure.savefig(file, format=picture.name.suffix.lstrip(".").lower() or "png")
-        except ValueError as error:  # an unsupported file ending
+        except ValueError as error:  # an unsupported file suffix
             raise OutputError(f"{picture.name} cannot be written: {str(error).split(' (')[0]}") from error
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:
-    """A running mean over the last `share` of the values that it is given."""
+    """A running mean over a window of `share` of all values."""
     width = max(1, round(len(values) * share))
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(values))]

@@ -1,7 +1,7 @@
-"""Which matrices are quantized, and how: bits, group size and mode.
+"""How matrices are quantized: bits, group size and mode.
 
-MLX keeps a quantized matrix as packed words (`weight`), one scale a group (`scales`) and, in the affine mode, one
-offset a group (`biases`). A `PackedTensor` holds the three together.
+MLX stores a quantized matrix as packed words (`weight`), one scale per group (`scales`) and, in affine mode, one offset
+per group (`biases`). A `PackedTensor` holds these parts.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ MODES = ("affine", *FLOAT_MODES)
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a matrix is quantized.
+    """The quantization of a matrix.
 
     Raises:
         QuantizationError: for bits, a group size or a mode that MLX does not offer.
@@ -40,7 +40,7 @@ class Quantization:
             if (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
                 bits, group_size = FLOAT_MODES[self.mode]
                 raise QuantizationError(
-                    f"{self.mode} has {bits} bits and groups of {group_size}, not {self.bits} and {self.group_size}"
+                    f"{self.mode} needs {bits} bits and groups of {group_size}; got {self.bits} and {self.group_size}"
                 )
             return
         if self.bits not in AFFINE_BITS:
@@ -51,7 +51,7 @@ class Quantization:
 
     @classmethod
     def of(cls, bits: int | None = None, group_size: int | None = None, mode: str | None = None) -> "Quantization":
-        """What the arguments ask for, the rest by default; a mode other than affine brings its bits and group size."""
+        """A quantization with defaults for omitted arguments: affine, 4 bits, groups of 64, or as the mode requires."""
         mode = mode or cls.mode
         default_bits, default_group_size = FLOAT_MODES.get(mode, (cls.bits, cls.group_size))
         return cls(
@@ -62,28 +62,32 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Quantization":
-        """Read the entry of a `config.json`; entries about single matrices are left to `read_quantizations`."""
+        """Read the `quantization` entry of a `config.json`; entries for single matrices are read by `join_packed`.
+
+        Raises:
+            ConfigError: if the entry is not a valid quantization.
+        """
         try:
             known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
             return cls(**known)
         except (TypeError, QuantizationError) as error:
-            raise ConfigError(f"its quantization cannot be read: {error}") from error
+            raise ConfigError(f"invalid quantization in the configuration: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry of a `config.json`, as MLX's own tools write it."""
+        """The `quantization` entry of a `config.json`, as MLX tools write it."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a matrix of this shape (rows, columns) splits into whole groups and whole words."""
+        """Whether rows of a matrix of this shape (rows, columns) divide into whole groups and whole 32-bit words."""
         return len(shape) == 2 and shape[1] % self.group_size == 0 and shape[1] * self.bits % 32 == 0
 
     def quantize(self, matrix: mx.array) -> dict[str, mx.array]:
-        """`weight`, `scales` and, if affine, `biases` of a matrix (rows, columns)."""
+        """Quantize a matrix (rows, columns) to `weight`, `scales` and, if affine, `biases`; `plan` says the shapes."""
         parts = mx.quantize(matrix, group_size=self.group_size, bits=self.bits, mode=self.mode)
         return dict(zip(("weight", "scales", "biases"), parts, strict=False))
 
     def dequantize(self, parts: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
-        """The matrix (rows, columns) that the parts stand for."""
+        """The matrix (rows, columns) in `dtype` from its parts."""
         return mx.dequantize(
             parts["weight"],
             parts["scales"],
@@ -95,7 +99,7 @@ class Quantization:
         )
 
     def plan(self, shape: tuple[int, int], dtype: mx.Dtype) -> dict[str, tuple[tuple[int, int], mx.Dtype]]:
-        """Shape and type of each part that a matrix of this shape and type gives."""
+        """Shape and type of each part of a quantized matrix of this shape (rows, columns) and type."""
         rows, columns = shape
         groups = rows, columns // self.group_size
         weight = (rows, columns * self.bits // 32), mx.uint32
@@ -108,18 +112,18 @@ class Quantization:
 class PackedTensor:
     """A quantized matrix on disk."""
 
-    parts: dict[str, LazyTensor]  # weight, scales and perhaps biases
+    parts: dict[str, LazyTensor]  # weight, scales and, if affine, biases
     quantization: Quantization
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Rows and columns of the matrix that it stands for."""
+        """Shape (rows, columns) of the unquantized matrix."""
         rows, words = self.parts["weight"].shape
         return rows, words * 32 // self.quantization.bits
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Type that the matrix had, as far as the file tells."""
+        """Type of the scales, which was that of the matrix; float32 if they do not tell (modes other than affine)."""
         scales = self.parts["scales"].dtype
         return mx.float32 if scales == mx.uint8 else scales
 
@@ -129,7 +133,7 @@ class PackedTensor:
         return sum(part.nbytes for part in self.parts.values())
 
     def dequantize(self) -> LazyTensor:
-        """The matrix in full."""
+        """The unquantized matrix, dequantized by rows when read."""
 
         def read_rows(start: int, stop: int) -> mx.array:
             parts = {name: part.read_rows(start, stop) for name, part in self.parts.items()}
@@ -139,7 +143,11 @@ class PackedTensor:
 
 
 def pack(tensor: LazyTensor, quantization: Quantization) -> PackedTensor:
-    """Quantize a matrix when rows of its first part are read; all rows of the others wait in memory for their turn."""
+    """Quantize a matrix lazily.
+
+    Rows are quantized when those of the first part, `weight`, are read; the other parts stay in memory until all of
+    their rows have been read.
+    """
     waiting: dict[str, list[mx.array]] = {}
 
     def take_first(start: int, stop: int) -> mx.array:
@@ -172,15 +180,15 @@ def pack(tensor: LazyTensor, quantization: Quantization) -> PackedTensor:
 def join_packed(
     tensors: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int, ...]], written: Mapping[str, Any] | None
 ) -> dict[str, LazyTensor | PackedTensor]:
-    """Tensors by name, where the parts of a quantized matrix have become one.
+    """Join the parts of each quantized matrix to a `PackedTensor`; other tensors stay unchanged.
 
     Args:
-        shapes: what the configuration asks for. A file that says nothing about its quantization is understood by
-            comparing them with what it holds.
-        written: the `quantization` entry of its `config.json`: one for all, and exceptions under a matrix's path.
+        shapes: shapes (rows, columns) that the configuration requires. Without `written`, the quantization is inferred
+            by comparing them with the stored shapes.
+        written: the `quantization` entry of `config.json`: a default, and exceptions under the path of a matrix.
     Raises:
-        ConfigError: if the entry cannot be read.
-        QuantizationError: if the parts fit no quantization of MLX.
+        ConfigError: if the entry is invalid.
+        QuantizationError: if the parts do not match any quantization of MLX.
     """
     joined: dict[str, LazyTensor | PackedTensor] = {}
     for name, tensor in tensors.items():
@@ -201,22 +209,22 @@ def join_packed(
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """Rows and columns of a layer's matrix, quantized or not."""
+    """Shape (rows, columns) of a layer's matrix, quantized or not."""
     rows, columns = layer.weight.shape
     return rows, columns * 32 // layer.bits if "scales" in layer else columns
 
 
 def dequantized(layer: nn.Module, dtype: mx.Dtype) -> mx.array:
-    """A layer's matrix (rows, columns) in full, quantized or not."""
+    """A layer's matrix (rows, columns), dequantized if necessary, in `dtype`."""
     if "scales" not in layer:
         return layer.weight.astype(dtype)
     return Quantization(layer.bits, layer.group_size, layer.mode).dequantize(layer, dtype)
 
 
 def _recognise(name: str, parts: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Quantization:
-    """The affine quantization that makes these parts of a matrix of this shape."""
+    """Infer the affine quantization from the parts and the shape (rows, columns) of the matrix."""
     groups = parts["scales"].shape[-1]
     words = parts["weight"].shape[-1]
     if len(shape) != 2 or not groups or shape[1] % groups or words * 32 % shape[1]:
-        raise QuantizationError(f"{name} is quantized in a way that its shapes do not tell")
+        raise QuantizationError(f"the quantization of {name} cannot be inferred from its shapes")
     return Quantization(words * 32 // shape[1], shape[1] // groups)

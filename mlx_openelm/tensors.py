@@ -1,7 +1,7 @@
-"""Tensors that stay on disk until they are needed, and the safetensors files they are read from and written to.
+"""Tensors that stay on disk until they are needed, and safetensors files.
 
-A checkpoint is a `dict[str, LazyTensor]`: renaming is a dict comprehension, averaging or cutting rows is a new
-`LazyTensor` around the old ones. Values are read by rows, so that no more than a few blocks of them stand in memory.
+A checkpoint is a `dict[str, LazyTensor]`: renaming is a dict comprehension; averaging or cutting rows wraps tensors in
+a new `LazyTensor`. Values are read by rows, so only a few blocks of them are in memory at a time.
 """
 
 import json
@@ -20,7 +20,7 @@ import numpy as np
 from .errors import WeightsError
 from .machine.device import compute_streams
 
-# The names that safetensors gives to the types that weights of a language model come in.
+# safetensors names of the types that weights of a language model can have.
 SAFETENSORS_DTYPES = {
     "F32": mx.float32,
     "F16": mx.float16,
@@ -30,18 +30,18 @@ SAFETENSORS_DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _NUMPY_DTYPES = {mx.float32: "<f4", mx.float16: "<f2", mx.bfloat16: "<u2", mx.uint32: "<u4", mx.uint8: "u1"}
-_EXPONENT_BITS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # all of them set: NaN or infinity
+_EXPONENT_BITS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # NaN or infinity if all are set
 _LARGEST_HEADER_BYTES = 100_000_000
-_BLOCK_BYTES = 1 << 20  # fits into caches, and is reused rather than given back
+_BLOCK_BYTES = 1 << 20  # fits into CPU caches; buffers of this size are reused instead of freed
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of known shape and type whose values are read when they are asked for, anew each time."""
+    """A tensor of known shape and type whose values are read on demand, and again on each use."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    read_rows: Callable[[int, int], mx.array]  # those from the first to before the second number, along the first axis
+    read_rows: Callable[[int, int], mx.array]  # rows `start` to `stop` (excluded) along the first axis
 
     @property
     def nbytes(self) -> int:
@@ -50,34 +50,34 @@ class LazyTensor:
 
     @property
     def num_rows(self) -> int:
-        """Length of the first axis; 1 for a single number."""
+        """Length of the first axis; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
     def read(self) -> mx.array:
-        """All values."""
+        """Read all values."""
         return self.read_rows(0, self.num_rows)
 
     def map(self, function: Callable[[mx.array], mx.array], dtype: mx.Dtype | None = None) -> "LazyTensor":
-        """The tensor that `function` makes of this one, row by row; say what type it has if that changes."""
+        """Apply a function that keeps the shape to blocks of rows when read; `dtype` is the new type if it changes."""
         return LazyTensor(self.shape, dtype or self.dtype, lambda start, stop: function(self.read_rows(start, stop)))
 
     def first_rows(self, count: int) -> "LazyTensor":
-        """The tensor without the rows behind the first `count`."""
+        """The first `count` rows of the tensor."""
         return LazyTensor((count, *self.shape[1:]), self.dtype, self.read_rows)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows, of some megabytes each, that together are the tensor."""
+        """Ranges of rows that cover the tensor, about 1 MiB each; a range has at least one row."""
         rows = max(1, _BLOCK_BYTES * self.num_rows // max(self.nbytes, 1))
         for start in range(0, self.num_rows, rows):
             yield start, min(start + rows, self.num_rows)
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of a safetensors file by name; only the header is read now.
+    """Open the tensors of a safetensors file, by name; only the header is read now.
 
     Raises:
-        WeightsError: if the header and the length of the file do not agree, or a type is not one of weights; when
-            values are read, if they hold NaN or infinity.
+        WeightsError: if the header does not match the length of the file, or a type is unsupported; later, when values
+            are read, if they contain NaN or infinity.
     """
     try:
         header = _read_header(path)
@@ -100,21 +100,21 @@ def _read_rows(
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
     if values.size != (stop - start) * row:
-        raise WeightsError(f"{path} became shorter while it was read")
+        raise WeightsError(f"{path} was truncated while it was read")
     return from_numpy(values.reshape(stop - start, *shape[1:]) if shape else values.reshape(()), dtype, name)
 
 
 def from_numpy(values: np.ndarray, dtype: mx.Dtype, name: str) -> mx.array:
-    """Values from a file as an array; those of bfloat16, which NumPy has not, come as their bits.
+    """An MLX array from values read from a file; bfloat16, which NumPy lacks, is passed as uint16 bits.
 
     Raises:
-        WeightsError: naming the tensor, if they hold NaN or infinity.
+        WeightsError: naming the tensor, if the values contain NaN or infinity.
     """
     if dtype in _EXPONENT_BITS:
         bits = values.view(np.uint16) & _EXPONENT_BITS[dtype]
         finite = not (bits == _EXPONENT_BITS[dtype]).any()
     else:
-        finite = bool(np.isfinite(values).all())  # NumPy needs a tenth of the time that MLX takes on a CPU
+        finite = bool(np.isfinite(values).all())  # ten times as fast in NumPy as in MLX on a CPU
     if not finite:
         raise WeightsError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training diverged")
     array = mx.array(values)
@@ -122,19 +122,19 @@ def from_numpy(values: np.ndarray, dtype: mx.Dtype, name: str) -> mx.array:
 
 
 def checked_cast(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Values in another type.
+    """Cast an array to `dtype`.
 
     Raises:
-        WeightsError: naming the tensor, if float16 cannot hold them.
+        WeightsError: naming the tensor, if values overflow float16.
     """
     result = array.astype(dtype)
     if dtype == mx.float16 and array.dtype != dtype and not mx.all(mx.isfinite(result)).item():
-        raise WeightsError(f"{name} holds values beyond the range of float16; use bfloat16")
+        raise WeightsError(f"{name} has values beyond the range of float16; use bfloat16")
     return result
 
 
 def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype, int]]:
-    """Shape, type and place in the file of each tensor."""
+    """Shape, type and file offset of each tensor."""
 
     def damaged(what: str) -> WeightsError:
         return WeightsError(f"{path} is damaged or incomplete: {what}; download or convert it again")
@@ -143,14 +143,14 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype, int]]
         file_bytes = path.stat().st_size
         header_bytes = int.from_bytes(file.read(8), "little")
         if header_bytes > min(file_bytes - 8, _LARGEST_HEADER_BYTES):
-            raise damaged(f"a header of {header_bytes:,} bytes in a file of {file_bytes:,}")
+            raise damaged(f"the header has {header_bytes:,} bytes, the file {file_bytes:,}")
         raw = file.read(header_bytes)
     try:
         entries = json.loads(raw)
     except ValueError as error:
-        raise damaged("its header is not JSON") from error
+        raise damaged("the header is not JSON") from error
     if not isinstance(entries, dict):
-        raise damaged("its header is not a table of tensors")
+        raise damaged("the header is not a table of tensors")
 
     header = {}
     end = 0
@@ -163,16 +163,16 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype, int]]
         except (TypeError, KeyError, ValueError):
             well_formed = False
         if not well_formed:
-            raise damaged(f"the entry of {name} in its header is malformed")
+            raise damaged(f"the header entry of {name} is malformed")
         dtype = SAFETENSORS_DTYPES.get(dtype_name)
         if dtype is None:
-            raise WeightsError(f"{path}: {name} has the type {dtype_name}; weights are {', '.join(SAFETENSORS_DTYPES)}")
+            raise WeightsError(f"{path}: {name} has type {dtype_name}; expected one of {', '.join(SAFETENSORS_DTYPES)}")
         if stop - start != prod(shape) * dtype.size or header_bytes + 8 + stop > file_bytes:
-            raise damaged(f"{name} should take bytes {start:,} to {stop:,} after the header")
+            raise damaged(f"{name} cannot be at bytes {start:,} to {stop:,} after the header")
         header[name] = shape, dtype, header_bytes + 8 + start
         end = max(end, stop)
     if header_bytes + 8 + end != file_bytes:
-        raise damaged(f"it has {file_bytes:,} bytes and its tensors end at {header_bytes + 8 + end:,}")
+        raise damaged(f"the file has {file_bytes:,} bytes, but its tensors end at {header_bytes + 8 + end:,}")
     return header
 
 
@@ -182,14 +182,14 @@ def write_safetensors(
     metadata: Mapping[str, str],
     on_written: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> None:
-    """Write a safetensors file, reading some rows at a time.
+    """Write a safetensors file, some rows at a time.
 
-    The header follows from shapes and types alone, so it can stand in front before any value was read. While a block
-    of rows is written, the next ones are read and computed, on a CPU one on each core.
+    The header follows from shapes and types alone, so it is written before any value is read. While a block of rows is
+    written, the next ones are read and computed; on a CPU, one on each core.
 
     Args:
-        metadata: texts to keep in the header; readers of MLX look for `{"format": "mlx"}`.
-        on_written: called with a tensor's name and a number of bytes as soon as they are in the file.
+        metadata: strings for the header; MLX readers look for `{"format": "mlx"}`.
+        on_written: called with a tensor's name and the number of bytes just written, after each block.
     Raises:
         OSError: if the disk is full or the file cannot be written.
     """
@@ -214,10 +214,12 @@ def write_safetensors(
 
 
 def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Write arrays that are in memory to a safetensors file.
+    """Write arrays in memory to a safetensors file.
+
+    The file is opened here, because MLX given a path raises RuntimeError and follows links.
 
     Raises:
-        OSError: if the file cannot be written. (Given a name, MLX raises RuntimeError and follows links.)
+        OSError: if the file cannot be written.
     """
     mx.eval(*arrays.values())
     with open(path, "wb") as file:
@@ -225,7 +227,7 @@ def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[st
 
 
 def _in_blocks(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, mx.array]]:
-    """All tensors, some rows at a time, with the next blocks under way."""
+    """Blocks of rows of all tensors, with their names; the next blocks are computed ahead."""
     streams = compute_streams()
     under_way: deque[tuple[str, mx.array]] = deque()
     blocks = ((name, tensor, rows) for name, tensor in tensors.items() for rows in tensor.blocks())

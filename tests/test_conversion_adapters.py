@@ -152,7 +152,7 @@ class TestCoreNet:
         arguments = ["--config", TIED / "config.json", "--tokenizer", "none"]
         status, _, err = run("convert", TIED / "corenet_lora.pt", "-o", tmp_path / "out", *arguments)
         assert status == 0
-        assert err.startswith("openelm-mlx: warning: corenet_lora.pt does not give the alpha of its adapter")
+        assert err.startswith("openelm-mlx: warning: corenet_lora.pt does not contain the alpha of its adapter")
         assert err.count("\n") == 1
         adapter = read_adapter(tmp_path / "out" / "adapter")
         assert (adapter.alpha, adapter.scale) == (8, 1)
@@ -248,11 +248,11 @@ class TestCoreNetConfiguration:
     @pytest.mark.parametrize(
         ("changes", "error"),
         [
-            ({"r": 4}, "has the rank 8, and 4 by the configuration"),
+            ({"r": 4}, "has rank 8, but the configuration says 4"),
             ({"use_dora": True}, "use_dora is True"),
             ({"lora_alpha": 0}, "lora_alpha must be a positive number; got 0"),
             ({"lora_alpha": "16"}, "lora_alpha must be a positive number; got '16'"),
-            ({"beta": 1}, "beta is not a known setting"),
+            ({"beta": 1}, "unknown settings: beta"),
         ],
     )
     def test_that_does_not_fit_is_refused(self, tmp_path, changes, error):
@@ -351,21 +351,21 @@ class TestPeft:
             ("init_lora_weights", "pissa", "a changed base"),
             ("init_lora_weights", "loftq", "a changed base"),
             ("trainable_token_indices", [3], "single rows"),
-            ("layer_replication", [[0, 2]], "other layers"),
+            ("layer_replication", [[0, 2]], "are replicated"),
             ("lora_bias", True, "biases were trained"),
-            ("use_qalora", True, "another method"),
+            ("use_qalora", True, "a method other than LoRA"),
             ("target_parameters", ["x"], "adapters on parameters"),
-            ("ensure_weight_tying", True, "on a tied output too"),
+            ("ensure_weight_tying", True, "applied to a tied output too"),
             ("future_option", True, "not a known setting"),
-            ("r", 5, "has the rank 4, and 5"),
+            ("r", 5, "has rank 4, but .* says 5"),
             ("lora_alpha", 0, "lora_alpha must be a positive number; got 0"),
             ("lora_alpha", "8", "lora_alpha must be a positive number; got '8'"),
             ("lora_dropout", 2, "lora_dropout must be at least 0 and below 1; got 2"),
-            ("rank_pattern", {"qkv_proj": 2}, "has the rank 4, and 2"),
+            ("rank_pattern", {"qkv_proj": 2}, "has rank 4, but .* says 2"),
             ("rank_pattern", {"(": 2}, "invalid regular expression"),
             ("alpha_pattern", {"qkv_proj": -1}, "lora_alpha must be a positive number; got -1"),
-            ("alpha_pattern", [3], "must be a table"),
-            ("use_dora", True, "no magnitudes"),
+            ("alpha_pattern", [3], "must be an object"),
+            ("use_dora", True, "no DoRA magnitudes"),
         ],
     )
     def test_what_would_compute_something_else_is_refused(self, tmp_path, key, value, error):
@@ -378,7 +378,7 @@ class TestPeft:
             ({}, {}, "no tensors"),
             ({"lm_head.lora_A.weight": (4, 8), "lm_head.lora_B.weight": (9, 4)}, {}, "an adapter on lm_head"),
             ({f"{QKV_0}.lora_A.weight": (4, 8)}, {}, "qkv_proj has no lora_b"),
-            ({f"{QKV_0}.lora_A.weight": (4, 8), f"{QKV_0}.lora_B.weight": (8, 3)}, {}, "have no product"),
+            ({f"{QKV_0}.lora_A.weight": (4, 8), f"{QKV_0}.lora_B.weight": (8, 3)}, {}, "cannot be multiplied"),
             ({f"{EMBEDDING}.base_layer.weight": (4, 8)}, {}, "is not a tensor of an adapter"),
             ({f"{EMBEDDING}.lora_A.weight": (4, 8)}, {}, "another kind"),
             ({f"{QKV_0}.lora_embedding_A": (4, 8)}, {}, "another kind"),
@@ -396,10 +396,10 @@ class TestPeft:
             f"{EMBEDDING}.lora_embedding_B": np.ones((128, 4)),
             f"{EMBEDDING}.lora_magnitude_vector": np.ones(128),
         }
-        with pytest.raises(AdapterError, match="a length for each column"):
+        with pytest.raises(AdapterError, match="a norm for each column"):
             open_adapter(peft_folder(tmp_path / "x", tensors, use_dora=True))
         ours = written(tmp_path / "ours", random_adapter(tiny_model, {EMBEDDING: 4}, "dora"))
-        with pytest.raises(AdapterError, match="a length for each column"):
+        with pytest.raises(AdapterError, match="a norm for each column"):
             convert_adapter(ours, tmp_path / "peft", to="peft")
 
     def test_magnitudes_and_use_dora_go_together(self, tmp_path):
@@ -410,12 +410,12 @@ class TestPeft:
     def test_dora_beside_plain_lora_cannot_be_said(self, tmp_path, tiny_model):
         adapter = random_adapter(tiny_model, {EMBEDDING: 4, QKV_0: 4}, "dora")
         del adapter.tensors[f"{EMBEDDING}.m"]
-        with pytest.raises(AdapterError, match="one use_dora holds for all"):
+        with pytest.raises(AdapterError, match="use_dora applies to all matrices"):
             convert_adapter(written(tmp_path / "ours", adapter), tmp_path / "out", to="peft")
 
     def test_full_fine_tuning_cannot_be_said(self, tmp_path, tiny_model):
         adapter = SavedAdapter("full", 1.0, {"transformer.norm.weight": mx.ones(128)})
-        with pytest.raises(AdapterError, match="trained in full"):
+        with pytest.raises(AdapterError, match="no format for full fine-tuning"):
             convert_adapter(written(tmp_path / "ours", adapter), tmp_path / "out", to="peft")
 
 
@@ -533,7 +533,7 @@ class TestStockMLXLM:
         status, _, err = run("convert", "--adapter", adapter, "--to", "mlx-lm", "--output", tmp_path / "out")
         assert status == 0
         assert err == (
-            "openelm-mlx: warning: stock mlx-lm puts the adapter of token_embeddings on a tied output too: "
+            "openelm-mlx: warning: stock mlx-lm applies the adapter of token_embeddings to a tied output too: "
             "its results differ\n"
         )
         convert(tiny_folder, tmp_path / "model", dtype="float32", tokenizer="none")
@@ -547,7 +547,7 @@ class TestStockMLXLM:
         del adapter.tensors[f"{EMBEDDING}.m"]
         result = convert_adapter(written(tmp_path / "ours", adapter), tmp_path / "out", to="mlx-lm")
         assert [warning.split(":")[0] for warning in result.warnings] == [
-            "stock mlx-lm takes plain LoRA on token_embeddings beside DoRA for DoRA"
+            "stock mlx-lm treats plain LoRA on token_embeddings as DoRA"
         ]
         convert(folder, tmp_path / "model", dtype="float32", tokenizer="none")
         ours = load_model(tmp_path / "model", adapter=tmp_path / "out", dtype=mx.float32)
@@ -556,7 +556,7 @@ class TestStockMLXLM:
     def test_two_methods_on_linear_layers_are_refused(self, tmp_path, tiny_model):
         adapter = random_adapter(tiny_model, {QKV_0: 4, PROJ_2: 4}, "dora")
         del adapter.tensors[f"{QKV_0}.m"]
-        with pytest.raises(AdapterError, match="one method for all"):
+        with pytest.raises(AdapterError, match="only one method for all"):
             convert_adapter(written(tmp_path / "ours", adapter), tmp_path / "out", to="mlx-lm")
 
     def test_its_own_adapters_are_read(self, tmp_path, tiny_model, tiny_folder, stock):
@@ -650,7 +650,7 @@ class TestFolder:
         for path, error in (
             (tmp_path / "none", "does not exist"),
             (tiny_folder, "holds no adapter: neither adapters.safetensors nor adapter_model.safetensors"),
-            (tiny_folder / "model.safetensors", "an adapter is the folder of it"),
+            (tiny_folder / "model.safetensors", "an adapter is the folder that contains it"),
         ):
             with pytest.raises(AdapterError, match=error):
                 open_adapter(path)

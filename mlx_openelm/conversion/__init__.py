@@ -1,1 +1,1 @@
-"""From any form of OpenELM weights to one MLX folder."""
+"""Conversion of OpenELM weights in any supported format to an MLX model folder."""

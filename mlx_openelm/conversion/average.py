@@ -1,4 +1,4 @@
-"""The average of several checkpoints of one run, as which Apple released its final weights."""
+"""Averaging several checkpoints of one run; Apple released such an average as its final weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,15 +12,15 @@ from .source import Source, Tensor
 
 
 def averaged_source(sources: Sequence[Source]) -> Source:
-    """A source whose tensors are the means of those of the others, added up in float32.
+    """A source whose tensors are the means of the given sources' tensors, summed in float32.
 
     Raises:
-        WeightsError: if the models differ in shape.
+        WeightsError: if the configurations differ.
     """
     first, *others = sources
     for other in others:
         if other.config != first.config:
-            raise WeightsError(f"{other.name} and {first.name} have different shapes and cannot be averaged")
+            raise WeightsError(f"{other.name} and {first.name} have different configurations and cannot be averaged")
     tensors: dict[str, Tensor] = {name: _mean([source.tensors[name] for source in sources]) for name in first.tensors}
     return replace(first, tensors=tensors, name=f"the average of {len(sources)} checkpoints")
 

@@ -1,4 +1,4 @@
-"""The way from a source to a written folder: what to quantize, which type, how many rows, which tokenizer."""
+"""Conversion of a source to a model folder: dtype, quantization, vocabulary padding and tokenizer."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from .source import Source, Tensor
 from .write.folder import write_model
 from .write.model_card import model_card
 
-ADAPTER_FOLDER = "adapter"  # within the folder of its model
+ADAPTER_FOLDER = "adapter"  # inside the model folder
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Conversion:
     bits_per_weight: float
     source_bytes: int
     output_bytes: int
-    not_quantized: tuple[str, ...]  # matrices whose width is no multiple of the group
-    tokenizer: str | None  # where it came from
+    not_quantized: tuple[str, ...]  # matrices whose width is not a multiple of the group size
+    tokenizer: str | None  # its origin
     warnings: tuple[str, ...]
-    adapter: Path | None = None  # folder of the adapter that was in the source
+    adapter: Path | None = None  # folder of the adapter found in the source
 
     def __repr__(self) -> str:
         stored = f"{self.quantization.bits}-bit {self.quantization.mode}" if self.quantization else self.dtype
@@ -66,29 +66,29 @@ def convert(
     alpha: float | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Conversion:
-    """Write the MLX folder of an OpenELM, whatever form its weights are in.
+    """Convert OpenELM weights in any supported format to an MLX model folder.
 
-    Tensors stream: peak memory stays near what the largest one takes. The folder appears when it is whole.
+    Tensors are streamed: peak memory stays near the size of the largest one. The folder appears only when complete.
 
     Args:
-        source: a folder or hub id (Hugging Face, MLX community, Apple's MLX port, written by this function), or a
-            CoreNet `.pt` file, or several, which are averaged. The adapter in a fine-tuning checkpoint of CoreNet
-            becomes a folder of its own, `adapter` in the model's.
-        output: where to write; by default the source's name in the current folder.
-        quantize: bits; with neither `quantize` nor `mode`, a quantized source stays as it is.
-        group_size: values that share a scale; 64 by default in the affine mode.
+        source: a folder or hub id (Hugging Face, MLX community, Apple's MLX port, or written by this function), a
+            CoreNet `.pt` file, or several of these, which are averaged. If the source is a CoreNet fine-tuning
+            checkpoint, its adapter is written to the subfolder `adapter`.
+        output: folder to write; by default the source's name in the current folder.
+        quantize: bits per weight; without `quantize` and `mode`, a quantized source keeps its quantization.
+        group_size: values that share a scale; 64 by default in affine mode.
         mode: `affine`, `mxfp4`, `mxfp8` or `nvfp4`.
-        dequantize: give a quantized source its full matrices back.
-        dtype: `auto` (a 16-bit type stays, float32 becomes bfloat16), `float16`, `bfloat16` or `float32`.
+        dequantize: write the matrices of a quantized source unquantized.
+        dtype: `auto` (keeps a 16-bit type, converts float32 to bfloat16), `float16`, `bfloat16` or `float32`.
         config: a preset (`270M`, `450M`, `1.1B`, `3B`), a CoreNet YAML file or a `config.json`.
-        tokenizer: file, folder or hub id; `"none"` writes the model alone.
-        keep_padding: keep the rows that fill up CoreNet's vocabulary.
+        tokenizer: file, folder or hub id; `"none"` writes the model without a tokenizer.
+        keep_padding: keep the padding rows of CoreNet's vocabulary.
         force: replace a model folder at `output`.
         revision: branch, tag or commit on the hub.
-        alpha: of the adapter in a fine-tuning checkpoint, if not what `config` says, or the rank.
-        on_progress: called with a tensor's name, the bytes written so far and all bytes.
+        alpha: alpha of the adapter in a fine-tuning checkpoint; by default the value in `config`, else the rank.
+        on_progress: called with a tensor's name, the bytes written so far and the total bytes.
     Raises:
-        OpenELMError: of the kind that fits; nothing is written then.
+        OpenELMError: a subclass for each kind of failure; nothing is written.
     """
     sources = [source] if isinstance(source, str | Path) else list(source)
     wanted = _wanted_quantization(quantize, group_size, mode, dequantize)
@@ -150,11 +150,11 @@ def average(
     force: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Conversion:
-    """Write the average of checkpoints of one run, as Apple did for its final weights; see `convert`.
+    """Write the average of several checkpoints of one run, as Apple did for its final weights; see `convert`.
 
     Raises:
-        WeightsError: if the models have different shapes.
-        OpenELMError: of the kind that fits; nothing is written then.
+        WeightsError: if the models have different configurations.
+        OpenELMError: another subclass for each kind of failure; nothing is written.
     """
     return convert(checkpoints, output, dtype=dtype, force=force, on_progress=on_progress)
 
@@ -180,12 +180,12 @@ def _default_output(sources: Sequence[str | Path]) -> Path:
 def _target_dtype(requested: str, source: Source) -> mx.Dtype:
     if requested != "auto":
         return DTYPES[requested]
-    stored = source.tensors["transformer.norm.weight"].dtype  # the norms are never quantized
+    stored = source.tensors["transformer.norm.weight"].dtype  # norms are never quantized
     return mx.bfloat16 if stored == mx.float32 else stored
 
 
 def _converted(name: str, tensor: Tensor, dtype: mx.Dtype, wanted: Quantization | None, dequantize: bool) -> Tensor:
-    """A tensor as it will be written: checked, in the target type, and quantized where that is wanted and possible."""
+    """A tensor as it will be written: checked, cast to `dtype`, and quantized where requested and possible."""
     if isinstance(tensor, PackedTensor):
         if not dequantize and wanted in (None, tensor.quantization):
             return PackedTensor(
@@ -197,7 +197,7 @@ def _converted(name: str, tensor: Tensor, dtype: mx.Dtype, wanted: Quantization 
 
 
 def _cast(name: str, tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
-    """The tensor in another type of numbers; packed words stay as they are."""
+    """The tensor cast to `dtype`; the integer parts of quantized matrices stay unchanged."""
     if tensor.dtype in (mx.uint32, mx.uint8):
         return tensor
 
@@ -213,7 +213,7 @@ def _summary(
     parameters = source.config.num_parameters
     warnings = []
     if dtype == mx.float16 and source.config.model_dim >= OpenELMConfig.preset("3B").model_dim:
-        warnings.append("activations of the 3B model overflow float16, as Apple notes; use `dtype=bfloat16`")
+        warnings.append("activations of the 3B model overflow float16, according to Apple; use `dtype=bfloat16`")
     return Conversion(
         folder=folder,
         config=source.config,
@@ -242,7 +242,7 @@ def _command(
     revision: str | None,
     alpha: float | None,
 ) -> str:
-    """The command line that does the same, without folders of the machine it ran on."""
+    """The equivalent command line, without local folder paths."""
     words = ["openelm-mlx", "convert", *map(_without_folder, sources)]
     words += [] if bits is None else ["--quantize", str(bits)]
     words += [] if group_size is None else ["--group-size", str(group_size)]
@@ -258,5 +258,5 @@ def _command(
 
 
 def _without_folder(source: str | Path) -> str:
-    """A hub id as it is, of a path its name alone."""
+    """A hub id unchanged; only the last part of a local path."""
     return Path(source).resolve().name if Path(source).exists() else str(source)

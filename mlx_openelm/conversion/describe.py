@@ -1,4 +1,4 @@
-"""What a model is made of, layer by layer."""
+"""Sizes and memory needs of a model, layer by layer."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from .source import Source
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer's widths and what they cost."""
+    """Widths and sizes of one layer."""
 
     query_heads: int
     kv_heads: int
@@ -25,7 +25,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model's shape and size; bytes are those of the tensors on disk."""
+    """Shape and size of a model; `nbytes` counts the tensors on disk."""
 
     name: str
     model_dim: int
@@ -38,21 +38,21 @@ class ModelInfo:
     parameters: int
     nbytes: int
     kv_bytes_per_token: int  # in 16 bits
-    kv_cache_bytes: dict[str, int]  # of a text as long as the context, by the way that keys and values are kept
-    weights: dict[str, int]  # kind of matrix or vector: how many of them
+    kv_cache_bytes: dict[str, int]  # at full context length, by kind of cache
+    weights: dict[str, int]  # storage type: number of tensors
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk per parameter, scales of quantized groups included."""
+        """Bits on disk per parameter, including the scales of quantized groups."""
         return self.nbytes * 8 / self.parameters
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, for JSON."""
+        """All fields, ready for JSON."""
         return {**asdict(self), "bits_per_weight": self.bits_per_weight}
 
 
 def describe(source: Source) -> ModelInfo:
-    """Figures about a model that was found; no tensor is read."""
+    """Describe an opened model; no tensor is read."""
     config = source.config
     layers = []
     for layer in range(config.num_transformer_layers):
@@ -96,20 +96,20 @@ def _kinds(config: OpenELMConfig) -> list[CacheConfig]:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter consists of."""
+    """Method and size of an adapter."""
 
     method: str
-    rank: int  # the largest; 0 of what was trained in full
+    rank: int  # the largest one; 0 after full fine-tuning
     scale: float
     parameters: int
-    matrices: dict[str, int]  # name within a layer: how many of them have an adapter
+    matrices: dict[str, int]  # name within a layer: number of matrices with an adapter
 
 
 def describe_adapter(source: Source, adapter: SavedAdapter) -> AdapterInfo:
-    """Figures about an adapter of a model that was found.
+    """Describe an adapter of an opened model.
 
     Raises:
-        AdapterError: if it was made for another model.
+        AdapterError: if the adapter does not fit the model.
     """
     paths = [name.rpartition(".")[0] for name in adapter.tensors]
     if adapter.method != "full":

@@ -1,4 +1,4 @@
-"""The forms that OpenELM weights come in, told apart by what lies there."""
+"""Opening OpenELM weights in any supported format, which is detected from the files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +23,10 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 def open_source(
     sources: Sequence[str | Path], *, config: str | Path | None = None, revision: str | None = None
 ) -> Source:
-    """A model in any form, ready to be read; of several, their average.
+    """Open a model in any supported format without reading its tensors; several sources are averaged.
 
     Raises:
-        OpenELMError: of the kind that fits, if it is not there, damaged or contradicts its configuration.
+        OpenELMError: a subclass, if a source is missing, damaged or does not match its configuration.
     """
     if not sources:
         raise SourceError("no source was given")
@@ -46,12 +46,12 @@ def open_source(
 
 
 class OpenedModel(NamedTuple):
-    """A model that is still on disk, with what belongs to it."""
+    """A model whose tensors are still on disk, with its tokenizer and adapter."""
 
     source: Source
     tokenizer: Tokenizer | None
-    tokenizer_origin: str | None  # where it came from, in words
-    adapter: SavedAdapter | None  # of a CoreNet fine-tuning checkpoint
+    tokenizer_origin: str | None  # a description of its origin
+    adapter: SavedAdapter | None  # from a CoreNet fine-tuning checkpoint
 
 
 def open_model(
@@ -64,17 +64,17 @@ def open_model(
     keep_padding: bool = False,
     take_adapter: bool = False,
 ) -> OpenedModel:
-    """A model in any form with its tokenizer, ready to be read; of several, their average.
+    """Open a model in any supported format, and its tokenizer; several sources are averaged.
 
     Args:
-        tokenizer: file, folder or hub id; `"none"` looks for none.
-        config: where the source does not say it: a preset, a CoreNet YAML file or a `config.json`.
-        revision: branch, tag or commit on the hub, of the model, and of `tokenizer` where that is a hub id.
-        alpha: of the adapter in a fine-tuning checkpoint.
-        keep_padding: keep the rows that only fill up CoreNet's vocabulary.
-        take_adapter: open fine-tuning checkpoints too, which hold an adapter beside the model.
+        tokenizer: file, folder or hub id; `"none"` skips the tokenizer.
+        config: the configuration, if the source lacks one: a preset, a CoreNet YAML file or a `config.json`.
+        revision: branch, tag or commit on the hub, for the model and for a `tokenizer` that is a hub id.
+        alpha: alpha of the adapter in a fine-tuning checkpoint.
+        keep_padding: keep the padding rows of CoreNet's vocabulary.
+        take_adapter: also accept fine-tuning checkpoints, which hold a model and an adapter.
     Raises:
-        OpenELMError: of the kind that fits, if something is missing, damaged or contradictory.
+        OpenELMError: a subclass, if something is missing, damaged or contradictory.
     """
     if take_adapter:
         source, adapter = _open_with_adapter(sources, config, revision, alpha)
@@ -91,7 +91,7 @@ def open_model(
 def _open_with_adapter(
     sources: Sequence[str | Path], config: str | Path | None, revision: str | None, alpha: float | None
 ) -> tuple[Source, SavedAdapter | None]:
-    """A model, and of a CoreNet fine-tuning checkpoint the adapter beside it."""
+    """A model and, from a CoreNet fine-tuning checkpoint, its adapter."""
     path = Path(sources[0]).expanduser() if len(sources) == 1 else Path()
     if path.suffix in TORCH_SUFFIXES and path.is_file() and holds_adapter(checkpoint_tensors(path)):
         return read_fine_tuned(path, config, alpha)

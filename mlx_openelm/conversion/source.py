@@ -1,7 +1,6 @@
-"""A model as it was found: its configuration and its tensors, under the names that this package uses.
+"""A model as found on disk: its configuration and its tensors, under the names that this package uses.
 
-Every form of OpenELM weights becomes a `Source`; what is loaded or written afterwards knows nothing of where it came
-from.
+Weights in every supported format become a `Source`; the code that loads or writes it does not depend on the format.
 """
 
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from ..tensors import LazyTensor
 Tensor = LazyTensor | PackedTensor
 
 _VOCABULARY = ("transformer.token_embeddings.weight", "lm_head.weight")
-LARGEST_PADDING = 512  # rows; CoreNet fills a vocabulary up to a multiple of 128
+LARGEST_PADDING = 512  # rows; CoreNet pads a vocabulary to a multiple of 128
 
 
 @dataclass(frozen=True)
@@ -26,16 +25,16 @@ class Source:
     """A model whose tensors are still on disk.
 
     Raises:
-        WeightsError: if tensors are missing, unexpected or of another shape than the configuration asks for.
+        WeightsError: if tensors are missing, unexpected or not of the shape that the configuration requires.
     """
 
     config: OpenELMConfig
     tensors: dict[str, Tensor]
-    name: str  # what to call it in messages and in the model card
-    folder: Path | None = None  # where a tokenizer may lie
-    named_vocab_size: int | None = None  # rows that stand for tokens, where more may follow as padding
+    name: str  # for messages and the model card
+    folder: Path | None = None  # may contain a tokenizer
+    named_vocab_size: int | None = None  # rows that are tokens, if more rows may follow as padding
     is_chat: bool = False
-    is_converted: bool = False  # written by this package: a tokenizer that is not there was left out on purpose
+    is_converted: bool = False  # written by this package: a missing tokenizer was left out on purpose
 
     def __post_init__(self) -> None:
         check_tensors(self.tensors, parameter_shapes(self.config))
@@ -46,15 +45,15 @@ class Source:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def with_vocabulary(self, vocab_size: int) -> "Source":
-        """The model without the rows that fill its vocabulary up behind `vocab_size`.
+        """The model without the padding rows of its vocabulary, which follow the first `vocab_size` rows.
 
         Raises:
-            ConfigError: if so many rows would go that they cannot be padding.
+            ConfigError: if there are fewer rows than that, or too many more to be padding.
         """
         rows = self.config.vocab_size
         if not 0 <= rows - vocab_size < LARGEST_PADDING:
             raise ConfigError(
-                f"{self.name} has a vocabulary of {rows:,} entries and the tokenizer one of {vocab_size:,}"
+                f"the vocabulary of {self.name} has {rows:,} entries, but the tokenizer has {vocab_size:,}"
             )
         tensors = dict(self.tensors)
         for name in _VOCABULARY:
@@ -70,14 +69,14 @@ def make_source(
     has_padding: bool = False,
     **about: Any,
 ) -> Source:
-    """A source of tensors as they stand in a file; packed matrices are put together.
+    """A source from tensors as stored in a file; the parts of each quantized matrix are joined.
 
     Args:
-        quantization: the entry of that name in a `config.json`.
-        has_padding: whether the vocabulary may have more rows than the configuration says, as CoreNet's have.
-        about: the descriptive fields of `Source`.
+        quantization: the `quantization` entry of a `config.json`.
+        has_padding: whether the vocabulary may have more rows than the configuration says, as in CoreNet.
+        about: the other fields of `Source`.
     Raises:
-        WeightsError, ConfigError, QuantizationError: if the parts do not belong together.
+        WeightsError, ConfigError, QuantizationError: if the tensors, configuration and quantization do not match.
     """
     embedding = tensors.get(_VOCABULARY[0])
     if has_padding and embedding is not None and embedding.shape[0] > config.vocab_size:
@@ -87,19 +86,21 @@ def make_source(
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Make sure that exactly the expected tensors are there, in the expected shapes.
+    """Make sure that `found` has exactly the expected tensors, in the expected shapes.
 
     Raises:
-        WeightsError: naming what is missing, unexpected, or of another shape, with both shapes.
+        WeightsError: naming the tensors that are missing or unexpected, or one of the wrong shape, with both shapes.
     """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
-        parts = [f"{kind} {shorten(names)}" for kind, names in (("miss", missing), ("also hold", unexpected)) if names]
-        raise WeightsError(f"weights and configuration do not belong together: the weights {' and '.join(parts)}")
+        parts = [
+            f"{kind}: {shorten(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
+        ]
+        raise WeightsError(f"weights do not match the configuration; {'; '.join(parts)}")
     for name, shape in expected.items():
         if found[name].shape != shape:
-            raise WeightsError(f"{name} has the shape {found[name].shape}; its configuration asks for {shape}")
+            raise WeightsError(f"{name} has shape {found[name].shape}; the configuration requires {shape}")
 
 
 def _first_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Every replacement of a file or folder of the user; `output` says by which rules."""
+"""Safe replacement of the user's files and folders; the rules are in `output`."""

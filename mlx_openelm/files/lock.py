@@ -1,8 +1,8 @@
-"""Locks against other writers, and the removal of what killed ones left.
+"""Locks against concurrent writers, and cleanup after killed ones.
 
-Every output has a lock of its own, whoever writes it and wherever it lies. A lock is an empty file on which the holder
-has an advisory lock of the system, so that it ends with the process, whatever ends that; the file holds the process
-number for the message that others get.
+Every output has its own lock, whichever process writes it and wherever it is. A lock is a small file on which the
+holder takes an advisory lock of the operating system, so it is released when the process ends for any reason. It
+contains the process id of the holder, for the error message that other processes show.
 """
 
 import errno
@@ -18,20 +18,20 @@ from .manifest import UNFINISHED, foreign, remove_unfinished, remove_written
 from .names import aside_name, identity, leftovers, lock_name, reported, resolved
 from .rename import rename_new
 
-_FOLDER_LOCK = ".openelm-mlx.lock"  # in a folder that a process adds to
-_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # of some network file systems
+_FOLDER_LOCK = ".openelm-mlx.lock"  # in a folder to which a process adds files
+_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # from some network file systems
 
 
 @contextmanager
 def lock(path: str | Path) -> Iterator[Path]:
-    """Keep other writers from a path while the block runs; gives where its links lead.
+    """Lock a path against other writers while the block runs; yields the path with its links resolved.
 
-    What a killed process left beside the path is removed, or put back if it was moved away and its successor had not
-    arrived.
+    Files that a killed process left beside the path are removed first. If that process was killed between moving the
+    old content away and moving the new content in, the content is put back.
 
     Raises:
-        OutputLockedError: if somebody else holds the lock, in this process or another.
-        OutputError: if the folder above cannot be written to.
+        OutputLockedError: if another holder has the lock, in this process or another one.
+        OutputError: if the parent folder is not writable.
     """
     target = resolved(path)
     with _parents(Path(path), target), _hold(Path(path), lock_name(target)):
@@ -43,25 +43,25 @@ def lock(path: str | Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class LockedFolder:
-    """A folder to which this process alone adds; `lock_folder` makes it."""
+    """A folder to which only this process adds files; created by `lock_folder`."""
 
-    name: Path  # as it was given, for messages
-    path: Path  # where its links lead
+    name: Path  # as the caller gave it, for messages
+    path: Path  # with its links resolved
 
 
 @contextmanager
 def lock_folder(folder: str | Path, *subfolders: str) -> Iterator[LockedFolder]:
-    """Keep other processes from adding to a folder while the block runs; it is made if it does not exist.
+    """Lock a folder while the block runs, so that no other process adds files to it; it is created if missing.
 
     Args:
-        subfolders: what killed processes left is removed from these too.
+        subfolders: names of subfolders; leftovers of killed processes are removed from these too.
     Raises:
-        OutputLockedError: if somebody else holds the lock, in this process or another.
-        OutputError: if the folder cannot be written to.
+        OutputLockedError: if another holder has the lock, in this process or another one.
+        OutputError: if the folder is not writable.
     """
     target = resolved(folder)
     if target.exists() and not target.is_dir():
-        raise OutputError(f"{folder} is a file; a folder is needed here")
+        raise OutputError(f"{folder} is a file; expected a folder")
     with _parents(Path(folder), target / _FOLDER_LOCK), _hold(Path(folder), target / _FOLDER_LOCK):
         with reported(Path(folder)):
             for inner in (target, *(target / name for name in subfolders)):
@@ -72,7 +72,7 @@ def lock_folder(folder: str | Path, *subfolders: str) -> Iterator[LockedFolder]:
 
 @contextmanager
 def _parents(name: Path, target: Path) -> Iterator[None]:
-    """The folders above a path; those that had to be made and are empty afterwards are removed."""
+    """Create missing parent folders of a path; on exit, remove those created here that are still empty."""
     missing = []
     folder = target.parent
     try:
@@ -110,19 +110,19 @@ def _hold(name: Path, lock_file: Path) -> Iterator[None]:
     finally:
         for descriptor in signed:
             with suppress(OSError):
-                # While it is held: who has opened it already will see that it is gone.
+                # Unlink while the lock is held: a process that has the file open will notice that it is gone.
                 if os.path.samestat(os.fstat(descriptor), os.lstat(lock_file)):
                     os.unlink(lock_file)
         held.release()
 
 
 def _sign(name: Path, lock_file: Path, descriptor: int) -> None:
-    """Write the process number into a lock file, unless the name leads to a file that is none."""
+    """Write the process id into a lock file; refuse a file under its name that is not a lock."""
     found = os.fstat(descriptor)
     content = os.pread(descriptor, 20, 0)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or not (content.isdigit() or not content):
-        raise OutputError(f"{name} cannot be written: {lock_file} is not a lock; move it away")
-    with suppress(OSError):  # on a full disk nobody learns the number
+        raise OutputError(f"{name} cannot be written: {lock_file} is not a lock file; move it away")
+    with suppress(OSError):  # on a full disk, others do not learn the process id
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
 
@@ -135,7 +135,7 @@ def _holder(lock_file: Path) -> int | None:
 
 
 def _clear_all(folder: Path) -> None:
-    """Remove from a folder what killed writers left of any target; those that still write are told by their locks."""
+    """Remove leftovers of killed writers from a folder, for every target that no running writer has locked."""
     for target, left in leftovers(folder).items():
         with suppress(OutputError), _hold(target, lock_name(target)):
             for kind, path in left:
@@ -143,14 +143,14 @@ def _clear_all(folder: Path) -> None:
 
 
 def _clear(kind: str, left: Path, target: Path) -> None:
-    """Remove or put back one thing that was left beside a target; the caller holds the target's lock.
+    """Remove or restore one leftover beside a target; the caller holds the target's lock.
 
-    A file is always the beginning of new content. A folder without `UNFINISHED` is whole: new content, or the old one
-    that it was exchanged for; if the target is missing, it is put there.
+    A leftover file is always incomplete new content. A folder without `UNFINISHED` is complete: it is the new content,
+    or the old content after the exchange. If the target is missing, the folder is renamed to the target.
     """
     with suppress(OSError):
         if kind == "lock":
-            return  # whoever held it removes it
+            return  # removed by whoever held it
         if not left.is_dir():
             os.unlink(left)
         elif kind == "old":

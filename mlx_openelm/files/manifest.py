@@ -1,6 +1,7 @@
-"""What this package wrote into a folder, so that nothing else is ever replaced or removed with it.
+"""Manifests: a record of what this package wrote into a folder, so that nothing else is ever replaced or removed.
 
-A finished folder lists its files with a signature of each. One that is being written bears a mark until it is whole.
+The manifest of a complete folder lists its files with a signature of each. A folder that is still being written
+contains a marker file, `UNFINISHED`.
 """
 
 import json
@@ -17,13 +18,13 @@ from ..version import __version__
 
 MANIFEST = ".openelm-mlx.json"
 UNFINISHED = ".openelm-mlx.unfinished"
-_CLUTTER = {".DS_Store"}  # macOS puts it into every folder that is looked at
+_CLUTTER = {".DS_Store"}  # macOS creates it in every folder opened in Finder
 _LONGEST_MANIFEST = 1 << 24  # bytes
 _BLOCK_BYTES, _BLOCKS = 1 << 16, 16
 
 
 def write_manifest(folder: Path) -> None:
-    """List all files of a folder."""
+    """Write the manifest of a folder, which lists all its files."""
     files = {str(path.relative_to(folder)): _signature(path) for path in _files(folder) if path.name != UNFINISHED}
     values = {"openelm_mlx_version": __version__, "files": files}
     (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -39,7 +40,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def foreign(folder: Path) -> Iterator[str]:
-    """What lies in a folder and is not as this package wrote it, by name."""
+    """Relative names of what this package did not write into a folder, or what changed since."""
     listed = _read_manifest(folder)
     folders = {parent for name in listed for parent in Path(name).parents}
     for path in _files(folder):
@@ -55,7 +56,7 @@ def foreign(folder: Path) -> Iterator[str]:
 
 
 def _is_unchanged(path: Path, mark: object) -> bool:
-    """Whether a file still is as it was listed. Of a large one the time of its last change has to be the same too."""
+    """Whether a file still matches its manifest entry; for a large file, the modification time must match too."""
     found = _signature(path)
     if not isinstance(mark, dict) or not found or found["bytes"] > _BLOCK_BYTES * _BLOCKS:
         return bool(found) and found == mark
@@ -63,7 +64,7 @@ def _is_unchanged(path: Path, mark: object) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files and links below a folder, and the folders in which there is nothing."""
+    """All files and links below a folder, and all empty folders."""
     waiting = [folder]
     while waiting:
         with os.scandir(waiting.pop()) as found:
@@ -76,7 +77,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _signature(path: Path) -> dict[str, Any]:
-    """Size of a regular file, time of its last change, and a hash of it, or of blocks spread over a large one."""
+    """Size, modification time and hash of a regular file; of a large file, only blocks spread over it are hashed."""
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode):
         return {}
@@ -89,7 +90,7 @@ def _signature(path: Path) -> dict[str, Any]:
 
 
 def flush(folder: Path) -> None:
-    """Have the system put all files of a folder on disk."""
+    """Flush all files of a folder to disk (fsync)."""
     for path in _files(folder):
         if path.is_file():
             _sync(path)
@@ -97,7 +98,7 @@ def flush(folder: Path) -> None:
 
 
 def flush_entry(path: Path) -> None:
-    """Have the system put the name of a file or folder on disk."""
+    """Flush the directory entry of a file or folder to disk (fsync)."""
     _sync(path.parent)
 
 
@@ -110,12 +111,12 @@ def _sync(path: Path) -> None:
 
 
 def touch(path: Path) -> None:
-    """Make an empty file that does not exist yet."""
+    """Create an empty file; fails if it exists."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove a folder that bears `UNFINISHED`, this last, so that it can be told as long as something is there."""
+    """Remove a folder that contains `UNFINISHED`; the marker goes last, so that the folder stays recognizable."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
@@ -128,7 +129,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def remove_written(folder: Path) -> None:
-    """Remove the listed files of a folder, then the list, then the folder if nothing else is in it."""
+    """Remove the listed files of a folder, then the manifest, then the folder if it is empty."""
     listed = _read_manifest(folder)
     folders = set()
     for path in list(_files(folder)):

@@ -1,4 +1,4 @@
-"""Paths of outputs, what tells whether they changed, and the names beside them that are used while they are written."""
+"""Paths of outputs, how a change of one is detected, and the temporary names beside it during a write."""
 
 import errno
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ..errors import OutputError
 
-_LONGEST_NAME = 150  # bytes of a target's name that temporary names repeat; file systems allow 255 in all
+_LONGEST_NAME = 150  # bytes of a target's name to repeat in temporary names; file systems allow 255 in total
 
 
 def resolved(path: str | Path) -> Path:
-    """An absolute path without links and `..`, whether it exists or not.
+    """The absolute path without links or `..`; it need not exist.
 
     Raises:
         OutputError: if links form a loop, or the path cannot be resolved.
@@ -34,7 +34,10 @@ def resolved(path: str | Path) -> Path:
 
 
 def identity(path: Path, content: bool = True) -> tuple[int, ...] | None:
-    """What tells whether a path still leads to the same file or folder, and a file, to the same content."""
+    """A key that stays equal while a path leads to the same file or folder; `None` if nothing exists there.
+
+    The key is device and inode and, for a regular file unless `content` is false, size and modification time.
+    """
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -45,7 +48,7 @@ def identity(path: Path, content: bool = True) -> tuple[int, ...] | None:
 
 @contextmanager
 def reported(name: Path, within: Path | None = None) -> Iterator[None]:
-    """Failures of the system as an `OutputError` that names the output, and the file if it lies elsewhere."""
+    """Turn an `OSError` into an `OutputError` that names the output, and the file if that is outside `within`."""
     try:
         yield
     except OSError as error:
@@ -56,15 +59,15 @@ def reported(name: Path, within: Path | None = None) -> Iterator[None]:
 
 
 def lock_name(target: Path) -> Path:
-    """The file that whoever writes to a target holds a lock on."""
+    """The lock file of a target."""
     return target.with_name(f".{_stem(target)}.openelm-mlx.lock")
 
 
 def aside_name(target: Path, kind: str) -> Path:
-    """A name beside a target that nobody can foresee.
+    """An unpredictable temporary name beside a target.
 
     Args:
-        kind: `new` for content that has yet to take its place (or to go back there), `old` for what is being removed.
+        kind: `new` for content about to be renamed to the target (or back to it), `old` for content being removed.
     """
     return target.with_name(f".{_stem(target)}.openelm-mlx-{kind}-{secrets.token_hex(8)}")
 
@@ -75,17 +78,17 @@ _SHORTENED = re.compile(r".+~[0-9a-f]{16}", re.DOTALL)
 
 
 def leftovers(folder: Path, target: Path | None = None) -> dict[Path, list[tuple[str, Path]]]:
-    """What writers have beside their targets now, or left there: kind (`new`, `old` or `lock`) and path, by target.
+    """What current and killed writers keep beside their targets: kind (`new`, `old` or `lock`) and path, by target.
 
     Args:
-        target: the one to look for; by default all, except those whose names are too long to be told.
+        target: the only target to look for; by default all, except those whose names were too long to be kept in full.
     """
     found: dict[Path, list[tuple[str, Path]]] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             aside, lock = _ASIDE.fullmatch(entry.name), _LOCK.fullmatch(entry.name)
             match = aside or lock
-            if match is None or entry.is_symlink():  # links are not ours
+            if match is None or entry.is_symlink():  # we never create links
                 continue
             if target is not None and match[1] == _stem(target):
                 place = target
@@ -98,7 +101,7 @@ def leftovers(folder: Path, target: Path | None = None) -> dict[Path, list[tuple
 
 
 def _stem(target: Path) -> str:
-    """A target's name, or the beginning of a long one with a hash of it."""
+    """A target's name; a long name is cut, with a hash of it appended."""
     raw = os.fsencode(target.name)
     if len(raw) <= _LONGEST_NAME:
         return target.name

@@ -1,11 +1,11 @@
-"""Writing without loss: new content is written aside under a lock, then renamed, so that old or new is always there.
+"""Safe writing: new content is written aside under a lock, then renamed, so that the old or the new always exists.
 
-* Links are resolved first: what is written is where they lead.
+* Links are resolved first: the target of a link is replaced, not the link.
 * A folder lists what was written into it (`manifest`). It is replaced or removed only if all its files are listed and
-  unchanged, and never if a source of the operation or the current folder lies in it.
-* What was not there at the start is not replaced at the end.
-* Temporary names are unpredictable and lie beside the target. The next process that locks the target removes what a
-  killed one left, or puts it back (`lock`).
+  unchanged, and never if it contains a source of the operation or the current folder.
+* If the target did not exist at the start, nothing is replaced at the end.
+* Temporary names are unpredictable and are created beside the target. The next process that locks the target removes
+  the leftovers of a killed one, or puts them back (`lock`).
 """
 
 import os
@@ -33,36 +33,36 @@ from .rename import exchange, rename_new
 
 
 class OutputFile:
-    """A file that nobody else may write; `output_file` makes it."""
+    """An output file that this process has locked; created by `output_file`."""
 
     def __init__(self, name: Path, target: Path, overwrite: bool):
         self.name = name
         self.path = target
         self._found = identity(target)
         if target.is_dir():
-            raise OutputError(f"{name} is a folder; a file is needed here")
+            raise OutputError(f"{name} is a folder; expected a file")
         if self._found is not None and not stat.S_ISREG(os.lstat(target).st_mode):
-            raise OutputError(f"{name} is not a regular file, and only those are replaced")
+            raise OutputError(f"{name} is not a regular file; only regular files can be replaced")
         if self._found is not None and not overwrite:
             raise OutputExistsError(name)
 
     def protect(self, *sources: str | Path | None) -> None:
-        """Make sure that the file is none that the operation reads.
+        """Make sure that the operation does not read this file.
 
         Raises:
-            OutputError: if it is one of the sources.
+            OutputError: if the file is one of the sources.
         """
         for source in _existing(sources):
             if self._found is not None and source.samefile(self.path):
                 raise OutputError(f"{self.name} is also an input; choose another `output`")
 
     def write(self, content: str | bytes) -> None:
-        """Write the whole content at once; see `replaced`."""
+        """Write the whole content; see `replaced`."""
         with self.replaced() as file:
             file.write(content.encode() if isinstance(content, str) else content)
 
     def remove(self) -> None:
-        """Remove the file, unless another one has taken its place."""
+        """Remove the file, unless it was replaced by another one."""
         with reported(self.name):
             if self._found is not None and identity(self.path, content=False) == self._found[:2]:
                 os.unlink(self.path)
@@ -70,10 +70,10 @@ class OutputFile:
 
     @contextmanager
     def replaced(self) -> Iterator[BinaryIO]:
-        """A file to write the new content to. It takes its place when the block is done; if that fails, it goes.
+        """Yield a temporary file for the new content, renamed to the target after the block; removed on failure.
 
         Raises:
-            OutputError: if it cannot be written, or somebody else has changed the file in the meantime.
+            OutputError: if it cannot be written, or another process has changed the file in the meantime.
         """
         aside = aside_name(self.path, "new")
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
@@ -98,7 +98,7 @@ class OutputFile:
 
 
 class OutputFolder:
-    """A folder that nobody else may write; `output_folder` makes it."""
+    """An output folder that this process has locked; created by `output_folder`."""
 
     def __init__(self, name: Path, target: Path, overwrite: bool):
         self.name = name
@@ -109,7 +109,7 @@ class OutputFolder:
         if not overwrite:
             raise OutputExistsError(name)
         if not target.is_dir():
-            raise OutputError(f"{name} is not a folder; a folder is needed here")
+            raise OutputError(f"{name} is not a folder; expected a folder")
         with suppress(FileNotFoundError):  # the current folder was deleted
             if _lies_in(Path.cwd(), target):
                 raise OutputError(f"replacing {name} would remove the current folder; choose another `output`")
@@ -119,7 +119,7 @@ class OutputFolder:
         """Make sure that replacing the folder does not remove what the operation reads.
 
         Raises:
-            OutputError: if a source, or a file that a link in it leads to, lies in the folder that would be replaced.
+            OutputError: if a source, or the target of a link in a source, is inside the folder to be replaced.
         """
         for source in _existing(sources) if self._found is not None else ():
             for entry in (source, *(source.iterdir() if source.is_dir() else ())):
@@ -130,12 +130,12 @@ class OutputFolder:
 
     @contextmanager
     def replaced(self, durable: bool = False) -> Iterator[Path]:
-        """A folder to write the new content into. It takes its place when the block is done; if that fails, it goes.
+        """Yield a temporary folder for the new content, renamed to the target after the block; removed on failure.
 
         Args:
-            durable: have it on disk before the block is left, because something else is given up for it.
+            durable: flush a new folder to disk too, because the caller then removes something that it supersedes.
         Raises:
-            OutputError: if it cannot be written, or somebody else has changed the folder in the meantime.
+            OutputError: if it cannot be written, or another process has changed the folder in the meantime.
         """
         aside = aside_name(self.path, "new")
         own: tuple[int, ...] | None = None
@@ -162,7 +162,7 @@ class OutputFolder:
                     remove_unfinished(aside)
 
     def _exchange(self, aside: Path) -> None:
-        """Put the new content where the old one is, and remove that."""
+        """Exchange the old content for the new, then remove the old."""
         os.chmod(aside, stat.S_IMODE(os.lstat(self.path).st_mode))
         if identity(self.path) != self._found:
             raise _changed(self.name)
@@ -177,20 +177,20 @@ class OutputFolder:
     def _check_foreign(self) -> None:
         if names := list(islice(foreign(self.path), 4)):
             raise OutputError(
-                f"{self.name} cannot be replaced: openelm-mlx did not write {', '.join(names)}, or it was "
+                f"{self.name} cannot be replaced: openelm-mlx did not write {', '.join(names)}, or the content "
                 "changed since; choose another `output`"
             )
 
 
 @contextmanager
 def output_file(path: str | Path, *, overwrite: bool = False) -> Iterator[OutputFile]:
-    """A file to be written, locked against other processes until the block is left.
+    """A file to write, locked against other writers while the block runs.
 
     Args:
-        path: a link is followed; folders above are made, and removed again if the file does not come about.
+        path: links are followed; parent folders are created, and removed again if the file is not written.
         overwrite: whether an existing file may be replaced.
     Raises:
-        OutputExistsError: if it exists and may not be replaced.
+        OutputExistsError: if the file exists and may not be replaced.
         OutputLockedError: if another process is writing it.
         OutputError: if it is not a regular file, or cannot be written.
     """
@@ -202,13 +202,13 @@ def output_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Output
 
 @contextmanager
 def output_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[OutputFolder]:
-    """A folder to be written, locked against other processes until the block is left.
+    """A folder to write, locked against other writers while the block runs.
 
     Args:
-        path: a link is followed; folders above are made, and removed again if the folder does not come about.
+        path: links are followed; parent folders are created, and removed again if the folder is not written.
         overwrite: whether a folder that this package wrote may be replaced.
     Raises:
-        OutputExistsError: if it exists and may not be replaced.
+        OutputExistsError: if the folder exists and may not be replaced.
         OutputLockedError: if another process is writing it.
         OutputError: if replacing it would remove anything that this package did not write, or it cannot be written.
     """
@@ -219,15 +219,15 @@ def output_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Outp
 
 
 def write_file(path: str | Path, content: str | bytes, *, overwrite: bool = False) -> None:
-    """Write a whole file at once; see `output_file`."""
+    """Write a whole file; see `output_file`."""
     with output_file(path, overwrite=overwrite) as output:
         output.write(content)
 
 
 def remove_folder(folder: Path) -> bool:
-    """Remove a folder if this package wrote all that is in it and nothing was changed since; whether it was removed.
+    """Remove a folder if this package wrote all of its content and nothing changed since; returns whether it did.
 
-    It disappears at once: a killed process leaves no half of it.
+    The folder is renamed first, so a killed process never leaves it half removed under its own name.
 
     Raises:
         OutputError: if the folder cannot be read or renamed.
@@ -238,13 +238,13 @@ def remove_folder(folder: Path) -> bool:
     with reported(folder):
         gone = aside_name(folder, "old")
         rename_new(folder, gone)
-    with suppress(OSError):  # the next process that locks the folder above does it
+    with suppress(OSError):  # the next process that locks the parent folder removes it
         remove_written(gone)
     return True
 
 
 def move_away(path: Path, name: str) -> Path:
-    """Rename a file or folder within its folder, with a number behind `name` if that is taken; where it is now.
+    """Rename a file or folder to `name` in the same parent, with a number appended if taken; returns the new path.
 
     Raises:
         OutputError: if it cannot be renamed.
@@ -262,7 +262,7 @@ def move_away(path: Path, name: str) -> Path:
 
 
 def _put(aside: Path, target: Path, name: Path) -> None:
-    """Rename what was written to a target that did not exist at the start."""
+    """Rename the new content to a target that did not exist at the start."""
     try:
         rename_new(aside, target)
     except FileExistsError:
@@ -270,11 +270,11 @@ def _put(aside: Path, target: Path, name: Path) -> None:
 
 
 def _changed(name: Path) -> OutputError:
-    return OutputError(f"another process wrote {name} in the meantime; it was left as it is")
+    return OutputError(f"another process wrote {name} in the meantime; it was not replaced")
 
 
 def _existing(sources: tuple[str | Path | None, ...]) -> Iterator[Path]:
-    """The sources that are files or folders on this machine."""
+    """The sources that are existing files or folders."""
     for source in sources:
         with suppress(OSError):  # a name too long for a path
             if source and Path(source).exists():
@@ -282,5 +282,5 @@ def _existing(sources: tuple[str | Path | None, ...]) -> Iterator[Path]:
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or lies in it."""
+    """Whether a path is the folder or is inside it."""
     return any(place.exists() and place.samefile(folder) for place in (path, *path.parents))

@@ -1,4 +1,4 @@
-"""Renames that replace nothing by mistake, by the system calls of Linux and macOS where there are any."""
+"""Renames that never replace anything by mistake, with the system calls of Linux and macOS where available."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ def rename_new(old: Path, new: Path) -> None:
     """Rename a file or folder.
 
     Raises:
-        FileExistsError: if there is something under the new name.
+        FileExistsError: if the new name is taken.
     """
     if _rename_with_flag(old, new, "exclusive"):
         return
@@ -29,11 +29,11 @@ def rename_new(old: Path, new: Path) -> None:
             return
     if os.path.lexists(new):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
-    os.rename(old, new)  # of folders, fails by itself unless `new` is missing or empty
+    os.rename(old, new)  # for folders, fails unless `new` is missing or empty
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Let two folders change places: at once where the system can, else by two renames that can be undone."""
+    """Exchange two folders: atomically where the system supports it, otherwise with renames that can be undone."""
     if _rename_with_flag(one, other, "exchange"):
         return
     aside = aside_name(other, "new")
@@ -47,7 +47,7 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def _rename_with_flag(old: Path, new: Path, flag: str) -> bool:
-    """Rename with a flag, by the system call of Linux or macOS; false if the system or file system has none."""
+    """Rename with a flag of the Linux or macOS system call; false if the system or file system has no such call."""
     import ctypes
 
     rename, flags = _system_rename()
@@ -61,7 +61,7 @@ def _rename_with_flag(old: Path, new: Path, flag: str) -> bool:
 
 @cache
 def _system_rename() -> tuple[Callable[[bytes, bytes, int], int] | None, dict[str, int]]:
-    """The call, and its flags from <linux/fs.h> and <sys/stdio.h>."""
+    """The system call and its flags, from <linux/fs.h> and <sys/stdio.h>; `None` if there is no such call."""
     import ctypes
 
     library = ctypes.CDLL(None, use_errno=True)

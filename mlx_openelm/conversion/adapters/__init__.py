@@ -1,1 +1,1 @@
-"""Adapters in the forms of PEFT, mlx-lm and CoreNet."""
+"""Adapters in the formats of PEFT, mlx-lm and CoreNet."""

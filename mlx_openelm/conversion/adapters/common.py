@@ -1,4 +1,4 @@
-"""What adapters of every form have in common: which matrices they may be on, and one scale for all of them."""
+"""Code shared by all adapter formats: which matrices may have an adapter, and one common scale."""
 
 import math
 import re
@@ -17,23 +17,23 @@ _PATH = re.compile(rf"transformer\.({EMBEDDING_TARGET}|layers\.\d+\.(attn\.(qkv_
 
 
 def check_path(path: str) -> None:
-    """Make sure that a matrix is one that may have an adapter here.
+    """Make sure that the matrix at `path` may have an adapter.
 
     Raises:
-        AdapterError: if it is another one, such as `lm_head`.
+        AdapterError: if it may not, such as `lm_head`.
     """
     if not _PATH.fullmatch(path):
         raise AdapterError(
-            f"there is an adapter on {path}; an OpenELM has them on {EMBEDDING} and on qkv_proj, out_proj, proj_1 and "
-            "proj_2 of its layers"
+            f"there is an adapter on {path}; OpenELM supports adapters on {EMBEDDING} and on qkv_proj, out_proj, "
+            "proj_1 and proj_2 of the layers"
         )
 
 
 def check_pairs(tensors: Mapping[str, mx.array]) -> None:
-    """Make sure that each `lora_a` has a `lora_b` of its rank, and that nothing stands alone.
+    """Make sure that `lora_a` (inputs, rank) and `lora_b` (rank, outputs) come in pairs of equal rank.
 
     Raises:
-        AdapterError: naming what is missing or does not fit.
+        AdapterError: naming the missing tensor, or the shapes that do not match.
     """
     for name in tensors:
         path, _, _ = name.rpartition(".")
@@ -42,14 +42,17 @@ def check_pairs(tensors: Mapping[str, mx.array]) -> None:
             raise AdapterError(f"the adapter is incomplete: {path} has no {missing[0]}")
         a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-            raise AdapterError(f"{path} has matrices of {a.shape} and {b.shape}, which have no product")
+            raise AdapterError(f"{path} has matrices of shapes {a.shape} and {b.shape}, which cannot be multiplied")
 
 
 def with_one_scale(tensors: Mapping[str, mx.array], scales: Mapping[str, float]) -> tuple[dict[str, mx.array], float]:
-    """The commonest of the scales, and tensors that mean the same under it: others are multiplied into `lora_b`.
+    """Replace the scales of all paths by the most common one, which leaves the adapter's output unchanged.
 
     Args:
-        scales: of each path; none is zero.
+        tensors: adapter tensors by name.
+        scales: scale of each path; not zero.
+    Returns:
+        The tensors, with any difference in scale multiplied into `lora_b` (in float32), and the common scale.
     """
     values = list(scales.values())
     common = max(dict.fromkeys(values), key=values.count)
@@ -61,7 +64,7 @@ def with_one_scale(tensors: Mapping[str, mx.array], scales: Mapping[str, float])
 
 
 def with_vocabulary(adapter: SavedAdapter, vocab_size: int) -> SavedAdapter:
-    """An adapter without the rows that fill its vocabulary up behind `vocab_size`, as CoreNet's have them."""
+    """The adapter without the padding rows of CoreNet's vocabulary, which follow the first `vocab_size` rows."""
     name = f"{EMBEDDING}.lora_a"
     if name not in adapter.tensors or not 0 < adapter.tensors[name].shape[0] - vocab_size < LARGEST_PADDING:
         return adapter
@@ -69,10 +72,10 @@ def with_vocabulary(adapter: SavedAdapter, vocab_size: int) -> SavedAdapter:
 
 
 def check_number(name: str, value: Any) -> float:
-    """A positive number.
+    """The value as a float.
 
     Raises:
-        AdapterError: if it is something else.
+        AdapterError: if it is not a positive finite number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise AdapterError(f"{name} must be a positive number; got {value!r}")

@@ -1,7 +1,7 @@
-"""Fine-tuning checkpoints of CoreNet: a model whose matrices lie under `base_layer`, and its adapter beside them.
+"""Fine-tuning checkpoints of CoreNet: a model whose matrices are named `base_layer`, and the tensors of its adapter.
 
-Its code is adapted from PEFT's. The rank follows from the shapes. Alpha does not: it stands in the training
-configuration, `model.lora.config`, for matrices whose name a regular expression matches.
+CoreNet's adapter code derives from PEFT's. The rank follows from the shapes, but alpha does not: the training
+configuration sets it in `model.lora.config`, for all matrices whose name matches a regular expression.
 """
 
 import math
@@ -32,18 +32,18 @@ _PARTS = {
     "lora_magnitude_vector": MAGNITUDE,
 }
 _IGNORED_KEYS = {
-    "adapter_name": "the tensors carry it",
-    "init_lora_weights": "how training began; each way leaves the base as it was",
+    "adapter_name": "part of the tensor names",
+    "init_lora_weights": "initialization of training; no value changes the base",
 }
 
 
 class AlphaWarning(UserWarning):
-    """An adapter does not say how much it counts, so the usual is assumed."""
+    """A checkpoint does not contain the alpha of its adapter, so the rank is assumed."""
 
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """What a training configuration says of the matrices whose name its regular expression matches."""
+    """Settings of a training configuration for the matrices whose name matches `regex`."""
 
     regex: str
     rank: int
@@ -54,22 +54,22 @@ class LoRASettings:
 
     @property
     def scale(self) -> float:
-        """What the product of both matrices is multiplied by."""
+        """Factor of the product of both matrices."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 def read_fine_tuned(
     path: Path, config: str | Path | None = None, alpha: float | None = None
 ) -> tuple[Source, SavedAdapter]:
-    """The model and the adapter in a fine-tuning checkpoint.
+    """Open the model and read the adapter of a fine-tuning checkpoint.
 
     Args:
-        config: as for `convert`; a CoreNet YAML file says the adapter's alpha too.
-        alpha: in its place.
+        config: as in `convert`; a CoreNet YAML file also sets the adapter's alpha.
+        alpha: overrides the alpha of `config`.
     Raises:
-        OpenELMError: of the kind that fits, if the file is damaged or contradicts its configuration.
+        OpenELMError: a subclass, if the file is damaged or does not match the configuration.
     Warns:
-        AlphaWarning: if nothing says the adapter's alpha, which is taken to be the rank then.
+        AlphaWarning: if alpha is given nowhere; it is then assumed to be the rank.
     """
     tensors = checkpoint_tensors(path)
     base = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if not _PART.fullmatch(name)}
@@ -78,7 +78,7 @@ def read_fine_tuned(
 
 
 def read_corenet_adapter(path: Path, config: str | Path | None = None, alpha: float | None = None) -> SavedAdapter:
-    """The adapter in a fine-tuning checkpoint; see `read_fine_tuned`."""
+    """Read the adapter of a fine-tuning checkpoint; see `read_fine_tuned`."""
     return _adapter(path, checkpoint_tensors(path), config, alpha)
 
 
@@ -86,7 +86,7 @@ def _adapter(
     path: Path, tensors: Mapping[str, LazyTensor], config: str | Path | None, alpha: float | None
 ) -> SavedAdapter:
     if not holds_adapter(tensors):
-        raise AdapterError(f"{path} holds no adapter: it has no lora_A and no lora_embedding_A")
+        raise AdapterError(f"{path} holds no adapter: it has neither lora_A nor lora_embedding_A")
     try:
         parts = _read_parts(tensors)
         ranks = {name.removesuffix(".lora_a"): a.shape[1] for name, a in parts.items() if name.endswith(".lora_a")}
@@ -115,7 +115,7 @@ def _adapter(
 
 
 def _read_parts(tensors: Mapping[str, LazyTensor]) -> dict[str, mx.array]:
-    """Tensors of the adapter under the names of this package, in its layout."""
+    """The adapter's tensors, with the names and layout of this package."""
     parts, adapter_names = {}, set()
     for name, tensor in tensors.items():
         match = _PART.fullmatch(name)
@@ -124,11 +124,11 @@ def _read_parts(tensors: Mapping[str, LazyTensor]) -> dict[str, mx.array]:
         path, part, adapter_name, _ = match.groups()
         check_path(path)
         if (path == EMBEDDING) != ("embedding" in part):
-            raise AdapterError(f"{name} belongs to a layer of another kind than {path} is")
+            raise AdapterError(f"{name} belongs to another kind of layer than {path}")
         adapter_names.add(adapter_name)
         parts[f"{path}.{_PARTS[part]}"] = tensor.read().T
     if len(adapter_names) > 1:
-        raise AdapterError(f"there are several adapters: {shorten(sorted(adapter_names))}; one can be read")
+        raise AdapterError(f"there are several adapters: {shorten(sorted(adapter_names))}; only one is supported")
     check_pairs(parts)
     return parts
 
@@ -136,21 +136,21 @@ def _read_parts(tensors: Mapping[str, LazyTensor]) -> dict[str, mx.array]:
 def _warn_of_alpha(path: Path, ranks: Mapping[str, int]) -> None:
     values = shorten(str(rank) for rank in sorted(set(ranks.values())))
     warnings.warn(
-        f"{path.name} does not give the alpha of its adapter; assuming the rank, {values}, as in all that "
-        "Apple published; set `alpha`, or `config` to a CoreNet YAML file, to change it",
+        f"{path.name} does not contain the alpha of its adapter; assuming the rank, {values}, as in every "
+        "configuration that Apple published; set `alpha`, or `config` to a CoreNet YAML file, to change it",
         AlphaWarning,
         stacklevel=4,
     )
 
 
 def _read_settings(config: str | Path | None) -> list[LoRASettings]:
-    """The settings in a CoreNet training configuration; none, if it is a configuration of another kind or without."""
+    """The adapter settings of a CoreNet training configuration; empty for any other `config` or if it has none."""
     path = Path(config).expanduser() if config is not None else Path()
     if path.suffix not in (".yaml", ".yml"):
         return []
     import yaml
 
-    section: Any = yaml.safe_load(path.read_text(encoding="utf-8"))  # `read_config` has made sure that this is possible
+    section: Any = yaml.safe_load(path.read_text(encoding="utf-8"))  # `read_config` has already checked the syntax
     for key in ("model", "lora", "config"):
         section = section.get(key) if isinstance(section, dict) else None
     try:
@@ -164,7 +164,7 @@ def _read_entry(entry: Mapping[str, Any]) -> LoRASettings:
     values = dict(entry["params"])
     unknown = values.keys() - {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"} - _IGNORED_KEYS.keys()
     if unknown:
-        raise AdapterError(f"{shorten(sorted(unknown))} is not a known setting")
+        raise AdapterError(f"unknown settings: {shorten(sorted(unknown))}")
     re.compile(entry["regex"])
     return LoRASettings(
         entry["regex"],
@@ -177,20 +177,20 @@ def _read_entry(entry: Mapping[str, Any]) -> LoRASettings:
 
 
 def _settings_of(path: str, rank: int, settings: list[LoRASettings], parts: Mapping[str, mx.array]) -> LoRASettings:
-    """What holds for a matrix; where no configuration says it, the usual.
+    """The settings of a matrix; without a configuration, alpha is the rank.
 
     Raises:
-        AdapterError: if the configuration does not fit the tensors.
+        AdapterError: if the configuration does not match the tensors.
     """
     has_magnitude = f"{path}.{MAGNITUDE}" in parts
     if not settings:
         return LoRASettings("", rank, rank, use_dora=has_magnitude)
     found = next((own for own in settings if re.match(own.regex, path.removeprefix("transformer."))), None)
     if found is None:
-        raise AdapterError(f"{path} has an adapter, and no regex of the configuration matches it")
+        raise AdapterError(f"{path} has an adapter, but no regex of the configuration matches it")
     if found.rank != rank:
-        raise AdapterError(f"{path} has the rank {rank}, and {found.rank} by the configuration")
+        raise AdapterError(f"{path} has rank {rank}, but the configuration says {found.rank}")
     if found.use_dora != has_magnitude:
         kind = "DoRA" if has_magnitude else "LoRA"
-        raise AdapterError(f"{path} has an adapter of {kind}, and use_dora is {found.use_dora} in the configuration")
+        raise AdapterError(f"{path} has a {kind} adapter, but use_dora is {found.use_dora} in the configuration")
     return found

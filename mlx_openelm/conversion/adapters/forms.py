@@ -1,4 +1,4 @@
-"""Adapters in any form: those of this package and of mlx-lm, those of PEFT, and CoreNet's fine-tuning checkpoints."""
+"""Adapters in any supported format: this package and mlx-lm (one format), PEFT, and CoreNet fine-tuning checkpoints."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ FORMS = ("peft", "mlx-lm", "openelm-mlx")
 
 @dataclass(frozen=True)
 class AdapterConversion:
-    """What the conversion of an adapter wrote."""
+    """The result of converting an adapter."""
 
     folder: Path
     form: str
@@ -29,50 +29,52 @@ class AdapterConversion:
 
 
 def open_adapter(path: str | Path, *, vocab_size: int | None = None) -> SavedAdapter:
-    """An adapter in any form.
+    """Read an adapter in any supported format.
 
     Args:
-        path: a folder of this package, of mlx-lm or of PEFT, or a fine-tuning checkpoint of CoreNet.
-        vocab_size: of the model that it is for; rows that fill up CoreNet's vocabulary behind it are left out.
+        path: a folder written by this package, mlx-lm or PEFT, or a CoreNet fine-tuning checkpoint.
+        vocab_size: vocabulary size of the model; padding rows of a CoreNet adapter after it are left out.
     Raises:
-        AdapterError: if it is none of them, damaged, or more than LoRA, DoRA or whole matrices of an OpenELM.
+        AdapterError: if it is none of these, damaged, or more than LoRA, DoRA or whole matrices of an OpenELM.
     Warns:
-        AlphaWarning: for a checkpoint of CoreNet, which does not say its alpha.
+        AlphaWarning: for a CoreNet checkpoint, which does not contain its alpha.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise AdapterError(f"{path} does not exist; an adapter is a folder, or a CoreNet .pt file")
     if path.is_file():
         if path.suffix not in TORCH_SUFFIXES or path.name == peft.OLD_TENSOR_FILE:
-            raise AdapterError(f"{path} is a file; an adapter is the folder of it, or a CoreNet .pt file")
+            raise AdapterError(f"{path} is a file; an adapter is the folder that contains it, or a CoreNet .pt file")
         adapter = read_corenet_adapter(path)
         return adapter if vocab_size is None else with_vocabulary(adapter, vocab_size)
     if (path / TENSOR_FILE).exists():
         return read_adapter(path)
     if peft.is_peft(path):
         return peft.read_peft(path)
-    raise AdapterError(f"{path} holds no adapter: neither {TENSOR_FILE} nor {peft.TENSOR_FILE} is in it")
+    raise AdapterError(f"{path} holds no adapter: neither {TENSOR_FILE} nor {peft.TENSOR_FILE} exists")
 
 
 def convert_adapter(
     adapter: str | Path, output: str | Path, *, to: str = "openelm-mlx", force: bool = False
 ) -> AdapterConversion:
-    """Write an adapter in another form; the folder appears when it is whole.
+    """Convert an adapter to another format; the folder appears only when complete.
 
     Args:
-        adapter: folder of this package, of mlx-lm or of PEFT.
-        to: `peft`, or `mlx-lm` and `openelm-mlx`, which are one form; for the former, ranks are made equal by zeros.
+        adapter: folder written by this package, mlx-lm or PEFT.
+        output: folder to write.
+        to: `peft`, `mlx-lm` or `openelm-mlx`. The last two are one format, but `mlx-lm` pads all ranks with zeros to
+            the largest one.
         force: replace an adapter at `output`.
     Raises:
-        OpenELMError: of the kind that fits; nothing is written then.
+        OpenELMError: a subclass for each kind of failure; nothing is written.
     """
     if to not in FORMS:
         raise ConfigError(f"unknown adapter format {to!r} (choose from {', '.join(FORMS)})")
     path = Path(adapter).expanduser()
     if path.is_file() and path.suffix in TORCH_SUFFIXES:
         raise AdapterError(
-            f"{adapter} is a checkpoint that holds model and adapter; convert it as a model, "
-            "and the adapter is written to a subfolder of the `output`"
+            f"{adapter} is a checkpoint with a model and an adapter; convert it as a model, "
+            "which writes the adapter to a subfolder of `output`"
         )
     folder = Path(output).expanduser()
     with output_folder(folder, overwrite=force) as place:
@@ -88,24 +90,27 @@ def convert_adapter(
 
 
 def _for_mlx_lm(adapter: SavedAdapter) -> tuple[SavedAdapter, tuple[str, ...]]:
-    """An adapter as stock mlx-lm can load it, and where it computes something else with it.
+    """The adapter in a form that stock mlx-lm can load, and warnings where mlx-lm computes something else with it.
 
-    Its loader gives every matrix the same rank and method, and puts both on a tied output too.
+    The loader of mlx-lm uses one rank and one method for all matrices, and applies the adapter of the embedding to a
+    tied output too.
     """
     magnitudes = {path: magnitude for path, (_, magnitude) in adapter.ranks.items()}
     linear = [magnitude for path, magnitude in magnitudes.items() if path != EMBEDDING]
     if any(linear) and not all(linear):
-        raise AdapterError("some matrices have DoRA and others plain LoRA, and mlx-lm has one method for all")
+        raise AdapterError("some matrices have DoRA and others plain LoRA, but mlx-lm supports only one method for all")
     warnings = []
     if EMBEDDING in magnitudes and adapter.base.get("share_input_output_layers", True):
-        warnings.append(f"stock mlx-lm puts the adapter of {EMBEDDING_TARGET} on a tied output too: its results differ")
+        warnings.append(
+            f"stock mlx-lm applies the adapter of {EMBEDDING_TARGET} to a tied output too: its results differ"
+        )
     if magnitudes.get(EMBEDDING) is False and any(linear):
-        warnings.append(f"stock mlx-lm takes plain LoRA on {EMBEDDING_TARGET} beside DoRA for DoRA: its results differ")
+        warnings.append(f"stock mlx-lm treats plain LoRA on {EMBEDDING_TARGET} as DoRA: its results differ")
     return _with_one_rank(adapter), tuple(warnings)
 
 
 def _with_one_rank(adapter: SavedAdapter) -> SavedAdapter:
-    """The same adapter, where columns and rows of zeros make all ranks equal."""
+    """The same adapter with all ranks padded to the largest one, by columns of zeros in A and rows of zeros in B."""
     rank = max((rank for rank, _ in adapter.ranks.values()), default=0)
     tensors = dict(adapter.tensors)
     for path, (own, _) in adapter.ranks.items():

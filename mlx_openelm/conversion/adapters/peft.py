@@ -1,7 +1,7 @@
-"""Adapters in the format of PEFT: `adapter_config.json` and `adapter_model.safetensors`, as of its version 0.21.
+"""Adapters in the format of PEFT 0.21: `adapter_config.json` and `adapter_model.safetensors`.
 
-Its matrices lie the other way round, it names them by their place in the Hugging Face model, and one rank, one alpha
-and one method hold for all, ranks and alphas with exceptions. Under PEFT, too, a tied output reads the base embedding.
+PEFT stores the matrices transposed and names them by their path in the Hugging Face model. One rank, one alpha and one
+method apply to all matrices, with exceptions for ranks and alphas. As here, a tied output uses the base embedding.
 """
 
 import json
@@ -44,53 +44,53 @@ _USED_KEYS = {
     "use_rslora",
 }
 _IGNORED_KEYS = {
-    "auto_mapping": "the class of another library",
-    "corda_config": "how training began, which init_lora_weights says",
-    "eva_config": "how training began, which init_lora_weights says",
-    "exclude_modules": "the tensors say where an adapter is",
+    "auto_mapping": "a class of another library",
+    "corda_config": "initialization, see init_lora_weights",
+    "eva_config": "initialization, see init_lora_weights",
+    "exclude_modules": "follows from the tensors",
     "inference_mode": "whether another library trains it",
-    "layers_pattern": "the tensors say where an adapter is",
-    "layers_to_transform": "the tensors say where an adapter is",
-    "loftq_config": "how training began, which init_lora_weights says",
-    "lora_ga_config": "how training began, which init_lora_weights says",
+    "layers_pattern": "follows from the tensors",
+    "layers_to_transform": "follows from the tensors",
+    "loftq_config": "initialization, see init_lora_weights",
+    "lora_ga_config": "initialization, see init_lora_weights",
     "megatron_config": "how another library splits its work",
     "megatron_core": "how another library splits its work",
     "peft_version": "another library's version",
     "qalora_group_size": "only with use_qalora, which is refused",
-    "revision": "of the base on the hub, which the user names",
+    "revision": "of the base on the hub, which the user chooses",
     "runtime_config": "how another library runs",
-    "target_modules": "the tensors say where an adapter is",
+    "target_modules": "follows from the tensors",
     "task_type": "a head for another task would be in modules_to_save, which is refused",
-    "velora_config": "how another library saves memory in training",
+    "velora_config": "how another library saves memory during training",
 }
-_REFUSED_KEYS = {  # if they are set
-    "alora_invocation_tokens": "the adapter holds only from some tokens on",
-    "arrow_config": "several adapters are mixed",
-    "bias": "biases were trained, and an OpenELM has none",
-    "ensure_weight_tying": "the adapter of the embedding is on a tied output too",
-    "fan_in_fan_out": "the matrices of an OpenELM are (output, input)",
-    "init_lora_weights": "training began with a changed base; PEFT can save this as plain LoRA "
+_REFUSED_KEYS = {  # refused if set, with the reason
+    "alora_invocation_tokens": "the adapter applies only after certain tokens",
+    "arrow_config": "it mixes several adapters",
+    "bias": "biases were trained, but OpenELM has none",
+    "ensure_weight_tying": "the adapter of the embedding is applied to a tied output too",
+    "fan_in_fan_out": "the matrices of OpenELM are (output, input)",
+    "init_lora_weights": "training started from a changed base; PEFT can save the adapter as plain LoRA "
     "(path_initial_model_for_weight_conversion)",
-    "kasa_config": "another method than LoRA and DoRA",
-    "layer_replication": "the model has other layers than its base",
-    "lora_bias": "biases were trained, and an OpenELM has none",
-    "modules_to_save": "whole matrices were trained beside the adapter",
-    "monteclora_config": "another method than LoRA and DoRA",
-    "target_parameters": "adapters on parameters are another method than those on matrices",
-    "trainable_token_indices": "single rows of the embedding were trained beside the adapter",
-    "use_bdlora": "another method than LoRA and DoRA",
-    "use_qalora": "another method than LoRA and DoRA",
+    "kasa_config": "a method other than LoRA and DoRA",
+    "layer_replication": "layers of the base are replicated",
+    "lora_bias": "biases were trained, but OpenELM has none",
+    "modules_to_save": "whole matrices were trained in addition to the adapter",
+    "monteclora_config": "a method other than LoRA and DoRA",
+    "target_parameters": "adapters on parameters are not supported, only those on matrices",
+    "trainable_token_indices": "single rows of the embedding were trained in addition to the adapter",
+    "use_bdlora": "a method other than LoRA and DoRA",
+    "use_qalora": "a method other than LoRA and DoRA",
 }
 _HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica")}
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether a folder holds an adapter of PEFT."""
+    """Whether a folder contains a PEFT adapter."""
     return (folder / TENSOR_FILE).exists() or (folder / OLD_TENSOR_FILE).exists()
 
 
 def read_peft(folder: Path) -> SavedAdapter:
-    """The adapter in a folder of PEFT.
+    """Read a PEFT adapter from its folder.
 
     Raises:
         AdapterError: if it is damaged, or more than LoRA or DoRA on the matrices of an OpenELM.
@@ -120,10 +120,10 @@ def read_peft(folder: Path) -> SavedAdapter:
 
 
 def write_peft(folder: Path, adapter: SavedAdapter) -> None:
-    """Write an adapter as PEFT does, into a folder that exists.
+    """Write an adapter in PEFT's format to an existing folder.
 
     Raises:
-        AdapterError: if PEFT's format cannot hold it.
+        AdapterError: if PEFT's format cannot represent it.
     """
     ranks = adapter.ranks
     _check_writable(adapter)
@@ -163,12 +163,12 @@ def write_peft(folder: Path, adapter: SavedAdapter) -> None:
 
 def _check_keys(values: Mapping[str, Any]) -> None:
     if values.get("peft_type") != "LORA":
-        raise AdapterError(f"peft_type is {values.get('peft_type')!r}; only LORA can be read, with DoRA among it")
+        raise AdapterError(f"peft_type is {values.get('peft_type')!r}; only LORA is supported, which includes DoRA")
     for key, value in values.items():
-        is_unset = value in (None, False, "", [], {})  # what PEFT writes for whatever was not asked for
+        is_unset = value in (None, False, "", [], {})  # what PEFT writes for unused settings
         if is_unset or key in _USED_KEYS or key in _IGNORED_KEYS or value in _HARMLESS.get(key, ()):
             continue
-        reason = _REFUSED_KEYS.get(key, "that is not a known setting, and ignoring it could change the result")
+        reason = _REFUSED_KEYS.get(key, "not a known setting, and ignoring it could change the result")
         raise AdapterError(f"{key} is {value!r}: {reason}")
 
 
@@ -182,7 +182,7 @@ def _read_stored(folder: Path) -> Mapping[str, mx.array]:
 
 
 def _rename(stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Tensors under the names of this package, in its layout."""
+    """The adapter's tensors, with the names and layout of this package."""
     tensors = {}
     for name, tensor in stored.items():
         ending = next((ending for ending in _PARTS if name.endswith(f".{ending}")), None)
@@ -191,31 +191,31 @@ def _rename(stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
         path = name.removeprefix(_PREFIX).removesuffix(f".{ending}")
         check_path(path)
         if (path == EMBEDDING) != ("embedding" in ending) and _PARTS[ending] != MAGNITUDE:
-            raise AdapterError(f"{name} belongs to a layer of another kind than {path} is")
+            raise AdapterError(f"{name} belongs to another kind of layer than {path}")
         tensors[f"{path}.{_PARTS[ending]}"] = tensor.T
     if not tensors:
-        raise AdapterError("there are no tensors in it")
+        raise AdapterError("the adapter has no tensors")
     check_pairs(tensors)
     return tensors
 
 
 def _scales(values: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """What the product of both matrices counts, for each path."""
+    """Factor of the product of both matrices, for each path."""
     scales = {}
     for path, found in ranks.items():
         rank = check_number("r", _setting(values, "rank_pattern", "r", path))
         alpha = check_number("lora_alpha", _setting(values, "alpha_pattern", "lora_alpha", path))
         if rank != found:
-            raise AdapterError(f"{path} has the rank {found}, and {rank:g} by {CONFIG_FILE}")
+            raise AdapterError(f"{path} has rank {found}, but {CONFIG_FILE} says {rank:g}")
         scales[path] = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
     return scales
 
 
 def _setting(values: Mapping[str, Any], patterns: str, key: str, path: str) -> Any:
-    """The value for a path: of the first pattern that its end matches, else the common one."""
+    """The value for a path: that of the first pattern that matches the end of the path, else the default."""
     table = values.get(patterns) or {}
     if not isinstance(table, dict):
-        raise AdapterError(f"{patterns} must be a table; got {table!r}")
+        raise AdapterError(f"{patterns} must be an object; got {table!r}")
     for pattern, value in table.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
@@ -230,36 +230,36 @@ def _check_method(values: Mapping[str, Any], tensors: Mapping[str, mx.array]) ->
     without = [path for path in paths if f"{path}.{MAGNITUDE}" not in tensors]
     if not values.get("use_dora"):
         if len(without) < len(paths):
-            raise AdapterError("there are magnitudes of DoRA, and use_dora is false")
+            raise AdapterError("there are DoRA magnitudes, but use_dora is false")
         return
     if EMBEDDING in paths:
         raise AdapterError(_COLUMNS)
     if without:
-        raise AdapterError(f"the adapter is incomplete: {min(without)} has no magnitudes of DoRA")
+        raise AdapterError(f"the adapter is incomplete: {min(without)} has no DoRA magnitudes")
 
 
 _COLUMNS = (
-    f"PEFT's DoRA on an embedding learns a length for each column, and that of MLX one for each token; "
-    f"{EMBEDDING} cannot go from one to the other"
+    f"DoRA on an embedding learns a norm for each column in PEFT, but for each token in MLX; the adapter of "
+    f"{EMBEDDING} cannot be converted between them"
 )
 
 
 def _check_writable(adapter: SavedAdapter) -> None:
     if adapter.method == "full":
-        raise AdapterError("the model was trained in full, and PEFT keeps such weights as a model; use `merge`")
+        raise AdapterError("PEFT has no format for full fine-tuning; use `merge` to write a model instead")
     magnitudes = {path: magnitude for path, (_, magnitude) in adapter.ranks.items()}
     if magnitudes.get(EMBEDDING):
         raise AdapterError(_COLUMNS)
     plain = [path for path, magnitude in magnitudes.items() if not magnitude]
     if plain and len(plain) < len(magnitudes):
         raise AdapterError(
-            f"{plain[0]} has plain LoRA and others have DoRA; in PEFT one use_dora holds for all, so that this adapter "
-            "cannot be written for it"
+            f"{plain[0]} has plain LoRA and others have DoRA, but in PEFT use_dora applies to all matrices; this "
+            "adapter cannot be written in its format"
         )
 
 
 def _alpha(adapter: SavedAdapter, rank: int) -> float:
-    """The alpha that gives the adapter's scale at a rank; the one it was made with, if that does."""
+    """The alpha that gives the adapter's scale at this rank; its original alpha where that is right."""
     divisor = math.sqrt(rank) if adapter.rank_stabilised else rank
     if adapter.alpha is not None and math.isclose(adapter.alpha / divisor, adapter.scale):
         alpha = adapter.alpha
@@ -269,7 +269,7 @@ def _alpha(adapter: SavedAdapter, rank: int) -> float:
 
 
 def _target_modules(adapter: SavedAdapter) -> list[str]:
-    """Last parts of paths, if those of all layers have an adapter; else whole paths."""
+    """The last parts of the paths if every layer has an adapter on them, else the whole paths."""
     paths = adapter.ranks
     ends = {path.rpartition(".")[2] for path in paths}
     num_layers = adapter.base.get("num_transformer_layers")

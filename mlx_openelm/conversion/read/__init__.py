@@ -1,1 +1,1 @@
-"""Configurations and weights in the forms that others write."""
+"""Readers for configurations and weights that other software writes."""

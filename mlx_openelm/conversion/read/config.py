@@ -1,7 +1,7 @@
-"""The dialects that configurations are written in: Hugging Face's, that of Apple's MLX port, and CoreNet's YAML.
+"""Readers for the three configuration formats: Hugging Face, Apple's MLX port, and CoreNet's YAML.
 
-A Hugging Face `config.json` gives multipliers, from which the widths of the layers follow, or spells the widths out, or
-both; the other two name a published model. Every key is used, ignored by name, or refused.
+A Hugging Face `config.json` contains multipliers, which determine the widths of the layers, or the widths themselves,
+or both; the other two formats name a published model. Every key is either used, ignored by name, or refused.
 """
 
 import json
@@ -15,34 +15,34 @@ from ...errors import ConfigError, shorten
 
 # Keys of Hugging Face configurations that cannot change what the network computes.
 _IGNORED_KEYS = {
-    "_name_or_path": "where a file came from",
-    "architectures": "the class of another library",
-    "auto_map": "code of another library, which is never run",
-    "bos_token": "the tokenizer's",
+    "_name_or_path": "origin of the file",
+    "architectures": "a class of another library",
+    "auto_map": "remote code, which is never run",
+    "bos_token": "belongs to the tokenizer",
     "chunk_size_feed_forward": "how another library splits its work",
-    "dtype": "each tensor says its own type",
-    "eos_token": "the tokenizer's",
-    "initializer_range": "only for fresh weights, where CoreNet's own rule holds",
+    "dtype": "each tensor has its own type",
+    "eos_token": "belongs to the tokenizer",
+    "initializer_range": "only for new weights, which follow CoreNet's rule",
     "license": "a note",
-    "openelm_mlx_version": "who wrote it",
+    "openelm_mlx_version": "the version that wrote the file",
     "output_attentions": "what another library returns",
     "output_hidden_states": "what another library returns",
-    "pad_token_id": "nothing is padded with it",
-    "padding_index": "nothing is padded with it",
-    "quantization": "read where weights are",
+    "pad_token_id": "not used for padding",
+    "padding_index": "not used for padding",
+    "quantization": "read with the weights",
     "quantization_config": "a copy of `quantization` for other libraries",
     "return_dict": "what another library returns",
-    "torch_dtype": "each tensor says its own type",
+    "torch_dtype": "each tensor has its own type",
     "transformers_version": "another library's version",
     "use_cache": "how another library generates",
 }
 
 
 def read_config(name: str | Path) -> OpenELMConfig:
-    """The configuration that `config` names: a preset, a YAML file or a `config.json`, or a folder with one.
+    """The configuration that `name` refers to: a preset, a YAML file, a `config.json`, or a folder with one.
 
     Raises:
-        ConfigError: if it is none of them.
+        ConfigError: if it is none of these, or for the reasons of `read_config_file`.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -53,10 +53,10 @@ def read_config(name: str | Path) -> OpenELMConfig:
 
 
 def read_config_file(path: Path) -> OpenELMConfig:
-    """The configuration in a `config.json`, or in a CoreNet training configuration in YAML.
+    """Read a `config.json`, or a CoreNet training configuration in YAML.
 
     Raises:
-        ConfigError: if the file cannot be read, or for what `config_from_dict` raises, with the file's name.
+        ConfigError: with the file's name, if it cannot be read or for the reasons of `config_from_dict`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -74,10 +74,10 @@ def read_config_file(path: Path) -> OpenELMConfig:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> OpenELMConfig:
-    """The configuration in the Hugging Face dialect, which `OpenELMConfig.to_dict` writes, or that of Apple's MLX port.
+    """Read a configuration in the Hugging Face format, which `OpenELMConfig.to_dict` writes, or of Apple's MLX port.
 
     Raises:
-        ConfigError: naming the key and what is wrong with it.
+        ConfigError: naming the key and the problem.
     """
     if "model_name" in values:
         return _from_model_name(values)
@@ -85,7 +85,7 @@ def config_from_dict(values: Mapping[str, Any]) -> OpenELMConfig:
 
 
 def _corenet_section(text: str) -> dict[str, Any]:
-    """The settings of the language model in a CoreNet training configuration, `model.language_modeling.general_gpt`."""
+    """The language model section of a CoreNet training configuration, `model.language_modeling.general_gpt`."""
     import yaml
 
     try:
@@ -100,7 +100,7 @@ def _corenet_section(text: str) -> dict[str, Any]:
 
 
 def _from_model_name(values: Mapping[str, Any]) -> OpenELMConfig:
-    """The form of Apple's MLX port and of CoreNet: a published model's name, and what was changed about it."""
+    """The format of Apple's MLX port and of CoreNet: the name of a published model, with changed sizes if any."""
     known = {"model_name", "vocab_size", "max_context_length", *_IGNORED_KEYS}
     _refuse_unknown(set(values) - known)
     config = OpenELMConfig.preset(_read("model_name", values["model_name"], str))
@@ -111,7 +111,7 @@ def _from_model_name(values: Mapping[str, Any]) -> OpenELMConfig:
 def _from_hugging_face(values: Mapping[str, Any]) -> OpenELMConfig:
     for name, only in FIXED_SETTINGS.items():
         if name in values and values[name] != only:
-            raise ConfigError(f"{name} is {values[name]!r}; an OpenELM has {only!r}")
+            raise ConfigError(f"{name} must be {only!r} for OpenELM; got {values[name]!r}")
     read: dict[str, Any] = {}
     for field in fields(OpenELMConfig):
         if values.get(field.name) is not None:
@@ -119,34 +119,34 @@ def _from_hugging_face(values: Mapping[str, Any]) -> OpenELMConfig:
     _refuse_unknown({*values} - {*_KINDS, *_IGNORED_KEYS, *FIXED_SETTINGS, "tie_word_embeddings"})
     missing = {"num_transformer_layers", "model_dim", "head_dim", "ffn_multipliers"} - set(read)
     if missing:
-        raise ConfigError(f"{shorten(sorted(missing))} is missing")
+        raise ConfigError(f"missing settings: {shorten(sorted(missing))}")
     num_layers = read["num_transformer_layers"]
     check_positive("num_transformer_layers", num_layers)
     read["ffn_multipliers"] = per_layer("ffn_multipliers", read["ffn_multipliers"], num_layers)
     _add_heads(read)
     config = OpenELMConfig(**read)
     if values.get("tie_word_embeddings", config.share_input_output_layers) != config.share_input_output_layers:
-        raise ConfigError("tie_word_embeddings and share_input_output_layers contradict each other")
+        raise ConfigError("tie_word_embeddings and share_input_output_layers disagree")
     return config
 
 
 def _add_heads(read: dict[str, Any]) -> None:
-    """Heads per layer, from the lists or from the multipliers; where both are given they have to agree."""
+    """Set the heads per layer from the lists or the multipliers; if both are given, they must agree."""
     groups = read.get("num_gqa_groups", OpenELMConfig.num_gqa_groups)
     check_positive("num_gqa_groups", groups)
     if "qkv_multipliers" in read:
         shape = read["num_transformer_layers"], read["model_dim"], read["head_dim"]
         heads_per_layer = query_heads(*shape, read["qkv_multipliers"], groups)
         if read.setdefault("num_query_heads", heads_per_layer) != heads_per_layer:
-            raise ConfigError(f"num_query_heads is not what qkv_multipliers {list(read['qkv_multipliers'])} give")
+            raise ConfigError(f"num_query_heads does not match qkv_multipliers {list(read['qkv_multipliers'])}")
     if "num_query_heads" not in read:
-        raise ConfigError("num_query_heads is missing, and so is qkv_multipliers, from which it would follow")
+        raise ConfigError("num_query_heads is missing, and there is no qkv_multipliers to compute it from")
     read.setdefault("num_kv_heads", tuple(heads // groups for heads in read["num_query_heads"]))
 
 
 def _refuse_unknown(names: set[str]) -> None:
     if names:
-        raise ConfigError(f"{shorten(sorted(names))} is not a known setting, and ignoring it could change the result")
+        raise ConfigError(f"unknown settings: {shorten(sorted(names))}; ignoring them could change the result")
 
 
 _KINDS: dict[str, Any] = {
@@ -173,7 +173,7 @@ _KINDS: dict[str, Any] = {
 
 
 def _read(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the kind of its key: a list kind takes one number for a list of one; floats take integers."""
+    """Check `value` against the type of its key; a number is accepted as a list of one, an integer as a float."""
     if isinstance(kind, list):
         entries = value if isinstance(value, list | tuple) else [value]
         return tuple(_read(name, entry, kind[0]) for entry in entries)

@@ -1,4 +1,4 @@
-"""Checkpoints of CoreNet, the PyTorch library that OpenELM was trained with, and what Apple's MLX port made of them."""
+"""Checkpoints of CoreNet, the PyTorch library that OpenELM was trained with, and model folders of Apple's MLX port."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,40 +13,40 @@ from .torch_file import read_torch_file
 
 
 def read_checkpoint(path: Path, config: OpenELMConfig | None = None) -> Source:
-    """The model in a CoreNet `.pt` file.
+    """Open the model in a CoreNet `.pt` file.
 
     Args:
-        config: what the checkpoint was trained as; without it a `config.json` has to lie beside the file.
+        config: configuration of the model; by default the `config.json` beside the file.
     Raises:
-        ConfigError: if nothing says what the configuration is.
-        AdapterError: if there is an adapter beside the model, which is not to get lost.
-        TorchFileError, WeightsError: if the file is damaged or does not belong to its configuration.
+        ConfigError: if there is no configuration.
+        AdapterError: if the file also contains an adapter, which would be lost.
+        TorchFileError, WeightsError: if the file is damaged or does not match the configuration.
     """
     tensors = checkpoint_tensors(path)
     if holds_adapter(tensors):
         raise AdapterError(
-            f"{path} holds a model and an adapter; `openelm-mlx convert {path.name}` takes them apart, and no other "
-            "command reads it as a model"
+            f"{path} holds a model and an adapter; separate them with `openelm-mlx convert {path.name}`, the only "
+            "command that accepts such a file as a model"
         )
     return checkpoint_source(path, tensors, config)
 
 
 def checkpoint_tensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a CoreNet `.pt` file, under the paths of the Hugging Face checkpoints."""
+    """The tensors of a CoreNet `.pt` file, under their names in the Hugging Face checkpoints."""
     return _rename(read_torch_file(path))
 
 
 def holds_adapter(tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether a checkpoint is one of fine-tuning with LoRA or DoRA."""
+    """Whether a checkpoint comes from fine-tuning with LoRA or DoRA."""
     return any(".lora_" in name for name in tensors)
 
 
 def checkpoint_source(path: Path, tensors: Mapping[str, LazyTensor], config: OpenELMConfig | None) -> Source:
-    """The model of a checkpoint, which holds no adapter or not any more; see `read_checkpoint`."""
+    """The model from the tensors of a checkpoint without adapter tensors; see `read_checkpoint`."""
     if config is None:
         if not (path.parent / "config.json").exists():
             raise ConfigError(
-                f"{path} does not give the widths of its layers; set `config` to 270M, 450M, 1.1B or 3B, "
+                f"{path} does not contain the widths of its layers; set `config` to 270M, 450M, 1.1B or 3B, "
                 "a CoreNet YAML file or a config.json"
             )
         config = read_config_file(path.parent / "config.json")
@@ -61,10 +61,10 @@ def checkpoint_source(path: Path, tensors: Mapping[str, LazyTensor], config: Ope
 
 
 def read_apple_mlx(folder: Path, config: OpenELMConfig | None = None) -> Source:
-    """The model in a folder of Apple's MLX port: CoreNet's names in `weights.safetensors`, full or 4-bit.
+    """Open a model folder of Apple's MLX port: CoreNet's names in `weights.safetensors`, unquantized or 4-bit.
 
     Raises:
-        ConfigError, WeightsError: if a file is damaged or the files do not belong together.
+        ConfigError, WeightsError: if a file is damaged or the files do not match.
     """
     written = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     return make_source(
@@ -79,7 +79,7 @@ def read_apple_mlx(folder: Path, config: OpenELMConfig | None = None) -> Source:
 
 
 def _rename(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """CoreNet's names to those of the Hugging Face checkpoints, which may stand there already."""
+    """Translate CoreNet's names to those of the Hugging Face checkpoints, which are kept if already used."""
     renamed = {}
     for name, tensor in tensors.items():
         if name.startswith("classifier."):

@@ -1,4 +1,4 @@
-"""Folders in the Hugging Face layout: Apple's own, those of the MLX community, and those that `convert` wrote."""
+"""Folders in the Hugging Face layout, from Apple, the MLX community or `convert`."""
 
 import json
 from pathlib import Path
@@ -14,23 +14,23 @@ _INDEX = "model.safetensors.index.json"
 
 
 def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Source:
-    """The model in a folder with `config.json` and one or many safetensors files.
+    """Open the model in a folder with `config.json` and one or more safetensors files.
 
     Args:
-        config: to be used in place of the folder's.
+        config: replaces the configuration in the folder.
     Raises:
-        SourceError: if there are no weights in the folder.
-        ConfigError, WeightsError: if a file is damaged or the files do not belong together.
+        SourceError: if the folder has no configuration or no weights.
+        ConfigError, WeightsError: if a file is damaged or the files do not match.
     """
     path = folder / "config.json"
     if config is None and not path.exists():
         if (folder / "adapter_config.json").exists():
-            raise SourceError(f"{folder} is an adapter; give its model, and this folder as `adapter`")
-        raise SourceError(f"{folder} has no config.json; set `config`, or give another folder")
+            raise SourceError(f"{folder} is an adapter; pass its model, and this folder as `adapter`")
+        raise SourceError(f"{folder} has no config.json; set `config`, or choose another folder")
     written = read_json(path) if path.exists() else {}
     quantization = written.get("quantization")
     if quantization is not None and not isinstance(quantization, dict):
-        raise ConfigError(f"{path}: quantization must be a table; got {quantization!r}")
+        raise ConfigError(f"{path}: quantization must be an object; got {quantization!r}")
     return make_source(
         config or read_config_file(path),
         _read_shards(folder),
@@ -43,26 +43,26 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file.
+    """Read a JSON object from a file.
 
     Raises:
-        ConfigError: if it cannot be read or holds something else.
+        ConfigError: if the file cannot be read or contains something else.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must contain a table of settings")
+        raise ConfigError(f"{path} must contain a JSON object")
     return values
 
 
 def _is_chat(folder: Path) -> bool:
-    """Whether the model was tuned on conversations: its template says so, or else its name."""
+    """Whether the model was tuned on conversations, according to its chat template or its name."""
     path = folder / "tokenizer_config.json"
     if path.exists() and "<|assistant|>" in str(read_json(path).get("chat_template")):
         return True
-    repository = folder.resolve().parts[-3:]  # in the hub's cache a folder is named after a commit
+    repository = folder.resolve().parts[-3:]  # a folder in the hub's cache is named after a commit
     return any("instruct" in part.lower() for part in repository)
 
 
@@ -72,9 +72,11 @@ def _read_shards(folder: Path) -> dict[str, LazyTensor]:
         shard = read_safetensors(path)
         twice = tensors.keys() & shard.keys()
         if twice:
-            raise WeightsError(f"{path} holds {min(twice)}, which another file of {folder} holds too")
+            raise WeightsError(f"{path} contains {min(twice)}, which another file in {folder} contains too")
         tensors.update(shard)
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(".inv_freq")}  # follows from RoPE
+    return {
+        name: tensor for name, tensor in tensors.items() if not name.endswith(".inv_freq")
+    }  # RoPE frequencies are computed
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -82,7 +84,7 @@ def _shards(folder: Path) -> list[Path]:
         index = read_json(folder / _INDEX)
         places = index.get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-            raise WeightsError(f"{folder / _INDEX} is damaged: its weight_map names no files")
+            raise WeightsError(f"{folder / _INDEX} is damaged: its weight_map is not a map to file names")
         paths = [folder / name for name in sorted(set(places.values()))]
         missing = [path.name for path in paths if not path.exists()]
         if missing:

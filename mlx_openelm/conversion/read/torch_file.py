@@ -1,7 +1,7 @@
 """PyTorch files (`.pt`, `.pth`, `.bin`) without PyTorch.
 
-`torch.save` writes a zip file: `data.pkl` describes a value, and each storage of numbers is an uncompressed record
-`data/KEY`. The description is interpreted by `torch_pickle`, the numbers are read from their place in the file.
+`torch.save` writes a zip file: `data.pkl` describes an object, and each tensor storage is an uncompressed record
+`data/KEY`. `torch_pickle` interprets the description; values are read from their offset in the file.
 """
 
 import zipfile
@@ -20,7 +20,7 @@ from ...errors import TorchFileError
 from ...tensors import LazyTensor, from_numpy
 from .torch_pickle import TensorRecord, read_pickle
 
-_PREFIXES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of PyTorch's wrappers
+_PREFIXES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # from PyTorch's wrappers
 _MODEL_KEYS = ("model_state_dict", "state_dict", "model", "module", "ema_model_state_dict", "ema")
 _FLOATS = {
     "float32": (4, mx.float32),
@@ -28,21 +28,23 @@ _FLOATS = {
     "bfloat16": (2, mx.bfloat16),
     "float64": (8, mx.float32),
 }
-_NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8"}  # bfloat16 by its bits
+_NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8"}  # bfloat16 as raw bits
 _LOCAL_HEADER_BYTES = 30
 _CHUNK_BYTES = 1 << 20
-_LARGEST_DEPTH = 8  # of dictionaries in which the model may lie
+_LARGEST_DEPTH = 8  # of nested dictionaries to search for the model
 
 
 def read_torch_file(path: Path) -> dict[str, LazyTensor]:
-    """Floating-point tensors of the model in a file that `torch.save` wrote, by name; nothing in it is run.
+    """Read the floating-point tensors of a model from a file written by `torch.save`, without running any of its code.
 
-    The model is the file's value itself or lies in a training checkpoint: under a usual name (`model_state_dict`,
-    `state_dict`, `model` ...), else it is the dictionary with the most tensors. Prefixes that PyTorch's wrappers put
-    before names are dropped. Buffers of integers are left out, float64 is read as float32.
+    The model is the saved object itself or part of a training checkpoint: a dictionary under a common key
+    (`model_state_dict`, `state_dict`, `model` ...), else the dictionary with the most tensors. Name prefixes added by
+    PyTorch's wrappers are dropped. Integer buffers are left out; float64 is read as float32.
 
+    Returns:
+        Tensors by name; their values are read later.
     Raises:
-        TorchFileError: if the file is damaged, of another format, or asks for more than tensors.
+        TorchFileError: if the file is damaged, in another format, or needs more than tensors.
     """
     try:
         archive = _open(path)
@@ -53,7 +55,7 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
                 continue
             plain = _without_prefixes(name)
             if plain in tensors:
-                raise TorchFileError(f"holds {plain} twice")
+                raise TorchFileError(f"contains {plain} twice")
             tensors[plain] = _lazy(archive, name, record)
     except TorchFileError as error:
         raise TorchFileError(f"{path}: {error}") from error
@@ -64,14 +66,14 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
 
 @dataclass
 class _Archive:
-    """The records of a file, by name without the archive's own folder: where they start, their size and checksum."""
+    """Offset, size and CRC-32 of each record of a file, by name without the archive's top folder."""
 
     path: Path
     entries: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     checked: set[str] = field(default_factory=set)
 
     def read(self, name: str) -> bytes:
-        """A whole small record."""
+        """Read a whole record; for small ones."""
         start, size, _ = self.entries[name]
         self.check(name)
         with open(self.path, "rb") as file:
@@ -79,7 +81,7 @@ class _Archive:
             return file.read(size)
 
     def check(self, name: str) -> None:
-        """Compare a record with its checksum, the first time that it is asked for."""
+        """Verify the checksum of a record on its first use."""
         if name in self.checked:
             return
         start, size, expected = self.entries[name]
@@ -93,7 +95,7 @@ class _Archive:
                 crc = zlib.crc32(chunk, crc)
                 size -= len(chunk)
         if size or crc != expected:
-            raise TorchFileError(f"is damaged: the checksum of its record {name} is wrong; download it again")
+            raise TorchFileError(f"damaged: the checksum of record {name} is wrong; download the file again")
         self.checked.add(name)
 
 
@@ -105,34 +107,34 @@ def _open(path: Path) -> _Archive:
             raise TorchFileError(_what_it_is(start))
         try:
             infos = zipfile.ZipFile(file).infolist()
-        except Exception as error:  # zipfile lets errors of all kinds through for damaged directories
-            raise TorchFileError("is damaged or incomplete: it has no table of contents; download it again") from error
+        except Exception as error:  # zipfile raises errors of any type for a damaged directory
+            raise TorchFileError("damaged or incomplete: no table of contents; download the file again") from error
         archive = _Archive(path)
         for info in infos:
             _, _, name = info.filename.partition("/")
             if not name or info.filename.endswith("/"):
                 continue
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-                raise TorchFileError(f"its record {name} is compressed, which PyTorch never does")
+                raise TorchFileError(f"record {name} is compressed, which PyTorch never does")
             if name in archive.entries:
-                raise TorchFileError(f"is damaged: it holds the record {name} twice")
+                raise TorchFileError(f"damaged: record {name} exists twice")
             header = b""
             if 0 <= info.header_offset < size:
                 file.seek(info.header_offset)
                 header = file.read(_LOCAL_HEADER_BYTES)
             if header[:4] != b"PK\x03\x04" or len(header) < _LOCAL_HEADER_BYTES:
-                raise TorchFileError(f"is damaged: its record {name} is not where it should be; download it again")
+                raise TorchFileError(f"damaged: record {name} is not where it should be; download the file again")
             begin = info.header_offset + _LOCAL_HEADER_BYTES
             begin += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             if info.file_size != info.compress_size or begin + info.file_size > size:
-                raise TorchFileError(f"is damaged or incomplete: its record {name} ends behind it; download it again")
+                raise TorchFileError(f"damaged or incomplete: record {name} ends after the file; download it again")
             archive.entries[name] = begin, info.file_size, info.CRC
     if "constants.pkl" in archive.entries:
-        raise TorchFileError("is a TorchScript program; save its state_dict() with torch.save instead")
+        raise TorchFileError("this is a TorchScript program; save its state_dict() with torch.save instead")
     if "data.pkl" not in archive.entries:
-        raise TorchFileError("is a zip file, but not one that torch.save wrote: it holds no data.pkl")
+        raise TorchFileError("this zip file was not written by torch.save: it has no data.pkl")
     if "byteorder" in archive.entries and archive.read("byteorder") != b"little":
-        raise TorchFileError("was written on a big-endian machine; save it anew on another one")
+        raise TorchFileError("this file was written on a big-endian machine; save it again on a little-endian one")
     return archive
 
 
@@ -142,23 +144,23 @@ def _pickle(archive: _Archive) -> bytes:
 
 def _what_it_is(start: bytes) -> str:
     if not start:
-        return "is empty"
+        return "the file is empty"
     if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer and not the file itself; `git lfs pull` fetches it"
+        return "this is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
     if start.lstrip()[:1] == b"<":
-        return "is a page of HTML and not a PyTorch file; download it again"
+        return "this is an HTML page, not a PyTorch file; download it again"
     if start[8:9] == b"{":
-        return "looks like a safetensors file; give its folder instead"
+        return "this looks like a safetensors file; pass its folder instead"
     if start[:1] == b"\x80":
-        return "is in the format of PyTorch before 1.6; load it with PyTorch and save it anew with torch.save"
-    return "is not a PyTorch file, or is damaged from its first byte on"
+        return "the format is that of PyTorch before 1.6; load the file with PyTorch and save it again with torch.save"
+    return "this is not a PyTorch file, or its first bytes are damaged"
 
 
 def _find_model(value: Any) -> dict[str, TensorRecord]:
-    """The tensors of the dictionary that is the model."""
+    """Find the dictionary that is the model; returns its tensors."""
     tables = list(_tables(value))
     if not tables:
-        raise TorchFileError("holds no tensors by name")
+        raise TorchFileError("the file contains no tensors by name")
     for key in _MODEL_KEYS:
         for place, tensors in tables:
             if place and place[-1] == key:
@@ -167,7 +169,7 @@ def _find_model(value: Any) -> dict[str, TensorRecord]:
 
 
 def _tables(value: Any) -> Iterator[tuple[tuple[str, ...], dict[str, TensorRecord]]]:
-    """Dictionaries with tensors, outer ones first, each with the keys that lead to it."""
+    """All dictionaries with tensors, outer ones first, each with its path of keys."""
     seen: set[int] = set()
     waiting: list[tuple[tuple[str, ...], Any]] = [((), value)]
     while waiting:
@@ -188,19 +190,19 @@ def _without_prefixes(name: str) -> str:
 def _lazy(archive: _Archive, name: str, record: TensorRecord) -> LazyTensor:
     entry = f"data/{record.storage.key}"
     if entry not in archive.entries:
-        raise TorchFileError(f"is damaged: the values of {name} are missing")
+        raise TorchFileError(f"damaged: the values of {name} are missing")
     size, dtype = _FLOATS[record.storage.dtype]
     available = archive.entries[entry][1] // size
     numel = prod(record.shape)
     if numel:
         last = record.offset + sum((n - 1) * s for n, s in zip(record.shape, record.strides, strict=True))
         if last >= available or numel > available:
-            raise TorchFileError(f"is damaged: {name} of shape {record.shape} reaches beyond its values")
+            raise TorchFileError(f"damaged: {name} of shape {record.shape} needs more values than stored")
     return LazyTensor(record.shape, dtype, partial(_read_rows, archive, name, entry, record))
 
 
 def _read_rows(archive: _Archive, name: str, entry: str, record: TensorRecord, start: int, stop: int) -> mx.array:
-    """Rows of a tensor: of its record, only the span that they lie in."""
+    """Read rows `start` to `stop` (excluded) of a tensor, and only the part of its record that contains them."""
     size, dtype = _FLOATS[record.storage.dtype]
     shape = (stop - start, *record.shape[1:]) if record.shape else ()
     if prod(shape) == 0:
@@ -217,7 +219,7 @@ def _read_rows(archive: _Archive, name: str, entry: str, record: TensorRecord, s
     except OSError as error:
         raise TorchFileError(f"{archive.path} cannot be read: {error.strerror or error}") from error
     if values.size != span:
-        raise TorchFileError(f"{archive.path} became shorter while it was read")
+        raise TorchFileError(f"{archive.path} was truncated while it was read")
     strides = tuple(stride * size for stride in record.strides)
     strided = np.lib.stride_tricks.as_strided(values, shape, strides, writeable=False)
     return from_numpy(np.ascontiguousarray(strided, np.float32 if size == 8 else None).reshape(shape), dtype, name)

@@ -1,8 +1,8 @@
-"""The pickle inside a PyTorch file, understood without running it.
+"""An interpreter for the pickle in a PyTorch file that runs no code from it.
 
-A pickle is a program for a small stack machine, and Python's own reader runs whatever functions it names. The machine
-here knows a handful of names (tensors, ordered dictionaries, types of numbers) and builds plain descriptions of them;
-any other name is refused before anything else happens. Nothing is ever imported or called.
+A pickle is a program for a small stack machine, and Python's own `pickle` calls any function that it names. The machine
+here knows a fixed set of names (tensors, ordered dictionaries, dtypes) and builds plain descriptions of them; any other
+name is refused immediately. Nothing is ever imported or called.
 """
 
 import pickletools
@@ -17,7 +17,7 @@ _MARK = object()
 
 @dataclass(frozen=True)
 class Storage:
-    """Where a tensor's values lie: a record of the zip file."""
+    """The storage of a tensor's values: a record of the zip file."""
 
     dtype: str  # float32, bfloat16, int64 ...
     key: str
@@ -35,12 +35,12 @@ class TensorRecord:
 
 
 class Opaque:
-    """A value that no weights depend on: an optimizer's setting, a type, a random state."""
+    """Any other value, irrelevant to the weights: an optimizer setting, a dtype, a random state."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A name that the pickle may say, `module.attribute`."""
+    """An allowed name, `module.attribute`."""
 
     full: str
 
@@ -91,16 +91,16 @@ _ALLOWED = {*_STORAGES, *_DICTIONARIES, *_TENSORS, *_PARAMETERS, *_HARMLESS}
 
 
 def read_pickle(data: bytes) -> Any:
-    """The value that a pickle describes: dicts, lists, tuples, numbers, texts, `TensorRecord`s and `Opaque`s.
+    """The value that a pickle describes: dicts, lists, tuples, numbers, strings, `TensorRecord`s and `Opaque`s.
 
     Raises:
-        TorchFileError: if it is no complete pickle, or names something that is not allowed, with the name.
+        TorchFileError: if the pickle is incomplete or damaged, or uses a name that is not allowed, with the name.
     """
     try:
         return _Machine().run(pickletools.genops(data))
     except TorchFileError:
         raise
-    except Exception as error:  # damaged bytes break the machine in any way; nothing outside it is touched
+    except Exception as error:  # damaged bytes can raise anything in the machine, but affect nothing outside it
         raise TorchFileError(f"its pickle is damaged ({type(error).__name__})") from error
 
 
@@ -121,11 +121,11 @@ class _Machine:
             elif name in _OPERATIONS:
                 _OPERATIONS[name](self, argument)
             elif name not in ("PROTO", "FRAME"):
-                raise TorchFileError(f"its pickle asks for {name}, which no tensors need; nothing was run")
+                raise TorchFileError(f"its pickle uses the opcode {name}, which tensors do not need; nothing was run")
         raise TorchFileError("its pickle has no end")
 
     def pop_mark(self) -> list[Any]:
-        """What was put on the stack since the last mark."""
+        """Pop and return the values above the last mark, and the mark."""
         place = len(self.stack) - 1
         while self.stack[place] is not _MARK:
             place -= 1
@@ -138,8 +138,8 @@ class _Machine:
     def name(self, full: str) -> None:
         if full not in _ALLOWED:
             raise TorchFileError(
-                f"its pickle asks for {full[:200]!r}; only tensors, dictionaries, numbers and texts are read, and "
-                "nothing was run"
+                f"its pickle uses the name {full[:200]!r}; only tensors, dictionaries, numbers and strings are "
+                "supported; nothing was run"
             )
         self.stack.append(_Name(full))
 
@@ -152,7 +152,7 @@ class _Machine:
     def persistent_id(self, _: Any) -> None:
         kind, storage_type, key, _location, numel = self.stack.pop()
         if kind != "storage" or not isinstance(storage_type, _Name) or storage_type.full not in _STORAGES:
-            raise TorchFileError("its pickle refers to something else than the values of tensors")
+            raise TorchFileError("its pickle refers to external data that is not a tensor storage")
         if not isinstance(key, str) or not (numel is None or type(numel) is int):
             raise TorchFileError("its pickle is damaged (storage)")
         self.stack.append(Storage(_STORAGES[storage_type.full], key, numel))
@@ -164,7 +164,7 @@ class _Machine:
         self.stack.append(_describe(function.full, arguments))
 
     def build(self, _: Any) -> None:
-        self.stack.pop()  # attributes, of which weights have none that matter
+        self.stack.pop()  # attributes, which do not matter for weights
 
     def set_items(self, _: Any) -> None:
         values = self.pop_mark()
@@ -180,10 +180,10 @@ class _Machine:
             for key, value in zip(values[::2], values[1::2], strict=True):
                 if isinstance(
                     key, str | int
-                ):  # no other keys lead to weights, and the hash of a tuple may take for ever
+                ):  # other keys never lead to weights, and hashing a nested tuple may never end
                     target[key] = value
         elif not isinstance(target, Opaque):
-            raise TorchFileError("its pickle is damaged (items of no dictionary)")
+            raise TorchFileError("its pickle is damaged (items without a dictionary)")
 
     def appends(self, _: Any) -> None:
         self._extend(self.pop_mark())
@@ -196,7 +196,7 @@ class _Machine:
         if isinstance(target, list):
             target.extend(values)
         elif not isinstance(target, Opaque):
-            raise TorchFileError("its pickle is damaged (entries of no list)")
+            raise TorchFileError("its pickle is damaged (entries without a list)")
 
     def make_tuple(self, size: int) -> None:
         values = self.stack[len(self.stack) - size :]
@@ -212,7 +212,7 @@ class _Machine:
 
 
 def _describe(function: str, arguments: tuple[Any, ...]) -> Any:
-    """What calling an allowed function would give."""
+    """A description of what calling an allowed function would return."""
     if function in _DICTIONARIES:
         pairs = arguments[0] if arguments and isinstance(arguments[0], list) else []
         return {key: value for key, value in pairs if isinstance(key, str)}
@@ -243,7 +243,7 @@ def _get(machine: _Machine, argument: Any) -> None:
     machine.stack.append(machine.memo[int(argument)])
 
 
-# Opcodes whose argument is the value itself.
+# Opcodes whose argument is the value.
 _VALUES = {
     *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),

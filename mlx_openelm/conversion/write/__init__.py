@@ -1,1 +1,1 @@
-"""Folders that this package writes."""
+"""Writers for model folders and their model cards."""

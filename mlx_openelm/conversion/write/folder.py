@@ -1,4 +1,4 @@
-"""Model folders on their way to disk, planned from shapes."""
+"""Writing model folders; the shards are planned from shapes alone."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from ...version import __version__
 from ..source import Tensor
 
 SHARD_BYTES = 5_000_000_000
-_SMALL_FILES_BYTES = 10_000_000  # room for the tokenizer, the card and the like
+_SMALL_FILES_BYTES = 10_000_000  # allowance for the tokenizer, the model card and so on
 
 
 def write_model(
@@ -26,15 +26,15 @@ def write_model(
     add_files: Callable[[Path], object] = lambda folder: None,
     on_written: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> None:
-    """Write a model folder that this package and stock mlx-lm read; it appears whole or not at all.
+    """Write a model folder that this package and stock mlx-lm can load; it appears only when complete.
 
-    Tensors are read one at a time.
+    Tensors are read block by block.
 
     Args:
-        add_files: writes what else belongs into the folder (tokenizer, card), given where.
-        on_written: called with each tensor's name and size in bytes.
+        add_files: called with the temporary folder; writes the other files (tokenizer, model card).
+        on_written: called with a tensor's name and the bytes just written.
     Raises:
-        DiskSpaceError: if the disk is too small.
+        DiskSpaceError: if the disk does not have enough free space.
         OutputError: if a file cannot be written.
     """
     shards = _plan_shards(tensors)
@@ -53,7 +53,7 @@ def _check_disk(folder: Path, nbytes: int) -> None:
 
 
 def _plan_shards(tensors: Mapping[str, Tensor]) -> list[dict[str, LazyTensor]]:
-    """Files of at most `SHARD_BYTES` each; the parts of a quantized matrix stay together."""
+    """Distribute tensors over files of at most `SHARD_BYTES`; the parts of a quantized matrix stay together."""
     shards: list[dict[str, LazyTensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
@@ -84,10 +84,10 @@ def _write_weights(folder: Path, shards: list[dict[str, LazyTensor]], on_written
 
 
 def _about(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `config.json` says beyond the network: who wrote it, the type of the tensors, how they are quantized.
+    """The entries of `config.json` besides the network's shape: package version, dtype and quantization.
 
-    The commonest quantization stands for all, others under their matrix. A matrix that is not quantized needs no entry:
-    readers, mlx-lm among them, look for its scales.
+    The most common quantization is the default; matrices with another one get their own entries. Unquantized matrices
+    need no entry: readers, including mlx-lm, check whether a matrix has scales.
     """
     dtype = str(tensors["transformer.norm.weight"].dtype).removeprefix("mlx.core.")
     about: dict[str, Any] = {"torch_dtype": dtype, "openelm_mlx_version": __version__}

@@ -1,4 +1,4 @@
-"""The README of a model folder."""
+"""The model card: the README of a model folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def model_card(conversion: Conversion, source: Source, command: str) -> str:
-    """The card in Markdown: what the model is, its source, and the command that made it."""
+    """The model card in Markdown: the model's properties, its source, and the command that created it."""
     config = conversion.config
     quantization = conversion.quantization
     kind = conversion.dtype
