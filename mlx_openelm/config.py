@@ -24,6 +24,11 @@ FIXED_SETTINGS = {
 }
 
 
+# Widths over model_dim in the first and the last layer of the published models.
+QKV_MULTIPLIERS = (0.5, 1.0)
+FFN_MULTIPLIERS = (0.5, 4.0)
+
+
 @dataclass(frozen=True)
 class OpenELMConfig:
     """The shape of one OpenELM.
@@ -111,10 +116,10 @@ class OpenELMConfig:
         num_transformer_layers: int,
         model_dim: int,
         head_dim: int,
-        qkv_multipliers: Sequence[float] = (0.5, 1.0),
-        ffn_multipliers: Sequence[float] = (0.5, 4.0),
-        num_gqa_groups: int = 4,
-        ffn_dim_divisor: int = 256,
+        qkv_multipliers: Sequence[float] = QKV_MULTIPLIERS,
+        ffn_multipliers: Sequence[float] = FFN_MULTIPLIERS,
+        num_gqa_groups: int = num_gqa_groups,
+        ffn_dim_divisor: int = ffn_dim_divisor,
         **rest: Any,
     ) -> "OpenELMConfig":
         """A model whose widths grow from the first layer to the last.

@@ -8,12 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from ..cache.config import kv_bytes_per_layer
-from ..config import OpenELMConfig
+from ..config import FFN_MULTIPLIERS, QKV_MULTIPLIERS, OpenELMConfig
 from ..errors import ConfigError
 from ..files.output import output_file
 from ..model.design import (
-    FFN_MULTIPLIERS,
-    QKV_MULTIPLIERS,
     Design,
     design,
     fit,

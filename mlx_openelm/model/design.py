@@ -12,11 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..cache.config import kv_bytes_per_layer, kv_cache_bytes
-from ..config import OpenELMConfig, make_divisible
+from ..config import FFN_MULTIPLIERS, QKV_MULTIPLIERS, OpenELMConfig, make_divisible
 from ..errors import ConfigError
-
-QKV_MULTIPLIERS = (0.5, 1.0)
-FFN_MULTIPLIERS = (0.5, 4.0)
 
 _ASPECT = 79  # model_dim over depth: 73 to 85 in the four published models
 _PRECISION = 20  # how much more a share of the budget counts than the same share of the aspect
