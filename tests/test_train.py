@@ -343,8 +343,8 @@ class TestCommand:
             (["--learning-rate"], "Option '--learning-rate' requires an argument"),
             (["--sequence-length", "64"], "at most 32, the model's context length; got 64"),
             (["--data", "missing.txt"], "missing.txt does not exist"),
-            (["--min-characters", "100000"], "no text after|leaves no text"),
-            (["--train-tokenizer", "100000"], "cannot train a vocabulary"),
+            (["--min-characters", "100000"], "no text left after the filters"),
+            (["--train-tokenizer", "100000"], "cannot train a tokenizer"),
             (["--resume"], "no readable checkpoint"),
         ],
     )

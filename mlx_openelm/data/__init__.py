@@ -1,1 +1,1 @@
-"""From files of text and records to the rows of a training step."""
+"""From files of texts and records to the rows of a training step."""
