@@ -70,7 +70,7 @@ def test_broken_lines_are_counted_and_passed_over_up_to_a_limit(tmp_path):
     broken = BrokenLines(path, limit=2)
     assert list(read_records(path, broken)) == [{"a": 1}, {"a": 2}]
     assert broken.count == 2
-    with pytest.raises(DataError, match=r"a\.jsonl, line 4: not a JSON object, and 1 lines before it were broken too"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 4: not a JSON object \(broken lines before it: 1\)"):
         list(read_records(path, BrokenLines(path, limit=1)))
     path.write_text("?\n" * 11)
     with pytest.raises(DataError, match="line 11"):

@@ -101,7 +101,7 @@ def bench_cases(
 
 
 def check_cases(cases: Sequence[Case], against: str | None, rounds: int = 1) -> None:
-    """Raise BenchError if a case cannot be measured; needs no model."""
+    """Raise BenchError if a case cannot be measured, before anything is loaded."""
     if against is not None and against not in PEERS:
         raise BenchError(f"`against` must be {', '.join(PEERS)}; got {against!r}")
     if rounds < 1:

@@ -59,7 +59,7 @@ def format_of(record: Mapping[str, Any], named: Collection[str] = ()) -> str:
         if record.keys() >= set(required) and set(named) <= {*required, *optional}:
             return name
     known = "; ".join(f"{name}: {', '.join(required)}" for name, (required, _) in _FIELDS.items())
-    raise DataError(f"unknown format with the fields {', '.join(map(str, record)) or '(none)'} (expected {known})")
+    raise DataError(f"no format matches the fields {', '.join(map(str, record)) or '(none)'} (expected {known})")
 
 
 def encode_record(
@@ -183,7 +183,7 @@ def _preference(record: Mapping[str, Any], tokenizer: Tokenizer) -> PreferencePa
 def _text(record: Mapping[str, Any], name: str) -> str:
     value = record.get(name)
     if not isinstance(value, str):
-        raise DataError(f"{name} is missing" if value is None else f"{name} is {type(value).__name__}, not text")
+        raise DataError(f"{name} is missing" if value is None else f"{name} must be text; got {type(value).__name__}")
     return value
 
 

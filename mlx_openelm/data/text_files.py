@@ -93,7 +93,7 @@ class BrokenLines:
             DataError: if the limit is already reached.
         """
         if self.count == self._limit:
-            before = f", and {self.count} lines before it were broken too" if self.count else ""
+            before = f" (broken lines before it: {self.count})" if self.count else ""
             raise DataError(f"{self._path}, line {number}: {reason}{before}")
         self.count += 1
 

@@ -156,7 +156,7 @@ class _Run:
             clear_begun(self._folder)
 
     def _tidy(self) -> None:
-        """Remove what an interrupted run left behind and this run will write again."""
+        """Remove leftovers of an interrupted run that this run will write again."""
         step = self._trainer.step
         if step == 0:
             mark_begun(self._folder)
