@@ -1,7 +1,7 @@
-"""Eight unequal prompts at once: this package's rows against mlx-lm's `BatchGenerator`, on the same weights.
+"""Eight prompts of unequal length at once: this package's batches against mlx-lm's `BatchGenerator`, same weights.
 
-The prompts have 5 to 120 tokens and each is continued by as many tokens; the time is that of everything, from the
-prompts on. Every row is compared with what its prompt gives alone.
+The prompts have 5 to 120 tokens, and each is continued by the same number of tokens. The time includes prefill. Every
+row is compared with the tokens that its prompt gets alone.
 
 python benchmarks/batch.py [--tokens 128] [--rounds 5]
 """
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def rate(contestant: Contestant, prompts: list[list[int]], tokens: int) -> float:
-    """Tokens written per second, prefill included."""
+    """Generated tokens per second, including prefill."""
     run = contestant.run(prompts, tokens, CacheConfig())
     return len(prompts) * tokens / (run.first_token_seconds + run.decode_seconds)
 

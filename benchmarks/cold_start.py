@@ -1,4 +1,4 @@
-"""How long until the first token, from a process that has loaded nothing: openelm-mlx against mlx-lm.
+"""Time to the first token of a new process: openelm-mlx against mlx-lm.
 
 python benchmarks/cold_start.py [--model FOLDER] [--rounds 5]
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models to measure with, processes that are timed in turn, and how results are told."""
+"""What the benchmarks share: models to measure with, processes that are timed in turn, and reports."""
 
 import json
 import subprocess
@@ -27,15 +27,15 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Run:
-    """A process that ended well."""
+    """A process that succeeded."""
 
     seconds: float
-    peak_bytes: int  # the most memory that it held at once
+    peak_bytes: int  # peak memory
     output: str
 
 
 def run(command: Sequence[str | Path]) -> Run:
-    """Run a program to its end, silently; fails with its last words if it fails."""
+    """Run a program silently; if it fails, exit with the end of its output."""
     words = [str(word) for word in command]
     done = subprocess.run([sys.executable, "-S", "-c", _LAUNCHER, *words], capture_output=True, text=True, check=True)
     status, seconds, peak, text = json.loads(done.stdout)
@@ -44,7 +44,7 @@ def run(command: Sequence[str | Path]) -> Run:
     return Run(seconds, peak * (1 if sys.platform == "darwin" else 1024), text)
 
 
-# A process of its own, because Linux counts the memory of the one that starts a program to the program's peak.
+# A separate process, because Linux counts the memory of the process that starts a program in the program's peak.
 _LAUNCHER = """
 import json, resource, subprocess, sys, time
 start = time.perf_counter()
@@ -55,7 +55,7 @@ print(json.dumps([done.returncode, seconds, resource.getrusage(resource.RUSAGE_C
 
 
 def in_turn(contestants: dict[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Measure A B A B ..., so that whatever else the machine does hits both; the first rounds do not count."""
+    """Measure A B A B ..., so that other load on the machine affects both; the warm-up rounds do not count."""
     figures: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(warm_up + rounds):
         for name, measure in contestants.items():
@@ -67,12 +67,12 @@ def in_turn(contestants: dict[str, Callable[[], float]], rounds: int, warm_up: i
 
 
 def summary(figures: Sequence[float]) -> dict[str, float]:
-    """Median and spread."""
+    """Median, minimum, maximum and number of rounds."""
     return {**asdict(Spread.of(figures)), "rounds": len(figures)}
 
 
 def report(name: str, rows: Sequence[Sequence[Any]], figures: dict[str, Any]) -> None:
-    """Print a table and one JSON line, and keep the JSON under `results/`."""
+    """Print a table and one JSON line, and save the JSON under `results/`."""
     widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -83,13 +83,13 @@ def report(name: str, rows: Sequence[Sequence[Any]], figures: dict[str, Any]) ->
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on, and which code ran."""
+    """The machine, and the code and command that ran."""
     return describe("python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]))
 
 
 @contextmanager
 def model_folder(size: str, dtype: mx.Dtype = mx.float32) -> Iterator[Path]:
-    """A published model's shape with random weights, and a tokenizer, as a Hugging Face folder that goes away."""
+    """A temporary Hugging Face folder with a published model's shape, random weights, and a tokenizer."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / f"OpenELM-{size.replace('.', '_')}"
         folder.mkdir()
@@ -100,7 +100,7 @@ def model_folder(size: str, dtype: mx.Dtype = mx.float32) -> Iterator[Path]:
 def write_random_model(folder: Path, config: OpenELMConfig, dtype: mx.Dtype = mx.float32) -> None:
     """Random weights by a fixed recipe (see `tests/golden/full_size.json`), one tensor in memory at a time."""
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    last: dict[str, mx.array] = {}  # a tensor is made whole and written in blocks
+    last: dict[str, mx.array] = {}  # a tensor is created whole and written in blocks
 
     def read_rows(name: str, shape: tuple[int, ...], start: int, stop: int) -> mx.array:
         if name not in last:
@@ -118,7 +118,7 @@ def write_random_model(folder: Path, config: OpenELMConfig, dtype: mx.Dtype = mx
 
 
 def random_tensor(name: str, shape: tuple[int, ...], config: OpenELMConfig) -> mx.array:
-    """A tensor of the recipe, in float32."""
+    """A tensor by the fixed recipe, float32."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     values = rng.standard_normal(shape, dtype=np.float32)
     if "norm" in name:
@@ -132,7 +132,7 @@ def random_tensor(name: str, shape: tuple[int, ...], config: OpenELMConfig) -> m
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A SentencePiece model with a word for every id, for random weights come up with any of them."""
+    """A SentencePiece model with a word for every id, because random weights generate any id."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 

@@ -1,7 +1,7 @@
-"""Time of a token over the length of the context, from 128 to 4,096 tokens, for each way to keep keys and values.
+"""Time per token over the length of the context, from 128 to 4,096 tokens, for each type of KV cache.
 
-6 layers of width 256, float32, random weights. Each text is written through; times are medians of 64 tokens. The slope
-is compared with that of reading keys and values alone, measured apart: what is above it would be copying.
+6 layers of width 256, float32, random weights. Each text is generated in full; times are medians of 64 tokens. The
+slope is compared with that of reading keys and values alone, measured separately: anything above it would be copying.
 
 python benchmarks/context.py [--tokens 4096] [--rounds 3]
 """
@@ -30,7 +30,7 @@ KINDS = {
     "window of 1,024": CacheConfig(window=1024),
 }
 PROMPT = 128
-SPAN = 64  # tokens to a point
+SPAN = 64  # tokens per point
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def ours(network: OpenELM, prompt: mx.array, count: int, config: CacheConfig) -> np.ndarray:
-    """Seconds of each token."""
+    """Seconds of each token of this package."""
     cache = network.make_cache(config)
     return _timed(generate_tokens(network, prompt, max_tokens=count + 1, cache=cache, compiled=True), count)
 
@@ -101,13 +101,13 @@ def _timed(steps, count: int) -> np.ndarray:  # type: ignore[no-untyped-def]
 
 
 def smoothed(rounds: np.ndarray) -> np.ndarray:
-    """The fastest round's median of each span: what else the machine does only makes it slower."""
+    """For each span, the median of the fastest round, because other load on the machine can only slow it down."""
     spans = rounds[:, : rounds.shape[1] // SPAN * SPAN].reshape(len(rounds), -1, SPAN)
     return np.median(spans, axis=2).min(axis=0)
 
 
 def attention_slope(network: OpenELM, config: CacheConfig) -> float:
-    """Seconds that reading keys and values of all layers takes more with each token of context, measured by itself."""
+    """Additional seconds per token of context to read the keys and values of all layers, measured separately."""
     lengths = [GROWTH_STEP * blocks for blocks in (1, 4, 8, 12, 16)]
     spent = []
     for length in lengths:
@@ -133,7 +133,7 @@ def _read(layout, buffers, queries, mask) -> float:  # type: ignore[no-untyped-d
 
 
 def draw(lengths: np.ndarray, curves: dict[str, np.ndarray], path: Path) -> None:
-    """Milliseconds a token over the length of the context."""
+    """Plot milliseconds per token over the length of the context."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""Tokens per second after the first, with the defaults of `openelm-mlx generate` and of `mlx_lm.generate`.
+"""Tokens per second after the first token, with the defaults of `openelm-mlx generate` and of `mlx_lm.generate`.
 
 python benchmarks/decode.py [--model FOLDER] [--tokens 32] [--rounds 3]
 """

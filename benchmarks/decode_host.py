@@ -1,8 +1,8 @@
-"""How much of a token's time is the host's? Decoding with many narrow layers, where arithmetic hardly counts.
+"""How much of a token's time is host time? Decoding with many narrow layers, where arithmetic hardly matters.
 
-16 layers of width 128, float32, random weights, in one process: the compiled step, the step one operation after
-another, and stock mlx-lm's `generate_step`, in turn. Host time is what it takes to build a step without evaluating
-it; primitives are the nodes of its graph.
+16 layers of width 128, float32, random weights, in one process, in turn: the compiled step, the uncompiled step, and
+stock mlx-lm's `generate_step`. Host time is the time to build a step without evaluating it; primitives are the nodes
+of its graph.
 
 python benchmarks/decode_host.py [--tokens 200] [--rounds 5]
 """
@@ -95,7 +95,7 @@ def peer_step(model) -> Callable[[], tuple[mx.array, ...]]:  # type: ignore[no-u
 
 
 def host_milliseconds(step: Callable[[], tuple[mx.array, ...]], count: int = 50) -> float:
-    """Time to build a step; it is evaluated off the clock."""
+    """Time to build a step; its evaluation is not timed."""
     total = 0.0
     for _ in range(count):
         started = time.perf_counter()
@@ -106,7 +106,7 @@ def host_milliseconds(step: Callable[[], tuple[mx.array, ...]], count: int = 50)
 
 
 def primitives(step: Callable[[], tuple[mx.array, ...]]) -> int:
-    """Operations in the graph of a step."""
+    """Number of operations in the graph of a step."""
     dot = io.StringIO()
     mx.export_to_dot(dot, *step())
     return sum("shape=rectangle" in line or "shape=box" in line for line in dot.getvalue().splitlines())

@@ -1,7 +1,8 @@
 """Does layer-wise scaling help at a size that trains in minutes? And does attention across packed documents hurt?
 
-Trains the same number of parameters, layer-wise and uniform, on the same rows for the same steps, with several seeds;
-then the layer-wise one with attention kept inside each document. Reports the held-out loss of each, with its spread.
+Trains a layer-wise and a uniform model with the same number of parameters on the same rows for the same steps, with
+several seeds; then the layer-wise model with attention inside each document only. Reports the held-out loss of each
+variant, with its spread.
 
 python benchmarks/layerwise.py --data FOLDER [--seeds 3] [--steps 250]
 """
@@ -105,14 +106,14 @@ def corpus_of(recipe: PretrainRecipe, cache: Path) -> Corpus:
 
 
 def train(recipe: PretrainRecipe, cache: Path) -> float:
-    """Held-out loss at the end; all variants are judged with attention inside documents."""
+    """Held-out loss after training; all variants are evaluated with attention inside documents."""
     corpus = corpus_of(recipe, cache)
     trainer = fresh_trainer(recipe, corpus)
     while trainer.step < recipe.steps:
         trainer.take_step()
     judge = fresh_trainer(
         replace(recipe, packing="documents"), corpus
-    )  # text as it is read: a document and nothing else
+    )  # as a reader sees a text: one document and nothing else
     judge.parameters = trainer.parameters
     return judge.validation()["loss"]
 

@@ -1,4 +1,4 @@
-"""A 5-gram model with modified Kneser-Ney smoothing, the peer that a small network has to beat on the same tokens.
+"""A 5-gram model with modified Kneser-Ney smoothing, the baseline for a small network on the same tokens.
 
 Source: Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1998), section 3.
 """
@@ -12,13 +12,13 @@ ORDER = 5
 
 @dataclass(frozen=True)
 class _Level:
-    """N-grams of one length, packed into integers in order, with what follows from their counts."""
+    """N-grams of one length, packed into sorted integers, with their counts and what follows from them."""
 
     grams: np.ndarray  # sorted
     counts: np.ndarray
     contexts: np.ndarray  # all but the last token, sorted
-    totals: np.ndarray  # of the counts, for each context
-    reserved: np.ndarray  # mass that the discounts free, for each context
+    totals: np.ndarray  # sum of the counts, for each context
+    reserved: np.ndarray  # sum of the discounts, for each context
 
 
 class KneserNey:
@@ -34,11 +34,11 @@ class KneserNey:
         grams, counts = np.unique(self._packed(tokens, order), return_counts=True)
         for length in range(order, 0, -1):
             self._add_level(grams, counts)
-            # Below the longest, what counts is after how many different tokens an n-gram was seen.
+            # Shorter n-grams are counted by the number of different tokens that precede them.
             grams, counts = np.unique(grams & np.uint64((1 << self.bits * (length - 1)) - 1), return_counts=True)
 
     def losses(self, tokens: np.ndarray) -> np.ndarray:
-        """Negative logarithms, nats, of each token but the first few, which have no full context: (L - 4,)."""
+        """Cross-entropy of each token in nats, (L - 4,), without the first tokens, which have no full context."""
         order = len(self.levels)
         probability = np.full(len(tokens) - order + 1, 1 / self.vocab_size)
         for length, level, discounts in zip(range(1, order + 1), self.levels[::-1], self.discounts[::-1], strict=True):
@@ -51,7 +51,7 @@ class KneserNey:
         return -np.log(probability)
 
     def _packed(self, tokens: np.ndarray, length: int) -> np.ndarray:
-        """Every run of `length` tokens as one integer, the first token on top."""
+        """Every run of `length` tokens as one integer, with the first token in the highest bits."""
         ids = tokens.astype(np.uint64)
         packed = np.zeros(len(ids) - length + 1, np.uint64)
         for at in range(length):
@@ -62,7 +62,7 @@ class KneserNey:
         ones, twos, threes, fours = (max(1, int((counts == n).sum())) for n in (1, 2, 3, 4))
         share = ones / (ones + 2 * twos)
         raw = [0, 1 - 2 * share * twos / ones, 2 - 3 * share * threes / twos, 3 - 4 * share * fours / threes]
-        discounts = np.clip(raw, [0, 0.01, 0.01, 0.01], [0, 1, 2, 3])  # mass for what was never seen, always
+        discounts = np.clip(raw, [0, 0.01, 0.01, 0.01], [0, 1, 2, 3])  # at least some mass for unseen n-grams
         contexts, starts = np.unique(grams >> np.uint64(self.bits), return_index=True)
         totals = np.add.reduceat(counts, starts)
         reserved = np.add.reduceat(discounts[np.minimum(counts, 3)], starts)
@@ -71,6 +71,6 @@ class KneserNey:
 
 
 def _find(sorted_values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each wanted value stands, and whether it does."""
+    """The position of each wanted value, and whether it was found."""
     place = np.searchsorted(sorted_values, wanted).clip(max=len(sorted_values) - 1)
     return place, sorted_values[place] == wanted

@@ -1,14 +1,14 @@
-"""What guesses bring in speculative decoding, and that they never change the text.
+"""The speed-up from speculative decoding, and that it never changes the text.
 
-* 500 prompts that the built-in model wrote itself, each continued greedily by 64 tokens: alone, with prompt lookup, and
-  with the model's own first layers as a draft model. Tokens that differ are counted.
-* A model of 8 layers with a draft model of 2 narrow ones. Which guesses are right is imposed, for that decides what is
-  gained: the draft model does all its work, but its guesses are replaced by the right token or a wrong one.
-* Prompt lookup on the greedy text of that model, on one that goes round in circles (without its attention, where the
-  next token follows from the last one alone), and on stories of the built-in model in float32, which hardly repeat
-  themselves.
+* 500 prompts that the built-in model generated, each continued greedily by 64 tokens: without draft tokens, with prompt
+  lookup, and with the model's own first layers as a draft model. Tokens that differ are counted.
+* A model of 8 layers with a draft model of 2 narrow layers. The acceptance rate decides the gain, so it is imposed: the
+  draft model does all its work, but each of its tokens is replaced by the right token or a wrong one.
+* Prompt lookup on the greedy text of that model, on a text that repeats in a cycle (of the model without attention,
+  where the next token depends on the last one alone), and on stories of the built-in model in float32, which hardly
+  repeat themselves.
 
-Times are those of decoding alone, in turn, as ratios to decoding without guesses.
+Times are those of decoding without prefill, in turn, as ratios to decoding without draft tokens.
 
 python benchmarks/speculate.py [--only identical] [--prompts 500] [--rounds 5]
 """
@@ -40,7 +40,7 @@ STORIES = ("Once upon a time there was", "The little dog", "Lily and Tom went to
 
 
 class Imposed(DraftModel):
-    """A draft model whose guesses are right as often as is imposed."""
+    """A draft model with an imposed share of right draft tokens."""
 
     def __init__(self, model: OpenELM, known: Sequence[int], agreement: float):
         super().__init__(model)
@@ -49,7 +49,7 @@ class Imposed(DraftModel):
         self._rng = np.random.default_rng(0)
 
     def draft(self, text: Sequence[int], count: int, state: State) -> mx.array | None:
-        """As imposed, when the draft model is done."""
+        """The imposed draft tokens, once the draft model is done."""
         own = super().draft(text, count, state)
         assert own is not None, "a draft model always guesses"
         right = self._known[len(text) : len(text) + count]
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def identical(network: OpenELM, count: int) -> dict:
-    """Greedy texts with and without guesses, compared token by token."""
+    """Greedy texts with and without draft tokens, compared token by token."""
     drafters: dict[str, Drafter] = {
         "prompt lookup": PromptLookup(),
         "first layers": DraftModel(first_layers(network, 2)),
@@ -111,7 +111,7 @@ def identical(network: OpenELM, count: int) -> dict:
 
 
 def imposed_agreement(tokens: int, rounds: int) -> dict:
-    """Speed with a draft model that is right all, half, or none of the time."""
+    """Speed with a draft model that is right 100, 70, 50 and 0 % of the time."""
     target, draft = random_network(TARGET, mx.float32), random_network(DRAFT, mx.float32)
     prompt: Any = mx.random.randint(1, 8000, (32,), key=mx.random.key(2)).tolist()
     known = [*prompt, *(step.token for step in generate_tokens(target, prompt, max_tokens=tokens))]
@@ -122,7 +122,7 @@ def imposed_agreement(tokens: int, rounds: int) -> dict:
 
 
 def lookup(tiny: OpenELM, tokenizer: Tokenizer, tokens: int, rounds: int) -> dict:
-    """Speed with prompt lookup: on a text that repeats itself, and on stories, which hardly do."""
+    """Speed with prompt lookup: on texts that repeat themselves, and on stories, which hardly do."""
     makers: dict[str, Callable[[], Drafter | None]] = {"none": lambda: None, "prompt lookup": PromptLookup}
     target = random_network(TARGET, mx.float32)
     prompt: Any = mx.random.randint(1, 8000, (32,), key=mx.random.key(2)).tolist()
@@ -133,7 +133,7 @@ def lookup(tiny: OpenELM, tokenizer: Tokenizer, tokens: int, rounds: int) -> dic
         return {**gains, "pairs_seen_before": _seen_before(beginning, text)}
 
     found = {"prompt lookup, a text that repeats itself now and then": gain(prompt)}
-    for layer in target.transformer.layers:  # the next token follows from the last one alone: the text will come back
+    for layer in target.transformer.layers:  # the next token depends on the last one alone, so the text cycles
         layer.attn.out_proj.weight = mx.zeros_like(layer.attn.out_proj.weight)
     walk = [step.token for step in generate_tokens(target, prompt, max_tokens=2 * tokens)]
     found["prompt lookup, a text in circles"] = gain([*prompt, *walk])
@@ -142,7 +142,7 @@ def lookup(tiny: OpenELM, tokenizer: Tokenizer, tokens: int, rounds: int) -> dic
 
 
 def _seen_before(beginning: list[int], text: list[int]) -> float:
-    """Share of a text's pairs of tokens that stood somewhere before."""
+    """Share of a text's pairs of adjacent tokens that occurred before."""
     pairs = list(pairwise([*beginning, *text]))
     return sum(pairs[place] in pairs[:place] for place in range(len(beginning), len(pairs))) / len(text)
 
@@ -190,7 +190,7 @@ def _gains(
 
 
 def first_layers(network: OpenELM, count: int) -> OpenELM:
-    """The network's first layers alone, with its embedding and last norm."""
+    """A network of the first layers alone, with the embedding and the last norm."""
     config = network.config
     short = replace(
         config,

@@ -1,4 +1,4 @@
-"""Write `docs/benchmarks.md`, and the table of the README, from the results under `benchmarks/results/`.
+"""Writes `docs/benchmarks.md`, and the table in the README, from the results under `benchmarks/results/`.
 
 python benchmarks/tables.py
 """

@@ -1,4 +1,4 @@
-"""Measure the built-in model and write its card: held-out loss beside a 5-gram model, widths, and prompts unedited.
+"""Measures the built-in model and writes its card: held-out loss next to a 5-gram model, sizes, and unedited samples.
 
 python benchmarks/tiny_card.py --run runs/tiny --full AVERAGED_MODEL --data CORPUS
 """
@@ -22,9 +22,9 @@ from mlx_openelm.training.pretrain import RECIPES, PretrainRecipe
 FOLDER = model_folder(BUILT_IN_MODEL)
 SAMPLING = SamplingConfig(temperature=0.5, top_p=0.9, repetition_penalty=1.1, seed=0)
 PROMPT_TOKENS = 60
-LINE_BREAKS = re.compile(r"\s*\n\s*")  # a table holds one line
+LINE_BREAKS = re.compile(r"\s*\n\s*")  # a table cell has one line
 
-# What the recipe's sources are, in its order.
+# The recipe's sources, by their position in it.
 PARTS = {
     "simple stories (TinyStories, African Storybook)": (0, 1),
     "fairy tales, fables, children's classics": (2, 3, 4),
@@ -88,7 +88,7 @@ def main() -> None:
 def network_losses(
     model: OpenELM, recipe: PretrainRecipe, files: tuple[TokenizedDataset, ...]
 ) -> list[tuple[float, int]]:
-    """Sum of losses and number of tokens, for each source; a row sees nothing of the row before."""
+    """Sum of losses and number of tokens of each source; rows do not see previous rows."""
     found = []
     for file in files:
         total, count = 0.0, 0

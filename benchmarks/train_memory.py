@@ -1,8 +1,8 @@
-"""How much memory does a training step take, and what do the chunked loss and recomputed layers save?
+"""How much memory does a training step take, and what do the chunked loss and gradient checkpointing save?
 
-The peers are the same step with whole logits (MLX's own `cross_entropy` and its differentiation), and with nothing
-saved. Each step runs, compiled as in training, in a process of its own. The peak is that of MLX's arrays, with the
-weights; the growth of the process is recorded beside it.
+The peers are the same step with whole logits (MLX's own `cross_entropy` and automatic differentiation), and without
+recomputed layers. Each step runs in a separate process, compiled as in training. The peak is that of MLX's arrays,
+including the weights; the growth of the process is recorded too.
 
 python benchmarks/train_memory.py [--vocab 32000] [--sequence 2048] [--rounds 3]
 """
@@ -35,7 +35,7 @@ class Way:
     """How a step is computed."""
 
     recompute: bool
-    chunked: bool  # this package's way; else whole logits, with MLX's own means
+    chunked: bool  # this package's loss; otherwise whole logits, with MLX's own functions
 
 
 WAYS = {
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def one_step(arguments: argparse.Namespace, way: Way) -> None:
-    """Loss and gradients of one row."""
+    """Compute loss and gradients of one row, and print memory and time."""
     config = OpenELMConfig.layerwise(
         arguments.layers,
         arguments.model_dim,

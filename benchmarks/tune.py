@@ -1,8 +1,8 @@
-"""How fast is tuning, and how much memory does it take, against stock mlx-lm?
+"""How fast is tuning, and how much memory does it take, compared with stock mlx-lm?
 
-Both train the same fresh LoRA adapter on the same random model, on the same rows with the same optimizer, each in a
-process of its own, in turn; with gradient checkpointing and without. mlx-lm runs through the `train` function behind
-`mlx_lm.lora`. Losses of each step are recorded: they have to be the same.
+Both train the same new LoRA adapter on the same random model, on the same rows with the same optimizer, each in a
+separate process, in turn; with and without gradient checkpointing. mlx-lm runs through the `train` function behind
+`mlx_lm.lora`. The losses of each step are recorded; they have to be the same.
 
 python benchmarks/tune.py [--vocab 32000] [--sequence 1024] [--batch 2] [--answers 1.0] [--rounds 3]
 """
@@ -33,7 +33,7 @@ from mlx_openelm.training.tune_recipe import TuneRecipe
 RECIPE = TuneRecipe(
     steps=1000, learning_rate=1e-3, schedule="constant", initial_learning_rate=1e-3, max_grad_norm=0.0, dtype="float32"
 )
-WARM_UP = 2  # steps in which both compile
+WARM_UP = 2  # steps, in which both compile
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: str, checkpointing: str) -> dict:
-    """Both sides in turn; figures of each, and their ratios."""
+    """Run both in turn; the figures of each, and their ratios."""
     runs: dict[str, list[dict]] = {"openelm-mlx": [], "mlx-lm": []}
 
     def once(who: str) -> float:
@@ -95,7 +95,7 @@ def measure(arguments: argparse.Namespace, folder: str, checkpointing: str) -> d
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> None:
-    """A random model, and a fresh adapter for it."""
+    """Write a random model, and a new adapter for it."""
     config = OpenELMConfig.layerwise(
         arguments.layers, arguments.model_dim, 64, vocab_size=arguments.vocab, max_context_length=arguments.sequence
     )
@@ -109,12 +109,12 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def tokens_of(arguments: argparse.Namespace, step: int) -> np.ndarray:
-    """Rows of a step (B, L + 1), the same four again and again."""
+    """Rows of a step, int32 (B, L + 1); four batches alternate."""
     return np.random.default_rng(step % 4).integers(0, 500, (arguments.batch, arguments.sequence + 1)).astype(np.int32)
 
 
 def first_counted(arguments: argparse.Namespace) -> int:
-    """Position in a row from which on successors count."""
+    """The first position in a row whose next token is in the loss."""
     return round(arguments.sequence * (1 - arguments.answers))
 
 

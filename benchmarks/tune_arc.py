@@ -1,8 +1,8 @@
-"""Does tuning teach the built-in model the answers of ARC-Easy, in minutes?
+"""Does tuning teach the built-in model the answers of ARC-Easy in minutes?
 
-Tunes openelm-tiny with LoRA on the answers of the training questions, in the paper's prompt form, and follows the loss
-on the answers of the test questions. What an answer costs when its form is known and the choice among the four is
-not, is told beside it. The curve is kept beside the figures.
+Tunes openelm-tiny with LoRA on the answers of the training questions, with the paper's prompt template, and follows the
+loss on the answers of the test questions. For comparison, it reports the loss of a model that knows the form of the
+answers but not which of the four is right. A plot of the loss is saved with the results.
 
 python benchmarks/tune_arc.py --data FOLDER     # with train.json and test.json
 """
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def choice_nats(path: Path, tuning) -> float:  # type: ignore[no-untyped-def]
-    """Entropy of which answer is right, over the tokens of an answer."""
+    """Entropy of the choice of the right answer, per token of an answer."""
     records = json.loads(path.read_text(encoding="utf-8"))
     counts = Counter(record["answer"] for record in records)
     entropy = -sum(n * math.log(n / len(records)) for n in counts.values()) / len(records)

@@ -1,7 +1,7 @@
 """Does tuning take the memory that `--dry-run` predicts?
 
-Tunes random models of several shapes for a few steps, each in a process of its own, and compares the peak of MLX's
-arrays with the prediction. Layer-wise models, with widths that the factors were not fitted to.
+Tunes random models in several ways for a few steps, each in a separate process, and compares the peak of MLX's arrays
+with the prediction. The models are layer-wise, with widths that the factors were not fitted to.
 
 python benchmarks/tune_memory.py
 """
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> None:
-    """A random layer-wise model with the built-in one's vocabulary, in full and in 4 bits, and texts."""
+    """Write a random layer-wise model with the built-in one's vocabulary, in full and in 4 bits, and texts."""
     tokenizer = load()[1]
     config = OpenELMConfig.layerwise(6, 384, 64, num_gqa_groups=2, ffn_dim_divisor=64, vocab_size=4096)
     (folder / "model").mkdir()
@@ -83,7 +83,7 @@ def prepare(folder: Path) -> None:
 
 
 def one_case(case: dict, folder: Path) -> None:
-    """Prediction and peak of a few steps."""
+    """Print the predicted and the measured peak of a few steps."""
     case = {"train_on": "all", "max_length": 512, **case}
     bits = case.pop("bits", None)
     data = folder / ("short.jsonl" if case["train_on"] == "completion" else "texts.jsonl")

@@ -1,7 +1,7 @@
-"""Memory over 20,000 tokens of text with a window: it stays the same.
+"""Memory while 20,000 tokens are generated with a window: it stays constant.
 
-16 layers of width 128, float32, random weights, a window of 512 tokens. Memory of MLX's arrays and of the process is
-read every 1,000 tokens.
+16 layers of width 128, float32, random weights, a window of 512 tokens. The memory of MLX's arrays and of the process
+is read every 1,000 tokens.
 
 python benchmarks/window.py [--tokens 20000] [--window 512]
 """
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def memory_over_text(network, config: CacheConfig, tokens: int) -> list[dict]:  # type: ignore[no-untyped-def]
-    """What is taken after each 1,000 tokens."""
+    """Memory and time after every 1,000 tokens."""
     mx.clear_cache()
     cache = network.make_cache(config)
     started = time.perf_counter()
@@ -73,13 +73,13 @@ def memory_over_text(network, config: CacheConfig, tokens: int) -> list[dict]:  
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in use now."""
+    """Resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def draw(curves: dict[str, list[dict]], path: Path) -> None:
-    """MiB of arrays over tokens."""
+    """Plot MiB of arrays over tokens."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -43,7 +43,7 @@ def test_filters_and_what_they_leave(tmp_path, tokenizer):
     source = write(tmp_path / "a.txt", ["short", "this one is long enough for the filter"])
     corpus = prepare_corpus([source], tokenizer, Filters(min_characters=20, validation_share=0), tmp_path / "cache")
     assert corpus.train[0].num_documents == 1
-    with pytest.raises(DataError, match="leaves no text"):
+    with pytest.raises(DataError, match="has no text left"):
         prepare_corpus([source], tokenizer, Filters(min_tokens=1000), tmp_path / "cache")
     with pytest.raises(DataError, match="no data"):
         prepare_corpus([], tokenizer, Filters(), tmp_path / "cache")

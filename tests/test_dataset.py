@@ -46,9 +46,9 @@ def test_examples_without_an_answer_are_dropped(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [*records, {"prompt": "a", "completion": ""}])
     examples = read_examples(path, tokenizer, ExampleOptions(max_length=10))
     assert (len(examples.examples), examples.num_cut, examples.num_dropped) == (1, 0, 2)
-    with pytest.raises(DataError, match=r"a\.jsonl leaves no example to train on: 1 are too long, have no answer"):
+    with pytest.raises(DataError, match=r"a\.jsonl contains no example to train on: 1 are too long, have no answer"):
         read_examples(write(tmp_path / "a.jsonl", records[1:]), tokenizer, ExampleOptions(max_length=10))
-    with pytest.raises(DataError, match=r"a\.jsonl leaves no example to train on$"):
+    with pytest.raises(DataError, match=r"a\.jsonl contains no example to train on$"):
         read_examples(write(tmp_path / "a.jsonl", []), tokenizer)
 
 
@@ -88,13 +88,13 @@ def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):
     [
         (
             [{"prompt": "a", "completion": " b"}, {"text": "a"}],
-            r"record 2: text format; the records before it have completion format",
+            r"record 2: text format, but earlier records have completion format",
         ),
         (
             ["{\n", {"text": "a"}, {"prompt": "a", "reply": "b"}],
-            r"record 3: unknown format with the fields prompt, reply",
+            r"record 3: no format matches the fields prompt, reply",
         ),
-        ([{"text": "a"}, {"text": 3}], r"record 2: text is int"),
+        ([{"text": "a"}, {"text": 3}], r"record 2: text must be text; got int"),
         ([{"text": "half \ud83d"}], r"record 1: the text holds a lone surrogate"),
         ([{"messages": [{"role": "user", "content": "Hi"}]}], r"record 1: conversations need a chat template"),
     ],
@@ -165,7 +165,7 @@ def test_a_share_is_held_out_by_content(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"validation share must be .*got 1\.5"):
         held_out(0, share=1.5)
     write(path, completions(1))
-    with pytest.raises(DataError, match="leaves no example to train on when"):
+    with pytest.raises(DataError, match="has no example left to train on if"):
         read_splits(path, tokenizer, validation=0.5)
 
 

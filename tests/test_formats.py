@@ -178,7 +178,7 @@ def test_pairs_of_conversations_differ_behind_their_shared_prompt(chat_tokenizer
 @pytest.mark.parametrize(
     ("name", "record", "reason"),
     [
-        ("text", {"text": 3}, "text is int, not text"),
+        ("text", {"text": 3}, "text must be text; got int"),
         ("preference", {"chosen": "a", "rejected": "b"}, "prompt is missing"),
         ("preference", {"prompt": "x", "chosen": "a", "rejected": []}, "chosen must be a list of messages"),
         ("preference", {"chosen": [say(USER, "a")], "rejected": [say(USER, "b")]}, "must begin with the same message"),

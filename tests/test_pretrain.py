@@ -162,7 +162,7 @@ def test_samples_are_written_at_each_validation(tmp_path, whole_run, recipe, cor
 
 
 def test_a_sequence_longer_than_the_context_is_refused(config):
-    with pytest.raises(ConfigError, match="at most 32, the model's context; got 33"):
+    with pytest.raises(ConfigError, match="at most 32, the model's context length; got 33"):
         PretrainRecipe(model=config, sequence_length=33)
 
 
@@ -248,10 +248,10 @@ class TestCommand:
             (["--steps", "0"], "steps must be positive; got 0"),
             (["--frobs", "3"], "No such option: --frobs"),
             (["--learning-rate"], "Option '--learning-rate' requires an argument"),
-            (["--sequence-length", "64"], "at most 32, the model's context; got 64"),
+            (["--sequence-length", "64"], "at most 32, the model's context length; got 64"),
             (["--data", "missing.txt"], "missing.txt does not exist"),
-            (["--min-characters", "100000"], "no text after|leaves no text"),
-            (["--train-tokenizer", "100000"], "cannot train a vocabulary"),
+            (["--min-characters", "100000"], "no text left after the filters"),
+            (["--train-tokenizer", "100000"], "cannot train a tokenizer"),
             (["--resume"], "no readable checkpoint"),
         ],
     )

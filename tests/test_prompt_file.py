@@ -43,7 +43,7 @@ class TestReadPrompts:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: no JSON object"),
+            ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object"),
             ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "record 2: expected the field prompt .* found text"),
             (
                 "p.jsonl",

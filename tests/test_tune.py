@@ -338,7 +338,7 @@ def test_packaged_recipes_have_apples_numbers():
         ({"layers": 3}, AdapterError, "layers must be at most 2, .*got 3"),
         ({"layers": 3, "method": "full"}, AdapterError, "layers must be at most 2, .*got 3"),
         ({"targets": ("q_proj",)}, AdapterError, "q_proj matches no matrix \\(choose from qkv_proj"),
-        ({"max_length": 65}, ConfigError, "at most 64, the model's context; got 65"),
+        ({"max_length": 65}, ConfigError, "at most 64, the model's context length; got 65"),
         ({"objective": "dpo"}, DataError, "in the completion format; this method needs prompt, chosen and rejected"),
         (
             {"data": "pairs.jsonl", "validation": ""},
@@ -496,7 +496,7 @@ class TestCommand:
             (["--data", "missing.jsonl"], "missing.jsonl"),
             (["--targets", "q_proj,qkv_proj"], "q_proj matches no matrix (choose from qkv_proj, out_proj"),
             (["--columns", "prompt=question"], "no column 'question'; the columns are prompt, completion"),
-            (["--config", "other"], "the recipes of the package are commonsense"),
+            (["--config", "other"], "the packaged recipes are commonsense"),
             (["--resume"], "no checkpoint"),
             (["--output", "/dev/null"], "is a file"),
             (["--max-length", "3", "--too-long", "drop"], "no example to train on: 24 are too long"),

@@ -1,1 +1,1 @@
-"""Tokens per second, and what keeps them from being more."""
+"""Tokens per second, and what limits them."""

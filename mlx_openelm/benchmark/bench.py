@@ -1,4 +1,4 @@
-"""Benchmarks of whole models: every case, one after another, with a peer in the same run."""
+"""Benchmarks of whole models: all cases in turn, optionally with a peer in the same run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,11 +36,11 @@ def bench(
     Args:
         model: a network, or a folder, hub id or built-in model.
         cases: what to measure, such as `[Case(prompt_tokens=128, max_tokens=64)]`.
-        against: `"mlx-lm"` runs it too, in turn with this package, on the same weights.
+        against: `"mlx-lm"` also measures mlx-lm, in turn with this package, on the same weights.
         rounds: measured rounds, after one warm-up round.
-        compiled: whether to compile the decoding step; by default where it pays off.
+        compiled: whether to compile the decoding step; by default, where it pays off.
         dtype, adapter, revision: as for `load_model`.
-        on_round: called before each round with who runs, and the number of the round; 0 is the warm-up.
+        on_round: called before each run with the contestant's name and the number of the round; 0 is the warm-up.
     Raises:
         BenchError: if the peer cannot run a case.
         OpenELMError: if the model cannot be loaded.
@@ -76,7 +76,7 @@ def bench_cases(
     paper: bool = False,
     on_round: Callable[[str, int], None] | None = None,
 ) -> Iterator[Result]:
-    """The result of each case, as soon as it is measured.
+    """Yields the result of each case as soon as it is measured.
 
     Args:
         name: of the model.

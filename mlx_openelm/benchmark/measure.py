@@ -1,4 +1,4 @@
-"""What is measured: prompts of a length, answers of a length, so many at once, with keys and values kept in a way."""
+"""Measures cases: a prompt length, an output length, a batch size, and a type of KV cache."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from ..machine.hardware import power_meter
 from ..model.openelm import OpenELM
 from .models import Contestant, Run
 
-# The beginning of Treasure Island, with which the paper's throughput with MLX was measured: BOS and 35 tokens.
+# The prompt of the paper's throughput measurements with MLX, the beginning of Treasure Island: BOS and 35 tokens.
 PAPER_PROMPT = (
     *(1, 317, 1548, 6479, 10653, 3801, 29892, 4942, 29889, 16238, 968, 29891, 29892, 322, 278, 1791, 310, 1438),
     *(26703, 2534, 4433, 592, 304, 2436, 1623, 278, 3353, 3153, 29879, 1048, 6479, 3745, 7935, 29892, 515, 278),
@@ -23,7 +23,7 @@ PAPER_PROMPT = (
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure."""
+    """One benchmark case."""
 
     prompt_tokens: int = 512
     max_tokens: int = 128
@@ -37,7 +37,7 @@ class Case:
         )
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        """Random ids for each row, always the same."""
+        """Random ids for each row, the same in every call."""
         key = mx.random.key(self.prompt_tokens)
         ids: Any = mx.random.randint(1, vocab_size, (self.batch_size, self.prompt_tokens), key=key).tolist()
         return ids
@@ -48,7 +48,7 @@ PAPER_CASE = Case(len(PAPER_PROMPT), 1024)
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, least and most of several rounds."""
+    """Median, minimum and maximum of several rounds."""
 
     median: float
     min: float
@@ -56,26 +56,26 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of some figures."""
+        """The spread of these values."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one contestant reached in one case."""
+    """Figures of one contestant in one case."""
 
     prefill_tokens_per_second: Spread
-    decode_tokens_per_second: Spread  # of all rows together, behind the first token of each
-    total_tokens_per_second: Spread  # prompts and answers over all of the time, as the paper counts
+    decode_tokens_per_second: Spread  # of all rows together, after the first token of each
+    total_tokens_per_second: Spread  # prompt and generated tokens over the total time, as in the paper
     first_token_seconds: Spread
     peak_memory_bytes: int
-    bandwidth_share: float  # of the tokens per second that reading weights, keys and values alone would allow
+    bandwidth_share: float  # decoding speed as a share of the limit that reading weights, keys and values sets
     watts: float | None
 
 
 @dataclass(frozen=True)
 class Result:
-    """A case, and who reached what."""
+    """A case, with the figures of each contestant."""
 
     model: str
     dtype: str
@@ -83,10 +83,10 @@ class Result:
     case: Case
     limit_tokens_per_second: float
     figures: dict[str, Figures] = field(default_factory=dict)
-    same_tokens: float | None = None  # share of the tokens in which this package and its peer agree
+    same_tokens: float | None = None  # share of the tokens on which this package and its peer agree
 
     def ratios(self) -> dict[str, float]:
-        """This package against its peer: above 1 is faster, and for memory and the first token below 1 is better."""
+        """This package relative to its peer: above 1 is better, but for memory and the first token, below 1."""
         names = list(self.figures)
         if len(names) < 2:
             return {}
@@ -100,7 +100,7 @@ class Result:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All fields and the ratios, for JSON."""
         return {**asdict(self), "ratios": self.ratios()}
 
 
@@ -115,13 +115,13 @@ def measure(
     prompts: list[list[int]] | None = None,
     on_round: Callable[[str, int], None] = lambda name, number: None,
 ) -> Result:
-    """Run the contestants in turn, A B A B, after a first round that does not count.
+    """Run the contestants in turn, A B A B, after a warm-up round that does not count.
 
     Args:
-        model: its name.
-        bandwidth: of the memory, in bytes per second.
-        prompts: in place of random ones.
-        on_round: called before each run with the contestant's name and the number of the round, 0 for the first.
+        model: name of the model.
+        bandwidth: memory bandwidth, in bytes per second.
+        prompts: ids of each prompt, instead of random ones.
+        on_round: called before each run with the contestant's name and the number of the round; 0 is the warm-up.
     """
     given = prompts or case.prompts(network.config.vocab_size)
     runs: dict[str, list[Run]] = {contestant.name: [] for contestant in contestants}
@@ -150,12 +150,12 @@ def measure(
 
 
 def network_dtype(network: OpenELM) -> mx.Dtype:
-    """The type that a network computes in."""
+    """The dtype that a network computes in."""
     return network.transformer.norm.weight.dtype
 
 
 def bytes_per_step(config: OpenELMConfig, weights: int, case: Case, dtype: mx.Dtype) -> float:
-    """What has to be read for one token of each row: all weights once, and each row's keys and values."""
+    """Bytes to read for one token of each row: all weights once, and each row's keys and values."""
     middle = case.prompt_tokens + case.max_tokens // 2
     return weights + case.batch_size * kv_cache_bytes(config, middle, dtype, case.cache)
 

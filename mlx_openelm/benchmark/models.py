@@ -1,4 +1,4 @@
-"""Who is measured: this package and its peer, on the same weights."""
+"""The contestants of a benchmark: this package and its peer, on the same weights."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,12 @@ from ..quantization import Quantization
 
 @dataclass(frozen=True)
 class Run:
-    """What one measured generation took."""
+    """Time, memory and tokens of one measured generation."""
 
-    first_token_seconds: float  # from the prompts to the first token of all rows
-    decode_seconds: float  # for the tokens behind the first ones
-    peak_memory_bytes: int  # of MLX's arrays, weights included
-    tokens: list[list[int]]  # of each row
+    first_token_seconds: float  # until all rows have their first token
+    decode_seconds: float  # for the tokens after the first
+    peak_memory_bytes: int  # of MLX's arrays, including weights
+    tokens: list[list[int]]  # generated ids of each row
 
 
 class Contestant(Protocol):
@@ -36,7 +36,7 @@ class Contestant(Protocol):
     name: str
 
     def run(self, prompts: Sequence[Sequence[int]], max_tokens: int, cache: CacheConfig) -> Run:
-        """Continue each prompt by so many tokens, always the likeliest, all prompts at once."""
+        """Continue all prompts at once, each by `max_tokens` greedy tokens."""
         ...
 
 
@@ -44,7 +44,7 @@ class Ours:
     """This package.
 
     Args:
-        compiled: whether the step is compiled whole; by default where that pays.
+        compiled: whether to compile the whole step; by default, where it pays off.
     """
 
     name = "openelm-mlx"
@@ -70,7 +70,7 @@ class Ours:
 
 
 class Peer:
-    """Stock mlx-lm, with the weights of a network of this package."""
+    """Stock mlx-lm, with the weights of this package's network."""
 
     name = "mlx-lm"
 
@@ -137,7 +137,7 @@ class Peer:
 
 
 def random_network(config: OpenELMConfig, dtype: mx.Dtype, quantization: Quantization | None = None) -> OpenELM:
-    """A network of random weights, which takes as long as one that was trained."""
+    """A network with random weights, which is as fast as a trained one."""
     arrays: dict[str, mx.array] = {}
     packed: dict[str, Quantization] = {}
     keys = iter(mx.random.split(mx.random.key(0), len(parameter_shapes(config))))

@@ -1,4 +1,4 @@
-"""Results as a table for people, CSV, Markdown, or JSON."""
+"""Benchmark results as a table, CSV, Markdown or JSON."""
 
 import csv
 import io
@@ -27,14 +27,14 @@ HEADINGS = (
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All results of one call."""
+    """All results of one benchmark."""
 
     results: tuple[Result, ...]
     bandwidth: float  # bytes per second
     machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All results, the bandwidth and the machine, for JSON."""
         return {
             "benchmark": "bench",
             "bandwidth_gb_per_second": self.bandwidth / 1e9,
@@ -52,12 +52,12 @@ class BenchReport:
         return "\n".join(["BenchReport(", *lines, ")"])
 
     def shared(self) -> dict[int, str]:
-        """What all results have in common, by the column of `HEADINGS`."""
+        """The values that all results have in common, by column of `HEADINGS`."""
         rows = [_about(result) for result in self.results]
         return {column: of[0] for column, of in enumerate(zip(*rows, strict=True)) if len(set(of)) == 1}
 
     def rows(self) -> list[list[str]]:
-        """A line for each contestant, and one for the ratio of two, under `HEADINGS`."""
+        """One row per contestant, and one with the ratios of two, with the columns of `HEADINGS`."""
         return [row for result in self.results for row in _rows(result)]
 
     def to_csv(self) -> str:
@@ -75,12 +75,12 @@ class BenchReport:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """A table of Markdown."""
+        """A Markdown table."""
         lines = [HEADINGS, ["---"] * len(HEADINGS), *self.rows()]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
     def to_json(self) -> str:
-        """Everything, as a text of JSON."""
+        """All results as JSON text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
@@ -101,7 +101,7 @@ def _values(figures: Figures) -> list[Any]:
 
 
 def weights_in_words(dtype: str, bits: int | None) -> str:
-    """How weights are kept, for people."""
+    """How weights are stored, such as "4 bits, float32"."""
     return dtype if bits is None else f"{bits} bits, {dtype}"
 
 

@@ -1,1 +1,1 @@
-"""From files of text and records to the rows of a training step."""
+"""From text files and record files to the rows of a training step."""

@@ -6,25 +6,25 @@ from typing import TypedDict
 import mlx.core as mx
 import numpy as np
 
-_SIZES = 8  # numbers of scored positions per shape of batch; each is compiled once
+_SIZES = 8  # allowed numbers of scored positions per batch shape; each is compiled once
 
 
 class Batch(TypedDict, total=False):
     """Arrays of a step: B rows of L tokens, of which N positions are scored."""
 
     inputs: mx.array  # ids (B, L)
-    segments: mx.array  # number of the document or example within its row, (B, L); only if they are isolated
+    segments: mx.array  # number of the document or example within its row, (B, L); only if isolated
     positions: mx.array  # scored positions in the flattened rows, (N,); only if not all are scored
     targets: mx.array  # ids to predict there, (N,)
-    weights: mx.array  # float32 (N,): 1 where the loss mask is set, 0 where the shape is filled up
+    weights: mx.array  # float32 (N,): 1 where the loss mask is set, 0 for padding
     rows: mx.array  # row of each scored position, (N,)
     reference: mx.array  # DPO: log-probabilities of the rows under the reference model, (B,)
-    dropout: mx.array  # the random key of the step
+    dropout: mx.array  # random key of the step
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows of one step: ids (B, L + 1), the documents they belong to, and the loss mask.
+    """Rows of one step: ids, their documents, and the loss mask.
 
     Position i predicts position i + 1. Negative `segments` are padding. `isolated` rows hold several documents that do
     not attend to one another.
@@ -42,7 +42,7 @@ class TokenBatch:
 
 
 def target_mask(segments: np.ndarray, isolated: bool) -> np.ndarray:
-    """Positions with a token to predict, bool (..., L), of segments (..., L + 1).
+    """Positions with a token to predict, bool (..., L), from segments (..., L + 1).
 
     Padding is not predicted, and if `isolated`, neither is the first token of the next document.
     """
@@ -51,10 +51,10 @@ def target_mask(segments: np.ndarray, isolated: bool) -> np.ndarray:
 
 
 def make_batch(rows: TokenBatch) -> Batch:
-    """The arrays that a step computes with; see `Batch`.
+    """The arrays of a step; see `Batch`.
 
-    Logits are computed only where the loss mask is set, which in examples with short answers is at few positions. Their
-    number is rounded up to one of eight per shape, so that few shapes have to be compiled.
+    Logits are computed only where the loss mask is set, which is at few positions in examples with short answers. Their
+    number is rounded up to one of eight per batch shape, so that few shapes have to be compiled.
     """
     inputs, targets, mask = rows.tokens[:, :-1], rows.tokens[:, 1:].reshape(-1), rows.loss_mask.reshape(-1)
     batch: Batch = {"inputs": mx.array(inputs)}

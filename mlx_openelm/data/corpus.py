@@ -1,7 +1,7 @@
-"""Documents to token files on disk, and token files to the rows of any step.
+"""From documents to token files on disk, and from token files to the rows of any step.
 
-A corpus is tokenized once into a flat file of ids per source, with an index of its documents. Which rows a step sees is
-then a function of the seed and the step alone: a run that is resumed, or split over several processes, sees the same.
+A corpus is tokenized once into a flat file of ids per source, with an index of its documents. The rows of a step then
+depend only on the seed and the step, so a run sees the same rows if it is resumed or split over several processes.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _END_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Filters:
-    """Which documents are left out; CoreNet's recipe asks for 200 characters and 256 tokens."""
+    """Which documents are skipped or held out; CoreNet's recipe requires 200 characters and 256 tokens."""
 
     min_characters: int = 0
     min_tokens: int = 0
@@ -38,7 +38,7 @@ class Filters:
 
 
 class TokenizedDataset:
-    """Documents as ids, each behind BOS and before EOS, on disk."""
+    """Documents as ids on disk, each from BOS to EOS."""
 
     def __init__(self, stem: Path, dtype: np.dtype):
         self.offsets = np.load(stem.with_suffix(".offsets.npy"), mmap_mode="r")  # (documents + 1,)
@@ -47,16 +47,16 @@ class TokenizedDataset:
 
     @property
     def num_documents(self) -> int:
-        """How many documents there are."""
+        """Number of documents."""
         return len(self.offsets) - 1
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens they have together."""
+        """Number of tokens in all documents."""
         return len(self.tokens)
 
     def document(self, number: int) -> np.ndarray:
-        """Ids of one document."""
+        """Ids of one document, (T,)."""
         return self.tokens[int(self.offsets[number]) : int(self.offsets[number + 1])]
 
 
@@ -67,7 +67,7 @@ class Corpus:
     train: tuple[TokenizedDataset, ...]
     validation: tuple[TokenizedDataset, ...]
     weights: tuple[float, ...]
-    fingerprint: str  # of the files, the tokenizer and the filters
+    fingerprint: str  # hash of the files, the tokenizer and the filters
 
 
 def prepare_corpus(
@@ -77,12 +77,12 @@ def prepare_corpus(
     cache: Path,
     on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
 ) -> Corpus:
-    """Tokenize the sources into `cache`, or take what lies there from an earlier run.
+    """Tokenize the sources into `cache`, or reuse the token files of an earlier run.
 
     Args:
-        on_progress: called with bytes of the files read so far, and of all.
+        on_progress: called with the bytes of the files read so far, and of all files.
     Raises:
-        DataError: if a source is missing, broken, or nothing is left by the filters.
+        DataError: if a source is missing or broken, or the filters remove all of its text.
     """
     if not sources:
         raise DataError("no data given")
@@ -113,7 +113,7 @@ def prepare_corpus(
     }
     for source, tokens in zip(sources, opened["train"], strict=True):
         if tokens.num_documents == 0:
-            raise DataError(f"{source.path} leaves no text after the filters")
+            raise DataError(f"{source.path} has no text left after the filters")
     return Corpus(opened["train"], opened["validation"], tuple(source.weight for source in sources), fingerprint)
 
 
@@ -144,7 +144,7 @@ def _ids(text: str, tokenizer: Tokenizer, filters: Filters) -> list[int] | None:
 
 
 def _split(text: str, filters: Filters) -> str:
-    """By a hash of the text, so that copies of a document stand on the same side."""
+    """The split of a document, by a hash of its text, so that copies of a document are in the same split."""
     return "validation" if zlib.crc32(text.encode()) < filters.validation_share * _HASH_STEPS else "train"
 
 
@@ -159,7 +159,7 @@ def _fingerprint(sources: Sequence[TextSource], files: list[list[Path]], tokeniz
 
 
 def _ends(path: Path) -> str:
-    """A hash of how a file begins and ends; with its size, enough to tell that it was changed."""
+    """A hash of the beginning and end of a file; with its size, enough to detect a change."""
     with open(path, "rb") as file:
         head = file.read(_END_BYTES)
         file.seek(max(0, path.stat().st_size - _END_BYTES))
@@ -180,17 +180,17 @@ class CorpusBatches:
             weight * (file.num_documents if packing == "rows" else file.num_tokens)
             for weight, file in zip(corpus.weights, self._files, strict=True)
         ]
-        self._ends = np.cumsum(sizes) / sum(sizes)  # shares of the sources, added up
+        self._ends = np.cumsum(sizes) / sum(sizes)  # cumulative shares of the sources
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
-        """Rows `first` to `first + count` of a step's `batch_size`; a process takes those that are its own."""
+        """Rows `first` to `first + count` (exclusive) of a step's `batch_size`; each process takes its own rows."""
         numbers = range(step * self.batch_size + first, step * self.batch_size + first + (count or self.batch_size))
         tokens, segments = (np.stack(parts) for parts in zip(*map(self._row, numbers), strict=True))
         isolated = self._packing == "documents"
         return TokenBatch(tokens, segments, target_mask(segments, isolated), isolated)
 
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row by number: its place in [0, 1) decides the source, and how many came before decides the place there."""
+        """Row by number: `_spread` selects the source, and the number of earlier rows from it selects the position."""
         source = self._source_of(number)
         return _row(self._files[source], self._rank(number, source), self.sequence_length, self._packing, self._seed)
 
@@ -198,7 +198,7 @@ class CorpusBatches:
         return int(np.searchsorted(self._ends, _spread(number), side="right").clip(max=len(self._ends) - 1))
 
     def _rank(self, number: int, source: int) -> int:
-        """How many rows of this source came before."""
+        """Number of earlier rows from this source."""
         if len(self._files) == 1:
             return number
         block = 4096
@@ -215,12 +215,12 @@ class CorpusBatches:
 def validation_rows(
     corpus: Corpus, sequence_length: int, limit: int, first: int = 0, stride: int = 1, isolated: bool = False
 ) -> Iterator[TokenBatch]:
-    """Held-out documents of all sources, one after another, in rows that overlap by one token.
+    """Held-out documents of all sources, concatenated, in rows that overlap by one token.
 
     Args:
-        limit: of more rows than this, so many spread evenly over all sources are taken; 0 takes all.
-        first, stride: of those, a process takes the ones that are its own.
-        isolated: whether documents that share a row are kept from one another.
+        limit: maximum number of rows, which are spread evenly over all sources; 0: all.
+        first, stride: yield every `stride`-th of these rows, starting with row `first`, for one of several processes.
+        isolated: whether documents in the same row do not attend to one another.
     """
     places = [
         (file, start) for file in corpus.validation for start in range(0, max(0, file.num_tokens - 1), sequence_length)
@@ -233,7 +233,7 @@ def validation_rows(
 
 
 def _spread(number: int) -> float:
-    """Numbers in [0, 1) that are spread evenly however many are taken (the golden ratio's multiples)."""
+    """A number in [0, 1), a multiple of the golden ratio; any run of them is spread evenly."""
     return (number * 0.6180339887498949 + 0.5) % 1.0
 
 
@@ -253,7 +253,7 @@ def _row(file: TokenizedDataset, number: int, length: int, packing: str, seed: i
 
 @lru_cache(maxsize=8)
 def _order(file: TokenizedDataset, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """An order of the documents, and where each begins in it."""
+    """An order of the documents, (D,), and where each begins in it, with the end, (D + 1,)."""
     order = np.random.default_rng([seed, epoch]).permutation(file.num_documents)
     lengths = np.diff(file.offsets)[order]
     return order, np.concatenate([[0], np.cumsum(lengths)])
@@ -262,7 +262,10 @@ def _order(file: TokenizedDataset, seed: int, epoch: int) -> tuple[np.ndarray, n
 def _cut(
     file: TokenizedDataset, order: tuple[np.ndarray, np.ndarray] | None, start: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`length` + 1 tokens from `start` on, of the documents one after another; the first follows the last."""
+    """`length` + 1 tokens of the concatenated documents from `start` on, and their segments, int32 (length + 1,).
+
+    With an `order`, the first document follows the last; without one, the row is padded after the last document.
+    """
     documents, begins = order if order is not None else (np.arange(file.num_documents), np.asarray(file.offsets))
     tokens = np.zeros(length + 1, np.int32)
     segments = np.full(length + 1, -1, np.int32)
@@ -272,7 +275,7 @@ def _cut(
     segment = 0
     while filled <= length:
         if place == len(documents):
-            if order is None:  # validation ends where the documents end
+            if order is None:  # validation ends with the last document
                 break
             place = 0
         ids = file.document(int(documents[place]))[skip : skip + length + 1 - filled]

@@ -1,4 +1,4 @@
-"""Examples to tune on, from a file of records or a folder with files for training, validation and test."""
+"""Examples for tuning, from a file of records or a folder with training, validation and test files."""
 
 import hashlib
 import zlib
@@ -30,7 +30,7 @@ class ExampleOptions:
         max_length: maximum tokens of an example, including BOS and EOS.
         max_prompt: maximum tokens before the first answer; longer prompts lose their beginning; 0: no limit.
         too_long: "cut" or "drop" longer examples.
-        train_on: "completion", or "all" tokens after BOS; in pairs always the answers.
+        train_on: "completion", or "all" tokens after BOS; pairs always train on the answers.
         columns: field names in the file, such as {"prompt": "question"}.
         indent: spaces before an instruction's lines; see `instruction_prompt`.
     Raises:
@@ -56,7 +56,7 @@ class ExampleOptions:
 
 @dataclass(frozen=True, eq=False)
 class ExampleSet:
-    """Examples of one format, and what became of the records of their file."""
+    """Examples of one format, and how many records of their file were cut, dropped or broken."""
 
     format: str
     examples: tuple[Example, ...] | tuple[PreferencePair, ...]
@@ -79,11 +79,11 @@ def read_examples(
     tokenizer: Tokenizer,
     options: ExampleOptions = ExampleOptions(),
 ) -> ExampleSet:
-    """Examples of all records of a file, which must have one format.
+    """Examples from all records of a file, which must have the same format.
 
     Raises:
-        DataError: if the file cannot be read, a record is invalid, or no example is left; with the file and the number
-            of the record.
+        DataError: naming the file and the record, if the file cannot be read, a record is invalid, or no example is
+            left.
     """
     broken = BrokenLines(path)
     format_name = ""
@@ -94,7 +94,7 @@ def read_examples(
             fields = _fields(record, options.columns)
             found = format_of(fields, options.columns)
             if format_name and found != format_name:
-                raise DataError(f"{found} format; the records before it have {format_name} format")
+                raise DataError(f"{found} format, but earlier records have {format_name} format")
             format_name = found
             whole = encode_record(format_name, fields, tokenizer, indent=options.indent)
         except (DataError, TokenizerError) as error:
@@ -108,12 +108,12 @@ def read_examples(
             examples.append(example)
     if not examples:
         why = f": {num_dropped:,} are too long, have no answer, or are pairs with equal answers"
-        raise DataError(f"{path} leaves no example to train on{why if num_dropped else ''}")
+        raise DataError(f"{path} contains no example to train on{why if num_dropped else ''}")
     return ExampleSet(format_name, tuple(examples), path, num_cut, num_dropped, broken.count)
 
 
 def _fields(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of a record under the names of the formats."""
+    """The fields of a record under the formats' names, without nulls."""
     for column in columns.values():
         if column not in record:
             raise DataError(f"no column {column!r}; the columns are {', '.join(map(str, record))}")
@@ -134,7 +134,7 @@ def _fitted(example: Example | PreferencePair, options: ExampleOptions) -> Examp
 
 
 def _shortened(example: Example, max_prompt: int) -> Example:
-    """The example with BOS and the last `max_prompt` tokens of its prompt."""
+    """The example with its prompt reduced to BOS and the last `max_prompt` tokens."""
     excess = int(np.argmax(example.completion_mask)) - max_prompt
     if not max_prompt or excess <= 0:
         return example
@@ -147,7 +147,7 @@ def _cut(example: Example, length: int) -> Example:
 
 
 def _teaches(example: Example | PreferencePair) -> bool:
-    """Whether there is an answer; in a pair, two different ones."""
+    """Whether an example has an answer to train on; a pair needs two different ones."""
     if isinstance(example, PreferencePair) and np.array_equal(example.chosen.tokens, example.rejected.tokens):
         return False
     return all(sequence.completion_mask.any() for sequence in example.sequences)
@@ -171,12 +171,12 @@ def read_splits(
     """Training, validation and test examples.
 
     Args:
-        path: a file, or a folder with files called train, valid (or validation, val, dev) and test.
-        validation: a file, or the share of the training examples to hold out, where equal examples stay together;
+        path: a file, or a folder with files named train, valid (or validation, val, dev) and test.
+        validation: a file, or the share of the training examples to hold out (equal examples stay together);
             replaces the folder's validation file.
-        seed: decides which examples are held out.
+        seed: selects which examples are held out.
     Raises:
-        DataError: as `read_examples` does; if there is nothing to train on, or formats differ.
+        DataError: as for `read_examples`; if there is nothing to train on, or the formats differ.
     """
     train_path: Path | None = path
     valid_path = test_path = None
@@ -206,7 +206,7 @@ def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _held_out(examples: ExampleSet, share: float, seed: int) -> tuple[ExampleSet, ExampleSet]:
-    """Training examples, and held-out ones: those with the smallest hashes, at least one."""
+    """Training examples and held-out ones, which are those with the smallest hashes, at least one."""
     if not 0 < share < 1:
         raise DataError(f"the validation share must be above 0 and below 1; got {share}")
     hashes = [zlib.crc32(_content(example), seed) for example in examples.examples]
@@ -215,12 +215,12 @@ def _held_out(examples: ExampleSet, share: float, seed: int) -> tuple[ExampleSet
     for example, value in zip(examples.examples, hashes, strict=True):
         parts[value <= largest].append(example)
     if not parts[0]:
-        raise DataError(f"{examples.path} leaves no example to train on when {share} of them are held out")
+        raise DataError(f"{examples.path} has no example left to train on if a share of {share} is held out")
     return replace(examples, examples=tuple(parts[0])), ExampleSet(examples.format, tuple(parts[1]), examples.path)
 
 
 def marked(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """An example's text in stretches, each with whether it is an answer; joined, they are what its ids decode to."""
+    """An example's text as stretches (text, is_answer); joined, the texts equal the decoded ids."""
     decoder = tokenizer.stream_decoder()
     stretches: list[tuple[str, bool]] = []
     for is_answer, run in groupby(
@@ -231,6 +231,6 @@ def marked(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     stretches = [(text, is_answer) for text, is_answer in stretches if text]
     if not stretches:
         return []
-    # A stream keeps the space that `encode` put in front; `decode` takes it away.
+    # The stream decoder keeps the leading space that `encode` added; `decode` removes it.
     surplus = sum(len(text) for text, _ in stretches) - len(tokenizer.decode(example.tokens.tolist()))
     return [(stretches[0][0][surplus:], stretches[0][1]), *stretches[1:]]

@@ -1,4 +1,4 @@
-"""Examples to the rows of any step, a function of the seed and the step alone, as with a corpus."""
+"""From examples to the rows of any step, which depend only on the seed and the step, as with a corpus."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -8,19 +8,19 @@ import numpy as np
 from .batch import TokenBatch, target_mask
 from .formats import Example, PreferencePair
 
-_WIDTH_STEP = 32  # rows come in few widths, each of which is compiled once
+_WIDTH_STEP = 32  # row widths are rounded up to multiples of this, because each is compiled once
 _WINDOW = 16  # batches whose examples are sorted by length together
 
 
 class ExampleBatches:
-    """The rows of every step: each example once an epoch, in an order of the epoch's own.
+    """The rows of every step: each example once per epoch, in a new order every epoch.
 
-    A step has `batch_size` entries: a row with an example, a packed row with several, or a pair's two rows, the chosen
-    answer first. Those that an epoch's last examples do not fill are padding.
+    A step has `batch_size` entries: rows with one example, packed rows with several, or pairs of rows, the chosen
+    answer first. Entries that an epoch's examples do not fill are padding.
 
     Attributes:
-        steps_per_epoch: steps in which every example is seen.
-        rows_per_entry: 2 for pairs, else 1.
+        steps_per_epoch: number of steps until every example was seen.
+        rows_per_entry: 2 for pairs, otherwise 1.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class ExampleBatches:
         """Prepare batches.
 
         Args:
-            max_length: tokens that a row predicts at most, L.
-            pack: put examples together that share a row of `max_length` without seeing one another; otherwise each has
-                its own, and those of about the same length share a batch.
+            max_length: maximum number of tokens that a row predicts, L.
+            pack: put several examples into a row of `max_length`, without attending to one another; otherwise each has
+                its own row, and examples of similar length share a batch.
         """
         self._sides = list(zip(*(example.sequences for example in examples), strict=True))
         self._lengths = _lengths(self._sides)
@@ -55,7 +55,7 @@ class ExampleBatches:
         self.steps_per_epoch = -(-num_entries // batch_size)
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
-        """Entries `first` to `first + count` of a step's `batch_size`; a process takes those that are its own."""
+        """Entries `first` to `first + count` (exclusive) of a step's `batch_size`; each process takes its own."""
         epoch, place = divmod(step, self.steps_per_epoch)
         batch = self._epoch(epoch)[place]
         width = self._max_length
@@ -66,7 +66,7 @@ class ExampleBatches:
 
     @lru_cache(maxsize=2)  # noqa: B019, one object a run
     def _epoch(self, epoch: int) -> list[list[np.ndarray]]:
-        """Numbers of the examples in each entry of each batch."""
+        """Indices of the examples in each entry of each batch."""
         chance = np.random.default_rng([self._seed, epoch])
         order = chance.permutation(len(self._lengths))
         if self._pack:
@@ -81,7 +81,7 @@ class ExampleBatches:
         return [list(batches[number][:, None]) for number in chance.permutation(len(batches))]
 
     def _swapped(self, order: np.ndarray) -> np.ndarray:
-        """The packed examples, where those of one length have changed places: other neighbours, as many rows."""
+        """The packed examples with those of equal length swapped: new neighbours, the same number of rows."""
         swapped = np.empty_like(order)
         by_length = order[np.argsort(self._lengths[order], kind="stable")]
         swapped[np.argsort(self._lengths[self._places], kind="stable")] = by_length
@@ -91,10 +91,10 @@ class ExampleBatches:
 def all_rows(
     examples: Sequence[Example] | Sequence[PreferencePair], batch_size: int, first: int = 0, stride: int = 1
 ) -> Iterator[TokenBatch]:
-    """Every example or pair once, to validate with: the longest first, so that memory runs short at once or never.
+    """Every example or pair once, for validation: the longest first, so that memory runs out at once or never.
 
     Args:
-        first, stride: of the batches, a process takes those that are its own.
+        first, stride: yield every `stride`-th batch, starting with batch `first`, for one of several processes.
     """
     sides = list(zip(*(example.sequences for example in examples), strict=True))
     lengths = _lengths(sides)
@@ -109,19 +109,19 @@ def _lengths(sides: Sequence[Sequence[Example]]) -> np.ndarray:
 
 
 def row_width(longest: int, limit: int) -> int:
-    """Predicted tokens of a batch whose longest example has so many tokens, at most `limit`."""
+    """Width, in predicted tokens, of a batch whose longest example has `longest` tokens; at most `limit`."""
     return min(-(-(int(longest) - 1) // _WIDTH_STEP) * _WIDTH_STEP, int(limit))
 
 
 def _packed(lengths: np.ndarray, size: int, chance: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the examples row by row, (N,), and where each row begins among them, with the end, (rows + 1,).
+    """Indices of the examples row by row, (N,), and where each row begins among them, with the end, (rows + 1,).
 
-    The longest first, each goes where the least room is left that it fits in.
+    Best fit, longest first: each example goes into the row with the least room that suffices.
     """
     shuffled = chance.permutation(len(lengths))
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(size + 1)]  # rows by how much room they have
-    rooms = 0  # bit n is set where a row has room n: the least that is enough is found at once
+    with_room: list[list[int]] = [[] for _ in range(size + 1)]  # rows by their remaining room
+    rooms = 0  # bit n is set if a row has room n, so that the least sufficient room is found at once
     for number in shuffled[np.argsort(-lengths[shuffled], kind="stable")].tolist():
         length = int(lengths[number])
         enough = rooms >> length
@@ -140,7 +140,7 @@ def _packed(lengths: np.ndarray, size: int, chance: np.random.Generator) -> tupl
 
 
 def _rows(sides: Sequence[Sequence[Example]], entries: Sequence[np.ndarray], width: int, isolated: bool) -> TokenBatch:
-    """Entries of examples, one after another in a row; those of several sides in a row for each."""
+    """Rows from entries of examples, which are concatenated in a row; pairs have one row for each side."""
     shape = len(entries) * len(sides), width + 1
     tokens, segments, answer = np.zeros(shape, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, bool)
     for row, (numbers, side) in enumerate((numbers, side) for numbers in entries for side in sides):

@@ -1,4 +1,4 @@
-"""Dataset formats, and how a record of each becomes an example: ids and a completion mask."""
+"""Dataset formats, and how their records become examples: ids and a completion mask."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import DataError, TokenizerError
 from ..tokenizer.tokenizer import Tokenizer
 
-# Required and optional fields of each format; the first format that fits is used.
+# Required and optional fields of each format; the first format that matches is used.
 _FIELDS = {
     "preference": (("chosen", "rejected"), ("prompt",)),
     "chat": (("messages",), ()),
@@ -50,22 +50,22 @@ class PreferencePair:
 
 
 def format_of(record: Mapping[str, Any], named: Collection[str] = ()) -> str:
-    """The first format whose required fields are all there, and which uses all fields that are `named`.
+    """The first format whose required fields are all in the record, and which uses all fields in `named`.
 
     Raises:
-        DataError: if there is none, with the fields found and the known formats.
+        DataError: listing the record's fields and the known formats, if no format matches.
     """
     for name, (required, optional) in _FIELDS.items():
         if record.keys() >= set(required) and set(named) <= {*required, *optional}:
             return name
     known = "; ".join(f"{name}: {', '.join(required)}" for name, (required, _) in _FIELDS.items())
-    raise DataError(f"unknown format with the fields {', '.join(map(str, record)) or '(none)'} (expected {known})")
+    raise DataError(f"no format matches the fields {', '.join(map(str, record)) or '(none)'} (expected {known})")
 
 
 def encode_record(
     format_name: str, record: Mapping[str, Any], tokenizer: Tokenizer, *, indent: int = 0
 ) -> Example | PreferencePair:
-    """The example of a record in this format, at its full length.
+    """The example of a record in the given format, at its full length.
 
     Args:
         indent: spaces before an instruction's lines; see `instruction_prompt`.
@@ -91,7 +91,7 @@ def instruction_prompt(instruction: str, input: str = "", *, indent: int = 0) ->
     Args:
         input: what the instruction applies to.
         indent: spaces before every line but the first two; the caller adds them to the answer. With 16, the text is
-            that of CoreNet's `commonsense_170k.py`, including the spaces at the ends of its lines.
+            that of CoreNet's `commonsense_170k.py`, including its trailing spaces.
     """
     context = ", paired with an input that provides further context" if input else ""
     margin = " " * indent
@@ -106,7 +106,7 @@ def instruction_prompt(instruction: str, input: str = "", *, indent: int = 0) ->
 
 
 def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Example:
-    """A prompt and its completion; the ids begin with those of the prompt alone.
+    """An example of a prompt and its completion; its ids begin with those of the prompt alone.
 
     The mask of a blank completion is empty.
     """
@@ -117,7 +117,7 @@ def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Exa
 
 
 def encode_continuation(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a text that follows another one: without the space that `encode` puts in front.
+    """Ids of a text that follows another one, without the leading space that `encode` adds.
 
     Raises:
         TokenizerError: if the vocabulary has tokens that join a newline with the text after it.
@@ -137,7 +137,7 @@ def encode_conversation(messages: Messages, tokenizer: Tokenizer, first: int = 0
     """A conversation in the model's chat template; the mask covers the assistant's messages and their EOS.
 
     Args:
-        first: messages before this one are not in the mask.
+        first: index of the first message that can be in the mask.
     Raises:
         DataError: if the model has no chat template.
         TokenizerError: if a message is malformed.
@@ -158,7 +158,7 @@ def encode_conversation(messages: Messages, tokenizer: Tokenizer, first: int = 0
 
 
 def _num_shared(one: np.ndarray, other: np.ndarray) -> int:
-    """Length of the common prefix of two texts, in tokens."""
+    """Length of the common prefix of two sequences of ids."""
     shortest = min(len(one), len(other))
     return int(np.argmin(np.append(one[:shortest] == other[:shortest], False)))
 
@@ -183,7 +183,7 @@ def _preference(record: Mapping[str, Any], tokenizer: Tokenizer) -> PreferencePa
 def _text(record: Mapping[str, Any], name: str) -> str:
     value = record.get(name)
     if not isinstance(value, str):
-        raise DataError(f"{name} is missing" if value is None else f"{name} is {type(value).__name__}, not text")
+        raise DataError(f"{name} is missing" if value is None else f"{name} must be text; got {type(value).__name__}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Records to tune on, objects with named fields, read one after another from files of several kinds."""
+"""Records for tuning, which are objects with named fields, read one by one from several types of files."""
 
 import csv
 import io
@@ -16,15 +16,15 @@ RECORD_ENDINGS = (*(kind + packed for kind in _PACKABLE for packed in ("", *_PAC
 
 
 def read_records(path: Path, broken: BrokenLines | None = None) -> Iterator[dict[str, Any]]:
-    """Records of a `.jsonl`, `.json` or `.csv` file, each of them also packed (`.gz`, `.zst`), or of a `.parquet` file.
+    """Records of a `.jsonl`, `.json` or `.csv` file, which may be compressed (`.gz`, `.zst`), or of a `.parquet` file.
 
-    A `.json` file holds a list of objects, an object with one such list in it, or an object a line. The first row of a
-    `.csv` file names the fields.
+    A `.json` file contains a list of objects, an object with one such list in it, or one object per line. The first row
+    of a `.csv` file names the fields.
 
     Args:
-        broken: counts the lines that are passed over; they are no JSON, or do not have the header's number of cells.
+        broken: counts skipped lines, which are not JSON objects or do not have as many cells as the header.
     Raises:
-        DataError: if the file cannot be read, or too many lines are broken; with the file and the line.
+        DataError: naming the file and the line, if the file cannot be read or too many lines are broken.
     """
     broken = broken or BrokenLines(path)
     ending = (path.with_suffix("") if path.suffix in _PACKED else path).suffix
@@ -50,7 +50,7 @@ def _json_lines(lines: Iterable[str], broken: BrokenLines) -> Iterator[dict[str,
         if isinstance(record, dict):
             yield record
         else:
-            broken.skip(number, "no JSON object")
+            broken.skip(number, "not a JSON object")
 
 
 def _json_file(text: str, path: Path, broken: BrokenLines) -> Iterator[dict[str, Any]]:
@@ -63,10 +63,10 @@ def _json_file(text: str, path: Path, broken: BrokenLines) -> Iterator[dict[str,
         return
     records = _list_within(value) if isinstance(value, dict) else value
     if not isinstance(records, list):
-        raise DataError(f"{path} holds no list of objects")
+        raise DataError(f"{path} contains no list of objects")
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
-            raise DataError(f"{path}, record {number}: no JSON object")
+            raise DataError(f"{path}, record {number}: not a JSON object")
         yield record
 
 
@@ -78,7 +78,7 @@ def _parsed(text: str) -> Any:
 
 
 def _list_within(value: dict[str, Any]) -> list[Any]:
-    """The list of records that an object holds, or the object as the only record."""
+    """The list of records in an object, or the object itself as the only record."""
     lists = [entry for name, entry in value.items() if isinstance(entry, list) and name != "messages"]
     is_wrapper = len(lists) == 1 and all(isinstance(entry, dict) for entry in lists[0])
     return lists[0] if is_wrapper else [value]
@@ -88,10 +88,10 @@ def _csv_rows(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[dict[st
     reader = csv.DictReader(file, strict=True)
     try:
         for row in reader:
-            if None in row or None in row.values():  # where DictReader puts cells too many, and too few
-                broken.skip(reader.line_num, f"not the {len(reader.fieldnames or ())} cells that the header has")
+            if None in row or None in row.values():  # how DictReader marks extra and missing cells
+                broken.skip(reader.line_num, f"expected {len(reader.fieldnames or ())} cells, as in the header")
             else:
                 yield row
     except csv.Error as error:
-        line = reader.reader.line_num  # `reader.line_num` is that of the last row that could be read
+        line = reader.reader.line_num  # `reader.line_num` is the line of the last readable row
         raise DataError(f"{path}, line {line}: {error}") from error

@@ -1,4 +1,4 @@
-"""Texts to train on, read one after another from files of several kinds: memory does not grow with the corpus."""
+"""Texts for training, read one by one from several types of files, so that memory does not grow with the corpus."""
 
 import glob
 import gzip
@@ -15,10 +15,10 @@ from typing import Any, TextIO
 from ..errors import DataError
 from ..packages import optional_package
 
-SEPARATOR = "<|endoftext|>"  # a line of its own between the documents of a .txt file
+SEPARATOR = "<|endoftext|>"  # a separate line between the documents of a .txt file
 _NUMBERED = re.compile(r"\{file_id(:0\d+d)?\}")
 _MAX_BROKEN = 10
-_UTF8 = "utf-8-sig"  # some editors and spreadsheets put a mark in front, which is no text
+_UTF8 = "utf-8-sig"  # some editors and spreadsheets write a byte order mark, which is not part of the text
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class TextSource:
     """Files that belong together.
 
     Attributes:
-        path: a file, a glob, or a pattern of CoreNet with `{file_id:05d}` and a range.
-        weight: how often a token of this source is seen, beside those of other sources.
-        text_key: field of a JSON line or column of a Parquet file that holds the text.
-        first, last: range of `file_id`, both included.
+        path: a file, a glob, or a CoreNet pattern with `{file_id:05d}` and a range.
+        weight: how often a token of this source is seen, relative to those of other sources.
+        text_key: field of a JSON line or column of a Parquet file that contains the text.
+        first, last: range of `file_id`, inclusive.
     """
 
     path: str
@@ -39,10 +39,10 @@ class TextSource:
     last: int = 0
 
     def files(self) -> list[Path]:
-        """The files that there are, in order.
+        """The files of the source, in order.
 
         Raises:
-            DataError: if there is none.
+            DataError: if a file does not exist, or the weight is not positive.
         """
         if self.weight <= 0:
             raise DataError(f"the weight of {self.path} must be positive; got {self.weight}")
@@ -59,12 +59,12 @@ class TextSource:
 def read_documents(path: Path, text_key: str = "text", max_broken: int = _MAX_BROKEN) -> Iterator[str]:
     """Texts of a `.txt`, `.jsonl`, `.jsonl.gz`, `.jsonl.zst` or `.parquet` file.
 
-    The documents of a `.txt` file are separated by lines of `<|endoftext|>`; without any it is one document.
+    The documents of a `.txt` file are separated by lines of `<|endoftext|>`; without any, the file is one document.
 
     Args:
-        max_broken: lines of JSON that may be broken; they are passed over.
+        max_broken: maximum number of broken JSON lines, which are skipped.
     Raises:
-        DataError: if the file cannot be read, or more lines are broken; with the file and the line.
+        DataError: naming the file and the line, if the file cannot be read or more lines are broken.
     """
     if path.suffix == ".parquet":
         yield from (row[text_key] for row in parquet_rows(path, [text_key]) if isinstance(row[text_key], str))
@@ -75,10 +75,10 @@ def read_documents(path: Path, text_key: str = "text", max_broken: int = _MAX_BR
 
 
 class BrokenLines:
-    """Lines of a file that are passed over, up to a limit.
+    """Lines of a file that are skipped, up to a limit.
 
     Attributes:
-        count: how many there were so far.
+        count: number of lines skipped so far.
     """
 
     def __init__(self, path: Path, limit: int = _MAX_BROKEN):
@@ -87,23 +87,23 @@ class BrokenLines:
         self._limit = limit
 
     def skip(self, number: int, reason: str) -> None:
-        """Pass over one line.
+        """Skip one line.
 
         Raises:
-            DataError: if it is one too many.
+            DataError: if the limit is already reached.
         """
         if self.count == self._limit:
-            before = f", and {self.count} lines before it were broken too" if self.count else ""
+            before = f" (broken lines before it: {self.count})" if self.count else ""
             raise DataError(f"{self._path}, line {number}: {reason}{before}")
         self.count += 1
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """A file of UTF-8, unpacked where its name ends in `.gz` or `.zst`.
+    """A UTF-8 text file, decompressed if its name ends in `.gz` or `.zst`.
 
     Raises:
-        DataError: for what cannot be read, here or later within the block.
+        DataError: if the file cannot be read, here or later within the block.
     """
     broken: tuple[type[Exception], ...] = (OSError, EOFError, UnicodeDecodeError, zlib.error)
     try:
@@ -124,7 +124,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file by the names of its columns, all or some of them.
+    """Rows of a Parquet file as dicts by column name, with all columns or those in `columns`.
 
     Raises:
         DataError: if the file cannot be read or lacks a column.
@@ -166,6 +166,6 @@ def _json_lines(file: TextIO, text_key: str, broken: BrokenLines) -> Iterator[st
             if not isinstance(text, str):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
-            broken.skip(number, f"no JSON with a text under {text_key!r}")
+            broken.skip(number, f"not a JSON object with text under {text_key!r}")
             continue
         yield text

@@ -1,4 +1,4 @@
-"""A vocabulary of one's own: SentencePiece BPE with byte fallback, built like Llama's."""
+"""Trains a tokenizer: SentencePiece BPE with byte fallback, built like Llama's."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -9,27 +9,27 @@ from ..files.output import output_file
 from ..tokenizer.tokenizer import Tokenizer
 from .text_files import TextSource, read_documents
 
-_LONGEST_SENTENCE = 4000  # bytes; SentencePiece passes over longer ones
+_LONGEST_SENTENCE = 4000  # bytes; SentencePiece skips longer ones
 
 
 def train_tokenizer(
     sources: Sequence[TextSource], size: int, path: Path, *, sample_bytes: int = 50_000_000, seed: int = 0
 ) -> Tokenizer:
-    """Make a `tokenizer.model` of `size` pieces at `path` from a sample of the documents, of each source by its weight.
+    """Train a `tokenizer.model` with `size` tokens on a sample of the documents, and write it to `path`.
 
-    Spaces, control tokens and the order of pieces are as in Llama's vocabulary: no normalisation but NFC, a space in
-    front, digits by themselves, unknown characters as bytes.
+    The sample has a share of each source according to its weight. Spaces, control tokens and the order of tokens are as
+    in Llama's vocabulary: no normalisation except NFC, a leading space, single digits, unknown characters as bytes.
 
     Raises:
-        DataError: if there is no text.
-        TokenizerError: if so many pieces cannot be had from it.
-        OutputError: if there is a file at `path`, or it cannot be written.
+        DataError: if the data contains no text.
+        TokenizerError: if the text does not suffice for `size` tokens.
+        OutputError: if `path` exists or cannot be written.
     """
     import sentencepiece
 
     lines = list(_sample(sources, sample_bytes, seed))
     if not lines:
-        raise DataError("the data contains no text to train a vocabulary on")
+        raise DataError("the data contains no text to train a tokenizer on")
     with output_file(path) as output, output.replaced() as file:
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -44,16 +44,16 @@ def train_tokenizer(
                 allow_whitespace_only_pieces=True,
                 character_coverage=0.9999,
                 max_sentence_length=_LONGEST_SENTENCE,
-                num_threads=1,  # several would make the result depend on chance
+                num_threads=1,  # with several, the result would not be reproducible
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise TokenizerError(f"cannot train a vocabulary of {size:,} pieces: {str(error)[:200]}") from error
+            raise TokenizerError(f"cannot train a tokenizer with {size:,} tokens: {str(error)[:200]}") from error
     return Tokenizer(path)
 
 
 def _sample(sources: Sequence[TextSource], sample_bytes: int, seed: int) -> Iterator[str]:
-    """Lines of documents chosen at random: of each source a share like its weight, of all no more than the sample."""
+    """Lines of randomly chosen documents: of each source a share by its weight, in total about `sample_bytes`."""
     import unicodedata
 
     largest = max(source.weight for source in sources)

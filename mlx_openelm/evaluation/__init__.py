@@ -1,1 +1,1 @@
-"""How good a model is, and how far from another one."""
+"""How good a model is, and how much it differs from another one."""

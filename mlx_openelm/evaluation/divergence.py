@@ -1,4 +1,4 @@
-"""How far the predictions of one model are from those of another."""
+"""KL divergence between the predictions of models."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ _SAMPLES, _SAMPLE_TOKENS = 8, 64
 
 
 def divergences(exact: OpenELM, others: Sequence[OpenELM], seed: int = 0) -> list[float]:
-    """How far the predictions of other models are from those of one: KL divergence, nats per token.
+    """KL divergence of each other model from the exact one, in nats per token.
 
-    Measured on texts that the exact one writes by itself.
+    It is measured on texts that the exact model generates from BOS.
     """
     totals, count = [0.0] * len(others), 0
     for number in range(_SAMPLES):

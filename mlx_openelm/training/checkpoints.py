@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one that exists is whole."""
+"""Checkpoints of a run; one that exists is complete."""
 
 import json
 import re
@@ -22,7 +22,7 @@ PARAMETER_FILES = ("model.safetensors", "adapters.safetensors")
 WriteParameters = Callable[[Path, Tensors], None]
 
 METRICS = "metrics.jsonl"
-_BEGUN = ".openelm-mlx.begun"  # in the folder of a run that has no checkpoint yet
+_BEGUN = ".openelm-mlx.begun"  # marks the folder of a run that has no checkpoint yet
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -33,16 +33,16 @@ class Checkpoint:
 
     parameters: Tensors
     moments: Moments
-    state: dict[str, Any]  # step, recipe, fingerprint of the data, best validation loss
+    state: dict[str, Any]  # step, recipe, data fingerprint, best validation loss
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Folder of a step's checkpoint."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """Checkpoints of a run, the oldest first."""
+    """Checkpoint folders of a run, oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
 
 
@@ -57,16 +57,16 @@ def best_checkpoint(run: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Step, recipe, and best validation loss of a checkpoint."""
+    """State of a checkpoint: step, recipe, best validation loss."""
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     return state
 
 
 def check_output(run: Path, resume: bool) -> None:
-    """Make sure that a run may be kept in this folder, before anything is loaded.
+    """Check that a run may use this folder, before anything is loaded.
 
     Raises:
-        TrainingError: if another run is there, or none to resume.
+        TrainingError: if the folder belongs to another run, or has no checkpoint to resume from.
     """
     if not resume:
         check_fresh(run)
@@ -75,10 +75,10 @@ def check_output(run: Path, resume: bool) -> None:
 
 
 def check_fresh(run: Path) -> None:
-    """Make sure that a run may begin in this folder, because nothing in it would be overwritten.
+    """Check that a new run would overwrite nothing in this folder.
 
     Raises:
-        TrainingError: if another run, a model or an adapter is there.
+        TrainingError: if it contains another run, a model or an adapter.
     """
     if checkpoint_folders(run):
         raise TrainingError(
@@ -86,21 +86,21 @@ def check_fresh(run: Path) -> None:
         )
     for path in (*sorted(run.glob("*.safetensors")), run / "config.json", run / "adapter_config.json"):
         if path.exists():
-            raise TrainingError(f"{run} holds {path.name}, part of a model or an adapter; choose another `output`")
+            raise TrainingError(f"{run} contains {path.name} of a model or an adapter; choose another `output`")
     if (run / METRICS).exists() and not (run / _BEGUN).exists():
-        raise TrainingError(f"{run} holds the {METRICS} of another run; choose another `output`")
+        raise TrainingError(f"{run} contains the {METRICS} of another run; choose another `output`")
     if (run / "checkpoints").exists() and not (run / "checkpoints").is_dir():
         raise TrainingError(f"{run / 'checkpoints'} is a file; choose another `output`")
 
 
 def mark_begun(run: Path) -> None:
-    """Note that what will be in the folder is this run's, as long as it has no checkpoint."""
+    """Mark the folder as this run's until it has a checkpoint."""
     if not (run / _BEGUN).exists():
         write_file(run / _BEGUN, "")
 
 
 def clear_begun(run: Path) -> None:
-    """Take that note back, once there is a checkpoint, or nothing at all."""
+    """Remove the mark once the run has saved a checkpoint, or if it wrote nothing."""
     if (run / _BEGUN).exists():
         with output_file(run / _BEGUN, overwrite=True) as mark:
             mark.remove()
@@ -108,12 +108,12 @@ def clear_begun(run: Path) -> None:
 
 @contextmanager
 def run_lock(run: Path | LockedFolder, group: mx.distributed.Group) -> Iterator[LockedFolder]:
-    """Keep other processes out of the folder of a run; of several processes of the run, the first holds the lock.
+    """Lock the folder of a run against other runs; if the run has several processes, the first one holds the lock.
 
     Args:
-        run: its folder, or what this function gave.
+        run: its folder, or a lock from this function, which is passed through.
     Raises:
-        OutputLockedError: if another run is being written there.
+        OutputLockedError: if another run is writing to the folder.
     """
     if isinstance(run, LockedFolder):
         yield run
@@ -132,10 +132,10 @@ _T = TypeVar("_T")
 
 
 def together(group: mx.distributed.Group, action: Callable[[], _T]) -> _T:
-    """Do what can fail in one process; if it does, the others end too, instead of waiting for it.
+    """Run an action that may fail in one process; if it does, the others fail too instead of waiting.
 
     Raises:
-        OpenELMError: the process's own, or a `TrainingError` in the others.
+        OpenELMError: the action's own error, or a `TrainingError` in the other processes.
     """
     failure: OpenELMError | None = None
     try:
@@ -153,12 +153,12 @@ def together(group: mx.distributed.Group, action: Callable[[], _T]) -> _T:
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, write: WriteParameters, keep: int) -> Path:
-    """Write a checkpoint, and remove the oldest but the last `keep` and the best.
+    """Write a checkpoint, then remove old ones except for the last `keep` and the best.
 
     Args:
-        write: puts the parameters into a folder, in a form that they can be used in.
+        write: writes the parameters into a folder, as a model or an adapter.
     Raises:
-        OutputError: if it cannot be written; those before stay.
+        OutputError: if it cannot be written; earlier checkpoints are kept.
     """
     folder = checkpoint_folder(run, checkpoint.state["step"])
     moments = {f"first.{name}": m for name, m in checkpoint.moments.first.items()}
@@ -173,7 +173,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, write: WriteParameters, k
 
 
 def remove_old_checkpoints(run: Path, keep: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the last `keep` and the best; one that somebody has changed stays too."""
+    """Remove all checkpoints except for the last `keep`, the best, and those that a user changed."""
     for old in checkpoint_folders(run)[:-keep]:
         if best_step is None or old != checkpoint_folder(run, best_step):
             remove_folder(old)
@@ -197,6 +197,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         )
         mx.eval(parameters, moments)
         assert type(state["step"]) is int
-    except Exception as error:  # damage shows in many ways
+    except Exception as error:  # damaged files raise errors of many kinds
         raise TrainingError(f"{folder} is damaged: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(parameters, moments, state)

@@ -1,8 +1,9 @@
-"""Direct preference optimization: to make chosen answers likelier than rejected ones, against what the model was.
+"""Direct preference optimization: makes chosen answers more likely than rejected ones, relative to a reference model.
 
-Of a pair, the margin is beta times how much more the model now prefers the chosen answer than it did. The gradient of
-the loss by a token's log-probability is the same for all tokens of an answer and follows from the margin. So a step
-first finds the margins, without gradients, and then goes back through a cross-entropy whose weights they decide.
+The reference is the model before training. A pair's margin is beta times how much more the model prefers the chosen
+answer than the reference does. The gradient of the loss with respect to a token's log-probability is the same for all
+tokens of an answer and depends only on the margin. So a step first computes the margins, without gradients, and then
+backpropagates through a cross-entropy whose weights follow from them.
 
 Source: Rafailov et al., arXiv:2305.18290; the hinge loss as in SLiC, arXiv:2305.10425.
 """
@@ -25,10 +26,10 @@ PREFERENCE_LOSSES = ("sigmoid", "hinge")
 
 @dataclass(frozen=True)
 class DPO:
-    """The loss of pairs: rows 2i of a batch are chosen, rows 2i + 1 rejected.
+    """The DPO loss of pairs: rows 2i of a batch are the chosen answers, rows 2i + 1 the rejected ones.
 
     Raises:
-        ConfigError: if beta is not positive, or the loss is none of `PREFERENCE_LOSSES`.
+        ConfigError: if `beta` is not positive, or `loss` is not one of `PREFERENCE_LOSSES`.
     """
 
     beta: float = 0.01
@@ -45,7 +46,7 @@ class DPO:
     def __call__(
         self, model: OpenELM, hidden: mx.array, batch: Batch, trains_output: bool
     ) -> tuple[mx.array, mx.array]:
-        """See `Objective`; the count is in pairs. `batch` also needs `reference`, by `reference_logprobs`."""
+        """See `Objective`; the count is in pairs. `batch` must contain `reference`, from `reference_logprobs`."""
         gained = row_logprobs(model, hidden, batch, self.chunk) - batch["reference"]  # (2P,)
         margins = self.beta * (gained[0::2] - gained[1::2])
         losses, slopes = self.of_margins(margins)
@@ -63,20 +64,20 @@ class DPO:
         return mx.stack([*sums, exists.sum().astype(mx.float32)]), total
 
     def of_margins(self, margins: mx.array) -> tuple[mx.array, mx.array]:
-        """Losses of margins, and their derivatives."""
+        """Losses of margins (P,) and their derivatives (P,)."""
         if self.loss == "sigmoid":
             return mx.logaddexp(mx.zeros(()), -margins), -mx.sigmoid(-margins)
         return mx.maximum(0.0, 1 - margins), mx.where(margins < 1, -1.0, 0.0)
 
 
 def row_logprobs(model: OpenELM, hidden: mx.array, batch: Batch, chunk: int = DEFAULT_CHUNK) -> mx.array:
-    """Log-probability of what counts in each row, float32 (B,), without a gradient."""
+    """Log-probability of each row's tokens in the loss mask, summed, float32 (B,), without a gradient."""
     found = token_logprobs(model, at_positions(hidden, batch), batch["targets"], chunk)
     return mx.zeros(batch["inputs"].shape[0]).at[batch["rows"]].add(found * batch["weights"])
 
 
 def reference_logprobs(model: OpenELM, dtype: mx.Dtype, parameters: Tensors, batch: Batch) -> mx.array:
-    """What `row_logprobs` gives with these parameters in place of those that are trained, and no dropout."""
+    """`row_logprobs` with these parameters instead of the trained ones, and without dropout, float32 (B,)."""
     set_parameters(model, dtype, parameters)
     set_dropout_keys(model)
     return row_logprobs(model, model.transformer(batch["inputs"]), batch)

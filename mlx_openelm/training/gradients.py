@@ -1,12 +1,12 @@
-"""Gradients of a training step: of the whole network at once, or layer by layer with little memory.
+"""Gradients of a training step: of the whole network at once, or layer by layer with less memory.
 
-Layer by layer, only what goes from layer to layer is kept, each layer is computed a second time on the way back, and
-its gradients are evaluated before the next one's turn: no more than one layer's activations exist at a time.
-Checkpointing within one graph promises the same, but leaves the order to MLX, and recomputed activations wait there
-until weight gradients are evaluated.
+Layer by layer, only the inputs of the layers are kept. The backward pass recomputes each layer and evaluates its
+gradients before it turns to the next, so the activations of only one layer exist at a time. Checkpointing within one
+graph promises the same, but leaves the order to MLX, which keeps recomputed activations until it evaluates the weight
+gradients.
 
-What is trained is a part of the network's parameters, given by name; the rest stays where it is in the network, in the
-type that it has, and no gradient is computed below the lowest layer that is trained.
+The trained parameters are a subset of the network's, given by name. The others stay in the network with their own
+dtype, and no gradient is computed below the lowest trained layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,13 +29,13 @@ _EMBEDDING = "transformer.token_embeddings."
 
 
 def gradients_of(model: OpenELM, objective: Objective, dtype: mx.Dtype, gradient_checkpointing: bool) -> Gradients:
-    """A function of the trained parameters (float32) and a batch.
+    """A function of the trained parameters (float32) and a batch that returns sums and gradients.
 
-    It gives the sums of the objective, float32 (K,), and the gradients of the sum that it minimises, float32. A batch
-    may hold a random key as `dropout`. Both ways of `gradient_checkpointing` give the same.
+    The sums are those of the objective, float32 (K,); the gradients are those of the sum to differentiate, float32 by
+    name. A batch may contain a random key as `dropout`. The result does not depend on `gradient_checkpointing`.
 
     Args:
-        dtype: to compute in.
+        dtype: dtype to compute in.
     """
     if gradient_checkpointing:
         return LayerwiseBackward(model, objective, dtype)
@@ -45,7 +45,7 @@ def gradients_of(model: OpenELM, objective: Objective, dtype: mx.Dtype, gradient
 def batch_losses(
     model: OpenELM, objective: Objective, dtype: mx.Dtype, parameters: Tensors, batch: Batch
 ) -> tuple[mx.array, mx.array]:
-    """The sums (K,), and the one to differentiate, ()."""
+    """The objective's sums, float32 (K,), and the sum to differentiate, ()."""
     set_parameters(model, dtype, parameters)
     layers = model.transformer.layers
     keys = _dropout_keys(batch, len(layers))
@@ -56,7 +56,7 @@ def batch_losses(
 
 
 class LayerwiseBackward:
-    """The way back through a network, one layer at a time."""
+    """The backward pass of a network, one layer at a time."""
 
     def __init__(self, model: OpenELM, objective: Objective, dtype: mx.Dtype):
         self._model = model
@@ -70,7 +70,7 @@ class LayerwiseBackward:
         self._embedding_gradients = mx.compile(mx.grad(self._embedding_product))
 
     def __call__(self, parameters: Tensors, batch: Batch) -> tuple[mx.array, Tensors]:
-        """Sums and gradients, evaluated; see `gradients_of`."""
+        """Sums and gradients, already evaluated; see `gradients_of`."""
         masks = [segment_mask(batch["segments"])] if "segments" in batch else []
         keys = _dropout_keys(batch, len(self._layers))
         own = [_named(parameters, f"{_LAYERS}{layer}.") for layer in self._layers]
@@ -105,7 +105,7 @@ class LayerwiseBackward:
         return module(inputs).astype(dtype)
 
     def _embedding_product(self, own: Tensors, inputs: mx.array, key: list[mx.array], of_x: mx.array) -> mx.array:
-        """In float32: gradients of a frequent token's row are a sum over all its places."""
+        """In float32, because the gradient of a frequent token's row is a sum over all its occurrences."""
         return (self._embedded(mx.float32, own, inputs, key) * of_x.astype(mx.float32)).sum()
 
     def _run_layer(self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array]) -> mx.array:
@@ -118,7 +118,7 @@ class LayerwiseBackward:
     def _layer_gradients(
         self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array], of_output: mx.array
     ) -> tuple[Tensors, mx.array]:
-        """Gradients of the layer's parameters and input, from that of its output."""
+        """Gradients of the layer's parameters and of its input, given the gradient of its output."""
 
         def product(own: Tensors, x: mx.array) -> mx.array:
             return (self._run_layer(layer, own, x, masks, key) * of_output).sum()
@@ -126,7 +126,7 @@ class LayerwiseBackward:
         return mx.grad(product, argnums=(0, 1))(own, x)
 
     def _head_gradients(self, rest: Tensors, x: mx.array, batch: Batch) -> tuple[mx.array, Tensors, mx.array]:
-        """Sums, and gradients of the parameters outside the layers and of the last layer's output."""
+        """Sums, and the gradients of the parameters outside the layers and of the last layer's output."""
 
         def total(rest: Tensors, x: mx.array) -> tuple[mx.array, mx.array]:
             set_parameters(self._model, self._dtype, rest)
@@ -139,7 +139,7 @@ class LayerwiseBackward:
 
 
 def set_parameters(module: Any, dtype: mx.Dtype, parameters: Mapping[str, mx.array]) -> None:
-    """Give a module parameters of its own, in the type to compute in; magnitudes of DoRA stay as they are."""
+    """Set parameters of a module, cast to `dtype`; DoRA magnitudes are not cast."""
     cast = [(name, p if name.endswith(f".{MAGNITUDE}") else p.astype(dtype)) for name, p in parameters.items()]
     module.update(tree_unflatten(cast))
     invalidate_scales(module)
@@ -157,7 +157,7 @@ def _at_once(
 
 
 def _dropout_keys(batch: Batch, num_layers: int) -> list[mx.array]:
-    """One for each layer, and the embedding's as the last; none without dropout."""
+    """One random key per layer, and a last one for the embedding; empty without dropout."""
     return list(mx.random.split(batch["dropout"], num_layers + 1)) if "dropout" in batch else []
 
 

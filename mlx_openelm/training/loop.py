@@ -1,6 +1,6 @@
-"""The one training loop: pre-training, full fine-tuning, adapters and preferences differ in what they hand to it.
+"""The training loop, shared by pre-training, full fine-tuning, adapters and preference tuning.
 
-It validates, saves checkpoints, reports metrics, and resumes a killed run where it stopped.
+It validates, saves checkpoints, reports metrics, and resumes an interrupted run where it stopped.
 """
 
 import json
@@ -39,22 +39,22 @@ _SAMPLE_TOKENS = 60
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures of a step; a line of `metrics.jsonl`."""
+    """Metrics of one step; one line of `metrics.jsonl`."""
 
-    step: int  # how many are done
-    loss: float | None  # what the objective minimises: for text cross-entropy, nats per token; none before the first
+    step: int  # steps completed
+    loss: float | None  # training loss; for text, cross-entropy in nats per token; None before the first step
     gradient_norm: float  # before clipping
     learning_rate: float
-    tokens: int  # that counted so far; of preferences, pairs
+    tokens: int  # tokens in the loss so far; for preferences, pairs
     tokens_per_second: float
     peak_memory_bytes: int
-    more: dict[str, float]  # further sums of the objective: z_loss; or margin and accuracy
+    more: dict[str, float]  # the objective's other metrics: z_loss; for DPO, margin and accuracy
     validation_loss: float | None = None
-    validation: dict[str, float] | None = None  # further sums there
-    sample: str | None = None  # what the model writes after the recipe's prompt, at each validation
+    validation: dict[str, float] | None = None  # the objective's other metrics on the held-out rows
+    sample: str | None = None  # `sample_prompt` and the model's continuation, at each validation
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures on one level."""
+        """All metrics as a flat dict."""
         values = asdict(self)
         values.update(values.pop("more"))
         values.update({f"validation_{name}": figure for name, figure in (values.pop("validation") or {}).items()})
@@ -71,20 +71,20 @@ def train(
     on_step: Callable[[Metrics], None] = lambda metrics: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Generator[Metrics, None, None]:
-    """Train to the recipe's last step; yields figures each `log_every` steps and at each validation.
+    """Train to the recipe's last step; yields metrics every `log_every` steps and at each validation.
 
-    Checkpoints go to `run/checkpoints`, figures to `run/metrics.jsonl`. Closing the iterator, or an interrupt within
-    it, saves a checkpoint first. Only the first process writes.
+    Checkpoints go to `run/checkpoints`, metrics to `run/metrics.jsonl`. If the iterator is closed or interrupted, it
+    saves a checkpoint first. Only the first process writes.
 
     Args:
-        tokenizer: for samples; None writes none.
-        run: folder of the run, or what `run_lock` gave.
-        write: puts parameters into the folder of a checkpoint.
+        tokenizer: for text samples; None: no samples.
+        run: folder of the run, or its lock from `run_lock`.
+        write: writes the parameters into a checkpoint folder.
         resume: continue from the last readable checkpoint.
-        on_step: called with every step's figures.
-        on_message: called with what a person should know.
+        on_step: called with the metrics of every step.
+        on_message: called with messages for the user.
     Raises:
-        TrainingError: if the run cannot start or continue; the last good checkpoint stays.
+        TrainingError: if the run cannot start or continue; the last good checkpoint is kept.
     """
     with run_lock(run, trainer.group) as folder:
         running = _Run(trainer, tokenizer, folder.path, write, on_step, on_message)
@@ -96,7 +96,7 @@ def train(
 
 
 class _Run:
-    """A run under way in a folder that is locked."""
+    """A run in progress, in a locked folder."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class _Run:
         self._progress = _Progress()
 
     def begin(self, resume: bool) -> None:
-        """Start afresh, or take over the last checkpoint."""
+        """Start a new run, or restore the last checkpoint."""
         if resume:
             self._progress = together(
                 self._trainer.group, lambda: _resume(self._trainer, self._folder, self._on_message)
@@ -131,7 +131,7 @@ class _Run:
         self._started, self._tokens_before = time.perf_counter(), self._progress.tokens
 
     def steps(self) -> Generator[Metrics, None, None]:
-        """Take all steps that are left."""
+        """Take all remaining steps."""
         recipe, progress = self._recipe, self._progress
         if recipe.validate_first and self._trainer.step == 0:
             metrics = Metrics(0, None, 0.0, learning_rate(recipe, 0), 0, 0.0, peak_memory_bytes(), {})
@@ -147,7 +147,7 @@ class _Run:
             yield from self._finished(metrics)
 
     def end(self) -> None:
-        """Save what is not saved yet, whatever ended the run."""
+        """Save unsaved progress, however the run ended."""
         if not self._writes:
             return
         if self._trainer.step > self._saved:
@@ -156,11 +156,11 @@ class _Run:
             clear_begun(self._folder)
 
     def _tidy(self) -> None:
-        """Remove what an interrupted run left that this one will write again."""
+        """Remove leftovers of an interrupted run that this run will write again."""
         step = self._trainer.step
         if step == 0:
             mark_begun(self._folder)
-        else:  # the run may have been killed before it did so
+        else:  # the run may have been killed before it removed them
             remove_old_checkpoints(self._folder, self._recipe.keep_checkpoints, self._progress.best_step)
         _cut_metrics(self._folder, step)
 
@@ -181,7 +181,7 @@ class _Run:
         )
 
     def _finished(self, metrics: Metrics) -> Generator[Metrics, None, None]:
-        """Validate after a step, report it and save, as it is due."""
+        """Validate, report and save after a step, whichever is due."""
         recipe, progress = self._recipe, self._progress
         is_last = metrics.step == recipe.steps
         if metrics.step % recipe.validate_every == 0 or is_last:
@@ -203,11 +203,11 @@ class _Run:
         sample = None
         if self._writes and self._tokenizer and self._recipe.sample_prompt:
             sample = _sample(self._trainer, self._tokenizer)
-        self._started += time.perf_counter() - paused  # the speed is that of training
+        self._started += time.perf_counter() - paused  # the speed counts training time only
         loss = found[self._loss]
         if not math.isfinite(loss):
             return replace(metrics, sample=sample)
-        if metrics.step:  # what is kept has to have been trained
+        if metrics.step:  # the untrained model cannot be the best checkpoint
             self._progress.add(loss, metrics.step)
         further = {name: found[name] for name in self._more}
         return replace(metrics, validation_loss=loss, validation=further, sample=sample)
@@ -224,22 +224,22 @@ class _Run:
         save_checkpoint(self._folder, checkpoint, self._write, self._recipe.keep_checkpoints)
 
     def _in_first_process(self, action: Callable[[], object]) -> None:
-        """Do in the first process what only one may do; if it fails, the others end too."""
+        """Run an action in the first process only; if it fails, the other processes fail too."""
         together(self._trainer.group, action if self._writes else lambda: None)
 
 
 @dataclass
 class _Progress:
-    """What a run knows beside its parameters; a part of each checkpoint's state."""
+    """The progress of a run; part of each checkpoint's state."""
 
     tokens: int = 0
-    best_loss: float | None = None  # on held-out rows
+    best_loss: float | None = None  # best validation loss
     best_step: int | None = None
-    worse: int = 0  # validations in a row that were no better
-    pending: dict[str, Any] | None = None  # figures of a step that was taken, but not yet validated and told of
+    worse: int = 0  # consecutive validations without improvement
+    pending: dict[str, Any] | None = None  # metrics of a step that was taken, but not yet validated and reported
 
     def add(self, loss: float, step: int) -> None:
-        """Take in the loss on held-out rows after a step."""
+        """Record the validation loss after a step."""
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self.worse = loss, step, 0
         else:
@@ -252,31 +252,31 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
         try:
             checkpoint = load_checkpoint(folder)
         except TrainingError as error:
-            on_message(f"{error}; going back to the one before")
+            on_message(f"{error}; falling back to the previous checkpoint")
             damaged.append(folder)
             continue
         state = checkpoint.state
         found = trainer.recipe.differences(state["recipe"])
         if state.get("data", state.get("corpus")) != trainer.data.fingerprint:
-            found.append("the model, the data or how it is read")
+            found.append("the model, the data or how the data is read")
         if found:
             changes = "; ".join(found)
             raise TrainingError(
                 f"cannot resume {run}: these settings changed: {changes}; choose another `output` to start over"
             )
-        # In the order of the network: the gradient's norm is a sum over it, and a file has an order of its own.
+        # Keep the network's order, which the file does not have: the gradient norm is summed in this order.
         trainer.parameters = {name: checkpoint.parameters[name] for name in trainer.parameters}
         trainer.moments = checkpoint.moments
         trainer.step = state["step"]
         if trainer.group.rank() == 0:
-            for later in damaged:  # else they would count as the last ones
-                on_message(f"what is left of it is now {move_away(later, f'damaged-{later.name}')}")
+            for later in damaged:  # otherwise they would count as the latest checkpoints
+                on_message(f"moved the damaged checkpoint to {move_away(later, f'damaged-{later.name}')}")
         return _Progress(**{e.name: state[e.name] for e in fields(_Progress) if e.name in state})
     raise TrainingError(f"{run} has no readable checkpoint; start without `resume`")
 
 
 def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:
-    """The recipe's prompt, and how the model continues it now."""
+    """The recipe's prompt with the model's current continuation."""
     prompt = trainer.recipe.sample_prompt
     room = trainer.model.config.max_context_length - len(tokenizer.encode(prompt))
     model = trainer.current_model()
@@ -296,15 +296,15 @@ def _append_metrics(run: Path, metrics: Metrics) -> None:
 
 
 def _cut_metrics(run: Path, step: int) -> None:
-    """Drop the lines of steps that will be taken again, and a last line that was not written to its end.
+    """Drop the metrics of steps that will be taken again, and an incomplete last line.
 
     Raises:
-        TrainingError: if the file holds anything but lines of metrics.
+        TrainingError: if the file contains anything but metrics.
     """
     with output_file(run / METRICS, overwrite=True) as metrics:
         if not metrics.path.exists():
             return
-        if step == 0:  # of a run that did not get to a checkpoint
+        if step == 0:  # from a run that saved no checkpoint
             metrics.remove()
             return
         content = metrics.path.read_bytes()
@@ -312,6 +312,6 @@ def _cut_metrics(run: Path, step: int) -> None:
         try:
             kept = b"".join(line for line in lines if int(json.loads(line)["step"]) <= step)
         except (ValueError, KeyError, TypeError) as error:
-            raise TrainingError(f"{metrics.name} holds more than the metrics of a run: {error}") from error
+            raise TrainingError(f"{metrics.name} contains lines that are not metrics: {error}") from error
         if kept != content:
             metrics.write(kept)

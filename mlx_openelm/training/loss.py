@@ -1,8 +1,8 @@
-"""What training minimises, without ever holding the logits of all tokens at once.
+"""Training losses, computed without ever holding the logits of all tokens at once.
 
-The gradient of a token's losses by its logits is known as soon as the logits are: softmax, scaled, less one at the
-target. So each chunk of tokens gives its losses and its share of the gradients in one go, and its logits are dropped.
-Nothing is computed twice, as it would be with checkpointing.
+The gradient of the loss with respect to a token's logits is known as soon as the logits are: softmax, scaled, minus
+one at the target. So each chunk of tokens yields its losses and its share of the gradients in one pass, and its logits
+are freed. Nothing is computed twice, as it would be with checkpointing.
 """
 
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ DEFAULT_CHUNK = 256  # tokens
 
 
 class Objective(Protocol):
-    """A loss of hidden states."""
+    """A loss computed from hidden states."""
 
-    names: ClassVar[tuple[str, ...]]  # of its sums but the last
+    names: ClassVar[tuple[str, ...]]  # names of its sums, except for the last
 
     def __call__(
         self, model: OpenELM, hidden: mx.array, batch: Batch, trains_output: bool
     ) -> tuple[mx.array, mx.array]:
         """Sums over the batch, float32 (K,), and the sum to differentiate, ().
 
-        The last sum is the number of tokens or pairs that count, which the others are to be divided by.
+        The last sum is the number of tokens or pairs in the loss; callers divide the other sums by it.
 
         Args:
-            hidden: what `model.transformer` gives, (B, L, M).
+            hidden: output of `model.transformer`, (B, L, M).
             trains_output: whether the output matrix gets a gradient.
         """
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy of the tokens that count, and a share of z-loss."""
+    """Cross-entropy of the tokens in the loss mask, plus weighted z-loss."""
 
     z_weight: float = 0.0
     chunk: int = DEFAULT_CHUNK
@@ -64,11 +64,11 @@ class TokenLosses(NamedTuple):
 
     cross_entropy: mx.array
     z_loss: mx.array  # log(Z)^2
-    total: mx.array  # cross_entropy + z_weight * z_loss; the one that can be differentiated
+    total: mx.array  # cross_entropy + z_weight * z_loss; the only one that is differentiable
 
 
 def at_positions(hidden: mx.array, batch: Batch) -> mx.array:
-    """Hidden states (B, L, M) of those tokens whose successors may count, (N, M)."""
+    """Hidden states at the scored positions, (N, M), from those of all tokens, (B, L, M)."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     return flat[batch["positions"]] if "positions" in batch else flat
 
@@ -83,14 +83,14 @@ def token_losses(
     chunk: int = DEFAULT_CHUNK,
     trains_output: bool = True,
 ) -> TokenLosses:
-    """Losses of the tokens that follow, and gradients for `hidden` and the output matrix once they are asked for.
+    """Losses of the next tokens, differentiable with respect to `hidden` and the output matrix.
 
     Args:
-        hidden: states of N tokens, (N, M).
-        targets: the token after each, (N,).
-        weights: how much each counts, float32 (N,).
-        chunk: tokens whose logits stand in memory at once.
-        trains_output: with a gradient for the output matrix, which is then not quantized.
+        hidden: hidden states of N tokens, (N, M).
+        targets: ids of the next tokens, (N,).
+        weights: weight of each token in the loss, float32 (N,).
+        chunk: tokens whose logits are in memory at once.
+        trains_output: also compute the gradient of the output matrix, which must not be quantized then.
     Source: z-loss as in PaLM, arXiv:2204.02311, section 5.
     """
     constant_hidden = mx.stop_gradient(hidden)
@@ -100,7 +100,7 @@ def token_losses(
     hidden_gradients: list[mx.array] = []
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
-        # Only after the chunk before is done, whichever order the graph would be computed in.
+        # Wait for the previous chunk, in whatever order the graph would be evaluated.
         (rows,) = mx.depends([constant_hidden[part]], [cross_entropy, weight_gradient, *hidden_gradients[-1:]])
         if weight is None:
             losses, of_rows = _chunk(model, rows, targets[part], weights[part], z_weight)
@@ -120,7 +120,7 @@ def token_losses(
 
 
 def token_logprobs(model: OpenELM, hidden: mx.array, targets: mx.array, chunk: int = DEFAULT_CHUNK) -> mx.array:
-    """Log-probabilities of the tokens that follow, float32 (N,), of states (N, M); no gradient goes through them."""
+    """Log-probabilities of the next tokens, float32 (N,), from hidden states (N, M), without a gradient."""
     hidden = mx.stop_gradient(hidden)
     found: list[mx.array] = []
     for start in range(0, hidden.shape[0], chunk):
@@ -130,7 +130,7 @@ def token_logprobs(model: OpenELM, hidden: mx.array, targets: mx.array, chunk: i
 
 
 def _with_gradients(value: mx.array, arguments: tuple[mx.array, ...], gradients: tuple[mx.array, ...]) -> mx.array:
-    """A value as a function of arguments by which its gradients are known already."""
+    """A value as a function of arguments, with gradients that are already known."""
     dtypes = [argument.dtype for argument in arguments]
 
     @mx.custom_function
@@ -146,7 +146,7 @@ def _with_gradients(value: mx.array, arguments: tuple[mx.array, ...], gradients:
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Of T tokens: their cross-entropy and log(Z), (T,); softmax as powers (T, V) over their sum (T,). All float32."""
+    """For T tokens: cross-entropy and log(Z), (T,); softmax as powers (T, V) and their sum (T,). All float32."""
     logits = logits.astype(mx.float32)
     largest = logits.max(axis=-1, keepdims=True)
     powers = exponential(logits - largest)  # 0 to 1
@@ -159,7 +159,7 @@ def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.ar
 def _chunk(
     model: OpenELM, hidden: mx.array, targets: mx.array, weights: mx.array, z_weight: float
 ) -> tuple[tuple[mx.array, mx.array], mx.array]:
-    """Losses of T tokens, and the gradient of their weighted sum by the hidden states, (T, M); of any output matrix."""
+    """Losses of T tokens, and the gradient of their weighted sum for the hidden states, (T, M); any output matrix."""
     cross_entropy, log_z, powers, total = _cross_entropy(model.logits(hidden), targets)
     scale = weights * (1 + 2 * z_weight * log_z) / total
     of_logits = (scale[:, None] * powers).at[mx.arange(targets.size), targets].add(-weights)
@@ -170,10 +170,10 @@ def _chunk(
 def _training_chunk(
     hidden: mx.array, weight: mx.array, targets: mx.array, weights: mx.array, z_weight: float
 ) -> tuple[tuple[mx.array, mx.array], mx.array, mx.array]:
-    """As `_chunk`, float32, with the gradient by the output matrix, (V, M) but for the targets' own share."""
+    """As `_chunk`, in float32, plus the gradient of the output matrix, (V, M), without the targets' share."""
     cross_entropy, log_z, powers, total = _cross_entropy(hidden @ weight.T, targets)
 
-    # Softmax is powers / total; the division waits until the vocabulary is summed over, where there is less to divide.
+    # Softmax is powers / total; dividing after the sum over the vocabulary takes fewer divisions.
     scale = (weights * (1 + 2 * z_weight * log_z) / total)[:, None]  # (T, 1)
     powers = powers.astype(hidden.dtype)
     of_hidden = scale * (powers @ weight).astype(mx.float32) - weights[:, None] * weight[targets].astype(mx.float32)

@@ -1,8 +1,8 @@
-"""How much memory tuning takes, predicted from shapes alone.
+"""Predicts the memory of tuning from shapes alone.
 
-What a step holds at its peak is counted in numbers per token, of the width of each layer's parts. The factors are
-those that fit 112 measured steps of networks of many shapes best, on MLX's CPU backend with float32 (worst case 11 %);
-`benchmarks/tune_memory.py` compares predictions with what happens.
+The peak of a step is counted in numbers per token, relative to the widths of each layer's parts. The factors are fitted
+to 112 measured steps of networks of many shapes, on MLX's CPU backend in float32 (largest error 11 %);
+`benchmarks/tune_memory.py` compares predictions with measurements.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,48 +17,48 @@ from ..machine.device import DTYPES, memory_limit_bytes
 from .loss import DEFAULT_CHUNK
 from .tune import Tuning
 
-_STATE_BYTES = 12  # of a trained number: its gradient and two moments
-_UPDATE_BYTES = 28  # while the optimizer moves it: both twice, and what it becomes
-_FEED_FORWARD = (15.7, 5.3, 13.0)  # at work there, per token: times model_dim, the width of qkv, the FFN's
-_ATTENTION = (5.5, 14.3, 3.8)
-_LONG_ATTENTION = (17.0, 0.0063)  # in place of 14.3 where it is more: and this much for each token of the row
-_SAVED = (4.1, 2.2, 5.1)  # kept of a layer for the way back
-_SAVED_LONG = 0.0006
-_LOGITS = 10.5  # a chunk's logits, in so many forms at a time
-_MAGNITUDES = 2.0  # of everything a DoRA layer gives
+_STATE_BYTES = 12  # per trained parameter: its gradient and two moments
+_UPDATE_BYTES = 28  # per trained parameter during the update: the old and new state, and the new value
+_FEED_FORWARD = (15.7, 5.3, 13.0)  # held per token in the FFN: times model_dim, the qkv width, the FFN width
+_ATTENTION = (5.5, 14.3, 3.8)  # the same in attention
+_LONG_ATTENTION = (17.0, 0.0063)  # in place of 14.3 if larger: a constant, plus a factor times the row length
+_SAVED = (4.1, 2.2, 5.1)  # kept of a layer for the backward pass: times the same widths
+_SAVED_LONG = 0.0006  # in addition: times the row length and the qkv width
+_LOGITS = 10.5  # copies of a chunk's logits that exist at once
+_MAGNITUDES = 2.0  # times the output widths of all matrices of a DoRA layer
 
 
 @dataclass(frozen=True)
 class TuningMemory:
     """Predicted memory of a step in one process, in bytes."""
 
-    weights_bytes: int  # of the model and what is trained
+    weights_bytes: int  # the model, with its adapter
     state_bytes: int  # gradients and moments
-    activation_bytes: int  # what a step holds beside them
-    limit_bytes: int  # what this machine has for it
+    activation_bytes: int  # everything else that a step holds at its peak
+    limit_bytes: int  # memory that this machine has for it
 
     @property
     def peak_bytes(self) -> int:
-        """All of it."""
+        """Weights, state and activations together, in bytes."""
         return self.weights_bytes + self.state_bytes + self.activation_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether this machine can hold it."""
+        """Whether the peak is within this machine's limit."""
         return self.peak_bytes <= self.limit_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, for JSON."""
+        """All fields, the peak and whether it fits, for JSON."""
         return {**asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What decides how much a step holds.
+    """What determines the memory of a step.
 
     Attributes:
-        rows, length: computed at once, and tokens that each predicts.
-        num_logits: tokens whose logits are computed.
+        rows, length: rows computed at once, and tokens that each row predicts.
+        num_logits: number of tokens whose logits are computed.
         method: `lora`, `dora` or `full`.
     """
 
@@ -74,7 +74,7 @@ class StepShape:
 
 
 def tuning_memory(tuning: Tuning, processes: int = 1) -> TuningMemory:
-    """The memory of the largest step of a run, in each of its processes."""
+    """Predicted memory of a run's largest step, in each of its processes."""
     recipe, entries = tuning.recipe, tuning.rows.rows_per_entry
     own = dict(tree_flatten(tuning.model.parameters()))
     sides = [side for example in tuning.train.examples for side in example.sequences]
@@ -96,15 +96,15 @@ def tuning_memory(tuning: Tuning, processes: int = 1) -> TuningMemory:
 
 
 def step_memory(shape: StepShape, weights_bytes: int, num_trained: int) -> TuningMemory:
-    """The memory of a step.
+    """Predicted memory of a step.
 
     Args:
-        weights_bytes: of the model with its adapter.
-        num_trained: numbers that are trained.
+        weights_bytes: size of the model with its adapter.
+        num_trained: number of trained parameters.
     """
     activations = _activation_bytes(shape)
     state = _STATE_BYTES * num_trained
-    activations = max(activations, _UPDATE_BYTES * num_trained - state)  # the two do not come at the same time
+    activations = max(activations, _UPDATE_BYTES * num_trained - state)  # the two peaks do not coincide
     return TuningMemory(weights_bytes, state, int(activations), memory_limit_bytes())
 
 
@@ -118,9 +118,9 @@ def _activation_bytes(shape: StepShape) -> float:
     inputs = float(tokens * config.model_dim)
     saved = [inputs if shape.gradient_checkpointing else _saved(widths, shape) for widths in layers]
     largest = max(layers, key=sum)
-    weights = config.model_dim * (largest[1] * 5 // 3 + 3 * largest[2])  # about those of the largest layer
+    weights = config.model_dim * (largest[1] * 5 // 3 + 3 * largest[2])  # roughly the weights of the largest layer
     vocabulary = config.vocab_size * config.model_dim
-    # A layer is computed while what is kept of those before it waits; or the logits of a chunk, when all do.
+    # The peak is in a layer, with what the layers before it saved, or in a chunk's logits, with what all layers saved.
     layer, head = [sum(saved[:number]) + work for number, work in enumerate(at_work)], sum(saved)
     if shape.is_quantized:
         layer = [numbers + 1.6 * weights for numbers in layer]
@@ -130,14 +130,14 @@ def _activation_bytes(shape: StepShape) -> float:
         _LOGITS * min(shape.loss_chunk, shape.num_logits) * config.vocab_size + 2 * shape.num_logits * config.model_dim
     )
     stages = [*(numbers * size for numbers in layer), head * size + logits * mx.float32.size]
-    if shape.method == "full" and shape.gradient_checkpointing:  # gradients of the layers before are still to come
+    if shape.method == "full" and shape.gradient_checkpointing:  # earlier layers have no gradients yet
         to_come = [mx.float32.size * sum(config.layer_parameters[:number]) for number in range(len(stages))]
         stages = [nbytes - gradients for nbytes, gradients in zip(stages, to_come, strict=True)]
     return max(stages)
 
 
 def _at_work(widths: tuple[int, int, int], shape: StepShape) -> float:
-    """Numbers that one layer holds on the way back."""
+    """Numbers that a layer holds during its backward pass."""
     model_dim, qkv, ffn_dim = widths
     tokens = shape.rows * shape.length
     feed_forward = sum(factor * width for factor, width in zip(_FEED_FORWARD, widths, strict=True))
@@ -148,7 +148,7 @@ def _at_work(widths: tuple[int, int, int], shape: StepShape) -> float:
 
 
 def _saved(widths: tuple[int, int, int], shape: StepShape) -> float:
-    """Numbers that wait of one layer for the way back."""
+    """Numbers that are kept of a layer for the backward pass."""
     kept = sum(factor * width for factor, width in zip(_SAVED, widths, strict=True))
     kept += _SAVED_LONG * shape.length * widths[1]
     return shape.rows * shape.length * (kept + _of_magnitudes(widths, shape) / 2)

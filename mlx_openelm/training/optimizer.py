@@ -1,4 +1,4 @@
-"""AdamW, its learning rate over the steps of a run, and clipping."""
+"""AdamW, the learning-rate schedule, and gradient clipping."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ Tensors = dict[str, mx.array]
 
 
 class Moments(NamedTuple):
-    """What AdamW remembers of the gradients: their mean and mean square, and how many there were."""
+    """AdamW's state: running means of the gradients and of their squares, float32, and the number of steps."""
 
     first: Tensors
     second: Tensors
@@ -19,7 +19,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def zeros(cls, parameters: Tensors) -> "Moments":
-        """Before the first step."""
+        """The state before the first step."""
         return cls(
             {name: mx.zeros_like(p) for name, p in parameters.items()},
             {name: mx.zeros_like(p) for name, p in parameters.items()},
@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Rate of a step, counted from 0: a linear warm-up, then down to the final rate as the schedule says."""
+    """Learning rate of a step, counted from 0: linear warm-up, then the schedule, which ends at the final rate."""
     largest = recipe.learning_rate
     if step < recipe.warmup:
         return recipe.initial_learning_rate + (largest - recipe.initial_learning_rate) * step / recipe.warmup
@@ -39,7 +39,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def clipped(gradients: Tensors, largest: float) -> tuple[Tensors, mx.array]:
-    """Gradients made shorter if their norm over all tensors is above `largest` (0: never), and that norm."""
+    """Gradients scaled down if their global norm is above `largest` (0: never), and that norm, ()."""
     norm = mx.sqrt(sum((mx.sum(mx.square(g)) for g in gradients.values()), mx.zeros(())))
     if not largest:
         return gradients, norm
@@ -50,7 +50,7 @@ def clipped(gradients: Tensors, largest: float) -> tuple[Tensors, mx.array]:
 def adamw(
     recipe: Recipe, rate: mx.array, parameters: Tensors, gradients: Tensors, moments: Moments
 ) -> tuple[Tensors, Moments]:
-    """Parameters and moments after a step, all float32; matrices decay, norms do not.
+    """Parameters and moments after a step, all float32; weight decay applies to matrices, not to norms.
 
     Source: Loshchilov and Hutter, arXiv:1711.05101, with the bias correction of Adam, as in PyTorch.
     """

@@ -1,6 +1,6 @@
-"""Pre-training: the recipe, fresh weights, and the run.
+"""Pre-training: the recipe, the initial weights, and the run.
 
-The defaults are those of the paper where it gives one (OpenELM, arXiv:2404.14619, and CoreNet's configurations).
+The defaults are the paper's where it states a value (OpenELM, arXiv:2404.14619, and CoreNet's configurations).
 """
 
 import json
@@ -38,10 +38,10 @@ _DATA = "Model and data"
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainRecipe(Recipe):
-    """Everything that decides what a run from scratch computes.
+    """Everything that determines the result of pre-training.
 
     Raises:
-        ConfigError: naming the field, if a value is impossible.
+        ConfigError: naming the field, if a value is invalid.
     """
 
     model: OpenELMConfig = setting(MISSING, "Published size such as 270M, or a table of widths.", _DATA)
@@ -78,14 +78,14 @@ class PretrainRecipe(Recipe):
         super().__post_init__()
         if self.sequence_length > self.model.max_context_length:
             raise ConfigError(
-                f"sequence_length must be at most {self.model.max_context_length}, the model's context; "
+                f"sequence_length must be at most {self.model.max_context_length}, the model's context length; "
                 f"got {self.sequence_length}"
             )
 
     @classmethod
     def _placed(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         placed = super()._placed(values, folder)
-        if "data" in values:  # patterns too
+        if "data" in values:  # including glob patterns
             placed["data"] = [replace(source, path=str(folder / source.path)) for source in _sources(values["data"])]
         return placed
 
@@ -98,7 +98,7 @@ class PretrainRecipe(Recipe):
         return super()._read(name, value, entry)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as YAML and JSON can hold it; `from_dict` reads it back equal."""
+        """The recipe as a dict for YAML and JSON; `from_dict` restores an equal recipe."""
         return {**asdict(self), "model": self.model.to_dict(), "data": [asdict(source) for source in self.data]}
 
 
@@ -134,7 +134,7 @@ def _source(value: object) -> TextSource:
 
 
 class CorpusRows:
-    """The rows of a corpus that a recipe asks for, to train on and to validate with."""
+    """The rows of a corpus, as the recipe defines them, for training and validation."""
 
     def __init__(self, recipe: PretrainRecipe, corpus: Corpus):
         self._recipe = recipe
@@ -155,7 +155,7 @@ class CorpusRows:
 
 
 def initial_parameters(recipe: PretrainRecipe) -> Tensors:
-    """Fresh weights, float32, by CoreNet's rule: see the table in the docstring of `_std`; norms are 1."""
+    """Initial parameters by name, float32, by CoreNet's rule: matrices are normal, see `_std`; norms are 1."""
     keys = mx.random.split(mx.random.key(recipe.seed), 1 + len(parameter_shapes(recipe.model)))
     parameters = {}
     for key, (name, shape) in zip(keys[1:], parameter_shapes(recipe.model).items(), strict=True):
@@ -168,14 +168,18 @@ def initial_parameters(recipe: PretrainRecipe) -> Tensors:
 
 
 def _std(recipe: PretrainRecipe, name: str, shape: tuple[int, ...]) -> float:
-    """Embedding and output: model_dim^-0.5. qkv_proj, proj_1: in_features^-0.5. out_proj, proj_2: depth divides too."""
+    """Standard deviation of a matrix's initial weights.
+
+    Embedding and output: model_dim^-0.5. qkv_proj, proj_1: in_features^-0.5. out_proj, proj_2: (2 * num_layers *
+    model_dim)^-0.5.
+    """
     if name.endswith(("out_proj.weight", "proj_2.weight")):
         return (2 * recipe.model.num_transformer_layers * recipe.model.model_dim) ** -0.5
     return shape[1] ** -0.5
 
 
 def fresh_trainer(recipe: PretrainRecipe, corpus: Corpus, group: mx.distributed.Group | None = None) -> Trainer:
-    """A trainer of a whole network with fresh weights.
+    """A trainer for a whole network with initial weights.
 
     Raises:
         TrainingError: if the batch cannot be split over the processes.
@@ -199,7 +203,7 @@ def prepare_pretraining(
     on_tokenizing: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> tuple[Tokenizer, Corpus]:
-    """The tokenizer and the tokenized corpus of a run; the first process creates what does not exist yet.
+    """The tokenizer and the tokenized corpus of a run; the first process creates them if they do not exist.
 
     Raises:
         DataError: if the data cannot be read.
@@ -222,7 +226,7 @@ def prepare_pretraining(
         tokenizer = Tokenizer(vocabulary)
     else:
         tokenizer, _ = find_tokenizer(recipe.tokenizer or None, None, recipe.model.vocab_size, chat=False)
-    corpus = together(group, lambda: find_corpus() if is_first else None)  # the others find it on disk
+    corpus = together(group, lambda: find_corpus() if is_first else None)  # the others read it from disk
     return tokenizer, corpus or find_corpus()
 
 
@@ -237,10 +241,10 @@ def pretraining_steps(
     on_step: Callable[[Metrics], None] = lambda metrics: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Generator[Metrics, None, None]:
-    """Train from scratch to the recipe's last step, yielding metrics; see `train`. A checkpoint is a model folder.
+    """Train from scratch to the recipe's last step, yielding metrics; see `train`. Each checkpoint is a model folder.
 
     Raises:
-        TrainingError: if the run cannot start or continue; the last good checkpoint stays.
+        TrainingError: if the run cannot start or continue; the last good checkpoint is kept.
     """
     trainer = fresh_trainer(recipe, corpus, group)
 

@@ -1,6 +1,6 @@
-"""Recipes: the settings of a training run, each with its default, its limits and its help text, and the YAML reader.
+"""Recipes: the settings of a training run, each with its default, limits and help text, and the YAML reader.
 
-`PretrainRecipe` and `TuneRecipe` add their own settings. The options of `pretrain` and `tune` are made from them.
+`PretrainRecipe` and `TuneRecipe` add their own settings. The options of `pretrain` and `tune` are generated from them.
 """
 
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SCHEDULES = ("cosine", "linear", "constant")
-_OLD_NAMES = {  # of fields, in recipes and runs that were written until 2026-11-25
+_OLD_NAMES = {  # of fields, in recipes and runs written until 2026-11-25
     "accumulate": "grad_accumulation_steps",
     "clip": "max_grad_norm",
     "final_learning_rate": "min_lr_ratio",
@@ -30,15 +30,15 @@ _OLD_VALUES = {("objective", "likelihood"): "cross-entropy"}
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known about one field of a recipe besides its type and default.
+    """Metadata of a recipe field, besides its type and default.
 
     Attributes:
         help: one sentence, for `--help`.
         group: heading under which `--help` shows it.
         choices: allowed values; empty: any.
         at_least, above, below: limits of a number.
-        is_path: a relative path in a recipe file starts at the file's folder.
-        can_change: a run may be resumed with another value, because the result stays the same.
+        is_path: whether relative paths in a recipe file are relative to the file's folder.
+        can_change: whether a run may be resumed with another value, because the result stays the same.
     """
 
     help: str
@@ -74,7 +74,7 @@ class Setting:
 
 
 def setting(default: Any, help: str, group: str, **details: Any) -> Any:
-    """A recipe field; `details` are those of `Setting`. A dict as default is copied for each recipe."""
+    """A recipe field; `details` are further attributes of `Setting`. A dict default is copied for each recipe."""
     metadata = {"setting": Setting(help, group, **details)}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -82,13 +82,13 @@ def setting(default: Any, help: str, group: str, **details: Any) -> Any:
 
 
 def changed(recipe: type["Recipe"], name: str, default: Any, **details: Any) -> Any:
-    """A field of another recipe with a new default, and with other details of its `Setting`."""
+    """A field of another recipe with a new default; `details` replace attributes of its `Setting`."""
     inherited = setting_of(recipe.__dataclass_fields__[name])
     return field(default=default, metadata={"setting": replace(inherited, **details)})
 
 
 def setting_of(entry: "Field[Any]") -> Setting:
-    """The `Setting` of a recipe's field."""
+    """The `Setting` of a recipe field."""
     found: Setting = entry.metadata["setting"]
     return found
 
@@ -100,10 +100,10 @@ _RUN = "Validation and checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What every training run needs: steps, optimizer, precision, validation and checkpoints.
+    """The settings of every training run: steps, optimizer, precision, validation and checkpoints.
 
     Raises:
-        ConfigError: naming the field, if a value is impossible.
+        ConfigError: naming the field, if a value is invalid.
     """
 
     steps: int = setting(MISSING, "Optimizer steps.", _OPTIMIZER, above=0, can_change=True)
@@ -142,11 +142,11 @@ class Recipe:
     )
     sample_prompt: str = setting("", "Text to continue at each validation.", _RUN, can_change=True)
 
-    folder: ClassVar[Path]  # of the recipes that come with the package
+    folder: ClassVar[Path]  # of the packaged recipes
 
     @property
     def warmup(self) -> int:
-        """Steps until the peak learning rate."""
+        """Number of steps until the peak learning rate."""
         return self.warmup_steps
 
     def __post_init__(self) -> None:
@@ -157,17 +157,17 @@ class Recipe:
 
     @classmethod
     def named(cls, name: str | Path) -> Path:
-        """The path of a recipe: an existing file, or a recipe of the package such as `270M`.
+        """The path of a recipe: an existing file, or a packaged recipe such as `270M`.
 
         Raises:
-            ConfigError: if there is neither.
+            ConfigError: if neither exists.
         """
         path = Path(name)
         if path.exists():
             return path
         packaged = {entry.stem: entry for entry in sorted(cls.folder.glob("*.yaml"))}
         if str(name) not in packaged:
-            raise ConfigError(f"{name} does not exist; the recipes of the package are {', '.join(packaged)}")
+            raise ConfigError(f"{name} does not exist; the packaged recipes are {', '.join(packaged)}")
         return packaged[str(name)]
 
     @classmethod
@@ -177,11 +177,11 @@ class Recipe:
         """Read a recipe from a YAML file.
 
         Args:
-            path: a file, or the name of a recipe of the package; see `named`.
+            path: a file, or the name of a packaged recipe; see `named`.
             overrides: fields that replace those of the file; paths in them are relative to the current folder.
-            folder: where relative paths in the file start; by default, the file's folder.
+            folder: base of the relative paths in the file; by default, the file's folder.
         Raises:
-            ConfigError: naming the file, if it cannot be read or a field is unknown or impossible.
+            ConfigError: naming the file, if it cannot be read, or a field is unknown or invalid.
         """
         import yaml
 
@@ -203,7 +203,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Self":
-        """Read a recipe from a mapping such as `to_dict` gives; every field is used or refused.
+        """Read a recipe from a mapping such as `to_dict` returns; unknown fields are an error.
 
         Raises:
             ConfigError: naming the field.
@@ -227,12 +227,12 @@ class Recipe:
 
     @classmethod
     def _expanded(cls, values: Mapping[str, Any], *, old: bool = True) -> dict[str, Any]:
-        """Values with shorthands written out and, if `old`, the names of earlier versions replaced."""
+        """Values with shorthands expanded and, if `old`, the field names of earlier versions replaced."""
         return _renamed(values) if old else dict(values)
 
     @classmethod
     def _placed(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """Values of a file with its relative paths resolved, where such a file exists."""
+        """Values of a recipe file; its relative paths are resolved where that leads to an existing file."""
         paths = {entry.name for entry in fields(cls) if setting_of(entry).is_path}
         return {
             name: str(folder / value)
@@ -243,17 +243,17 @@ class Recipe:
 
     @classmethod
     def _read(cls, name: str, value: Any, entry: "Field[Any]") -> Any:
-        """The value of one field in its own type; recipes override this for fields with a notation of their own."""
+        """The value of one field, converted to its type; recipes override this for fields with a special notation."""
         return _typed(name, value, type(entry.default))
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as YAML and JSON can hold it; `from_dict` reads it back equal."""
+        """The recipe as a dict for YAML and JSON; `from_dict` restores an equal recipe."""
         return asdict(self)
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Fields in which another recipe (of `to_dict`) would train another model: its value -> this one's."""
+        """Fields whose value in another recipe (from `to_dict`) changes the result: "name other -> this one"."""
         own = json.loads(json.dumps(self.to_dict()))
-        # A field that an older recipe did not have has its default there.
+        # Fields that an older recipe does not have get their defaults.
         defaults = {e.name: e.default for e in fields(self) if e.default is not MISSING}
         other = {**json.loads(json.dumps(defaults)), **self._expanded(other)}
         can_change = {entry.name for entry in fields(self) if setting_of(entry).can_change}
@@ -262,7 +262,7 @@ class Recipe:
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a file under the names of today; where it has both, the old one stays and is refused as unknown."""
+    """Values under their current field names; if a file has both names, the old one stays, an unknown field."""
     named = {
         name if _OLD_NAMES.get(name, name) in values else _OLD_NAMES.get(name, name): value
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""Whole training runs: from a recipe to a result, in a folder that no other process may write to."""
+"""Complete training runs: from a recipe to a result, in a folder that is locked against other runs."""
 
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -17,10 +17,10 @@ from .tune_recipe import TuneRecipe
 
 
 class TrainingCallback:
-    """Hears of a run as it goes; every method does nothing until a subclass overrides it.
+    """Receives the events of a run; every method does nothing until a subclass overrides it.
 
-    With several processes, each has a callback of its own. A callback is a context manager, so that one that opens
-    something can close it.
+    With several processes, each has its own callback. A callback is a context manager, so that it can close what it
+    opens.
     """
 
     def __enter__(self) -> "TrainingCallback":
@@ -47,17 +47,17 @@ class TrainingCallback:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run left in its folder.
+    """The result of a training run.
 
     Attributes:
-        folder: of the run; after `tune` it is also the adapter.
-        checkpoint: the one with the best validation loss; without validation, the last one. None in a process that
-            does not share the folder with the first one.
-        step: of that checkpoint.
-        validation_loss: of that checkpoint, in nats per token (pairs: per pair).
-        validation_loss_before: the same before the first step, if this call measured it.
+        folder: the run's folder; after `tune` it is also the adapter.
+        checkpoint: folder of the checkpoint with the best validation loss; without validation, of the last one. None
+            in a process that does not share the folder with the first one.
+        step: number of steps at that checkpoint.
+        validation_loss: the best validation loss, in nats per token (pairs: per pair).
+        validation_loss_before: validation loss before the first step, if this call measured it.
         stopped_early: whether `early_stop` ended the run before its last step.
-        metrics: the last metrics; None if nothing was left to train.
+        metrics: the last metrics; None if no step was left to train.
     """
 
     folder: Path
@@ -89,8 +89,9 @@ def tune(
         output: folder for the run and the adapter with the best validation loss.
         resume: continue from the last checkpoint in `output`.
         group: processes that share each step; by default, those that `mlx.launch` started.
+        callback: receives progress, metrics and messages.
     Raises:
-        OpenELMError: of the kind that fits; the last good checkpoint stays.
+        OpenELMError: one of its subclasses; the last good checkpoint is kept.
     """
     group, callback = group or mx.distributed.init(), callback or TrainingCallback()
     return run_tuning(recipe, Path(output), resume, group, callback)
@@ -104,7 +105,7 @@ def run_tuning(
     callback: TrainingCallback,
     on_tuning: Callable[[Tuning], None] | None = None,
 ) -> TrainingResult:
-    """`tune`, for callers that want to see the model and the examples before the training starts."""
+    """`tune`, for callers that need the model and the examples before training starts."""
     with run_lock(output, group) as run:
         together(group, lambda: check_output(run.path, resume))
         tuning = prepare_tuning(recipe)
@@ -125,14 +126,14 @@ def pretrain(
     group: mx.distributed.Group | None = None,
     callback: TrainingCallback | None = None,
 ) -> TrainingResult:
-    """Train a model from scratch; tokenizes the corpus first, and trains a tokenizer if the recipe says so.
+    """Train a model from scratch; tokenizes the corpus first, and trains a tokenizer if the recipe asks for one.
 
     Args:
         recipe: such as `PretrainRecipe(model="270M", data="stories/*.txt", tokenizer="tokenizer.model")`.
         output: folder for the run; each checkpoint in it is a model folder.
-        resume, group: as for `tune`.
+        resume, group, callback: as for `tune`.
     Raises:
-        OpenELMError: of the kind that fits; the last good checkpoint stays.
+        OpenELMError: one of its subclasses; the last good checkpoint is kept.
     """
     if not recipe.data:
         raise DataError("no data; set `data` in the recipe, for example to stories/*.txt")
@@ -160,7 +161,7 @@ def pretrain(
 def _taken(
     steps: Generator[Metrics, None, None], num_steps: int, run: LockedFolder, callback: TrainingCallback
 ) -> TrainingResult:
-    """Take all steps, and read what they left."""
+    """Take all steps, then read the result from the run's folder."""
     before = last = None
     with closing(steps):
         for metrics in steps:

@@ -1,7 +1,8 @@
-"""What moves parameters: one step of training, whatever is trained.
+"""One training step, whatever is trained.
 
-What is trained and its optimizer are float32; the step computes in the recipe's type. A gradient is the sum over
-whatever counts in all micro-batches and processes, divided by its number: how a batch is split changes nothing.
+Trained parameters and optimizer state are float32; the step computes in the recipe's dtype. Gradients are summed over
+all tokens (or pairs) in the loss, in all micro-batches and processes, and divided by their number, so the result does
+not depend on how a batch is split.
 """
 
 import math
@@ -25,27 +26,27 @@ from .recipe import Recipe
 
 
 class TrainingData(Protocol):
-    """Rows to train on and to validate with, the same whenever they are asked for."""
+    """Rows for training and validation; the same arguments always return the same rows."""
 
     rows_per_step: int
     rows_per_entry: int  # rows that stay together: 2 for pairs
-    fingerprint: str  # of all that decides what the rows are
+    fingerprint: str  # hash of everything that determines the rows
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
-        """Rows `first` to `first + count` of a step's."""
+        """Rows `first` to `first + count` (exclusive) of a step."""
 
     def validation(self, first: int, stride: int) -> Iterable[TokenBatch]:
-        """Every `stride`-th batch of held-out rows, from number `first` on."""
+        """Every `stride`-th batch of held-out rows, starting with batch `first`."""
 
 
 class Trainer:
-    """Parameters, optimizer and data of a run, and the step that moves them on.
+    """Parameters, optimizer state and data of a run, and the step that updates them.
 
     Args:
-        model: the network, whose parameters that are not trained stay as they are.
-        parameters: what is trained, float32.
-        micro_batch_size: rows that one process computes at once; 0: all of its own.
-        prepare: adds to a batch what the objective needs beside it.
+        model: the network; parameters that are not in `parameters` stay frozen.
+        parameters: trained parameters by name, float32.
+        micro_batch_size: rows that a process computes at once; 0: all of its rows.
+        prepare: adds what else the objective needs to a batch.
     Raises:
         TrainingError: if the batch cannot be split over the processes.
     """
@@ -88,12 +89,12 @@ class Trainer:
         model.train()
 
     def take_step(self) -> dict[str, float]:
-        """One step; gives the objective's figures, `gradient_norm`, and as `count` what they were divided by.
+        """Take one step; returns the objective's metrics, `gradient_norm`, and `count`, which they were divided by.
 
-        A step in which nothing counts changes nothing.
+        A step with nothing in the loss leaves parameters and optimizer state unchanged.
 
         Raises:
-            TrainingError: if the loss is no number; parameters stay as they were.
+            TrainingError: if the loss or the gradient is not finite; parameters stay unchanged.
         """
         rows = self.data.step(self.step, self.group.rank() * self._own_rows, self._own_rows)
         sums: mx.array = mx.zeros((len(self.objective.names) + 1,))
@@ -133,7 +134,7 @@ class Trainer:
         return {**means, "gradient_norm": norm.item(), "count": int(count)}
 
     def validation(self) -> dict[str, float]:
-        """The objective's figures on all held-out rows; not a number where there are none."""
+        """The objective's metrics on all held-out rows; NaN if there are none."""
         total = mx.zeros((len(self.objective.names) + 1,))
         for rows in self.data.validation(self.group.rank(), self.group.size()):
             total = total + self._losses(self.parameters, self._prepare(make_batch(rows)))[0]
@@ -144,7 +145,7 @@ class Trainer:
         return {n: f / count if count else math.nan for n, f in zip(self.objective.names, figures, strict=True)}
 
     def current_model(self) -> OpenELM:
-        """The network with the present weights, to generate with."""
+        """The network with the current parameters, for generation."""
         set_parameters(self.model, DTYPES[self.recipe.dtype], self.parameters)
         set_dropout_keys(self.model)
         return self.model
@@ -153,7 +154,7 @@ class Trainer:
 def _update(
     recipe: Recipe, rate: mx.array, parameters: Tensors, gradients: Tensors, moments: Moments, count: mx.array
 ) -> tuple[Tensors, Moments, mx.array, mx.array]:
-    """New parameters and moments, the gradient's norm, and the sum of all parameters: no number if any of them is."""
+    """New parameters and moments, the gradient norm, and the sum of all parameters, to check that they are finite."""
     gradients = {name: g / count for name, g in gradients.items()}
     gradients, norm = clipped(gradients, recipe.max_grad_norm)
     parameters, moments = adamw(recipe, rate, parameters, gradients, Moments(*moments))

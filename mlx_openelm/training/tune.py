@@ -1,6 +1,6 @@
-"""Fine-tuning: what of a model is trained and on what, and the run.
+"""Fine-tuning: which parameters are trained, on which examples, and the run.
 
-LoRA, DoRA and full fine-tuning differ in which parameters are trained, likelihood and preferences in the objective.
+LoRA, DoRA and full fine-tuning differ in the trained parameters; cross-entropy and DPO differ in the objective.
 """
 
 import filecmp
@@ -40,7 +40,7 @@ from .tune_recipe import TuneRecipe
 
 
 class ExampleRows:
-    """The rows of examples that a recipe asks for, to train on and to validate with."""
+    """The rows of examples, as the recipe defines them, for training and validation."""
 
     def __init__(self, recipe: TuneRecipe, examples: ExampleSet, held_out: ExampleSet | None, fingerprint: str):
         self._recipe = recipe
@@ -59,7 +59,7 @@ class ExampleRows:
         self.fingerprint = hashlib.sha256("".join(marks).encode()).hexdigest()
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
-        """Rows `first` to `first + count` of a step's, in whole entries."""
+        """Rows `first` to `first + count` (exclusive) of a step; both must be multiples of `rows_per_entry`."""
         share = None if count is None else count // self.rows_per_entry
         return self._batches.step(step, first // self.rows_per_entry, share)
 
@@ -71,12 +71,12 @@ class ExampleRows:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A model and examples, ready to be tuned.
+    """A model and examples, ready for tuning.
 
     Attributes:
-        recipe: with everything found out that it left open: steps, warm-up, length, type.
-        parameters: what is trained, float32, by name; a trainer takes them over.
-        num_parameters: how many numbers that is.
+        recipe: the recipe with its open settings resolved: steps, warm-up, length, dtype.
+        parameters: trained parameters by name, float32; a trainer takes them over.
+        num_parameters: number of trained parameters.
     """
 
     recipe: TuneRecipe
@@ -90,29 +90,29 @@ class Tuning:
 
     @property
     def base(self) -> dict[str, Any]:
-        """What an adapter remembers of its model."""
+        """What an adapter records about its base model."""
         return about_base(Path(self.recipe.model).name, self.model.config)
 
     @property
     def objective(self) -> Objective:
-        """What is minimised."""
+        """The objective that training minimises."""
         if self.recipe.objective == "dpo":
             return DPO(self.recipe.beta, self.recipe.preference_loss, self.recipe.loss_chunk)
         return CrossEntropy(self.recipe.z_loss, self.recipe.loss_chunk)
 
 
 def prepare_tuning(recipe: TuneRecipe) -> Tuning:
-    """Load the model, read the examples, and find out what the recipe leaves open.
+    """Load the model, read the examples, and resolve the recipe's open settings.
 
     Raises:
-        OpenELMError: of the kind that fits, if anything is missing or contradictory.
+        OpenELMError: one of its subclasses, if anything is missing or contradictory.
     """
     if not recipe.data:
         raise DataError("no data given; set `data` to a file or a folder")
     model, tokenizer = load(recipe.model, dtype=dtype_named(recipe.dtype), tokenizer=recipe.tokenizer or None)
     context = model.config.max_context_length
     if recipe.max_length > context:
-        raise ConfigError(f"max_length must be at most {context}, the model's context; got {recipe.max_length}")
+        raise ConfigError(f"max_length must be at most {context}, the model's context length; got {recipe.max_length}")
     dtype = str(model.transformer.norm.weight.dtype).removeprefix("mlx.core.")
     recipe = replace(recipe, max_length=recipe.max_length or context, dtype=dtype)
 
@@ -155,13 +155,13 @@ def tuning_steps(
     on_step: Callable[[Metrics], None] = lambda metrics: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Generator[Metrics, None, None]:
-    """Train to the recipe's last step, yielding metrics; see `train`. A checkpoint is an adapter.
+    """Train to the recipe's last step, yielding metrics; see `train`. Each checkpoint is an adapter.
 
-    At the end, or when it is interrupted, `output` itself is the adapter with the best loss on held-out examples, or
-    where there are none, the last one.
+    When the run ends or is interrupted, `output` itself becomes the adapter with the best validation loss; without
+    validation, the last one.
 
     Raises:
-        TrainingError: if the run cannot start or continue; the last good adapter stays.
+        TrainingError: if the run cannot start or continue; the last good adapter is kept.
     """
     group = group or mx.distributed.init()
     trainer = make_trainer(tuning, group)
@@ -180,21 +180,21 @@ def tuning_steps(
                 trainer, tuning.tokenizer, run, write, resume=resume, on_step=on_step, on_message=on_message
             )
         except BaseException:
-            with suppress(OutputError):  # what ended the run is reported
+            with suppress(OutputError):  # the error that ended the run is reported
                 _publish(published, run.path)
             raise
         _publish(published, run.path)
 
 
 def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> Trainer:
-    """The trainer of what is to be tuned.
+    """The trainer for a prepared model and examples.
 
     Raises:
         TrainingError: if the batch cannot be split over the processes.
     """
     recipe, group = tuning.recipe, group or mx.distributed.init()
     parameters = dict(tuning.parameters)
-    tuning.parameters.clear()  # else what was trained first would stay in memory
+    tuning.parameters.clear()  # otherwise the initial values would stay in memory
     rows = max(1, recipe.batch_size // group.size()) * tuning.rows.rows_per_entry
     prepare: Callable[[Batch], Batch] = _unchanged
     if recipe.objective == "dpo":
@@ -225,16 +225,16 @@ def _unchanged(batch: Batch) -> Batch:
 
 
 def _move_foreign_away(run: Path, on_message: Callable[[str], None]) -> None:
-    """Give files another name that lie where the adapter will be, unless they are copies of the best checkpoint's."""
+    """Rename files in place of the final adapter, unless they are copies of those in the best checkpoint."""
     best = best_checkpoint(run)
     for path in (run / TENSOR_FILE, run / CONFIG_FILE):
         if best is not None and path.exists() and not filecmp.cmp(path, best / path.name, shallow=False):
             place = move_away(path, f"{path.stem}-old{path.suffix}")
-            on_message(f"{path} was changed since the run; it is now {place.name}")
+            on_message(f"{path} was changed after the run; it is now {place.name}")
 
 
 def _publish(outputs: Mapping[str, OutputFile], run: Path) -> None:
-    """Copy the best adapter to where people look for it."""
+    """Copy the best adapter to the folder of the run."""
     folder = best_checkpoint(run)
     for name, output in outputs.items() if folder is not None else ():
         with open(folder / name, "rb") as best, output.replaced() as file:  # type: ignore[operator]
@@ -242,7 +242,7 @@ def _publish(outputs: Mapping[str, OutputFile], run: Path) -> None:
 
 
 def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
-    """What is trained of a model, float32; an adapter is put on it."""
+    """The trained parameters of a model by name, float32; adds the adapter to the model, if there is one."""
     if recipe.adapter is not None:
         add_adapter(model, recipe.adapter, recipe.seed)
         return adapter_parameters(model)
@@ -260,7 +260,7 @@ def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
 
 
 def _fingerprint(model: OpenELM) -> str:
-    """A hash of the configuration and of the first row of every tensor: enough to tell models apart."""
+    """A hash of the configuration and of the first row of each tensor, enough to tell models apart."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, array in dict(tree_flatten(model.parameters())).items():
         digest.update(name.encode() + bytes(as_bytes(array[0] if array.ndim > 1 else array)))

@@ -1,4 +1,4 @@
-"""How a model is fine-tuned: the settings of the recipe."""
+"""The recipe of fine-tuning and its settings."""
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass
@@ -24,15 +24,15 @@ _EXAMPLES = "Examples"
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRecipe(Recipe):
-    """Everything that decides what fine-tuning computes.
+    """Everything that determines the result of fine-tuning.
 
-    `method` may be written `dpo`, `dora+dpo` or `full+dpo`, which sets `objective` too.
+    `method` may also be `dpo`, `dora+dpo` or `full+dpo`, which sets `objective` too.
 
     Raises:
-        ConfigError: naming the field, if a value is impossible.
+        ConfigError: naming the field, if a value is invalid.
     """
 
-    # The result depends on the contents of the model and the data, which are hashed, and not on where they are.
+    # The result depends on the contents of the model and the data, which are hashed, not on their location.
     model: str | Path = setting(
         BUILT_IN_MODEL, "Model folder, hub id or built-in model.", _DATA, is_path=True, can_change=True
     )
@@ -118,7 +118,7 @@ class TuneRecipe(Recipe):
     def _expanded(cls, values: Mapping[str, Any], *, old: bool = True) -> dict[str, Any]:
         values = super()._expanded(values, old=old)
         if "epochs" in values and "steps" not in values:
-            values["steps"] = 0  # else the steps of a file would override the epochs of a command line
+            values["steps"] = 0  # otherwise a file's steps would override the command line's epochs
         return values
 
     @classmethod
@@ -127,7 +127,7 @@ class TuneRecipe(Recipe):
             names = value.split(",") if isinstance(value, str) else value
             if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
                 raise ConfigError(f"targets must be names such as qkv_proj; got {value!r}")
-            return tuple(n.strip().split(".")[-1] for n in names)  # mlx-lm says attn.qkv_proj
+            return tuple(n.strip().split(".")[-1] for n in names)  # mlx-lm writes attn.qkv_proj
         if name == "columns":
             if isinstance(value, str):
                 value = dict(pair.split("=", 1) for pair in value.split(",") if "=" in pair) if value else {}
@@ -140,12 +140,12 @@ class TuneRecipe(Recipe):
 
     @property
     def warmup(self) -> int:
-        """Steps until the peak learning rate."""
+        """Number of steps until the peak learning rate."""
         return self.warmup_steps or round(self.warmup_share * self.steps)
 
     @property
     def adapter(self) -> AdapterConfig | None:
-        """The adapter that is trained, if it is one."""
+        """Configuration of the trained adapter; None for full fine-tuning."""
         if self.method == "full":
             return None
         return AdapterConfig(
