@@ -224,7 +224,7 @@ def test_only_the_last_layers_get_an_adapter():
     ("change", "said"),
     [
         ({"targets": ("q_proj",)}, r"q_proj matches no matrix \(choose from qkv_proj, .*token_embeddings\)"),
-        ({"targets": ()}, "no target matches no matrix"),
+        ({"targets": ()}, "an empty list of targets matches no matrix"),
         ({"layers": 3}, "layers must be at most 2, .*got 3"),
     ],
 )
@@ -252,7 +252,7 @@ class TestSaved:
     def test_for_another_model_names_the_widths(self, adapter, tmp_path):
         wider = random_model(replace(CONFIG, ffn_multipliers=(1.0, 4.0)))
         folder = write_folder(tmp_path / "wider", wider)
-        said = r"another model: transformer.layers.1.ffn.proj_1.lora_b .* \(4, 256\), and \(4, 512\).*2 layers"
+        said = r"another model: transformer.layers.1.ffn.proj_1.lora_b .* \(4, 256\); this model needs \(4, 512\).*2 layers"
         with pytest.raises(AdapterError, match=said):
             load_model(folder, adapter=adapter)
         with pytest.raises(AdapterError, match=said):
