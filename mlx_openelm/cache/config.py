@@ -54,14 +54,14 @@ def kv_group_size(head_dim: int) -> int:
     """
     fitting = [size for size in KV_GROUP_SIZES if head_dim % size == 0]
     if not fitting:
-        raise CacheError(f"keys and values can only be quantized if head_dim is a multiple of 32; it is {head_dim}")
+        raise CacheError(f"head_dim must be a multiple of 32 to quantize keys and values; got {head_dim}")
     return fitting[0]
 
 
 def kv_bytes_per_layer(
     config: OpenELMConfig, dtype: mx.Dtype = mx.float16, cache: CacheConfig = CacheConfig()
 ) -> tuple[int, ...]:
-    """Bytes that each layer needs for the keys and values of one token; if quantized, from `quantize_after` on."""
+    """Bytes that each layer needs for the keys and values of one token; with `bits`, once they are quantized."""
     if cache.bits is None:
         head = config.head_dim * dtype.size
     else:

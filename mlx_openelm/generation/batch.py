@@ -31,7 +31,7 @@ def generate_batch(
     """Continue many prompts; yield each prompt's number and generation as soon as it is finished.
 
     The text of each prompt is the same as on its own, except that with `quantize_after` all rows are quantized once one
-    of them is long enough. Prompt n is sampled with the seed plus n; without a seed, one is drawn.
+    of them is long enough. Prompt n is sampled with the seed plus n; without a seed, a random one is used.
 
     Args:
         prompts: texts or ids, as for `stream_generate`.

@@ -49,7 +49,7 @@ class Chat:
         self.cache.clear()
 
     def reply(self, text: str) -> Iterator[GenerationChunk]:
-        """Stream the answer to a message; both join the conversation when the answer is complete or the caller stops.
+        """Stream the answer to a message; both are added to `messages` when it is complete or the caller stops.
 
         Raises:
             PromptError, MemoryLimitError: as for `stream_generate`; the conversation then stays unchanged.

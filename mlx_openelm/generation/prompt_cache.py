@@ -58,7 +58,7 @@ class PromptCache:
         return list(tokens[:shared]), list(tokens[shared:])
 
     def hold(self, tokens: Sequence[int]) -> None:
-        """Record the text of the keys and values, as far as they reach; those after its end are removed."""
+        """Set the text of the keys and values; the longer of the two is cut to the length of the shorter."""
         self.tokens = list(tokens[: self.kv.offset])
         surplus = self.kv.offset - len(self.tokens)
         if surplus and not self.kv.can_trim:

@@ -29,7 +29,7 @@ class Prompt:
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, *, chat: bool, system: str | None = None) -> list[Prompt]:
-    """Read prompts from a file of records (see `read_records`), each with the field `prompt` or `messages`, a chat.
+    """Read prompts from a file of records (see `read_records`), each with a field `prompt` or `messages`.
 
     Args:
         chat: whether a `prompt` is a message to answer, not text to continue.
@@ -70,7 +70,7 @@ def _ids(record: Mapping[str, Any], tokenizer: Tokenizer, chat: bool, system: st
 
 
 class Answers:
-    """Answers to prompts, as lines of JSON in the order of the prompts; each is written once those before it are.
+    """Answers to prompts, as lines of JSON in the order of the prompts, written as soon as all earlier ones exist.
 
     Args:
         prompts: the prompts to answer.
@@ -101,11 +101,11 @@ class Answers:
         self._keep(number)
 
     def finish(self) -> None:
-        """Finish, once all answers have been added."""
+        """Finish after the last answer."""
         assert not self.missing, "answers are missing"
 
     def close(self) -> None:
-        """Stop before all answers have been added."""
+        """Stop for now; answers may be missing."""
 
     def _keep(self, number: int) -> None:
         while self._written in self._lines:

@@ -39,7 +39,7 @@ class SamplingConfig:
         return self.temperature == 0
 
     def with_seed(self) -> "SamplingConfig":
-        """The configuration itself, or with a random seed if it samples without one, so that runs can be repeated."""
+        """The same configuration, with a random seed if it samples without one, so that the run can be repeated."""
         return self if self.is_greedy or self.seed is not None else replace(self, seed=_fresh_seed())
 
 

@@ -96,7 +96,7 @@ def peak_memory_bytes() -> int:
 
 @contextmanager
 def wired_memory() -> Iterator[None]:
-    """Keep the weights of a large model in the GPU's memory during this context; without Metal, do nothing."""
+    """Keep the weights of a large model in the GPU's memory within this context; without Metal, do nothing."""
     if not mx.metal.is_available():
         yield
         return

@@ -87,7 +87,7 @@ def memory_bandwidth() -> float:
 def power_meter() -> Callable[[], float | None]:
     """Start measuring power; the returned function gives the watts drawn since, or `None` if they are not known.
 
-    No root rights are needed. On Linux this is the average from the processor's energy counter, if it can be read; on
+    This needs no root privileges. On Linux it is the average from the processor's energy counter, if it can be read; on
     an NVIDIA GPU, the power drawn at the moment of the call; on a Mac, the same for its battery, if it runs on it.
     """
     started = time.perf_counter()

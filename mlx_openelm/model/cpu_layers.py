@@ -16,8 +16,8 @@ from ..machine.device import compute_streams, has_fast_matmul, on_cpu
 from ..quantization import Quantization
 
 _SMALLEST_SHARE = 1 << 17  # weights per core; with fewer, waking up a core takes longer than the work
-_LARGEST_UNPACKED = 3 << 17  # weights dequantized per core at a time; a whole matrix could exceed the model's memory
-_MANY_INPUTS = 16  # inputs from which dequantizing for BLAS pays off
+_LARGEST_UNPACKED = 3 << 17  # weights dequantized per core at a time; a whole matrix might need more than the model
+_MANY_INPUTS = 16  # number of inputs from which dequantizing for BLAS pays off
 _MANY_INPUTS_FAST = 3  # the same, if BLAS uses vector instructions
 
 
@@ -51,7 +51,7 @@ class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
 
 
 def quantized_layers(model: nn.Module, quantizations: Mapping[str, Quantization], dtype: mx.Dtype) -> None:
-    """Replace the layers named in `quantizations`, as `nn.quantize` does; load weights afterwards.
+    """Replace the layers in `quantizations` by quantized ones for the CPU; load weights afterwards.
 
     Args:
         quantizations: path of a layer: how its matrix is quantized.
@@ -110,7 +110,7 @@ def _multiply_rows(
 def _multiply_unpacked(
     x: mx.array, before: mx.array, packed: tuple[mx.array, mx.array, mx.array | None], options: Any
 ) -> mx.array:
-    """The product with a dequantized matrix; the backward pass dequantizes it again, so that no memory holds it."""
+    """The product with a dequantized matrix; the backward pass dequantizes it again, instead of keeping it."""
     words, scales, biases = packed
 
     @mx.custom_function

@@ -19,7 +19,7 @@ QKV_MULTIPLIERS = (0.5, 1.0)
 FFN_MULTIPLIERS = (0.5, 4.0)
 
 _ASPECT = 79  # model_dim over depth: 73 to 85 in the four published models
-_PRECISION = 20  # weight of a relative error in the budget, compared with one in the aspect
+_PRECISION = 20  # weight of a relative error in the budget, compared with one in the aspect ratio
 _DEPTHS = (*range(2, 16), *range(16, 101, 4))  # layers; the published models have multiples of 4
 _UNIFORM_DIVISOR = 8  # of the uniform FFN width; fine enough to match the number of parameters
 
@@ -178,6 +178,6 @@ def _distance(config: OpenELMConfig, num_parameters: int) -> float:
 
 
 def _penalty(config: OpenELMConfig, num_parameters: int) -> float:
-    """How far a model is from the budget and from the usual aspect."""
+    """How far a model is from the budget and from the usual aspect ratio."""
     aspect = config.model_dim / config.num_transformer_layers
     return abs(math.log(aspect / _ASPECT)) + _PRECISION * _distance(config, num_parameters)

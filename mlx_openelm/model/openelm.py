@@ -89,7 +89,7 @@ class ForwardContext:
 
     rows: int
     rotate: Callable[[mx.array], mx.array]  # heads (B, N, L, D) by their positions
-    attend: Callable[[int, mx.array, mx.array, mx.array], mx.array]  # layer, queries, keys, values to output
+    attend: Callable[[int, mx.array, mx.array, mx.array], mx.array]  # layer, queries (or only the last), keys, values
     last_only: bool = False  # the last layer computes only the last token's hidden state
 
     @classmethod
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         return self.norm(x).reshape(B, -1, x.shape[-1])
 
     def warn_past_context(self, cache: KVCache | None, num_new: int) -> None:
-        """Warn once `num_new` more tokens exceed the trained context, unless a window limits distances to it."""
+        """Warn if `num_new` more tokens exceed the trained context, unless a window keeps distances within it."""
         limit = self.config.max_context_length
         if cache is not None and cache.config.window is not None and cache.config.window <= limit:
             return

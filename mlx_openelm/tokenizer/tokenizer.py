@@ -74,7 +74,7 @@ class Tokenizer:
         return text[1:] if self._adds_space and text.startswith(" ") else text
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes of one token, maybe part of a character; empty for control tokens and ids out of range."""
+        """UTF-8 bytes of one token, possibly part of a character; empty for control tokens and ids out of range."""
         if not 0 <= token < self.vocab_size or self._library.is_control(token):
             return b""
         return self._library.bytes_of(token)
@@ -165,11 +165,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that this token completes, maybe empty."""
+        """The text that this token completes, possibly empty."""
         return self._utf8.decode(self._tokenizer.token_bytes(token))
 
     def finish(self) -> str:
-        """A replacement character if the ids end within a character, else an empty text."""
+        """A replacement character if the ids end within a character, otherwise an empty string."""
         return self._utf8.decode(b"", final=True)
 
 
