@@ -52,7 +52,7 @@ class TestSaved:
     def test_for_another_model_names_the_widths(self, adapter, tmp_path):
         wider = random_model(replace(CONFIG, ffn_multipliers=(1.0, 4.0)))
         folder = write_folder(tmp_path / "wider", wider)
-        said = r"another model: transformer.layers.1.ffn.proj_1.lora_b .* \(4, 256\), and \(4, 512\).*2 layers"
+        said = r"another model: transformer.layers.1.ffn.proj_1.lora_b .*\(4, 256\); .*needs \(4, 512\).*2 layers"
         with pytest.raises(AdapterError, match=said):
             load_model(folder, adapter=adapter)
         with pytest.raises(AdapterError, match=said):

@@ -163,7 +163,7 @@ class TestGenerate:
             (["-m", "{p}/base", "-p", ""], "prompt is empty"),
             (["-m", "{p}/base", "-p", "x", "--temperature", "-1"], "temperature must be at least 0; got -1"),
             (["-m", "{p}/base", "-p", "x", "--top-p", "0"], "top_p must be above 0 and at most 1; got 0"),
-            (["-m", "{p}/base", "-p", "x", "-n", "0"], "max_tokens is 0"),
+            (["-m", "{p}/base", "-p", "x", "-n", "0"], "max_tokens must be at least 1; got 0"),
             (["-m", "{p}/base", "-p", "x", "--dtype", "int4"], "int4"),
             (["-m", "{p}/base", "-p", "x", "--chat"], "base model"),
             (["-m", "{p}/base", "-p", "x", "--system", "y"], "chat template"),

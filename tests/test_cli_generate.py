@@ -121,7 +121,7 @@ class TestKeysAndValues:
         (["-i", "{p}/nowhere.jsonl"], "nowhere.jsonl"),
         (["-i", "{p}/base/config.json"], "prompt or messages"),
         (["-i", "{p}/prompts.jsonl", "--batch-size", "0"], "batch_size must be at least 1; got 0"),
-        (["-i", "{p}/prompts.jsonl", "-n", "0"], "max_tokens is 0"),
+        (["-i", "{p}/prompts.jsonl", "-n", "0"], "max_tokens must be at least 1; got 0"),
         (["-i", "{p}/prompts.jsonl", "-o", "{p}", "--force"], "is a folder"),
         (["-p", "x", "--seed", "-1"], "got -1"),
         (["-p", "x", "--seed", "18446744073709551616"], "got 18446744073709551616"),
@@ -135,7 +135,7 @@ class TestKeysAndValues:
         (["-p", "x", "--prompt-lookup", "3", "--max-kv-size", "50"], "mutually exclusive"),
         (["-p", "x", "--kv-bits", "5"], "got 5"),
         (["-p", "x", "--kv-bits", "4", "--max-kv-size", "50"], "mutually exclusive"),
-        (["-p", "x", "--max-kv-size", "3"], "no room"),
+        (["-p", "x", "--max-kv-size", "3"], "window must be greater than the number of sinks, 4; got 3"),
         (["-p", "x", "--prompt-cache", "{p}/prompts.jsonl"], "not a prompt cache"),
     ],
 )

@@ -95,7 +95,7 @@ def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):
             r"record 3: no format matches the fields prompt, reply",
         ),
         ([{"text": "a"}, {"text": 3}], r"record 2: text must be text; got int"),
-        ([{"text": "half \ud83d"}], r"record 1: the text holds a lone surrogate"),
+        ([{"text": "half \ud83d"}], r"record 1: the text contains a lone surrogate"),
         ([{"messages": [{"role": "user", "content": "Hi"}]}], r"record 1: conversations need a chat template"),
     ],
 )

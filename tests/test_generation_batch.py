@@ -117,7 +117,7 @@ def test_rows_that_hold_fewer_tokens_than_a_new_one_move_on(tiny_model, tokenize
     ("options", "error", "message"),
     [
         ({"batch_size": 0}, PromptError, "batch_size"),
-        ({"max_tokens": 0}, PromptError, "at least one token"),
+        ({"max_tokens": 0}, PromptError, "max_tokens must be at least 1; got 0"),
         ({"prompts": [[1], []]}, PromptError, "empty"),
         ({"cache": CacheConfig(window=20)}, CacheError, "window"),
         ({"prompts": [[1], [999]]}, PromptError, "vocabulary"),

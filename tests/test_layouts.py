@@ -63,7 +63,7 @@ class TestQuantized:
 
     def test_narrow_heads_are_refused(self, tiny_config):
         config = replace(tiny_config, head_dim=48)
-        with pytest.raises(CacheError, match="heads of 48"):
+        with pytest.raises(CacheError, match="head_dim must be a multiple of 32"):
             kv_bytes_per_layer(config, mx.float16, CacheConfig(bits=4))
 
 

@@ -223,7 +223,7 @@ def test_only_the_last_layers_get_an_adapter():
     ("change", "said"),
     [
         ({"targets": ("q_proj",)}, r"q_proj matches no matrix \(choose from qkv_proj, .*token_embeddings\)"),
-        ({"targets": ()}, "no target matches no matrix"),
+        ({"targets": ()}, "an empty list of targets matches no matrix"),
         ({"layers": 3}, "layers must be at most 2, .*got 3"),
     ],
 )

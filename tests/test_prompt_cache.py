@@ -130,7 +130,7 @@ class TestFilesThatDoNotFit:
             PromptCache.load(random_model(tiny_config, seed=1), path)
 
     def test_another_way_to_keep(self, tiny_model, path):
-        with pytest.raises(CacheError, match="in full and not in 8 bits"):
+        with pytest.raises(CacheError, match="in full, not in 8 bits"):
             PromptCache.load(tiny_model, path, CacheConfig(bits=8))
 
     def test_no_prompt_cache(self, tiny_model, tmp_path):

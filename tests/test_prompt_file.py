@@ -44,11 +44,11 @@ class TestReadPrompts:
         ("name", "content", "message"),
         [
             ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object"),
-            ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "record 2: expected the field prompt .* found text"),
+            ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "record 2: expected the field prompt .*; found text"),
             (
                 "p.jsonl",
                 '{"prompt": "a", "messages": []}\n',
-                "record 1: expected the field prompt .* found prompt, messages",
+                "record 1: expected the field prompt .*; found prompt, messages",
             ),
             ("p.jsonl", '{"prompt": "a", "text": "gold"}\n', "record 1: the field text is reserved"),
             ("p.jsonl", '{"prompt": ""}\n', "record 1: the prompt must be non-empty text"),
@@ -164,7 +164,7 @@ class TestAnswerFile:
     @pytest.mark.parametrize("content", [b'{"run": 1}\n\xff\t{}\n', b'{"run": 1}\nhello\n', b"precious", b"\n"])
     def test_a_file_that_is_something_else_stays(self, tmp_path, content):
         (tmp_path / "a.jsonl.part").write_bytes(content)
-        with pytest.raises(OutputError, match="is not a file of answers"):
+        with pytest.raises(OutputError, match="is not an answer file"):
             Claimed(PROMPTS, tmp_path / "a.jsonl", {})
         assert (tmp_path / "a.jsonl.part").read_bytes() == content
 
@@ -199,7 +199,7 @@ class TestAnswerFile:
     def test_what_a_link_in_its_place_leads_to_stays(self, tmp_path):
         (tmp_path / "victim").write_text("precious")
         (tmp_path / "a.jsonl.part").symlink_to("victim")
-        with pytest.raises(OutputError, match="is not a file of answers"):
+        with pytest.raises(OutputError, match="is not an answer file"):
             Claimed(PROMPTS, tmp_path / "a.jsonl", {})
         assert (tmp_path / "victim").read_text() == "precious"
 

@@ -66,13 +66,13 @@ def test_failure_names_every_place_and_three_ways_out(offline, tmp_path):
     message = str(caught.value)
     for place in (str(tmp_path), "cache", LLAMA_REPO, *PUBLIC_COPIES):
         assert place in message
-    for way in ("set `tokenizer` to a file", "hf auth login", "`tokenizer=none`"):
+    for way in ("Set `tokenizer` to a file", "hf auth login", "`tokenizer=none`"):
         assert way in message
     assert "\n" not in message
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer_path):
-    with pytest.raises(TokenizerError, match="400 tokens, but the model only 399"):
+    with pytest.raises(TokenizerError, match="400 tokens, but the model has only 399"):
         find_tokenizer(str(tokenizer_path), None, 399, chat=False)
 
 

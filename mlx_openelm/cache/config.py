@@ -1,4 +1,4 @@
-"""How keys and values are kept, and how much memory that takes."""
+"""How keys and values are stored, and how much memory that takes."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,22 @@ import mlx.core as mx
 from ..config import OpenELMConfig
 from ..errors import CacheError
 
-KV_GROUP_SIZES = (64, 32)  # numbers that share a scale when they are quantized
+KV_GROUP_SIZES = (64, 32)  # numbers that share a scale when quantized
 _BITS = (4, 8)
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """How keys and values are kept; by default all of them, in the type that the model computes in.
+    """How keys and values are stored; by default all of them, in the dtype that the model computes in.
 
     Raises:
-        CacheError: if a value is outside its range, or two of them exclude one another.
+        CacheError: if a value is out of range, or two values are mutually exclusive.
     """
 
-    bits: int | None = None  # 4 or 8: quantized, which saves memory and costs a little accuracy
-    quantize_after: int = 0  # tokens; shorter texts are kept as they are
-    window: int | None = None  # keep only so many tokens: the sinks and the last ones
-    sinks: int = 4  # first tokens that a window keeps, on which attention rests (Xiao et al., arXiv:2309.17453)
+    bits: int | None = None  # 4 or 8: quantize, which saves memory and costs a little accuracy
+    quantize_after: int = 0  # tokens; shorter texts are not quantized
+    window: int | None = None  # keep only this many tokens: the sinks and the most recent ones
+    sinks: int = 4  # first tokens that a window keeps as attention sinks (Xiao et al., arXiv:2309.17453)
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in _BITS:
@@ -32,15 +32,13 @@ class CacheConfig:
         if self.sinks < 0:
             raise CacheError(f"sinks must not be negative; got {self.sinks}")
         if self.window is not None and self.window < self.sinks + 1:
-            raise CacheError(
-                f"a window of {self.window} tokens has no room for {self.sinks} first tokens and the newest one"
-            )
+            raise CacheError(f"window must be greater than the number of sinks, {self.sinks}; got {self.window}")
         if self.window is not None and self.bits is not None:
             raise CacheError("a window cannot be quantized: window and bits are mutually exclusive")
 
     @property
     def in_words(self) -> str:
-        """For people."""
+        """A description for people, such as "in 8 bits"."""
         if self.window is not None:
             return f"in a window of {self.window:,} tokens with the first {self.sinks}"
         if self.bits is None:
@@ -49,25 +47,25 @@ class CacheConfig:
 
 
 def kv_group_size(head_dim: int) -> int:
-    """How many numbers of a key or value share a scale when it is quantized.
+    """How many numbers of a key or value share a scale when quantized.
 
     Raises:
-        CacheError: if heads are too narrow, or of an odd width.
+        CacheError: if `head_dim` is not a multiple of 32.
     """
     fitting = [size for size in KV_GROUP_SIZES if head_dim % size == 0]
     if not fitting:
-        raise CacheError(f"keys and values in heads of {head_dim} cannot be quantized: it takes a multiple of 32")
+        raise CacheError(f"head_dim must be a multiple of 32 to quantize keys and values; got {head_dim}")
     return fitting[0]
 
 
 def kv_bytes_per_layer(
     config: OpenELMConfig, dtype: mx.Dtype = mx.float16, cache: CacheConfig = CacheConfig()
 ) -> tuple[int, ...]:
-    """Memory that each layer's keys and values of one token take, in bytes; quantized once `quantize_after` is past."""
+    """Bytes that each layer needs for the keys and values of one token; with `bits`, once they are quantized."""
     if cache.bits is None:
         head = config.head_dim * dtype.size
     else:
-        scales = 2 * dtype.size * (config.head_dim // kv_group_size(config.head_dim))  # and offsets
+        scales = 2 * dtype.size * (config.head_dim // kv_group_size(config.head_dim))  # and biases
         head = config.head_dim * cache.bits // 8 + scales
     return tuple(2 * heads * head for heads in config.num_kv_heads)
 
@@ -75,7 +73,7 @@ def kv_bytes_per_layer(
 def kv_cache_bytes(
     config: OpenELMConfig, num_tokens: int, dtype: mx.Dtype = mx.float16, cache: CacheConfig = CacheConfig()
 ) -> int:
-    """Memory that cached keys and values of one sequence take, in bytes, without the room to grow."""
+    """Bytes that the cached keys and values of one sequence need, without spare room in the buffers."""
     if cache.bits is not None and num_tokens < cache.quantize_after:
         cache = CacheConfig()
     kept = num_tokens if cache.window is None else min(num_tokens, cache.window)

@@ -1,4 +1,4 @@
-"""Many prompts at once: rows are decoded together, and the next prompt takes the slot of one that is finished."""
+"""Many prompts at once: rows are decoded together, and the next prompt takes the slot of a finished row."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,19 +28,19 @@ def generate_batch(
     numbers: Iterable[int] | None = None,
     compiled: bool | None = None,
 ) -> Iterator[tuple[int, Generation]]:
-    """Continue many prompts; yields each generation with its prompt's number as soon as it is finished.
+    """Continue many prompts; yield each prompt's number and generation as soon as it is finished.
 
-    Each prompt gives the text that it gives alone, except that with `quantize_after` all rows are quantized once one of
-    them is long enough. Prompt n is sampled with the seed plus n; without a seed, one is drawn for all.
+    The text of each prompt is the same as on its own, except that with `quantize_after` all rows are quantized once one
+    of them is long enough. Prompt n is sampled with the seed plus n; without a seed, a random one is used.
 
     Args:
         prompts: texts or ids, as for `stream_generate`.
         batch_size: rows decoded at once, at least 1.
-        numbers: which prompts to continue, and in which order; by default all.
+        numbers: indices of the prompts to continue, in this order; by default all.
         compiled: as for `generate_tokens`.
 
     Raises:
-        PromptError, CacheError, MemoryLimitError: as `check_batch`, before anything is computed.
+        PromptError, CacheError, MemoryLimitError: as for `check_batch`, before anything is computed.
     """
     numbers = list(range(len(prompts)) if numbers is None else numbers)
     ids: dict[int, Sequence[int]] = {}
@@ -72,12 +72,12 @@ def check_batch(
     max_tokens: int = MAX_TOKENS,
     cache: CacheConfig = CacheConfig(),  # noqa: B008, frozen
 ) -> None:
-    """Make sure that `generate_batch` can continue these ids.
+    """Check that `generate_batch` can continue these ids.
 
     Raises:
-        PromptError: if a prompt is empty or outside the vocabulary, or no row or token is asked for.
-        CacheError: if the cache is a window and there are several rows.
-        MemoryLimitError: if so many rows do not fit into memory.
+        PromptError: if a prompt is empty or outside the vocabulary, or `batch_size` or `max_tokens` is below 1.
+        CacheError: if the cache keeps a window and `batch_size` is above 1.
+        MemoryLimitError: if `batch_size` rows do not fit into memory.
     """
     if batch_size < 1:
         raise PromptError(f"batch_size must be at least 1; got {batch_size}")
@@ -93,7 +93,7 @@ def check_batch(
 
 @dataclass
 class _Running:
-    """A row that is not finished."""
+    """An unfinished row."""
 
     row: int
     number: int

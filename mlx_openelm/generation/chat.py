@@ -12,7 +12,7 @@ from .text import GenerationChunk, stream_generate
 
 
 class Chat:
-    """Messages, and the KV cache of the conversation: each turn computes only its own tokens.
+    """A conversation and its KV cache: each turn computes only its own tokens.
 
     Raises:
         TokenizerError: if the model has no chat template.
@@ -44,15 +44,15 @@ class Chat:
         return f"Chat({self.model!r}, {len(self.messages)} messages, {len(self.cache.tokens):,} tokens in the cache)"
 
     def reset(self) -> None:
-        """Forget all turns; the system message stays."""
+        """Remove all turns; the system message stays."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.cache.clear()
 
     def reply(self, text: str) -> Iterator[GenerationChunk]:
-        """The answer to a message; once it is complete, or the caller stops, both belong to the conversation.
+        """Stream the answer to a message; both are added to `messages` when it is complete or the caller stops.
 
         Raises:
-            PromptError, MemoryLimitError: as `stream_generate`; the conversation then stays unchanged.
+            PromptError, MemoryLimitError: as for `stream_generate`; the conversation then stays unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self.tokenizer.encode_chat(messages)

@@ -1,4 +1,4 @@
-"""Keys and values that outlive a generation, in memory or in a file, for texts that begin alike."""
+"""Keys and values that outlive a generation, in memory or in a file, for texts with a common prefix."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ from ..files.output import OutputFile, output_file
 from ..model.openelm import OpenELM
 
 _FORMAT = "openelm-mlx prompt cache 1"
-_SPREAD = 2654435761  # near 2**32 over the golden ratio: neighbours get factors far from one another
+_SPREAD = 2654435761  # near 2**32 over the golden ratio, so that neighbours get very different factors
 
 
 class PromptCache:
-    """Keys and values of a text, of which the next one keeps what both begin with.
+    """Keys and values of a text; the next text reuses those of their common prefix.
 
     Args:
-        config: how keys and values are kept.
+        config: how keys and values are stored.
 
     Attributes:
         tokens: the ids of the text.
@@ -38,12 +38,12 @@ class PromptCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the text."""
+        """Remove the text, its keys and its values."""
         self.tokens: list[int] = []
         self.kv: KVCache = self._model.make_cache(self.config)
 
     def reuse(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Go back to what the text shares with `tokens`; gives this and the rest, at least one token to go on from."""
+        """Trim the text to the prefix shared with `tokens`; returns this prefix and the rest, at least one token."""
         shared = 0
         for kept, token in zip(self.tokens, tokens[:-1], strict=False):
             if kept != token:
@@ -58,7 +58,7 @@ class PromptCache:
         return list(tokens[:shared]), list(tokens[shared:])
 
     def hold(self, tokens: Sequence[int]) -> None:
-        """Say what text the keys and values now belong to, as far as they go; those of a token more are dropped."""
+        """Set the text of the keys and values; the longer of the two is cut to the length of the shorter."""
         self.tokens = list(tokens[: self.kv.offset])
         surplus = self.kv.offset - len(self.tokens)
         if surplus and not self.kv.can_trim:
@@ -67,7 +67,7 @@ class PromptCache:
             self.kv.trim(surplus)
 
     def save(self, path: str | Path) -> None:
-        """Write text, keys and values to a file, in place of the one that may be there.
+        """Write text, keys and values to a file, which replaces an existing one.
 
         Raises:
             OutputError: if it cannot be written.
@@ -76,7 +76,7 @@ class PromptCache:
             write_prompt_cache(self, output)
 
     def about(self) -> dict[str, str]:
-        """What a file says of its arrays: the model, the configuration and the tokens."""
+        """The metadata of a file: the model, the configuration and the tokens."""
         return {
             "format": _FORMAT,
             "model": self._fingerprint or model_fingerprint(self._model),
@@ -90,10 +90,10 @@ class PromptCache:
         """Read a cache from a file.
 
         Args:
-            config: how keys and values are to be kept; by default as in the file.
+            config: how keys and values must be stored; by default as in the file.
 
         Raises:
-            CacheError: if the file is none of these, belongs to another model, or keeps keys and values otherwise.
+            CacheError: if the file is not a prompt cache, is damaged, or has another model or configuration.
         """
         arrays: Any
         about: Any
@@ -102,14 +102,14 @@ class PromptCache:
         except (OSError, RuntimeError, ValueError) as error:
             raise CacheError(f"{path} is not a prompt cache: {error}") from error
         if about.get("format") != _FORMAT:
-            raise CacheError(f"{path} is not a prompt cache, or comes from another version of this package")
+            raise CacheError(f"{path} is not a prompt cache, or was written by another version of this package")
         own = model_fingerprint(model)
         if about["model"] != own:
             raise CacheError(f"{path} was made with another model, adapter or dtype; delete it or choose another file")
         saved = CacheConfig(**json.loads(about["config"]))
         if config is not None and config != saved:
             raise CacheError(
-                f"{path} keeps keys and values {saved.in_words} and not {config.in_words}; name another file"
+                f"{path} stores keys and values {saved.in_words}, not {config.in_words}; choose another file"
             )
         cache = cls(model, saved)
         cache._fingerprint = own
@@ -122,7 +122,7 @@ class PromptCache:
 
 
 def write_prompt_cache(cache: PromptCache, output: OutputFile) -> None:
-    """Write text, keys and values to a file that has been locked since it was read."""
+    """Write a cache to a file that has been locked since the cache was read from it."""
     arrays: Any = cache.kv.to_arrays()
     mx.eval(arrays)
     with output.replaced() as file:
@@ -130,7 +130,7 @@ def write_prompt_cache(cache: PromptCache, output: OutputFile) -> None:
 
 
 def model_fingerprint(model: OpenELM) -> str:
-    """A number that changes with the model's shape, its weights, their type, and what is put on it."""
+    """A SHA-256 hash that changes with the model's configuration, weights, dtype and adapter."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     parameters: Any = tree_flatten(model.parameters())
     for name, array in parameters:
@@ -139,7 +139,7 @@ def model_fingerprint(model: OpenELM) -> str:
 
 
 def _sum_of_bits(array: mx.array) -> mx.array:
-    """Of the words, each times an odd number of its place, modulo 2 to the power of 32."""
+    """The sum of the words, each times an odd factor for its position, modulo 2**32."""
     types = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint32}
     words = array.reshape(-1).view(types[array.dtype.size]).astype(mx.uint32)
     places = mx.arange(words.size, dtype=mx.uint32) * _SPREAD

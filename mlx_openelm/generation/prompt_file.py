@@ -1,4 +1,4 @@
-"""Prompts from a file, and a file of answers that can be continued after an interruption."""
+"""Prompts from a file, and a file of answers that an interrupted run can continue."""
 
 import json
 import re
@@ -17,26 +17,26 @@ from ..tokenizer.tokenizer import Tokenizer
 from .text import Generation
 
 _NEEDED = "prompt", "messages"
-_ANSWER = "text", "finish_reason", "prompt_tokens", "generated_tokens"  # fields of an answer beside those of its prompt
+_ANSWER = "text", "finish_reason", "prompt_tokens", "generated_tokens"  # fields that an answer adds to its prompt
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a file: its record as it was, and its ids."""
+    """One prompt of a file: its unchanged record, and its ids."""
 
     record: Mapping[str, Any]
     tokens: list[int]
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, *, chat: bool, system: str | None = None) -> list[Prompt]:
-    """The prompts of a file of records (see `read_records`), each with the field `prompt`, or `messages` of a chat.
+    """Read prompts from a file of records (see `read_records`), each with a field `prompt` or `messages`.
 
     Args:
-        chat: whether a `prompt` is a message to answer; else it is text to continue.
-        system: the message that stands before each `prompt` of a chat.
+        chat: whether a `prompt` is a message to answer, not text to continue.
+        system: the system message before each `prompt`; requires `chat`.
 
     Raises:
-        DataError: if the file cannot be read, has no prompt, or has a record that is none; with its number.
+        DataError: if the file cannot be read, contains no prompts, or has an invalid record, with its number.
     """
     if not path.name.endswith(RECORD_ENDINGS):
         raise DataError(f"unsupported file type: {path} (choose from {', '.join(RECORD_ENDINGS)})")
@@ -53,7 +53,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, *, chat: bool, system: str | 
 def _ids(record: Mapping[str, Any], tokenizer: Tokenizer, chat: bool, system: str | None, where: str) -> list[int]:
     found = [name for name in _NEEDED if name in record]
     if len(found) != 1:
-        raise DataError(f"{where}: expected the field prompt or messages, found {', '.join(record) or 'none'}")
+        raise DataError(f"{where}: expected the field prompt or messages; found {', '.join(record) or 'none'}")
     if clash := [name for name in _ANSWER if name in record]:
         raise DataError(f"{where}: the field {clash[0]} is reserved for the answer; rename it")
     value = record[found[0]]
@@ -70,11 +70,11 @@ def _ids(record: Mapping[str, Any], tokenizer: Tokenizer, chat: bool, system: st
 
 
 class Answers:
-    """Answers to prompts, each a line of JSON, written in the order of the prompts as soon as those before are there.
+    """Answers to prompts, as lines of JSON in the order of the prompts, written as soon as all earlier ones exist.
 
     Args:
-        prompts: that are answered.
-        write: takes a line.
+        prompts: the prompts to answer.
+        write: called with each line.
     """
 
     def __init__(self, prompts: Sequence[Prompt], write: Callable[[str], None]):
@@ -89,23 +89,23 @@ class Answers:
         return [number for number in range(len(self._prompts)) if number not in self._lines]
 
     def add(self, number: int, generation: Generation) -> None:
-        """Keep the answer to a prompt."""
-        assert generation.stats is not None, "a generation without a token is no answer"
+        """Add the answer to a prompt."""
+        assert generation.stats is not None, "a generation without tokens is not an answer"
         stats = generation.stats
         values = generation.text, generation.finish_reason, stats.prompt_tokens, stats.generated_tokens
         answer = {**self._prompts[number].record, **dict(zip(_ANSWER, values, strict=True))}
         line = json.dumps(answer, ensure_ascii=False, default=str)
-        if any("\ud800" <= character <= "\udfff" for character in line):  # half a character, which UTF-8 cannot hold
+        if any("\ud800" <= character <= "\udfff" for character in line):  # a lone surrogate, which UTF-8 cannot encode
             line = json.dumps(answer, default=str)
         self._lines[number] = line
         self._keep(number)
 
     def finish(self) -> None:
-        """All answers are there."""
+        """Finish after the last answer."""
         assert not self.missing, "answers are missing"
 
     def close(self) -> None:
-        """No more answers come for now."""
+        """Stop for now; answers may be missing."""
 
     def _keep(self, number: int) -> None:
         while self._written in self._lines:
@@ -114,18 +114,18 @@ class Answers:
 
 
 class AnswerFile(Answers):
-    """Answers in a file, once all are there; until then a file beside it, locked like the first, holds those that are.
+    """Answers in a file that is written once all are complete; until then a locked partial file beside it holds them.
 
-    Each line of the file beside it carries a checksum over the run and the answer. What has none is not an answer of
-    this run, whoever wrote it, and is computed again.
+    Each line of the partial file has a checksum over the run and the answer. A line without a valid checksum is not an
+    answer of this run, and that answer is computed again.
 
     Args:
         output: a `.jsonl` file.
-        settings: whatever the answers depend on; a run is continued only with the same.
+        settings: everything else that the answers depend on; a run can only be continued with the same settings.
 
     Raises:
-        OutputLockedError: if another process writes the file beside it.
-        OutputError: if that file belongs to other prompts or settings, or cannot be written.
+        OutputLockedError: if another process writes the partial file.
+        OutputError: if the partial file belongs to other prompts or settings, or cannot be written.
     """
 
     def __init__(self, prompts: Sequence[Prompt], output: OutputFile, settings: Mapping[str, Any]):
@@ -143,14 +143,14 @@ class AnswerFile(Answers):
             self._held = held.pop_all()
 
     def finish(self) -> None:
-        """Put all answers, in order, in their place."""
+        """Write all answers, in order, to the output and remove the partial file."""
         super().finish()
         with self._held:
             self._output.write("".join(f"{self._lines[number]}\n" for number in range(len(self._prompts))))
             self._part.remove()
 
     def close(self) -> None:
-        """Let go of the file; a later run continues from what is there."""
+        """Close and unlock the partial file; a later run continues from it."""
         self._held.close()
 
     @property
@@ -171,10 +171,10 @@ class AnswerFile(Answers):
             raise OutputError(f"{self._part.name} cannot be written: {error.strerror}") from error
 
     def _answers_of(self, part: OutputFile) -> dict[int, str]:
-        """What an earlier run wrote.
+        """The answers that an earlier run wrote.
 
         Raises:
-            OutputError: if the file has answers and is not one of this run.
+            OutputError: if the file has answers of another run, or is not an answer file.
         """
         try:
             heading, *lines = part.path.read_bytes().decode(errors="replace").split("\n")
@@ -186,7 +186,7 @@ class AnswerFile(Answers):
         if answers or heading == self._heading or (not lines and self._heading.startswith(heading)):
             return answers
         if not _OTHER_RUN.fullmatch(heading):
-            raise OutputError(f"{part.name} is not a file of answers; move it away, or choose another output")
+            raise OutputError(f"{part.name} is not an answer file; move it, or choose another output")
         if len(lines) > 1:
             raise OutputError(
                 f"{part.name} belongs to a run with other prompts or options; delete it, or choose another output"

@@ -1,4 +1,4 @@
-"""From logits to the next token."""
+"""Choosing the next token from logits."""
 
 import os
 from dataclasses import dataclass, replace
@@ -10,19 +10,19 @@ from ..errors import SamplingError
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen; the defaults always take the likeliest.
+    """How the next token is chosen; by default always the most likely one.
 
     Raises:
-        SamplingError: if a value is outside its range.
+        SamplingError: if a value is out of range.
     """
 
-    temperature: float = 0.0  # 0 takes the likeliest token, 1 samples from what the model says
-    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
-    top_k: int = 0  # sample from this many of the likeliest; 0 from all
-    min_p: float = 0.0  # leave out what is less likely than this share of the likeliest
+    temperature: float = 0.0  # 0: the most likely token; 1: sample from the model's distribution
+    top_p: float = 1.0  # sample from the most likely tokens that together reach this probability
+    top_k: int = 0  # sample from this many of the most likely tokens; 0: from all
+    min_p: float = 0.0  # drop tokens less likely than this fraction of the highest probability
     repetition_penalty: float = 1.0  # above 1 makes recent tokens less likely
-    repetition_context: int = 256  # how many of the last tokens count as recent
-    seed: int | None = None  # the same seed gives the same text; None draws one
+    repetition_context: int = 256  # number of last tokens that the penalty covers
+    seed: int | None = None  # the same seed produces the same text; None: a random seed
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, self.temperature >= 0, "at least 0")
@@ -35,44 +35,44 @@ class SamplingConfig:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken, so that no seed matters."""
+        """Whether the most likely token is always taken, so that the seed does not matter."""
         return self.temperature == 0
 
     def with_seed(self) -> "SamplingConfig":
-        """The same configuration with a seed, where it samples and has none: what it gives can be had again."""
+        """The same configuration, with a random seed if it samples without one, so that the run can be repeated."""
         return self if self.is_greedy or self.seed is not None else replace(self, seed=_fresh_seed())
 
 
-State = tuple[mx.array, mx.array]  # random key (2,) and recent tokens (C,), or with rows before: (B, 2) and (B, C)
+State = tuple[mx.array, mx.array]  # random key (2,) and recent tokens (C,); for B rows (B, 2) and (B, C)
 
 
 class Sampler:
-    """Chooses the next token by a state that goes from one choice to the next.
+    """Chooses the next token, with a state that is passed from one choice to the next.
 
-    The state has a fixed shape and nothing leaves the device, so that a step of decoding can be compiled with its
-    choice; the global random state of MLX is left alone.
+    The state has a fixed shape and stays on the device, so that a decoding step can be compiled together with the
+    choice. MLX's global random state is not used.
     """
 
     def __init__(self, config: SamplingConfig):
         self.config = config
 
     def start(self, prompt: mx.array, seed: int | None = None) -> State:
-        """The state after the tokens (L,) of a prompt, at least one, which count for the repetition penalty.
+        """The state after the tokens (L,) of a prompt, at least one; the repetition penalty covers them.
 
         Args:
-            seed: in place of the configuration's.
+            seed: overrides the configuration's seed.
         """
         seed = seed if seed is not None else self.config.seed
-        recent = prompt[-self.config.repetition_context :].astype(mx.uint32)  # what argmax and categorical give
+        recent = prompt[-self.config.repetition_context :].astype(mx.uint32)  # as argmax and categorical return
         if recent.size < self.config.repetition_context:
             room = self.config.repetition_context - recent.size
-            recent = mx.concatenate([mx.repeat(recent[:1], room), recent])  # the oldest once more changes nothing
+            recent = mx.concatenate([mx.repeat(recent[:1], room), recent])  # repeating the oldest changes nothing
         return mx.random.key(seed if seed is not None else _fresh_seed()), recent
 
     def choose(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
-        """The next token, () uint32, its log-probability, () float32, and the state behind it, from logits (V,).
+        """Choose from logits (V,): the next token, () uint32, its log-probability, () float32, and the next state.
 
-        The log-probability is what the model itself gives, before penalty, temperature and cuts.
+        The log-probability is the model's own, before the penalty, temperature and truncation.
         """
         key, recent = state
         logits = logits.astype(mx.float32)
@@ -88,14 +88,14 @@ class Sampler:
         return token, logits[token] - mx.logsumexp(logits), (key, recent)
 
     def choose_rows(self, logits: mx.array, states: State) -> tuple[mx.array, mx.array, State]:
-        """As `choose` for each of B rows, from logits (B, V): tokens (B,), log-probabilities (B,), states."""
+        """`choose` for each of B rows, from logits (B, V): tokens (B,), log-probabilities (B,), next states."""
         if logits.shape[0] > 1:
             return mx.vmap(self.choose)(logits, states)
         token, logprob, (key, recent) = self.choose(logits[0], (states[0][0], states[1][0]))
         return token[None], logprob[None], (key[None], recent[None])
 
     def choose_along(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
-        """One choice after another from logits (L, V): tokens (L,), log-probabilities (L,), the states behind each."""
+        """Successive choices from logits (L, V): tokens (L,), log-probabilities (L,), the states after each."""
         if self.config.temperature == 0 and self.config.repetition_penalty == 1:  # no choice changes the state
             logits = logits.astype(mx.float32)
             tokens = mx.argmax(logits, axis=-1)
@@ -110,7 +110,7 @@ class Sampler:
         return token, logprob, (key, recent)
 
     def _penalize(self, logits: mx.array, recent: mx.array) -> mx.array:
-        """Logits with those of recent tokens made smaller (Keskar et al., arXiv:1909.05858)."""
+        """Logits (V,), reduced for recent tokens (Keskar et al., arXiv:1909.05858)."""
         penalty = self.config.repetition_penalty
         if penalty == 1:
             return logits
@@ -119,14 +119,14 @@ class Sampler:
 
 
 def restrict(scores: mx.array, config: SamplingConfig) -> mx.array:
-    """Scores (V,) where tokens outside top-k, then top-p, then min-p are minus infinity; the likeliest always stays."""
+    """Scores (V,), minus infinity for tokens outside top-k, then top-p, then min-p; the most likely always stays."""
     if 0 < config.top_k < scores.shape[-1]:
         smallest_kept = mx.min(mx.topk(scores, config.top_k))
         scores = mx.where(scores < smallest_kept, -mx.inf, scores)
     if config.top_p < 1:
         order = mx.argsort(-scores)
         probabilities = mx.softmax(scores)[order]
-        before = mx.cumsum(probabilities) - probabilities  # of all likelier tokens
+        before = mx.cumsum(probabilities) - probabilities  # of all more likely tokens
         scores = mx.put_along_axis(scores, order, mx.where(before < config.top_p, scores[order], -mx.inf), axis=0)
     if config.min_p > 0:
         probabilities = mx.softmax(scores)

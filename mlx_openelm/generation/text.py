@@ -1,4 +1,4 @@
-"""Text in, text out: streaming, stop strings and figures about a generation."""
+"""Text in, text out: streaming, stop strings and statistics."""
 
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -20,48 +20,48 @@ from .stop import StopStrings
 
 @dataclass(frozen=True)
 class Stats:
-    """Figures about a generation so far."""
+    """Statistics of a generation so far."""
 
     prompt_tokens: int
     generated_tokens: int
     prefill_seconds: float  # until the first token
     decode_seconds: float  # from the first token on
     peak_memory_bytes: int
-    drafted_tokens: int = 0  # of speculative decoding
-    accepted_tokens: int = 0  # those that were right
-    reused_tokens: int = 0  # of the prompt, whose keys and values were there already
-    seed: int | None = None  # that the text was sampled with; None where it was not sampled
+    drafted_tokens: int = 0  # by speculative decoding
+    accepted_tokens: int = 0  # draft tokens that the model accepted
+    reused_tokens: int = 0  # prompt tokens whose keys and values were already cached
+    seed: int | None = None  # used for sampling; None for greedy decoding
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens that were computed over the time to the first token."""
+        """Computed prompt tokens (without reused ones) per second until the first token."""
         return (self.prompt_tokens - self.reused_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Tokens after the first over the time that they took; 0 for a single token."""
+        """Tokens per second after the first token; 0 for a single token."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def acceptance(self) -> float | None:
-        """Share of the draft tokens that were accepted; `None` without draft tokens."""
+        """Fraction of draft tokens that were accepted; `None` without draft tokens."""
         return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
 
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """What one more token brought."""
+    """The result of one more token."""
 
     text: str  # "" while a character or a possible stop string is incomplete
     token: int
     logprob: float
-    finish_reason: str | None  # "stop" (end of text or stop string), "length", or None: more follows
+    finish_reason: str | None  # "stop" (end of text or stop string), "length", or None if more follows
     stats: Stats
 
 
 @dataclass
 class Generation:
-    """A whole generation, put together from its chunks."""
+    """A whole generation, assembled from its chunks."""
 
     prompt: str
     text: str = ""
@@ -71,7 +71,7 @@ class Generation:
     stats: Stats | None = None
 
     def add(self, chunk: GenerationChunk) -> None:
-        """Take in the next chunk."""
+        """Append the next chunk."""
         self.text += chunk.text
         self.tokens.append(chunk.token)
         self.logprobs.append(chunk.logprob)
@@ -79,7 +79,7 @@ class Generation:
         self.stats = chunk.stats
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, with the rates that follow from it, for JSON."""
+        """All fields and the rates computed from them, for JSON."""
         values = asdict(self)
         if self.stats is not None:
             values["stats"]["prefill_tokens_per_second"] = self.stats.prefill_tokens_per_second
@@ -100,7 +100,7 @@ def generate(
     drafter: Drafter | None = None,
     on_prefill: Progress | None = None,
 ) -> str:
-    """The text that follows a prompt; arguments and errors as for `stream_generate`."""
+    """Generate the text that follows a prompt; arguments and errors as for `stream_generate`."""
     chunks = stream_generate(
         model,
         tokenizer,
@@ -127,21 +127,21 @@ def stream_generate(
     drafter: Drafter | None = None,
     on_prefill: Progress | None = None,
 ) -> Generator[GenerationChunk, None, None]:
-    """Continue a prompt and yield a `GenerationChunk` with every token; the last one has a `finish_reason`.
+    """Continue a prompt and yield a `GenerationChunk` for every token; the last one has a `finish_reason`.
 
     Args:
-        prompt: plain text, which gets its BOS here, or ids, taken as they are.
-        max_tokens: how many tokens to generate at most, at least 1.
-        stop: texts that end the generation; neither they nor what follows them is given out.
-        cache: of an earlier text; what the prompt shares with it is not computed again. It then holds the prompt and
-            what was generated.
+        prompt: plain text, to which BOS is added, or ids, which are used unchanged.
+        max_tokens: the most tokens to generate, at least 1.
+        stop: strings that end the generation; neither they nor the text after them is returned.
+        cache: the cache of an earlier text; the prefix that the prompt shares with it is not computed again. Afterwards
+            it holds the prompt and the generated tokens.
         drafter: proposes draft tokens (see `speculate_tokens`); the text stays the same.
         on_prefill: called with the number of prompt tokens done and their total.
 
     Raises:
-        PromptError: if the prompt is empty or asks for no tokens.
+        PromptError: if the prompt is empty or `max_tokens` is below 1.
         MemoryLimitError: if the prompt does not fit into memory.
-        CacheError: if there is a drafter and the cache keeps a window.
+        CacheError: if a drafter is given and the cache keeps a window.
     """
     check_request(prompt, max_tokens)
     tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -168,15 +168,15 @@ def stream_generate(
 
 
 def check_request(prompt: str | Sequence[int], max_tokens: int) -> None:
-    """Raises: PromptError, if there is nothing to continue, or no token asked for."""
+    """Raise a `PromptError` if the prompt is empty or `max_tokens` is below 1."""
     if not prompt:
         raise PromptError("the prompt is empty; there is nothing to continue")
     if max_tokens < 1:
-        raise PromptError(f"max_tokens is {max_tokens}; at least one token has to be asked for")
+        raise PromptError(f"max_tokens must be at least 1; got {max_tokens}")
 
 
 class TextStream:
-    """One generation on its way from tokens to text."""
+    """Turns the tokens of one generation into text."""
 
     def __init__(
         self,
@@ -203,11 +203,11 @@ class TextStream:
 
     @property
     def wants_more(self) -> bool:
-        """Whether a token behind the next one may be wanted."""
+        """Whether a token after the next one may be wanted."""
         return self._generated + 1 < self._max_tokens
 
     def push(self, step: Step) -> GenerationChunk:
-        """What one more token brought."""
+        """The chunk for one more token."""
         stats = self._tick()
         ended = step.token == self._eos
         text = self._stop.push("" if ended else self._decoder.push(step.token))

@@ -1,1 +1,1 @@
-"""What this machine is and can do; choices that depend on the device are made here."""
+"""What this machine is and can do, and every choice that depends on the device."""

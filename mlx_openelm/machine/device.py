@@ -1,4 +1,4 @@
-"""The machine that MLX computes on: the one place that asks what it is and what it can hold."""
+"""The device that MLX computes on, and every choice that depends on it."""
 
 import os
 import resource
@@ -11,10 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-_LARGEST_TEAM = 8  # cores; more of them only wait for memory
-_COMPILED_ON_CPU = 2048  # tokens
+_LARGEST_TEAM = 8  # cores; more would only wait for memory
+_COMPILED_ON_CPU = 2048  # tokens from which compiling pays off
 _COMPILED_ON_GPU = 32
-_CPU_SHARE = 0.9  # of physical memory; the rest belongs to the system
+_CPU_SHARE = 0.9  # of physical memory; the rest is for the system
 
 
 def on_cpu() -> bool:
@@ -23,7 +23,7 @@ def on_cpu() -> bool:
 
 
 def device_name() -> str:
-    """What MLX computes on, for people."""
+    """Name of the device that MLX computes on, for people."""
     if on_cpu():
         return "CPU"
     name = mx.device_info().get("device_name")
@@ -31,29 +31,29 @@ def device_name() -> str:
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
-    """The type to compute in: on the CPU float32, where 16 bits are slow, and elsewhere the stored one."""
+    """The dtype to compute in: float32 on the CPU, where 16-bit arithmetic is slow, else the stored one."""
     return mx.float32 if on_cpu() else stored
 
 
 @cache
 def compute_streams() -> tuple[mx.Stream, ...]:
-    """Streams that compute at the same time: one for each core of a CPU, where MLX gives each a thread, else one."""
+    """Streams that run in parallel: on the CPU, where each stream has a thread, one per core up to 8; else one."""
     default = mx.default_stream(mx.default_device())
     team = min(os.cpu_count() or 1, _LARGEST_TEAM) if on_cpu() else 1
     return default, *(mx.new_stream(mx.cpu) for _ in range(team - 1))
 
 
 def pays_to_compile(num_tokens: int) -> bool:
-    """Whether compiling the step of decoding brings more than it costs, for an answer of at most so many tokens.
+    """Whether compiling the decoding step pays off for an answer of at most `num_tokens` tokens.
 
-    On the CPU MLX starts a C++ compiler, once for each kernel: some seconds, for 2 to 3 ms a token.
+    On the CPU, MLX starts a C++ compiler once per kernel: that takes some seconds and saves 2 to 3 ms per token.
     """
     return num_tokens >= (_COMPILED_ON_CPU if on_cpu() else _COMPILED_ON_GPU)
 
 
 @cache
 def blas_in_use() -> str | None:
-    """File of the BLAS of a Linux process: one that was preloaded stands beside MLX's own and goes before it."""
+    """Folder and file name of a Linux process's BLAS: a preloaded one takes precedence over MLX's own."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -65,13 +65,13 @@ def blas_in_use() -> str | None:
 
 
 def has_fast_matmul() -> bool:
-    """Whether matrices are multiplied with vector instructions; on Linux MLX brings a BLAS that does without."""
+    """Whether matrix products use vector instructions; the BLAS that comes with MLX on Linux does not."""
     blas = blas_in_use() if sys.platform.startswith("linux") else None
     return blas is None or "mlx" not in blas
 
 
 def memory_limit_bytes() -> int:
-    """Memory that a model, its cache and its activations may take here, in bytes."""
+    """Memory that a model, its cache and its activations may use on this machine, in bytes."""
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
     if not on_cpu():
@@ -87,7 +87,7 @@ def physical_memory_bytes() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that was in use so far: of the device, or on the CPU of the whole process."""
+    """Peak memory so far, in bytes: of the device, or on the CPU of the whole process."""
     if not on_cpu():
         return mx.get_peak_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -96,7 +96,7 @@ def peak_memory_bytes() -> int:
 
 @contextmanager
 def wired_memory() -> Iterator[None]:
-    """Keep the weights of a large model in the GPU's memory meanwhile; nothing happens where there is no Metal."""
+    """Keep the weights of a large model in the GPU's memory within this context; without Metal, do nothing."""
     if not mx.metal.is_available():
         yield
         return

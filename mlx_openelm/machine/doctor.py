@@ -1,4 +1,4 @@
-"""What this machine offers to MLX, what is slow about it, and what to do."""
+"""What this machine offers MLX, what is slow about it, and what to do."""
 
 import platform
 import shutil
@@ -16,7 +16,7 @@ from ..version import __version__
 from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu, physical_memory_bytes
 
 _PACKAGES = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "huggingface-hub", "typer")
-_SLOW_GFLOPS = 20  # a vectorised BLAS is above on any core of the last ten years, the reference one far below
+_SLOW_GFLOPS = 20  # a vectorised BLAS exceeds this on any core of the last ten years; reference BLAS is far below
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Diagnosis:
     device: str
     memory_bytes: int
     memory_limit_bytes: int
-    wired_limit_bytes: int | None  # Metal only; None where the system does not tell
+    wired_limit_bytes: int | None  # Metal only; None if the system does not report it
     float32_matmul_gflops: float
-    blas: str | None  # the library that multiplies matrices on the CPU of a Linux machine
+    blas: str | None  # library for matrix products on the CPU; Linux only
     advice: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Look at the machine; takes a second, for one measured matrix multiplication."""
+    """Examine the machine; this takes about a second, to time a matrix product."""
     gflops = _matmul_gflops()
     blas = blas_in_use() if sys.platform.startswith("linux") and on_cpu() else None
     return Diagnosis(
@@ -65,12 +65,12 @@ def _advice(gflops: float, blas: str | None) -> list[str]:
         advice.append("MLX computes on the CPU: this is not Apple silicon, or the default device was changed")
         return advice
     advice.append(
-        "without a GPU, 16-bit arithmetic is slow and 16-bit quantized arithmetic very slow; models are computed in "
-        "float32 here unless `dtype` is set"
+        "without a GPU, 16-bit arithmetic is slow and 16-bit quantized arithmetic very slow; models run in float32 "
+        "here unless `dtype` is set"
     )
     if gflops < _SLOW_GFLOPS:
         advice.append(
-            f"float32 matrices multiply at {gflops:.1f} GFLOP/s with {blas or 'the BLAS in use'}, which is slow: "
+            f"float32 matrix products run at {gflops:.1f} GFLOP/s with {blas or 'the BLAS in use'}, which is slow: "
             "install OpenBLAS (Debian and Ubuntu: libopenblas0-pthread) and start with "
             f"LD_PRELOAD={_openblas() or 'the path of its libblas.so.3'}"
         )
@@ -91,7 +91,7 @@ def _matmul_gflops(size: int = 512) -> float:
 
 
 def _openblas() -> str | None:
-    """Where OpenBLAS lies, if the system has it."""
+    """Path of OpenBLAS, if it is installed."""
     return next((str(path) for path in sorted(Path("/usr/lib").glob("*/openblas*/libblas.so.3"))), None)
 
 

@@ -1,4 +1,4 @@
-"""The machine that is measured on: what it is, how fast its memory is, and what it draws."""
+"""The machine of a benchmark: what it is, its memory bandwidth, and the power it draws."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ _RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
 def describe(command: str) -> dict[str, Any]:
-    """What ran where, to stand beside a result."""
+    """What ran where, to be recorded with a result."""
     return {
         "chip": chip_name(),
         "device": device_name(),
@@ -44,14 +44,14 @@ def describe(command: str) -> dict[str, Any]:
 
 
 def _system() -> str:
-    """Its name, on a Mac with its version, and the kind of processor."""
+    """Name of the system, on a Mac its version, and the processor architecture."""
     if sys.platform == "darwin":
         return f"macOS {platform.mac_ver()[0]} {platform.machine()}"
     return f"{platform.system()} {platform.machine()}"
 
 
 def chip_name() -> str:
-    """The processor's name as its maker gives it."""
+    """The name of the processor or GPU, as its maker reports it."""
     if not on_cpu():
         return str(mx.device_info().get("device_name", "GPU"))
     if sys.platform == "darwin":
@@ -91,10 +91,10 @@ def memory_bandwidth(working_set: int = _LARGE_BYTES) -> float:
 
 
 def power_meter() -> Callable[[], float | None]:
-    """Called at the end of a span, the watts that were drawn in it, where the system tells them without root.
+    """Start measuring power; the returned function gives the watts drawn since, or `None` if they are not known.
 
-    On Linux by the counter of the processor, where it may be read; on an NVIDIA GPU what it draws at the end; on a Mac
-    what its battery gives, if it runs on it.
+    This needs no root privileges. On Linux it is the average from the processor's energy counter, if it can be read; on
+    an NVIDIA GPU, the power drawn at the moment of the call; on a Mac, the same for its battery, if it runs on it.
     """
     started = time.perf_counter()
     if not on_cpu() and not mx.metal.is_available():
@@ -105,7 +105,7 @@ def power_meter() -> Callable[[], float | None]:
 
     def watts() -> float | None:
         after = _energy()
-        if before is None or after is None or after < before:  # it turns over now and then
+        if before is None or after is None or after < before:  # the counter wraps around now and then
             return None
         return (after - before) / 1e6 / (time.perf_counter() - started)
 
@@ -113,12 +113,12 @@ def power_meter() -> Callable[[], float | None]:
 
 
 def battery_watts(text: str) -> float | None:
-    """What a battery gives by the listing of `ioreg`; `None` while it is charged, or where there is none."""
+    """Watts that a battery delivers, from the output of `ioreg`; `None` on external power or without a battery."""
     fields = dict(re.findall(r'"(InstantAmperage|Voltage|ExternalConnected)" = (\w+)', text))
     if fields.get("ExternalConnected") != "No" or not {"InstantAmperage", "Voltage"} <= fields.keys():
         return None
     milliamperes = int(fields["InstantAmperage"])
-    milliamperes -= 1 << 64 if milliamperes >= 1 << 63 else 0  # negative while it gives
+    milliamperes -= 1 << 64 if milliamperes >= 1 << 63 else 0  # negative while it discharges
     return -milliamperes * int(fields["Voltage"]) / 1e6
 
 
@@ -139,7 +139,7 @@ def _energy() -> float | None:
 
 
 def _commit() -> str | None:
-    """Of the working copy that this package stands in, if it is one."""
+    """Commit of the working copy that contains this package, if there is one."""
     root = Path(__file__).resolve().parents[2]
     return _output("git", "-C", str(root), "rev-parse", "--short", "HEAD") if (root / ".git").exists() else None
 

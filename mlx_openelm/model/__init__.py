@@ -1,1 +1,1 @@
-"""The network as the paper describes it, and adapters on it."""
+"""The network as described in the paper, and adapters for it."""

@@ -1,6 +1,6 @@
-"""Adapters on disk, in the form that stock mlx-lm reads too: `adapters.safetensors` and `adapter_config.json`.
+"""Adapters on disk, in the format of stock mlx-lm: `adapters.safetensors` and `adapter_config.json`.
 
-What full fine-tuning trained is kept in the same form, with parameters under their own names.
+Full fine-tuning saves the same two files, with the parameters under their own names.
 """
 
 import json
@@ -36,14 +36,14 @@ TUNING_METHODS = (*ADAPTER_METHODS, "full")
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter as it was read, under the names that this package uses.
+    """An adapter as read from its files, with this package's tensor names.
 
     Attributes:
-        method: `lora`, `dora`, or `full`: then the tensors take the places of the model's own.
-        scale: what the product of `lora_a` and `lora_b` is multiplied by.
-        tensors: `PATH.lora_a` (inputs, rank), `PATH.lora_b` (rank, outputs) and, of DoRA, `PATH.m` (outputs,).
-        alpha, rank_stabilised: what the scale was made of, where that is known.
-        base: name and widths of the model that it was made for, where that is known.
+        method: `lora`, `dora` or `full`; with `full` the tensors replace the model's own.
+        scale: factor of the product of `lora_a` and `lora_b`.
+        tensors: `PATH.lora_a` (inputs, rank), `PATH.lora_b` (rank, outputs) and, for DoRA, `PATH.m` (outputs,).
+        alpha, rank_stabilised: what the scale was computed from, if known.
+        base: name and widths of the model that the adapter was made for, if known.
     """
 
     method: str
@@ -56,7 +56,7 @@ class SavedAdapter:
 
     @property
     def ranks(self) -> dict[str, tuple[int, bool]]:
-        """Of each path, the rank, and whether it has magnitudes."""
+        """The rank of each path, and whether it has magnitudes (DoRA)."""
         return {
             name.removesuffix(".lora_a"): (a.shape[1], name.removesuffix("lora_a") + MAGNITUDE in self.tensors)
             for name, a in self.tensors.items()
@@ -67,12 +67,12 @@ class SavedAdapter:
 def save_adapter(
     folder: Path, tensors: Mapping[str, mx.array], method: str, config: AdapterConfig | None, base: Mapping[str, Any]
 ) -> None:
-    """Write an adapter into a folder that exists.
+    """Write an adapter into an existing folder.
 
     Args:
         tensors: see `SavedAdapter`.
-        config: what it was made by; `None` where the method is `full`.
-        base: what `about_base` says of its model.
+        config: the adapter's settings; `None` if the method is `full`.
+        base: the description of its model from `about_base`.
     """
     saved = SavedAdapter(method, 1.0, dict(tensors), base=dict(base))
     if config is not None:
@@ -87,9 +87,9 @@ def save_adapter(
 
 
 def write_adapter(folder: Path, adapter: SavedAdapter) -> None:
-    """Write an adapter into a folder that exists.
+    """Write an adapter into an existing folder.
 
-    Layers are counted from the end and matrices named within a layer, because that is how mlx-lm finds them.
+    mlx-lm finds matrices by the number of adapted layers, counted from the end, and by their names within a layer.
     """
     values: dict[str, Any] = {"fine_tune_type": adapter.method}
     layers = {int(path.split(".")[2]) for path in adapter.tensors if path.startswith("transformer.layers.")}
@@ -112,16 +112,16 @@ def write_adapter(folder: Path, adapter: SavedAdapter) -> None:
 
 
 def about_base(name: str, config: OpenELMConfig) -> dict[str, Any]:
-    """What an adapter remembers of its model, for messages."""
+    """What an adapter records about its model, for error messages."""
     names = ("num_transformer_layers", "model_dim", "vocab_size", "share_input_output_layers")
     return {"name": name, **{key: getattr(config, key) for key in names}}
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
-    """An adapter that this package or mlx-lm wrote.
+    """Read an adapter that this package or mlx-lm wrote.
 
     Raises:
-        AdapterError: if a file is missing, damaged or says what no adapter can be.
+        AdapterError: if a file is missing or damaged, or contains an invalid setting.
     """
     values = read_adapter_config(folder)
     method = values.get("fine_tune_type", "lora")
@@ -131,7 +131,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         )
     lora = values.get("lora_parameters") or {}
     if not isinstance(lora, dict) or (method != "full" and "scale" not in lora):
-        raise AdapterError(f"{folder / CONFIG_FILE} has no table lora_parameters with a scale")
+        raise AdapterError(f"{folder / CONFIG_FILE}: lora_parameters must be an object with a scale")
     for name, value in (
         *((name, lora.get(name, 0.0)) for name in ("scale", "dropout")),
         ("alpha", values.get("alpha")),
@@ -150,10 +150,10 @@ def read_adapter(folder: Path) -> SavedAdapter:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The table in an `adapter_config.json`.
+    """The settings in an `adapter_config.json`.
 
     Raises:
-        AdapterError: if there is none.
+        AdapterError: if the file is missing or is not a JSON object.
     """
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise AdapterError(f"{folder / CONFIG_FILE} must contain a table of settings")
+        raise AdapterError(f"{folder / CONFIG_FILE} must contain a JSON object")
     return values
 
 
@@ -179,10 +179,10 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
 
 
 def apply_adapter(model: OpenELM, adapter: SavedAdapter) -> None:
-    """Put an adapter on the model that it was made for, in the type that the model computes in.
+    """Apply an adapter to the model that it was made for, in the dtype that the model computes in.
 
     Raises:
-        AdapterError: if it was made for another one; with the widths of both.
+        AdapterError: if it was made for another model; the message gives the shapes of both.
     """
     dtype = model.transformer.norm.weight.dtype
     if adapter.method == "full":
@@ -204,16 +204,16 @@ def apply_adapter(model: OpenELM, adapter: SavedAdapter) -> None:
 
 
 def check_adapter(adapter: SavedAdapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Make sure that the matrices of an adapter belong to those of a model.
+    """Check that the matrices of an adapter fit a model.
 
     Args:
-        shapes: of the model's parameters by name, as if none were quantized.
+        shapes: shapes of the model's parameters by name, as if none were quantized.
     Raises:
-        AdapterError: naming the path and both widths.
+        AdapterError: if they do not fit; the message names the path and both shapes.
     """
     known = (*LINEAR_TARGETS, EMBEDDING_TARGET)
     if not adapter.ranks:
-        raise AdapterError("the adapter holds no lora_a")
+        raise AdapterError("the adapter contains no lora_a tensor")
     expected = set()
     for path, (rank, magnitude) in adapter.ranks.items():
         if f"{path}.weight" not in shapes or path.split(".")[-1] not in known:
@@ -228,12 +228,12 @@ def check_adapter(adapter: SavedAdapter, shapes: Mapping[str, tuple[int, ...]]) 
                 raise AdapterError(f"the adapter is incomplete: {path}.{name} is missing")
             if found.shape != shape:
                 raise AdapterError(
-                    f"the adapter is for another model: {path}.{name} has the shape {found.shape}, and {shape} is "
-                    f"needed here{_made_for(adapter)}"
+                    f"the adapter is for another model: {path}.{name} has shape {found.shape}; this model needs "
+                    f"{shape}{_made_for(adapter)}"
                 )
     rest = [name for name in adapter.tensors if name not in expected]
     if rest:
-        raise AdapterError(f"the adapter holds {shorten(rest)}, which belongs to no adapter")
+        raise AdapterError(f"the adapter contains unexpected tensors: {shorten(rest)}")
 
 
 def _check_full(model: OpenELM, adapter: SavedAdapter) -> None:
@@ -241,10 +241,10 @@ def _check_full(model: OpenELM, adapter: SavedAdapter) -> None:
     for name, tensor in adapter.tensors.items():
         if name not in own or own[name].shape != tensor.shape:
             if name.removesuffix("weight") + "scales" in own:
-                raise AdapterError(f"the model is quantized, and {name} was trained in full; use the model in full too")
-            here = f"and {own[name].shape} is needed here" if name in own else "which is not there"
+                raise AdapterError(f"{name} was trained in full, but this model is quantized: use the unquantized one")
+            here = f"this model needs {own[name].shape}" if name in own else "this model has no such parameter"
             raise AdapterError(
-                f"the adapter is for another model: {name} has the shape {tensor.shape}, {here}{_made_for(adapter)}"
+                f"the adapter is for another model: {name} has shape {tensor.shape}; {here}{_made_for(adapter)}"
             )
 
 
@@ -253,7 +253,8 @@ def _made_for(adapter: SavedAdapter) -> str:
     if not base:
         return ""
     return (
-        f" (it was made for {base.get('name')}: {base.get('num_transformer_layers')} layers of {base.get('model_dim')})"
+        f" (it was made for {base.get('name')}: {base.get('num_transformer_layers')} layers, "
+        f"model_dim {base.get('model_dim')})"
     )
 
 

@@ -1,7 +1,7 @@
 """Quantized layers for the CPU, where MLX multiplies on one core and, on Linux, without vector instructions.
 
-The rows of a matrix are shared out over the cores, each with a stream of its own. Many inputs at once, as in prefill,
-are multiplied by the matrix in full: BLAS makes good for unpacking it. Results are those of MLX's own layers.
+The rows of a matrix are divided among the cores, with one stream per core. For many inputs at once, as in prefill, the
+rows are dequantized first: BLAS more than makes up for that. The results are those of MLX's own layers.
 """
 
 import math
@@ -15,10 +15,10 @@ from mlx.utils import tree_map_with_path
 from ..machine.device import compute_streams, has_fast_matmul, on_cpu
 from ..quantization import Quantization
 
-_SMALLEST_SHARE = 1 << 17  # weights of one core; for less, waking it up takes longer than the work
-_LARGEST_UNPACKED = 3 << 17  # weights of one core at a time; a whole matrix would take more memory than the model
-_MANY_INPUTS = 16  # for which BLAS makes good for unpacking
-_MANY_INPUTS_FAST = 3  # with vector instructions
+_SMALLEST_SHARE = 1 << 17  # weights per core; with fewer, waking up a core takes longer than the work
+_LARGEST_UNPACKED = 3 << 17  # weights dequantized per core at a time; a whole matrix might need more than the model
+_MANY_INPUTS = 16  # number of inputs from which dequantizing for BLAS pays off
+_MANY_INPUTS_FAST = 3  # the same, if BLAS uses vector instructions
 
 
 class CPUQuantizedLinear(nn.QuantizedLinear):
@@ -30,9 +30,9 @@ class CPUQuantizedLinear(nn.QuantizedLinear):
 
 
 class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
-    """`nn.QuantizedEmbedding` for the CPU, whose vectors have the type that the network computes in.
+    """`nn.QuantizedEmbedding` for the CPU; its vectors have the dtype that the network computes in.
 
-    MLX's own gives bfloat16 in the floating-point modes, whose scales do not say what the type was.
+    MLX's own layer returns bfloat16 in the floating-point modes, whose scales do not tell the original dtype.
     """
 
     def __init__(self, rows: int, columns: int, dtype: mx.Dtype, **options: Any):
@@ -40,21 +40,22 @@ class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
         self._dtype = dtype
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Ids (...) to (..., M)."""
+        """Ids (...) to vectors (..., M)."""
         biases = self["biases"][tokens] if "biases" in self else None
         options = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         return mx.dequantize(self.weight[tokens], self.scales[tokens], biases, **options, dtype=self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """(..., M) to (..., V)."""
+        """Hidden states (..., M) to logits (..., V)."""
         return _multiply(self, x)
 
 
 def quantized_layers(model: nn.Module, quantizations: Mapping[str, Quantization], dtype: mx.Dtype) -> None:
-    """Put quantized layers for the CPU in the places of those named, as `nn.quantize` does; load weights afterwards.
+    """Replace the layers in `quantizations` by quantized ones for the CPU; load weights afterwards.
 
     Args:
-        dtype: that the network computes in.
+        quantizations: path of a layer: how its matrix is quantized.
+        dtype: the type that the network computes in.
     """
 
     def replace(path: str, module: nn.Module) -> nn.Module:
@@ -71,7 +72,7 @@ def quantized_layers(model: nn.Module, quantizations: Mapping[str, Quantization]
 
 
 def exponential(x: mx.array) -> mx.array:
-    """e to the power of x. On the CPU MLX's `power` takes a third of the time of its `exp`: 4 ns a number, not 12."""
+    """e to the power of x. On the CPU, MLX's `power` takes a third of the time of its `exp`: 4 ns each, not 12."""
     return mx.power(math.e, x) if on_cpu() else mx.exp(x)
 
 
@@ -85,7 +86,7 @@ def _multiply(layer: nn.Module, x: mx.array) -> mx.array:
         return _multiply_rows(layer, x, slice(None), None, x if unpack else None)
     share = -(-rows // (team * rounds))
     streams = compute_streams()[:team]
-    before = [x] * len(streams)  # a core unpacks its next rows when it is done with those before
+    before = [x] * len(streams)  # a core dequantizes its next rows once it has finished the previous ones
     parts = []
     for number, start in enumerate(range(0, rows, share)):
         core = number % len(streams)
@@ -98,7 +99,7 @@ def _multiply(layer: nn.Module, x: mx.array) -> mx.array:
 def _multiply_rows(
     layer: nn.Module, x: mx.array, rows: slice, stream: mx.Stream | None, before: mx.array | None
 ) -> mx.array:
-    """The product with some rows of the matrix, which share its memory; unpacked, once `before` is done, or not."""
+    """The product with a view of some rows; these are dequantized after `before` is computed, unless it is None."""
     packed = layer.weight[rows], layer.scales[rows], layer.biases[rows] if "biases" in layer else None
     options = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "stream": stream}
     if before is None:
@@ -109,7 +110,7 @@ def _multiply_rows(
 def _multiply_unpacked(
     x: mx.array, before: mx.array, packed: tuple[mx.array, mx.array, mx.array | None], options: Any
 ) -> mx.array:
-    """The product with a matrix in full, which is unpacked anew on the way back: it does not wait in memory for it."""
+    """The product with a dequantized matrix; the backward pass dequantizes it again, instead of keeping it."""
     words, scales, biases = packed
 
     @mx.custom_function
@@ -120,7 +121,7 @@ def _multiply_unpacked(
 
     @product.vjp
     def product_vjp(x, cotangent, output):  # type: ignore[no-untyped-def]
-        # Only with the cotangent: a compiled step would take the same matrix twice for one, and keep it.
+        # Depend on the cotangent: otherwise a compiled step would share one matrix with the forward pass and keep it.
         (later,) = mx.depends([words], [cotangent])
         matrix = mx.dequantize(later, scales, biases, **options, dtype=cotangent.dtype)
         return mx.matmul(cotangent, matrix, stream=options["stream"])

@@ -1,8 +1,8 @@
-"""Designing a model: depth and width for a budget of parameters, and the uniform model of the same size beside it.
+"""Designing a model: depth and widths for a parameter budget, and a uniform model of the same size for comparison.
 
 Layer-wise scaling (OpenELM paper, arXiv:2404.14619, section 2) moves parameters from the first layers to the last. The
-uniform model has the same depth, width and attention in total, and an FFN width that makes the numbers of parameters
-meet: the two differ in where their parameters are, and in nothing else.
+uniform model has the same depth, width and total attention, and an FFN width that matches the number of parameters: the
+two models differ only in where their parameters are.
 """
 
 import math
@@ -16,28 +16,28 @@ from ..config import FFN_MULTIPLIERS, QKV_MULTIPLIERS, OpenELMConfig, make_divis
 from ..errors import ConfigError
 
 _ASPECT = 79  # model_dim over depth: 73 to 85 in the four published models
-_PRECISION = 20  # how much more a share of the budget counts than the same share of the aspect
+_PRECISION = 20  # weight of a relative error in the budget, compared with one in the aspect ratio
 _DEPTHS = (*range(2, 16), *range(16, 101, 4))  # layers; the published models have multiples of 4
-_UNIFORM_DIVISOR = 8  # of the uniform FFN width: fine enough to meet the number of parameters
+_UNIFORM_DIVISOR = 8  # of the uniform FFN width; fine enough to match the number of parameters
 
 
 @dataclass(frozen=True)
 class Design:
-    """A model whose widths grow, and the uniform one of the same size."""
+    """A layer-wise scaled model, and the uniform model of the same size."""
 
     layerwise: OpenELMConfig
     uniform: OpenELMConfig
 
     def to_dict(self) -> dict[str, Any]:
-        """Both with their layers, for JSON."""
+        """Both configurations with figures for each layer, for JSON."""
         return {"layerwise": _figures(self.layerwise), "uniform": _figures(self.uniform)}
 
 
 def parse_count(text: str) -> int:
-    """`1.1B`, `270M`, `40k` or a plain number.
+    """Parse `1.1B`, `270M`, `40k` or a plain number.
 
     Raises:
-        ConfigError: if it is none of them.
+        ConfigError: if the text is none of these, or the number is not positive.
     """
     found = re.fullmatch(r"(\d+(?:[._]\d+)*)\s*([kKmMbBgG]?)", text.strip())
     if not found:
@@ -53,10 +53,10 @@ def parse_count(text: str) -> int:
 
 
 def parse_multipliers(name: str, text: str) -> tuple[float, ...]:
-    """`0.5:1.0` for the first and the last layer, or one number for all.
+    """Parse `0.5:1.0`, for the first and the last layer, or one number for all.
 
     Raises:
-        ConfigError: if it is neither.
+        ConfigError: if the text is neither, or a number is not between 0 and 1,000.
     """
     try:
         values = tuple(float(part) for part in text.split(":"))
@@ -68,7 +68,7 @@ def parse_multipliers(name: str, text: str) -> tuple[float, ...]:
 
 
 def design(config: OpenELMConfig) -> Design:
-    """A configuration and its uniform counterpart."""
+    """Pair a configuration with its uniform counterpart."""
     return Design(config, uniform_counterpart(config))
 
 
@@ -81,13 +81,13 @@ def fit(
     num_gqa_groups: int = OpenELMConfig.num_gqa_groups,
     **rest: Any,
 ) -> OpenELMConfig:
-    """The model near a number of parameters whose proportions are nearest to those of the published models.
+    """The model with about this number of parameters that comes closest to the proportions of the published models.
 
     Args:
-        head_dim: 32 below a width of 512, 64 up to 2,048 and 128 beyond, if it is not given.
+        head_dim: by default 32 below a width of 512, 64 up to 2,048 and 128 beyond.
         rest: other fields of the configuration, such as `vocab_size`.
     Raises:
-        ConfigError: if nothing comes near.
+        ConfigError: if no model comes within 25 % of the number.
     """
 
     def candidate(depth: int, width: int) -> OpenELMConfig:
@@ -113,13 +113,13 @@ def fit(
     if _distance(best, num_parameters) > 0.25:
         raise ConfigError(
             f"no model has about {num_parameters:,} parameters with a vocabulary of {best.vocab_size:,}; the nearest "
-            f"has {best.num_parameters:,}; try another size of the vocabulary"
+            f"has {best.num_parameters:,}; try another vocabulary size"
         )
     return best
 
 
 def uniform_counterpart(config: OpenELMConfig) -> OpenELMConfig:
-    """The model of equal layers with as many layers, the same width, as much attention and as many parameters."""
+    """The model of equal layers with the same depth, width, total attention and number of parameters."""
     groups = config.num_gqa_groups
     mean_heads = sum(config.num_query_heads) / config.num_transformer_layers
     heads = max(groups, round(mean_heads / groups) * groups)
@@ -163,7 +163,7 @@ def _head_dim(width: int) -> int:
 
 
 def _widths(head_dim: int | None, num_gqa_groups: int) -> Iterator[int]:
-    """Widths that heads in groups divide, from narrow to wide."""
+    """Widths that are multiples of a group of heads, in ascending order."""
     width = 0
     while width < 16384:
         width += num_gqa_groups * (head_dim or _head_dim(width + 1))
@@ -175,6 +175,6 @@ def _distance(config: OpenELMConfig, num_parameters: int) -> float:
 
 
 def _penalty(config: OpenELMConfig, num_parameters: int) -> float:
-    """How far a model is from the budget and from the usual proportions."""
+    """How far a model is from the budget and from the usual aspect ratio."""
     aspect = config.model_dim / config.num_transformer_layers
     return abs(math.log(aspect / _ASPECT)) + _PRECISION * _distance(config, num_parameters)

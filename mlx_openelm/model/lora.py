@@ -1,11 +1,11 @@
-"""Low-rank adapters: LoRA and DoRA on linear layers and on the token embedding, over bases of every type.
+"""Low-rank adapters: LoRA and DoRA on linear layers and on the token embedding, quantized or not.
 
-LoRA (arXiv:2106.09685) adds `scale * x A B` to what a layer gives, with scale alpha / rank, or alpha / sqrt(rank) if
-rank-stabilised (arXiv:2312.03732). DoRA (arXiv:2402.09353) gives the sum of both matrices a learned length for each
-output; their own length counts as a constant in gradients, as in its section 4.3.
+LoRA (arXiv:2106.09685) adds `scale * x A B` to the output of a layer, with scale alpha / rank, or alpha / sqrt(rank) if
+rank-stabilised (arXiv:2312.03732). DoRA (arXiv:2402.09353) rescales the adapted weights of each output to a learned
+norm; gradients treat their current norm as a constant, as in its section 4.3.
 
-Tensors are named and shaped as in mlx-lm: `lora_a` (input, rank), `lora_b` (rank, output), `m` (output,). Where the
-embedding is tied to the output, the output reads the base embedding, as in CoreNet.
+Tensors are named and shaped as in mlx-lm: `lora_a` (input, rank), `lora_b` (rank, output), `m` (output,). If the output
+is tied to the embedding, it reads the base embedding, as in CoreNet.
 """
 
 import math
@@ -21,7 +21,7 @@ from ..quantization import dequantized, matrix_shape
 from .openelm import OpenELM
 
 ADAPTER_METHODS = ("lora", "dora")
-MAGNITUDE = "m"  # the last part of its name
+MAGNITUDE = "m"  # last part of the parameter name
 LINEAR_TARGETS = ("qkv_proj", "out_proj", "proj_1", "proj_2")
 EMBEDDING_TARGET = "token_embeddings"
 EMBEDDING = f"transformer.{EMBEDDING_TARGET}"  # its path
@@ -29,19 +29,19 @@ EMBEDDING = f"transformer.{EMBEDDING_TARGET}"  # its path
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is put on, and how large it is.
+    """Which matrices get an adapter, and its settings.
 
     Raises:
-        ConfigError: naming the field, if a value is impossible.
+        ConfigError: if a value is out of range; the message names the field.
     """
 
     method: str = "lora"
     rank: int = 8
     alpha: float = 16.0
-    dropout: float = 0.0  # of the adapter's input
+    dropout: float = 0.0  # probability of dropping each element of the adapter's input
     rank_stabilised: bool = False
     targets: tuple[str, ...] = LINEAR_TARGETS
-    layers: int = 0  # that many from the end on; 0: all
+    layers: int = 0  # only this many of the last layers; 0: all
 
     def __post_init__(self) -> None:
         if self.method not in ADAPTER_METHODS:
@@ -55,12 +55,12 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of both matrices is multiplied by."""
+        """Factor of the product of both matrices."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 class Adapter(nn.Module):
-    """A layer and a low-rank addition to it; what both kinds share."""
+    """A layer with a low-rank update: what linear layers and embeddings share."""
 
     def __init__(self, rank: int, scale: float, dropout: float, inputs: int, outputs: int):
         super().__init__()
@@ -77,13 +77,13 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def cache_scales(self) -> None:
-        """Compute once what does not change while nothing is trained: for decoding."""
+        """Compute the DoRA scale once, for decoding: it stays the same while nothing is trained."""
         if MAGNITUDE in self:
             self._settled = self._ratio()
             mx.eval(self._settled)
 
     def _add_magnitude(self) -> None:
-        self._base_squared = mx.square(dequantized(self.base, mx.float32)).sum(axis=1)  # one value for each row
+        self._base_squared = mx.square(dequantized(self.base, mx.float32)).sum(axis=1)  # one value per row
         self.m = mx.sqrt(self._base_squared)
         mx.eval(self._base_squared, self.m)
 
@@ -121,10 +121,10 @@ class LoRALinear(Adapter):
         return _times(y, self._ratio() if self._settled is None or self.training else self._settled)
 
     def _ratio(self) -> mx.array:
-        """Learned over present length of each output's weights, float32 (outputs,).
+        """Learned norm over current norm of each output's weights, float32 (outputs,).
 
-        |w + s a B|^2 = |w|^2 + 2 s (w a) B + s^2 |a B|^2, where the base itself computes w a, in whatever form its
-        weights are: they are never unpacked for it.
+        |w + s a B|^2 = |w|^2 + 2 s (w a) B + s^2 |a B|^2. The base layer itself computes w a, so quantized weights are
+        never dequantized.
         """
         through_base = self.linear(mx.stop_gradient(self.lora_a).T).astype(mx.float32)  # (rank, outputs)
         a, b = (mx.stop_gradient(matrix).astype(mx.float32) for matrix in (self.lora_a, self.lora_b))
@@ -133,7 +133,7 @@ class LoRALinear(Adapter):
 
 
 class LoRAEmbedding(Adapter):
-    """An embedding (vocabulary, width) with an adapter on what it gives; a tied output stays that of the base."""
+    """An embedding (vocabulary, width) with an adapter on its vectors; a tied output uses the base embedding."""
 
     def __init__(self, embedding: nn.Module, rank: int, scale: float, dropout: float = 0.0, magnitude: bool = False):
         super().__init__(rank, scale, dropout, *matrix_shape(embedding))
@@ -147,8 +147,8 @@ class LoRAEmbedding(Adapter):
         return self.embedding
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Ids (...) to (..., width)."""
-        y = self.embedding(tokens).astype(self.lora_a.dtype)  # MLX's own gives bfloat16 for some bases
+        """Ids (...) to vectors (..., width)."""
+        y = self.embedding(tokens).astype(self.lora_a.dtype)  # MLX returns bfloat16 for some quantized embeddings
         added = self.scale * (self._dropped(self.lora_a[tokens]) @ self.lora_b)
         if MAGNITUDE not in self:
             return y + added.astype(y.dtype)
@@ -157,11 +157,11 @@ class LoRAEmbedding(Adapter):
         return _times(y + added.astype(y.dtype), ratio[..., None])
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Hidden states (..., width) to logits by the base embedding."""
+        """Hidden states (..., width) to logits (..., vocabulary), by the base embedding."""
         return self.embedding.as_linear(x)
 
     def _ratio(self, tokens: mx.array | None = None) -> mx.array:
-        """Learned over present length of the vectors of some tokens, or of all, float32."""
+        """Learned norm over current norm of the vectors of `tokens` (...) or of all ids, float32 (...)."""
         tokens = mx.arange(self.lora_a.shape[0]) if tokens is None else tokens
         base = self.embedding(tokens).astype(mx.float32)
         a, b = (mx.stop_gradient(matrix).astype(mx.float32) for matrix in (self.lora_a, self.lora_b))
@@ -171,10 +171,10 @@ class LoRAEmbedding(Adapter):
 
 
 def add_adapter(model: OpenELM, config: AdapterConfig, seed: int = 0) -> None:
-    """Put a fresh adapter on a model, which computes the same as before: `lora_b` is zero.
+    """Add a new adapter to a model. The output does not change yet, because `lora_b` is zero.
 
     Raises:
-        AdapterError: if a target matches nothing; it lists what exists.
+        AdapterError: if a target is unknown, with a list of those that exist, or the model has too few layers.
     """
     paths = adapter_paths(model, config.targets, config.layers)
     keys = mx.random.split(mx.random.key(seed), len(paths))
@@ -186,10 +186,10 @@ def add_adapter(model: OpenELM, config: AdapterConfig, seed: int = 0) -> None:
 
 
 def wrap(model: OpenELM, ranks: Mapping[str, tuple[int, bool]], scale: float, dropout: float = 0.0) -> None:
-    """Put adapters of zeros on the matrices at these paths.
+    """Wrap the matrices at these paths in adapters of zeros.
 
     Args:
-        ranks: path: its rank, and whether it has magnitudes.
+        ranks: path: its rank, and whether it has magnitudes (DoRA).
     """
     modules = dict(model.named_modules())
     wrapped = []
@@ -200,18 +200,18 @@ def wrap(model: OpenELM, ranks: Mapping[str, tuple[int, bool]], scale: float, dr
 
 
 def adapter_paths(model: OpenELM, targets: Sequence[str], layers: int = 0) -> list[str]:
-    """Paths of the matrices that targets name, from the embedding up.
+    """Paths of the matrices that `targets` name: the embedding first, then layer by layer.
 
     Args:
-        targets: last parts of paths, as in `qkv_proj`.
-        layers: only that many of the last layers; 0: all.
+        targets: last parts of paths, such as `qkv_proj`.
+        layers: only this many of the last layers; 0: all.
     Raises:
-        AdapterError: if a target matches nothing; it lists what exists.
+        AdapterError: if a target is unknown, with a list of those that exist, or the model has fewer layers.
     """
     unknown = [target for target in targets if target not in (*LINEAR_TARGETS, EMBEDDING_TARGET)]
     if unknown or not targets:
         known = ", ".join((*LINEAR_TARGETS, EMBEDDING_TARGET))
-        raise AdapterError(f"{shorten(unknown) or 'no target'} matches no matrix (choose from {known})")
+        raise AdapterError(f"{shorten(unknown) or 'an empty list of targets'} matches no matrix (choose from {known})")
     paths = [EMBEDDING] if EMBEDDING_TARGET in targets else []
     for layer in last_layers(model, layers):
         for target in LINEAR_TARGETS:
@@ -222,10 +222,10 @@ def adapter_paths(model: OpenELM, targets: Sequence[str], layers: int = 0) -> li
 
 
 def last_layers(model: OpenELM, layers: int) -> range:
-    """Numbers of the last so many layers; 0: of all.
+    """Indices of the last `layers` layers; 0: of all.
 
     Raises:
-        AdapterError: if the model has fewer.
+        AdapterError: if the model has fewer layers.
     """
     count = model.config.num_transformer_layers
     if layers > count:
@@ -234,13 +234,13 @@ def last_layers(model: OpenELM, layers: int) -> range:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """The adapters of a model by path, from the embedding up."""
+    """The adapters of a model with their paths: the embedding first, then layer by layer."""
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, Adapter)]
     yield from sorted(found, key=lambda entry: _place(entry[0]))
 
 
 def adapter_parameters(model: OpenELM) -> dict[str, mx.array]:
-    """Tensors of a model's adapters by name, float32."""
+    """Tensors of a model's adapters by name, in float32."""
     parameters = {}
     for path, module in adapters(model):
         for name in ("lora_a", "lora_b", MAGNITUDE):
@@ -250,19 +250,19 @@ def adapter_parameters(model: OpenELM) -> dict[str, mx.array]:
 
 
 def cache_scales(model: OpenELM) -> None:
-    """Compute once what adapters need for decoding."""
+    """Compute the DoRA scales of all adapters once, for decoding."""
     for _, module in adapters(model):
         module.cache_scales()
 
 
 def invalidate_scales(module: nn.Module) -> None:
-    """Forget what `cache_scales` computed: parameters have changed."""
+    """Discard what `cache_scales` computed, after parameters have changed."""
     for _, adapter in adapters(module):
         adapter._settled = None
 
 
 def set_dropout_keys(module: nn.Module, key: mx.array | None = None) -> None:
-    """Give each adapter within a module a random key of its own, made of this one; without it nothing is dropped."""
+    """Give each adapter in a module its own random key, split from `key`; without a key nothing is dropped."""
     found = [adapter for _, adapter in adapters(module)]
     keys = [None] * len(found) if key is None or not found else list(mx.random.split(key, len(found)))
     for adapter, own in zip(found, keys, strict=True):
@@ -270,12 +270,12 @@ def set_dropout_keys(module: nn.Module, key: mx.array | None = None) -> None:
 
 
 def _over_length(magnitude: mx.array, squared: mx.array) -> mx.array:
-    """Learned over present length; 1 for a row of zeros, which has no direction."""
+    """Learned norm over current norm; 1 for a row of zeros, which has no direction."""
     return mx.where(squared > 0, magnitude / mx.sqrt(mx.maximum(squared, 1e-30)), 1.0)
 
 
 def _times(y: mx.array, ratio: mx.array) -> mx.array:
-    """In float32: a ratio near 1 would be rounded to steps of 1/256 in bfloat16."""
+    """`y * ratio`, computed in float32: bfloat16 would round a ratio near 1 to steps of 1/256."""
     return (y.astype(mx.float32) * ratio).astype(y.dtype)
 
 

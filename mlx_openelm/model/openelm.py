@@ -1,6 +1,6 @@
 """The OpenELM network, top to bottom (paper: arXiv:2404.14619).
 
-Parameters carry the names of the Hugging Face checkpoints. In shapes: B batch, L new tokens, S cached tokens plus L,
+Parameters have the names of the Hugging Face checkpoints. In shapes: B batch, L new tokens, S cached tokens plus L,
 H query heads, K key/value heads, D head_dim, M model_dim, F this layer's FFN width, V vocabulary.
 """
 
@@ -24,7 +24,7 @@ ATTENTION_BLOCK = 128  # queries, in training
 
 
 class ContextLengthWarning(UserWarning):
-    """Text goes on past the positions that the model was trained with, so its quality falls."""
+    """The text is longer than the context that the model was trained with, so its quality falls."""
 
 
 class OpenELM(nn.Module):
@@ -38,14 +38,14 @@ class OpenELM(nn.Module):
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
 
     def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
-        """Logits of the token after each given one.
+        """Logits of the token after each input token.
 
         Args:
             tokens: ids (B, L).
-            cache: what came before them; they are added to it.
+            cache: keys and values of earlier tokens; those of `tokens` are added.
 
         Returns:
-            (B, L, V) in the type of the weights.
+            (B, L, V) in the dtype of the weights.
 
         Warns:
             ContextLengthWarning: once, when a sequence grows past `max_context_length`.
@@ -62,20 +62,20 @@ class OpenELM(nn.Module):
         )
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """(..., V) from hidden states (..., M): lets prefill skip the positions that nobody reads."""
+        """Logits (..., V) of hidden states (..., M); a separate method, so that prefill can skip positions."""
         if self.config.share_input_output_layers:
             return self.transformer.token_embeddings.as_linear(hidden)
         return self.lm_head(hidden)
 
     @property
     def output_name(self) -> str:
-        """Name of the parameter behind `logits`."""
+        """Name of the parameter that computes `logits`."""
         tied = self.config.share_input_output_layers
         return "transformer.token_embeddings.weight" if tied else "lm_head.weight"
 
     @property
     def output_weight(self) -> mx.array:
-        """The matrix (V, M) behind `logits`, of a model that is not quantized."""
+        """The matrix (V, M) that computes `logits`, in an unquantized model."""
         return (self.transformer.token_embeddings if self.config.share_input_output_layers else self.lm_head).weight
 
     def make_cache(self, config: CacheConfig = CacheConfig()) -> KVCache:  # noqa: B008, frozen
@@ -89,14 +89,14 @@ class ForwardContext:
 
     rows: int
     rotate: Callable[[mx.array], mx.array]  # heads (B, N, L, D) by their positions
-    attend: Callable[[int, mx.array, mx.array, mx.array], mx.array]  # layer, queries, keys, values; the last may read
-    last_only: bool = False  # the last layer computes but the last token's hidden state
+    attend: Callable[[int, mx.array, mx.array, mx.array], mx.array]  # layer, queries (or only the last), keys, values
+    last_only: bool = False  # the last layer computes only the last token's hidden state
 
     @classmethod
     def alone(
         cls, config: OpenELMConfig, rows: int, mask: mx.array | None = None, training: bool = False
     ) -> "ForwardContext":
-        """A pass over whole rows, without anything before them; see `segment_mask`."""
+        """A pass over whole rows without a cache; `mask` as from `segment_mask`, by default causal."""
         read = blockwise_attention if training else attention
         attend = lambda layer, queries, keys, values: read(queries, keys, values, mask)  # noqa: E731
         return cls(rows, Rope(config.rope_freq_constant, 0), attend)
@@ -105,7 +105,7 @@ class ForwardContext:
 class Transformer(nn.Module):
     """Embedding, layers and the last norm: tokens (B, L) to hidden states (B, L, M).
 
-    `segments` (B, L) numbers the documents that share a row: none of them sees another.
+    `segments` (B, L) numbers the documents in a row; tokens attend only to their own document.
     """
 
     def __init__(self, config: OpenELMConfig):
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         segments: mx.array | None = None,
         last_only: bool = False,
     ) -> mx.array:
-        """With `last_only`, hidden states (B, 1, M) of the last tokens alone."""
+        """Hidden states (B, L, M); with `last_only`, those of the last tokens alone, (B, 1, M)."""
         B, L = tokens.shape
         self.warn_past_context(cache, L)
         if cache is None:
@@ -134,21 +134,21 @@ class Transformer(nn.Module):
         return hidden
 
     def forward_context(self, rows: int, cache: KVCache | StepCache, last_only: bool = False) -> ForwardContext:
-        """A pass whose tokens come behind those in a cache."""
+        """A pass over tokens that follow those in a cache."""
         return ForwardContext(rows, Rope(self.config.rope_freq_constant, cache.positions), cache.attend, last_only)
 
     def run(self, tokens: mx.array, context: ForwardContext) -> mx.array:
-        """The pass itself."""
+        """Run all layers in this context: tokens (B, L) to hidden states."""
         B, L = tokens.shape
         x = self.token_embeddings(tokens).astype(self.norm.weight.dtype)  # (B, L, M)
         if L == 1:
-            x = x.reshape(B, -1)  # spares each product of matrices two changes of shape
+            x = x.reshape(B, -1)  # saves two reshapes per matrix product
         for layer in self.layers:
             x = layer(x, context)
         return self.norm(x).reshape(B, -1, x.shape[-1])
 
     def warn_past_context(self, cache: KVCache | None, num_new: int) -> None:
-        """Warn if so many tokens more grow past what the model was trained with; a window has no far tokens."""
+        """Warn if `num_new` more tokens exceed the trained context, unless a window keeps distances within it."""
         limit = self.config.max_context_length
         if cache is not None and cache.config.window is not None and cache.config.window <= limit:
             return
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward network, each behind a norm and around a residual."""
+    """Attention and feed-forward network, each with a norm before it and a residual connection."""
 
     def __init__(self, config: OpenELMConfig, layer: int):
         super().__init__()
@@ -173,7 +173,7 @@ class Layer(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.model_dim, eps=NORM_EPS)
 
     def __call__(self, x: mx.array, context: ForwardContext) -> mx.array:
-        """Hidden states (B, L, M), or (B, M) of one token a row."""
+        """Hidden states (B, L, M), or (B, M) for one token per row."""
         last_only = context.last_only and self.is_last
         read = self.attn(self.attn_norm(x), context, last_only)
         x = (x[:, -1:] if last_only else x) + read
@@ -181,7 +181,7 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with this layer's number of heads, normed queries and keys, and rotary positions."""
+    """Grouped-query attention with this layer's number of heads, normalized queries and keys, and RoPE."""
 
     def __init__(self, config: OpenELMConfig, layer: int):
         super().__init__()
@@ -217,7 +217,7 @@ class Attention(nn.Module):
         return self.out_proj(read.reshape(*shape, -1))
 
     def _normed(self, heads: mx.array) -> mx.array:
-        """Queries and keys (B, H + K, L, D), each by its own norm but together: on the CPU a norm is many steps."""
+        """Queries and keys (B, H + K, L, D), normalized together: on the CPU a norm is many operations."""
         if not self.normalize_qk:
             return heads
         counts = (self.num_query_heads, self.q_norm.weight), (self.num_kv_heads, self.k_norm.weight)
@@ -226,7 +226,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The feed-forward network of this layer's width, gated (`proj_1` holds gate, then input) or plain."""
+    """The feed-forward network with this layer's width, gated (`proj_1` holds gate, then input) or plain."""
 
     def __init__(self, config: OpenELMConfig, layer: int):
         super().__init__()
@@ -247,15 +247,15 @@ class FeedForward(nn.Module):
 def swap_heads(x: mx.array) -> mx.array:
     """(B, L, H, D) to (B, H, L, D), or back."""
     B, one, other, D = x.shape
-    if 1 in (one, other):  # the numbers stay in order
+    if 1 in (one, other):  # the order in memory stays the same
         return x.reshape(B, other, one, D)
     return x.transpose(0, 2, 1, 3)
 
 
 def blockwise_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
-    """`attention` of as many queries as keys, in blocks of queries with no more keys than these may see.
+    """`attention` of equally many queries and keys, in blocks of queries, each with only the keys that it may see.
 
-    Gradients need the scores, which no fused kernel keeps: nearly half of them are never made this way.
+    Gradients need the scores, which no fused kernel keeps; in blocks, nearly half of them are never computed.
     """
     blocks = []
     for start in range(0, queries.shape[2], ATTENTION_BLOCK):
@@ -266,22 +266,22 @@ def blockwise_attention(queries: mx.array, keys: mx.array, values: mx.array, mas
 
 
 def segment_mask(segments: mx.array) -> mx.array:
-    """Which positions each may attend to, bool (B, 1, L, L): itself and those before it in its own segment (B, L)."""
+    """Mask, bool (B, 1, L, L): each token attends to itself and to earlier tokens of its segment (B, L)."""
     positions = mx.arange(segments.shape[1])
     causal = positions[None, :] <= positions[:, None]
     return (segments[:, None, :, None] == segments[:, None, None, :]) & causal
 
 
 def activate(name: str, x: mx.array) -> mx.array:
-    """An activation by its name in the configuration.
+    """Apply an activation by its name in the configuration.
 
-    Written in plain operations: MLX's own versions are compiled, which on the CPU starts a C++ compiler.
+    This uses plain operations: MLX's own versions are compiled, which starts a C++ compiler on the CPU.
     """
     if name == "swish":
         return x * mx.sigmoid(x)
     if name == "gelu":
         return x * (1 + mx.erf(x * 2**-0.5)) / 2
-    assert name == "relu", f"a configuration let the activation {name} pass"
+    assert name == "relu", f"unknown activation {name}, which the configuration should have rejected"
     return mx.maximum(x, 0)
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., arXiv:2104.09864)."""
+"""Rotary position embedding (Su et al., arXiv:2104.09864)."""
 
 import math
 
@@ -8,11 +8,11 @@ from ..machine.device import on_cpu
 
 
 class Rope:
-    """Rotates heads by the positions of a pass: the two halves of each head against one another.
+    """Rotates heads by the positions of a pass; pairs are formed across the two halves of a head.
 
     Args:
-        base: of the wavelengths.
-        positions: of the first token, the same for all rows; or, as an array, () the same or (B,) for each.
+        base: base of the wavelengths.
+        positions: position of the first token: an int or an array () for all rows, or an array (B,), one per row.
     """
 
     def __init__(self, base: float, positions: int | mx.array):
@@ -21,7 +21,7 @@ class Rope:
         self._table: tuple[mx.array, mx.array] | None = None
 
     def __call__(self, heads: mx.array) -> mx.array:
-        """Heads (B, N, L, D), rotated by position after position along L."""
+        """Rotate heads (B, N, L, D), whose positions increase by 1 along L."""
         if on_cpu() and isinstance(self._positions, mx.array):
             return self._by_table(heads, self._positions)
         return mx.fast.rope(
@@ -29,7 +29,7 @@ class Rope:
         )
 
     def _by_table(self, heads: mx.array, positions: mx.array) -> mx.array:
-        """In plain operations, as MLX does it on the CPU, but with the angles of all layers computed once."""
+        """In plain operations, as MLX does it on the CPU, but the angles are computed once for all layers."""
         if self._table is None:
             angles = _angles(positions, heads.shape[2], heads.shape[3] // 2, self._base)
             self._table = mx.cos(angles), mx.sin(angles)
@@ -40,7 +40,7 @@ class Rope:
 
 
 def _angles(positions: mx.array, length: int, half: int, base: float) -> mx.array:
-    """In radians, (L, D / 2), or (B, 1, L, D / 2) of rows with positions of their own."""
+    """In radians, (L, D / 2), or (B, 1, L, D / 2) if each row has its own position."""
     frequencies = mx.exp(mx.arange(half) * (-math.log(base) / half))
     each = positions[..., None] + mx.arange(length) if length > 1 else positions[..., None]
     angles = each[..., None] * frequencies

@@ -1,1 +1,1 @@
-"""Text to ids and back, and the files that a tokenizer is found in and written to."""
+"""Text to ids and back, and the files that tokenizers are read from and written to."""

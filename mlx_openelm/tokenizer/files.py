@@ -1,7 +1,7 @@
-"""Where a tokenizer is found, and the files that one is written as.
+"""Finding a tokenizer, and writing one in the files that other programs read.
 
-Apple's repositories hold no tokenizer, and Llama's, which they use, is behind a form. So several places are tried, and
-copies by third parties are believed only if their vocabulary is the known one.
+Apple's repositories contain no tokenizer, and Llama's, which the models use, is gated. So several places are tried, and
+third-party copies are accepted only if their vocabulary is the known one.
 """
 
 import json
@@ -31,23 +31,23 @@ _PROBE = "Zwölf  Boxkämpfer\tjagen 3.14 quick-witted foxes,\n(don't they?) —
 
 
 def has_tokenizer(folder: Path | None) -> bool:
-    """Whether a folder holds a tokenizer."""
+    """Whether a folder contains a tokenizer."""
     return folder is not None and any((folder / name).exists() for name in FILE_NAMES)
 
 
 def find_tokenizer(
     requested: str | Path | None, folder: Path | None, vocab_size: int, *, chat: bool, revision: str | None = None
 ) -> tuple[Tokenizer, str]:
-    """A model's tokenizer, and where it came from in words.
+    """Find a model's tokenizer; returns it and its origin, in words.
 
     Args:
-        requested: file, folder or hub id; nothing else is tried then.
-        folder: the model's own.
-        vocab_size: rows of the embedding, which the tokenizer must not exceed.
+        requested: file, folder or hub id; if given, nothing else is tried.
+        folder: the model's own folder.
+        vocab_size: rows of the embedding; the tokenizer must not have more tokens.
         chat: whether the model was tuned on conversations.
         revision: branch, tag or commit of `requested`.
     Raises:
-        TokenizerError: naming each place and why it did not do.
+        TokenizerError: if no tokenizer is found, with each place and the reason, or if it has too many tokens.
     """
     if requested is not None:
         path = Path(requested).expanduser()
@@ -61,7 +61,7 @@ def find_tokenizer(
         tokenizer, origin = _llama_tokenizer(folder, vocab_size, chat)
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
-            f"{tokenizer.path} has {tokenizer.vocab_size:,} tokens, but the model only {vocab_size:,} rows for them"
+            f"{tokenizer.path} has {tokenizer.vocab_size:,} tokens, but the model has only {vocab_size:,} embeddings"
         )
     return tokenizer, origin
 
@@ -70,12 +70,12 @@ def _from_folder(folder: Path, chat: bool) -> Tokenizer:
     for name in FILE_NAMES:
         if (folder / name).exists():
             return Tokenizer(folder / name, chat=chat)
-    raise TokenizerError(f"{folder} holds neither {FILE_NAMES[0]} nor {FILE_NAMES[1]}")
+    raise TokenizerError(f"{folder} contains neither {FILE_NAMES[0]} nor {FILE_NAMES[1]}")
 
 
 @dataclass
 class _Search:
-    """Places tried for Llama's tokenizer, and why each did not do."""
+    """Places tried for Llama's tokenizer, and why each was rejected."""
 
     chat: bool
     failures: list[str] = field(default_factory=list)
@@ -93,9 +93,9 @@ class _Search:
 
 
 def _llama_tokenizer(folder: Path | None, vocab_size: int, chat: bool) -> tuple[Tokenizer, str]:
-    search = _Search(chat, [f"{folder or 'the checkpoint'} (holds none)"])
+    search = _Search(chat, [f"{folder or 'the checkpoint'} (contains none)"])
     if vocab_size < LLAMA_VOCAB_SIZE:
-        search.failures.append(f"Llama's (has {LLAMA_VOCAB_SIZE:,} tokens, the model {vocab_size:,})")
+        search.failures.append(f"Llama's ({LLAMA_VOCAB_SIZE:,} tokens; the model has only {vocab_size:,})")
         raise _nowhere(search)
     repos = (LLAMA_REPO, *PUBLIC_COPIES)
     for repo in repos:
@@ -105,7 +105,7 @@ def _llama_tokenizer(folder: Path | None, vocab_size: int, chat: bool) -> tuple[
             if tokenizer is not None:
                 return tokenizer, f"{repo}, from the Hugging Face cache"
     if len(search.failures) == 1:
-        search.failures.append("the Hugging Face cache (holds none)")
+        search.failures.append("the Hugging Face cache (contains none)")
     for repo in repos:
         tokenizer = search.attempt(repo, lambda repo=repo: download_file(repo, FILE_NAMES[0]))  # type: ignore[misc]
         if tokenizer is not None:
@@ -115,26 +115,26 @@ def _llama_tokenizer(folder: Path | None, vocab_size: int, chat: bool) -> tuple[
 
 def _nowhere(search: _Search) -> TokenizerError:
     return TokenizerError(
-        f"no tokenizer was found; tried {'; '.join(search.failures)}. Either set `tokenizer` to a "
-        f"file, a folder or a hub id; or get access to {LLAMA_REPO} on its page and run `hf auth login`; or use "
-        "`tokenizer=none` to do without"
+        f"no tokenizer found; tried {'; '.join(search.failures)}. Set `tokenizer` to a file, a folder or a hub id; "
+        f"or request access to {LLAMA_REPO} on its page and run `hf auth login`; or use `tokenizer=none` to work "
+        "without one"
     )
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer as `convert` does: the file it came from, and what other programs look for beside it.
+    """Write a tokenizer as `convert` does: its original file, and the files that other programs look for beside it.
 
-    A `tokenizer.json` is derived from a SentencePiece BPE model if it gives the same ids.
+    A `tokenizer.json` is derived from a SentencePiece BPE model if it produces the same ids.
     """
     shutil.copyfile(tokenizer.path, folder / tokenizer.path.with_stem("tokenizer").name)
     if tokenizer.path.suffix != ".json":
         path = folder / FILE_NAMES[1]
         path.write_text(json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False, indent=1), encoding="utf-8")
         if Tokenizer(path).encode(_PROBE) != tokenizer.encode(_PROBE):
-            path.unlink()  # another algorithm or normalisation than BPE over NFC; tokenizer.model says it all
+            path.unlink()  # not BPE, or not normalised to NFC; tokenizer.model suffices
     pieces = tokenizer.pieces()
     settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the one that takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the class that uses tokenizer.json unchanged
         "bos_token": pieces[tokenizer.bos_token_id],
         "eos_token": pieces[tokenizer.eos_token_id],
         "unk_token": "<unk>" if "<unk>" in pieces else None,
@@ -216,7 +216,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _merges(pieces: list[str], ids: dict[str, int]) -> list[list[str]]:
-    """Pairs that BPE joins, the most frequent first: SentencePiece numbers its pieces in the order of their merges."""
+    """Pairs that BPE merges, most frequent first: SentencePiece numbers its pieces in the order of their merges."""
     merges = []
     for piece in pieces:
         if len(piece) < 2 or (piece.startswith("<") and piece.endswith(">")):

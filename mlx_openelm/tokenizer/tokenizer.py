@@ -1,6 +1,6 @@
-"""Text to ids and back, the chat template, and decoding while ids still come in.
+"""Text to ids and back, the chat template, and streaming decoding.
 
-OpenELM uses the vocabulary of Llama: SentencePiece BPE with byte fallback. It comes as `tokenizer.model`, which the
+OpenELM uses Llama's vocabulary: SentencePiece BPE with byte fallback. It comes as `tokenizer.model`, which the
 `sentencepiece` package reads, or as `tokenizer.json`, which the slower-starting `tokenizers` package reads.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ..errors import TokenizerError
 
 CHAT_ROLES = ("system", "user", "assistant")
-_SPACE = "▁"  # how both libraries write a space inside a piece
+_SPACE = "▁"  # how both libraries write a space within a piece
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _UNKNOWN = " \u2047 "  # what SentencePiece prints for text that its vocabulary cannot express
 
@@ -24,13 +24,13 @@ _UNKNOWN = " \u2047 "  # what SentencePiece prints for text that its vocabulary 
 class Tokenizer:
     """Text to ids and back.
 
-    Text is normalised to NFC. Whatever it holds is text: `<s>` or `</s>` in a prompt never become control tokens.
+    Text is normalised to NFC. `<s>` and `</s>` in a text are plain text and never become control tokens.
 
     Attributes:
         path: the file that it was read from.
         has_chat_template: whether the model was tuned on conversations.
         vocab_size: number of ids.
-        bos_token_id, eos_token_id: ids that begin and end a text.
+        bos_token_id, eos_token_id: ids of the tokens that begin and end a text.
     """
 
     def __init__(self, path: str | Path, *, chat: bool = False):
@@ -56,38 +56,38 @@ class Tokenizer:
         return f"Tokenizer({str(self.path)!r}, {self.vocab_size:,} tokens, {kind} chat template)"
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Ids of a text, behind BOS.
+        """Ids of a text, after BOS if `bos` is true.
 
         Raises:
-            TokenizerError: if the text holds half of a surrogate pair, which no UTF-8 can express.
+            TokenizerError: if the text contains a lone surrogate, which UTF-8 cannot encode.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text holds a lone surrogate at character {error.start:,}") from error
+            raise TokenizerError(f"the text contains a lone surrogate at character {error.start:,}") from error
         ids = self._library.encode(unicodedata.normalize("NFC", text))
         return [self.bos_token_id, *ids] if bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; control tokens leave no trace, nor does the space that `encode` put in front."""
+        """Text of ids, without control tokens and without the space that `encode` puts in front."""
         text = b"".join(self.token_bytes(token) for token in ids).decode("utf-8", errors="replace")
         return text[1:] if self._adds_space and text.startswith(" ") else text
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 of one token, which may be a part of a character; nothing for control tokens and unknown ids."""
+        """UTF-8 bytes of one token, possibly part of a character; empty for control tokens and ids out of range."""
         if not 0 <= token < self.vocab_size or self._library.is_control(token):
             return b""
         return self._library.bytes_of(token)
 
     def stream_decoder(self) -> "StreamDecoder":
-        """A decoder for ids that come one at a time and go on with a text."""
+        """A decoder for ids that arrive one at a time."""
         return StreamDecoder(self)
 
     def encode_prompt(self, text: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:
         """Ids of a prompt: in the chat template if the model has one, otherwise as plain text.
 
         Args:
-            chat: True or False to decide that instead.
+            chat: whether to use the chat template; by default if the model has one.
             system: system message; requires the chat template.
         Raises:
             TokenizerError: if the chat template is required and the model has none.
@@ -98,7 +98,7 @@ class Tokenizer:
         return self.encode_chat([*before, {"role": "user", "content": text}])
 
     def uses_chat_template(self, chat: bool | None = None, system: str | None = None) -> bool:
-        """Whether `encode_prompt` uses the chat template; see there."""
+        """Whether `encode_prompt` uses the chat template; arguments and errors as there."""
         chosen = self.has_chat_template if chat is None else chat
         if system is not None and not chosen:
             raise TokenizerError(
@@ -111,13 +111,14 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True, bos: bool = True
     ) -> list[int]:
-        """Ids of a conversation, each turn closed by EOS.
+        """Ids of a conversation, with EOS after each turn.
 
-        Between control tokens each stretch of text is encoded by itself, as it was when the models were tuned.
+        The text between control tokens is encoded segment by segment, as when the models were tuned.
 
         Args:
-            messages: with `role` (system, user, assistant) and `content`.
-            add_generation_prompt: end where the assistant's answer begins.
+            messages: mappings with `role` (system, user or assistant) and `content`.
+            add_generation_prompt: whether to end where the assistant's answer begins.
+            bos: whether to begin with BOS.
         Raises:
             TokenizerError: if the model has no chat template or a message is malformed.
         """
@@ -129,10 +130,10 @@ class Tokenizer:
         return ids
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """Text of a conversation, to look at: `encode_chat` does not go through it.
+        """Text of a conversation, for people; `encode_chat` does not use it.
 
         Raises:
-            TokenizerError: as `encode_chat` does.
+            TokenizerError: as for `encode_chat`.
         """
         eos = self._library.piece(self.eos_token_id)
         return eos.join(_stretches(self._checked(messages), add_generation_prompt))
@@ -142,7 +143,7 @@ class Tokenizer:
         return [self._library.piece(token) for token in range(self.vocab_size)]
 
     def vocab_hash(self) -> str:
-        """SHA-256 of the vocabulary in the order of its ids: the same for both kinds of file."""
+        """SHA-256 of the vocabulary in the order of its ids; the same for both file types."""
         return hashlib.sha256("\0".join(self.pieces()).encode()).hexdigest()
 
     def _checked(self, messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
@@ -157,23 +158,23 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of ids that come one at a time; half a character waits for its other half."""
+    """Decodes ids that arrive one at a time; an incomplete character is held back."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The whole characters that this token completes."""
+        """The text that this token completes, possibly empty."""
         return self._utf8.decode(self._tokenizer.token_bytes(token))
 
     def finish(self) -> str:
-        """A replacement character if the ids end within a character, else nothing."""
+        """A replacement character if the ids end within a character, otherwise an empty string."""
         return self._utf8.decode(b"", final=True)
 
 
 def _stretches(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> list[str]:
-    """The conversation's text, cut where EOS stands: the template of CoreNet's recipe for instruction tuning."""
+    """The conversation's text, split at EOS, in the template of CoreNet's recipe for instruction tuning."""
     stretches = [""]
     for message in messages:
         stretches[-1] += f"<|{message['role']}|>\n{message['content']}"
@@ -184,10 +185,10 @@ def _stretches(messages: Sequence[Mapping[str, str]], add_generation_prompt: boo
 
 
 class _Library(Protocol):
-    """What is asked of the package that does the work."""
+    """What a tokenizer package must provide."""
 
     vocab_size: int
-    bos_token_id: int  # -1: there is none
+    bos_token_id: int  # -1: none
     eos_token_id: int
 
     def encode(self, text: str) -> list[int]: ...
@@ -275,7 +276,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary: itself where it can be seen."""
+    """Bytes by the character that represents them in a byte-level vocabulary: printable bytes represent themselves."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unseen = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(256 + number): byte for number, byte in enumerate(unseen)}
