@@ -132,7 +132,7 @@ class TestReport:
         lines = list(csv.DictReader(report().to_csv().splitlines()))
         assert [line["who"] for line in lines] == ["openelm-mlx", "mlx-lm"] * 2
         assert float(lines[0]["decode_tokens_per_second"]) == 1.0
-        assert lines[2]["cache"] == "in 8 bits"
+        assert lines[2]["cache"] == "8-bit"
         table = report().to_markdown().splitlines()
         assert len({line.count("|") for line in table}) == 1
         assert "ratio | 4.00 | 1.00 | 0.25 | 1.00" in table[4]
@@ -169,7 +169,7 @@ class TestCommand:
         )
         lines = list(csv.DictReader(out.splitlines()))
         assert [(line["prompt_tokens"], line["batch_size"], line["cache"]) for line in lines] == [
-            (length, rows, kind) for length in "48" for rows in "12" for kind in ("in full", "in 8 bits")
+            (length, rows, kind) for length in "48" for rows in "12" for kind in ("full", "8-bit")
         ]
 
     def test_json(self):

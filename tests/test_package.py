@@ -195,7 +195,7 @@ def test_bench_measures_a_network(tiny_model):
     report = bench(tiny_model, [case], rounds=1, on_round=lambda who, number: rounds.append((who, number)))
     assert rounds == [("openelm-mlx", 0), ("openelm-mlx", 1)]
     assert report.results[0].case == case
-    assert "Case(4 prompt tokens, 3 generated, 1 at once, KV cache in full): openelm-mlx " in repr(report)
+    assert "Case(4 prompt tokens, 3 generated, 1 at once, full KV cache): openelm-mlx " in repr(report)
     with pytest.raises(BenchError, match="`against` must be mlx-lm; got 'torch'"):
         bench(tiny_model, against="torch")
     with pytest.raises(BenchError, match="`rounds` must be at least 1; got 0"):
@@ -210,4 +210,4 @@ def test_models_and_tokenizers_print_in_a_line(tiny_model, tokenizer, chat_token
     assert repr(chat) == f"Chat({tiny_model!r}, 1 messages, 0 tokens in the cache)"
     cache = tiny_model.make_cache()
     tiny_model(mx.array([[1, 2, 3]]), cache=cache)
-    assert repr(cache).startswith("KVCache(3 tokens in full, ")
+    assert repr(cache).startswith("KVCache(3 tokens, full, ")

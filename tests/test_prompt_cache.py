@@ -20,7 +20,7 @@ def run(model, tokenizer, prompt, cache=None, **options):
     return generation
 
 
-@pytest.mark.parametrize("config", KINDS, ids=lambda config: config.in_words)
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config.label)
 @pytest.mark.parametrize("shared", [0, 1, 30, 59, 60])
 def test_what_two_prompts_share_is_computed_once(tiny_model, tokenizer, config, shared):
     cache = PromptCache(tiny_model, config)
@@ -55,7 +55,7 @@ def test_a_shorter_text_is_not_quantized_because_a_longer_one_was(tiny_model, to
         assert found.logprobs == run(tiny_model, tokenizer, prompt, PromptCache(tiny_model, config)).logprobs
 
 
-@pytest.mark.parametrize("config", [CacheConfig(), CacheConfig(bits=8), TURNED], ids=lambda config: config.in_words)
+@pytest.mark.parametrize("config", [CacheConfig(), CacheConfig(bits=8), TURNED], ids=lambda config: config.label)
 @pytest.mark.parametrize("layer", [1, 4], ids=["prefill", "step"])  # of three: the second one each time
 def test_an_interruption_within_a_pass_leaves_nothing_half_done(tiny_model, tokenizer, monkeypatch, config, layer):
     cache = PromptCache(tiny_model, config)
@@ -86,7 +86,7 @@ def test_a_window_that_has_turned_starts_again(tiny_model, tokenizer):
     assert run(tiny_model, tokenizer, [*TEXT[:30], 5], cache).stats.reused_tokens == 0
 
 
-@pytest.mark.parametrize("config", [*KINDS, TURNED], ids=lambda config: config.in_words)
+@pytest.mark.parametrize("config", [*KINDS, TURNED], ids=lambda config: config.label)
 def test_a_file_brings_everything_back(tiny_model, tokenizer, tmp_path, config):
     cache = PromptCache(tiny_model, config)
     run(tiny_model, tokenizer, TEXT, cache)
@@ -130,7 +130,7 @@ class TestFilesThatDoNotFit:
             PromptCache.load(random_model(tiny_config, seed=1), path)
 
     def test_another_way_to_keep(self, tiny_model, path):
-        with pytest.raises(CacheError, match="in full, not in 8 bits"):
+        with pytest.raises(CacheError, match=r"another KV cache \(full, not 8-bit\)"):
             PromptCache.load(tiny_model, path, CacheConfig(bits=8))
 
     def test_no_prompt_cache(self, tiny_model, tmp_path):

@@ -33,7 +33,7 @@ class Case:
     def __repr__(self) -> str:
         return (
             f"Case({self.prompt_tokens:,} prompt tokens, {self.max_tokens:,} generated, {self.batch_size} at once, "
-            f"KV cache {self.cache.in_words})"
+            f"{self.cache.label} KV cache)"
         )
 
     def prompts(self, vocab_size: int) -> list[list[int]]:

@@ -12,8 +12,8 @@ HEADINGS = (
     "model",
     "weights",
     "prompt",
-    "answer",
-    "rows",
+    "completion",
+    "batch",
     "KV",
     "",
     "prefill tokens/s",
@@ -44,7 +44,7 @@ class BenchReport:
 
     def __repr__(self) -> str:
         lines = [
-            f"  {result.model}, {weights_in_words(result.dtype, result.bits)}, {result.case!r}: "
+            f"  {result.model}, {weights_label(result.dtype, result.bits)}, {result.case!r}: "
             f"{who} {figures.decode_tokens_per_second.median:,.1f} tokens/s"
             for result in self.results
             for who, figures in result.figures.items()
@@ -71,7 +71,7 @@ class BenchReport:
             for who, figures in result.figures.items():
                 case = result.case
                 about = [result.model, result.dtype, result.bits or "", case.prompt_tokens, case.max_tokens]
-                writer.writerow([*about, case.batch_size, case.cache.in_words, who, *_values(figures)])
+                writer.writerow([*about, case.batch_size, case.cache.label, who, *_values(figures)])
         return text.getvalue()
 
     def to_markdown(self) -> str:
@@ -100,7 +100,7 @@ def _values(figures: Figures) -> list[Any]:
     return ["" if value is None else getattr(value, "median", value) for value in values]
 
 
-def weights_in_words(dtype: str, bits: int | None) -> str:
+def weights_label(dtype: str, bits: int | None) -> str:
     """How weights are stored, such as "4 bits, float32"."""
     return dtype if bits is None else f"{bits} bits, {dtype}"
 
@@ -109,11 +109,11 @@ def _about(result: Result) -> list[str]:
     case = result.case
     return [
         result.model,
-        weights_in_words(result.dtype, result.bits),
+        weights_label(result.dtype, result.bits),
         f"{case.prompt_tokens:,}",
         f"{case.max_tokens:,}",
         str(case.batch_size),
-        case.cache.in_words,
+        case.cache.label,
     ]
 
 

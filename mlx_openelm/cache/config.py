@@ -37,13 +37,13 @@ class CacheConfig:
             raise CacheError("a window cannot be quantized: window and bits are mutually exclusive")
 
     @property
-    def in_words(self) -> str:
-        """A description for people, such as "in 8 bits"."""
+    def label(self) -> str:
+        """Short description, such as "full", "8-bit" or "window of 512 tokens (4 sinks)"."""
         if self.window is not None:
-            return f"in a window of {self.window:,} tokens with the first {self.sinks}"
+            return f"window of {self.window:,} tokens ({self.sinks} sinks)"
         if self.bits is None:
-            return "in full"
-        return f"in {self.bits} bits" + (f" from {self.quantize_after:,} tokens on" if self.quantize_after else "")
+            return "full"
+        return f"{self.bits}-bit" + (f" from {self.quantize_after:,} tokens on" if self.quantize_after else "")
 
 
 def kv_group_size(head_dim: int) -> int:

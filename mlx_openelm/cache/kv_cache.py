@@ -31,7 +31,7 @@ class KVCache:
         self.clear()
 
     def __repr__(self) -> str:
-        return f"KVCache({self.offset:,} tokens {self.config.in_words}, {self.nbytes / 2**20:,.1f} MiB)"
+        return f"KVCache({self.offset:,} tokens, {self.config.label}, {self.nbytes / 2**20:,.1f} MiB)"
 
     def clear(self) -> None:
         """Forget everything."""

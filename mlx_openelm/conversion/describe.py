@@ -80,7 +80,7 @@ def describe(source: Source) -> ModelInfo:
         nbytes=source.nbytes,
         kv_bytes_per_token=kv_cache_bytes(config, 1),
         kv_cache_bytes={
-            kind.in_words: kv_cache_bytes(config, config.max_context_length, cache=kind) for kind in _kinds(config)
+            kind.label: kv_cache_bytes(config, config.max_context_length, cache=kind) for kind in _kinds(config)
         },
         weights=dict(Counter(_kind(tensor) for tensor in source.tensors.values())),
     )

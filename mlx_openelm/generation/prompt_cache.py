@@ -108,9 +108,7 @@ class PromptCache:
             raise CacheError(f"{path} was made with another model, adapter or dtype; delete it or choose another file")
         saved = CacheConfig(**json.loads(about["config"]))
         if config is not None and config != saved:
-            raise CacheError(
-                f"{path} stores keys and values {saved.in_words}, not {config.in_words}; choose another file"
-            )
+            raise CacheError(f"{path} has another KV cache ({saved.label}, not {config.label}); choose another file")
         cache = cls(model, saved)
         cache._fingerprint = own
         cache.tokens = json.loads(about["tokens"])
