@@ -184,11 +184,19 @@ def test_a_window_is_attention_over_the_sinks_and_the_last_tokens(size, sinks, l
     expected = mx.concatenate(expected, axis=2)
 
     keys, queries = rotated(plain_keys, 0), rotated(plain_queries, 0)
-    buffers, found, offset = layout.allocate(keys, values, 4), [], 0
-    for length in lengths:
-        part = slice(offset, offset + length)
-        buffers = layout.grow(buffers, min(offset, size), offset + length)
-        buffers, output = layout.extend(buffers, offset, keys[:, :, part], values[:, :, part], queries[:, :, part])
-        found.append(output)
-        offset += length
-    assert_close(mx.concatenate(found, axis=2), expected, 2e-5)
+    for num_steps in (0, 4):  # the last ones by `write`, as in the decoding step
+        buffers, found, offset = layout.allocate(keys, values, 4), [], 0
+        for length in lengths:
+            length = min(length, total - num_steps - offset)
+            if length <= 0:
+                break
+            part = slice(offset, offset + length)
+            buffers = layout.grow(buffers, min(offset, size), offset + length)
+            buffers, output = layout.extend(buffers, offset, keys[:, :, part], values[:, :, part], queries[:, :, part])
+            found.append(output)
+            offset += length
+        for slot in range(offset, total):
+            part = slice(slot, slot + 1)
+            buffers = layout.write(buffers, mx.array(slot), keys[:, :, part], values[:, :, part])
+            found.append(layout.attend_masked(buffers, queries[:, :, part], mx.ones((1, 1, 1, size), mx.bool_)))
+        assert_close(mx.concatenate(found, axis=2), expected, 2e-5)

@@ -224,3 +224,21 @@ def test_one_row_is_chosen_as_alone():
     tokens, logprobs, (keys, recents) = sampler.choose_rows(logits[None], (state[0][None], state[1][None]))
     assert (tokens.tolist(), logprobs.tolist()) == ([token.item()], [logprob.item()])
     assert (keys.tolist(), recents.tolist()) == ([key.tolist()], [recent.tolist()])
+
+
+def test_a_config_that_samples_gets_a_seed_once():
+    assert SamplingConfig().with_seed().seed is None
+    assert SamplingConfig(seed=7).with_seed().seed == 7
+    sampled = SamplingConfig(temperature=0.5, top_k=3)
+    drawn = sampled.with_seed()
+    assert drawn.seed is not None
+    assert (drawn.temperature, drawn.top_k) == (0.5, 3)
+    assert drawn.with_seed() is drawn
+    assert sampled.with_seed().seed != drawn.seed
+
+
+def test_a_penalty_makes_small_negative_logits_smaller():
+    sampler = Sampler(SamplingConfig(repetition_penalty=2.0, repetition_context=3))
+    logits = mx.array([0.0, -0.5, -0.9, 3.0])
+    _, recent = sampler.start(mx.array([0, 1, 3]))
+    assert sampler._penalize(logits, recent).tolist() == pytest.approx([0.0, -1.0, -0.9, 1.5])
