@@ -94,18 +94,36 @@ _PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 @cache
 def _options_of_commands() -> dict[str, list[str]]:
     """Spellings of every option by the name of its parameter."""
-    return {parameter.name: parameter.opts for command in all_commands().values() for parameter in command.params}
+    return {
+        parameter.name: [*parameter.opts, *parameter.secondary_opts]
+        for command in all_commands().values()
+        for parameter in command.params
+    }
+
+
+# Parameters of the library whose options have other names.
+_ALIASES = {
+    "window": "--max-kv-size",
+    "sinks": "--kv-sinks",
+    "bits": "--kv-bits",
+    "quantize_after": "--quantized-kv-start",
+    "max_draft": "--num-draft-tokens",
+}
 
 
 def as_flags(message: str) -> str:
     """A message of the library, which names parameters (`force`, `dtype=bfloat16`), with flags for them.
 
-    A name that is no parameter of any command stays as it is.
+    A name that is no parameter of any command stays as it is. `name=False` becomes the flag that turns it off.
     """
 
     def flag(match: re.Match[str]) -> str:
-        found = [option for option in _options_of_commands().get(match[1], ()) if option.startswith("--")]
-        return " ".join(filter(None, (found[0], match[2]))) if found else match[0]
+        name, value = match[1], match[2]
+        spellings = [option for option in _options_of_commands().get(name, ()) if option.startswith("--")]
+        if value == "False":
+            return spellings[-1] if len(spellings) > 1 else match[0]
+        found = _ALIASES.get(name) or (spellings[0] if spellings else None)
+        return " ".join(filter(None, (found, value))) if found else match[0]
 
     return _PARAMETER.sub(flag, message)
 
@@ -123,7 +141,7 @@ def main() -> NoReturn:
         fail(str(error))
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else app.info.name
-        fail(f"{error.format_message()} (`{command} --help` shows what can be given)")
+        fail(f"{error.format_message()} (see `{command} --help`)")
     except _ClickError as error:
         fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):

@@ -88,7 +88,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
             f"{repo_id} is neither a local folder nor in the Hugging Face cache, and the hub cannot be reached"
         ) from error
     except EntryNotFoundError as error:
-        raise SourceError(f"{repo_id} does not contain the file") from error
+        raise SourceError(f"{repo_id} has no such file") from error
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(f"{repo_id} cannot be downloaded: {reason[:200]}") from error

@@ -101,7 +101,7 @@ def check_picture(path: Path) -> None:
     """
     kinds = optional_package("matplotlib.figure", "plots need", "plot").Figure().canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in kinds:
-        raise OutputError(f"unsupported picture type: {path} (choose from {', '.join(sorted(kinds))})")
+        raise OutputError(f"unsupported image format: {path} (choose from {', '.join(sorted(kinds))})")
 
 
 def plot_bench(report: Mapping[str, Any], picture: OutputFile) -> None:

@@ -116,7 +116,7 @@ def from_numpy(values: np.ndarray, dtype: mx.Dtype, name: str) -> mx.array:
     else:
         finite = bool(np.isfinite(values).all())  # ten times as fast in NumPy as in MLX on a CPU
     if not finite:
-        raise WeightsError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training diverged")
+        raise WeightsError(f"{name} contains NaN or infinity: the checkpoint is damaged, or its training diverged")
     array = mx.array(values)
     return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
 

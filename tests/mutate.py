@@ -4,7 +4,8 @@
     python tests/mutate.py --count 600 --seed 0 --output mutants.json
 
 Mutants are drawn with a fixed seed from the modules below, outside type annotations. For each, the tests of its module
-run in a fresh process on a copy of the project, and stop at the first failure. A timeout counts as killed.
+run in a fresh process on a copy of the project, and stop at the first failure. A timeout counts as killed. `--again
+mutants.json` runs the tests of today on those that survived, and keeps the other results.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
@@ -81,28 +83,44 @@ def _annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     return found
 
 
-def killed(mutant: Mutant, folder: Path) -> tuple[str, str]:
-    """ "killed", "timeout" or "survived" in a copy of the project, and the change as a diff."""
+def applied(mutant: Mutant, original: str) -> tuple[str, str]:
+    """The changed source of its module, and the change as a diff."""
     import cosmic_ray.plugins
     from cosmic_ray.mutating import mutate_code
 
-    path = folder / "mlx_openelm" / mutant.module
-    original = path.read_text(encoding="utf-8")
     changed = mutate_code(original, cosmic_ray.plugins.get_operator(mutant.operator)(), mutant.occurrence)
     diff = difflib.unified_diff(original.splitlines(), changed.splitlines(), lineterm="", n=0)
-    shown = "\n".join(line for line in diff if line[:1] in "+-" and line[:3] not in ("+++", "---"))
-    path.write_text(changed, encoding="utf-8")
-    tests = [str(folder / "tests" / name) for name in TESTS[mutant.module] if (folder / "tests" / name).exists()]
+    return changed, "\n".join(line for line in diff if line[:1] in "+-" and line[:3] not in ("+++", "---"))
+
+
+def same_today(survivors: list[dict[str, Any]]) -> list[Mutant]:
+    """The mutants that make the same changes as those of an earlier run, wherever they are in their modules now."""
+    possible = all_mutants()
+    found = []
+    for survivor in survivors:
+        original = (ROOT / "mlx_openelm" / survivor["module"]).read_text(encoding="utf-8")
+        kind = [m for m in possible if (m.module, m.operator) == (survivor["module"], survivor["operator"])]
+        found += [mutant for mutant in kind if applied(mutant, original)[1] == survivor["diff"]][:1]
+    return found
+
+
+def passes(module: str, folder: Path) -> bool:
+    """Whether the tests of a module pass in a copy of the project."""
+    tests = [str(folder / "tests" / name) for name in TESTS[module]]
     command = [ARGUMENTS.python.absolute(), "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=_TIMEOUT_SECONDS)
+    return done.returncode == 0
+
+
+def outcome_of(mutant: Mutant, folder: Path) -> tuple[str, str]:
+    """ "killed", "timeout" or "survived", and the change as a diff."""
+    path = folder / "mlx_openelm" / mutant.module
+    original = path.read_text(encoding="utf-8")
+    changed, shown = applied(mutant, original)
+    path.write_text(changed, encoding="utf-8")
     try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            timeout=_TIMEOUT_SECONDS,
-        )
-        return ("survived" if done.returncode == 0 else "killed"), shown
+        return ("survived" if passes(mutant.module, folder) else "killed"), shown
     except subprocess.TimeoutExpired:
         return "timeout", shown
     finally:
@@ -117,7 +135,14 @@ def main() -> None:
         drawn = [mutant for mutant in drawn if mutant.module in ARGUMENTS.only]
     drawn = random.Random(ARGUMENTS.seed).sample(drawn, min(ARGUMENTS.count, len(drawn)))
     folders: Queue[Path] = Queue()
-    results = []
+    results: list[dict[str, Any]] = []
+    if ARGUMENTS.again:
+        earlier = json.loads(ARGUMENTS.again.read_text(encoding="utf-8"))["mutants"]
+        drawn = same_today([entry for entry in earlier if entry["outcome"] == "survived"])
+        changes = {
+            applied(mutant, (ROOT / "mlx_openelm" / mutant.module).read_text(encoding="utf-8"))[1] for mutant in drawn
+        }
+        results = [entry for entry in earlier if entry["outcome"] != "survived" or entry["diff"] not in changes]
     started = time.time()
     with tempfile.TemporaryDirectory() as place:
         for worker in range(ARGUMENTS.workers):
@@ -127,10 +152,13 @@ def main() -> None:
             shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
             folders.put(folder)
 
-        def run(mutant: Mutant) -> dict[str, object]:
+        for module in {mutant.module for mutant in drawn}:
+            assert passes(module, Path(place) / "0"), f"the tests of {module} fail without a change"
+
+        def run(mutant: Mutant) -> dict[str, Any]:
             folder = folders.get()
             try:
-                outcome, diff = killed(mutant, folder)
+                outcome, diff = outcome_of(mutant, folder)
             finally:
                 folders.put(folder)
             return {**asdict(mutant), "outcome": outcome, "diff": diff}
@@ -156,6 +184,7 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--again", type=Path, help="result of an earlier run")
     parser.add_argument("--only", nargs="*", help="modules to draw from")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter that runs the tests")
     parser.add_argument("--output", type=Path, default=Path("mutants.json"))

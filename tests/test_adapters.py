@@ -34,7 +34,7 @@ TOKENS = np.random.default_rng(0).integers(3, 96, (2, 17)).astype(np.int32)
 BASES = ["float32", "bfloat16", 2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4"]
 METHODS = {
     "lora": AdapterConfig("lora", 4, 8.0),
-    "rslora": AdapterConfig("lora", 4, 8.0, rank_stabilised=True),
+    "rslora": AdapterConfig("lora", 4, 8.0, rank_stabilized=True),
     "dora": AdapterConfig("dora", 4, 8.0),
 }
 

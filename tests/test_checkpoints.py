@@ -110,9 +110,9 @@ def test_a_run_may_begin_again_if_it_left_no_checkpoint(tmp_path):
     (tmp_path / METRICS).write_text("{}")
     check_fresh(tmp_path)
     saved(tmp_path, 1)
-    with pytest.raises(TrainingError, match="already holds checkpoints"):
+    with pytest.raises(TrainingError, match="already contains checkpoints"):
         check_fresh(tmp_path)
-    with pytest.raises(TrainingError, match="already holds checkpoints"):
+    with pytest.raises(TrainingError, match="already contains checkpoints"):
         check_output(tmp_path, resume=False)
     check_output(tmp_path, resume=True)
 

@@ -135,7 +135,7 @@ class TestKeysAndValues:
         (["-p", "x", "--prompt-lookup", "3", "--max-kv-size", "50"], "mutually exclusive"),
         (["-p", "x", "--kv-bits", "5"], "got 5"),
         (["-p", "x", "--kv-bits", "4", "--max-kv-size", "50"], "mutually exclusive"),
-        (["-p", "x", "--max-kv-size", "3"], "window must be greater than the number of sinks, 4; got 3"),
+        (["-p", "x", "--max-kv-size", "3"], "--max-kv-size must be greater than the 4 --kv-sinks; got 3"),
         (["-p", "x", "--prompt-cache", "{p}/prompts.jsonl"], "not a prompt cache"),
     ],
 )

@@ -28,13 +28,13 @@ EMBEDDING = "transformer.token_embeddings"
 QKV_0, PROJ_2 = "transformer.layers.0.attn.qkv_proj", "transformer.layers.2.ffn.proj_2"
 
 KINDS = {
-    "lora": {"method": "lora", "rank_stabilised": False},
-    "rslora": {"method": "lora", "rank_stabilised": True},
-    "dora": {"method": "dora", "rank_stabilised": False},
+    "lora": {"method": "lora", "rank_stabilized": False},
+    "rslora": {"method": "lora", "rank_stabilized": True},
+    "dora": {"method": "dora", "rank_stabilized": False},
 }
 
 
-def random_adapter(model, ranks, method="lora", rank_stabilised=False, alpha=6.0, seed=0):
+def random_adapter(model, ranks, method="lora", rank_stabilized=False, alpha=6.0, seed=0):
     """An adapter with random values on these paths; row lengths of `random_model` are near 1."""
     rng = np.random.default_rng(seed)
     modules, tensors = dict(model.named_modules()), {}
@@ -48,11 +48,11 @@ def random_adapter(model, ranks, method="lora", rank_stabilised=False, alpha=6.0
     rank = max(ranks.values())
     return SavedAdapter(
         method,
-        alpha / (math.sqrt(rank) if rank_stabilised else rank),
+        alpha / (math.sqrt(rank) if rank_stabilized else rank),
         {name: mx.array(values.astype(np.float32)) for name, values in tensors.items()},
         0.1,
         alpha,
-        rank_stabilised,
+        rank_stabilized,
         about_base("tiny", model.config),
     )
 
@@ -80,7 +80,7 @@ def assert_same(found, expected):
     assert sorted(found.tensors) == sorted(expected.tensors)
     for name, tensor in expected.tensors.items():
         assert mx.array_equal(found.tensors[name], tensor), name
-    for name in ("method", "dropout", "alpha", "rank_stabilised"):
+    for name in ("method", "dropout", "alpha", "rank_stabilized"):
         assert getattr(found, name) == getattr(expected, name), name
     assert found.scale == pytest.approx(expected.scale)
 
@@ -261,7 +261,7 @@ class TestCoreNetConfiguration:
 
     def test_with_a_broken_section_is_refused(self, tmp_path):
         for entry, error in (
-            (self.entry(".*embedding.*"), "no regex of the configuration"),
+            (self.entry(".*embedding.*"), "no pattern of the configuration"),
             (self.entry("("), "cannot be read"),
             ({"params": {"r": 8, "lora_alpha": 1}}, "'regex' is missing"),
             ("text", "cannot be read"),
@@ -290,7 +290,7 @@ class TestPeft:
         ranks = {**everywhere(tiny_model), QKV_0: 2, PROJ_2: 7}
         adapter = random_adapter(tiny_model, ranks, **KINDS[kind])
         convert_adapter(written(tmp_path / "ours", adapter), tmp_path / "peft", to="peft")
-        assert_same(open_adapter(tmp_path / "peft"), replace(adapter, alpha=None, rank_stabilised=False))
+        assert_same(open_adapter(tmp_path / "peft"), replace(adapter, alpha=None, rank_stabilized=False))
 
     def test_names_and_shapes_are_those_of_peft(self, tmp_path, tiny_model):
         adapter = random_adapter(tiny_model, {QKV_0: 4}, "dora")
@@ -316,7 +316,7 @@ class TestPeft:
         adapter = open_adapter(peft_folder(tmp_path / "one", **config))
         assert (adapter.method, adapter.scale, adapter.alpha, adapter.dropout) == ("lora", 2, 8, 0.05)
         adapter = open_adapter(peft_folder(tmp_path / "two", use_rslora=True))
-        assert (adapter.scale, adapter.rank_stabilised) == (4, True)
+        assert (adapter.scale, adapter.rank_stabilized) == (4, True)
 
     def test_one_scale_stands_for_several(self, tmp_path):
         plain = open_adapter(peft_folder(tmp_path / "one"))

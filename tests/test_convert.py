@@ -405,8 +405,8 @@ class TestBadSources:
         bad = mx.ones(128)
         bad[5] = value
         self.change(tiny_folder, lambda arrays: arrays.update({"transformer.norm.weight": bad}))
-        self.refused(tmp_path, tiny_folder, WeightsError, r"norm\.weight holds NaN")
-        with pytest.raises(WeightsError, match=r"norm\.weight holds NaN"):
+        self.refused(tmp_path, tiny_folder, WeightsError, r"norm\.weight contains NaN")
+        with pytest.raises(WeightsError, match=r"norm\.weight contains NaN"):
             load(tiny_folder)
 
     def test_truncated_weights(self, tmp_path, tiny_folder):

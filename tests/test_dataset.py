@@ -88,7 +88,7 @@ def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):
     [
         (
             [{"prompt": "a", "completion": " b"}, {"text": "a"}],
-            r"record 2: text format, but earlier records have completion format",
+            r"record 2: text format, but earlier records are in completion format",
         ),
         (
             ["{\n", {"text": "a"}, {"prompt": "a", "reply": "b"}],
@@ -165,7 +165,7 @@ def test_a_share_is_held_out_by_content(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"validation share must be .*got 1\.5"):
         held_out(0, share=1.5)
     write(path, completions(1))
-    with pytest.raises(DataError, match="has no example left to train on if"):
+    with pytest.raises(DataError, match="has no training example left if"):
         read_splits(path, tokenizer, validation=0.5)
 
 

@@ -131,6 +131,9 @@ def test_parameters_in_messages_are_flags_on_the_command_line():
     assert as_flags("x exists; use `force`, or another `output`") == "x exists; use --force, or another --output"
     assert as_flags("use `dtype=bfloat16` or `tokenizer=none`") == "use --dtype bfloat16 or --tokenizer none"
     assert as_flags("try a lower `learning_rate`") == "try a lower --learning-rate"
+    assert (
+        as_flags("`window` and `bits`; `chat=False` turns it off") == "--max-kv-size and --kv-bits; --raw turns it off"
+    )
     assert as_flags("`convert` takes files; see `some_name`") == "`convert` takes files; see `some_name`"
 
 

@@ -90,7 +90,7 @@ def test_a_vocabulary_that_joins_newlines_with_words_is_refused():
         def token_bytes(self, token):
             return (b" ", b"\n", b"\na")[token]
 
-    with pytest.raises(TokenizerError, match="joins newlines"):
+    with pytest.raises(TokenizerError, match="merges a newline"):
         encode_continuation("a", Joined())
 
 
@@ -149,7 +149,7 @@ def test_conversations_may_begin_with_the_assistant_and_end_with_the_user(chat_t
 
 def test_conversations_need_a_chat_template(tokenizer):
     with pytest.raises(
-        DataError, match="base model has none; use an Instruct model, or data with the fields prompt and completion"
+        DataError, match="base model without a chat template; use an Instruct model, or data with the fields prompt"
     ):
         encode_conversation([say(USER, "Hi")], tokenizer)
 

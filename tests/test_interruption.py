@@ -25,7 +25,7 @@ from mlx_openelm.training.tune import prepare_tuning, tuning_steps
 from mlx_openelm.training.tune_recipe import TuneRecipe
 
 DYING = Path(__file__).with_name("dying.py")
-EXISTS = re.compile(r"is writing|already exists|already holds checkpoints|another process wrote")
+EXISTS = re.compile(r"is writing|already exists|already contains checkpoints|another process wrote")
 CONFIG = SMALL_CONFIG
 RECIPE = """
 model: {num_transformer_layers: 2, model_dim: 32, head_dim: 8, num_gqa_groups: 2, ffn_dim_divisor: 16, vocab_size: 400,
@@ -413,7 +413,7 @@ class TestRunFolder:
         (tmp_path / "run" / "adapters.safetensors").write_text("mine")
         status, _, err = run(*self.tune(place, tmp_path / "run", "--steps", 4, "--resume"))
         assert status == 0
-        assert "it is now adapters-old.safetensors" in err
+        assert "moved it to adapters-old.safetensors" in err
         assert (tmp_path / "run" / "adapters-old.safetensors").read_text() == "mine"
 
     def test_is_one_place_however_it_is_spelled(self, place, tmp_path):
@@ -421,7 +421,7 @@ class TestRunFolder:
         before = contents(tmp_path, lambda name: True)
         for output in ("~/run", f"{tmp_path}/new/../home/run"):
             err = refused(*self.tune(place, output, "--steps", 2, "--seed", 9), HOME=str(tmp_path / "home"))
-            assert "already holds checkpoints" in err
+            assert "already contains checkpoints" in err
         assert contents(tmp_path, lambda name: True) == before
 
     def test_a_link_to_it_may_be_moved_meanwhile(self, place, tmp_path):

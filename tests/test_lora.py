@@ -45,7 +45,7 @@ TOKENS = np.random.default_rng(0).integers(3, 96, (2, 17)).astype(np.int32)
 BASES = ["float32", "bfloat16", 2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4"]
 METHODS = {
     "lora": AdapterConfig("lora", 4, 8.0),
-    "rslora": AdapterConfig("lora", 4, 8.0, rank_stabilised=True),
+    "rslora": AdapterConfig("lora", 4, 8.0, rank_stabilized=True),
     "dora": AdapterConfig("dora", 4, 8.0),
 }
 
@@ -191,7 +191,7 @@ def test_dora_by_hand():
 
 def test_scale_follows_from_alpha_and_rank():
     assert AdapterConfig(rank=8, alpha=32.0).scale == 4.0
-    assert AdapterConfig(rank=16, alpha=32.0, rank_stabilised=True).scale == 8.0
+    assert AdapterConfig(rank=16, alpha=32.0, rank_stabilized=True).scale == 8.0
 
 
 def test_dropout_differs_by_step_and_repeats_with_the_seed(bases):

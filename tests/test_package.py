@@ -149,7 +149,7 @@ def test_tune_returns_the_adapter_and_what_it_reached(files, tmp_path):
     assert model is not None
     again = tune(tune_recipe(files), str(tmp_path / "adapter"), resume=True)
     assert (again.metrics, again.step, again.stopped_early) == (None, 3, False)
-    with pytest.raises(TrainingError, match="already holds checkpoints"):
+    with pytest.raises(TrainingError, match="already contains checkpoints"):
         tune(tune_recipe(files), tmp_path / "adapter")
 
 

@@ -130,7 +130,7 @@ def test_lists_and_tables_are_typed_as_in_yaml(tmp_path):
         ({"alpha": "much"}, "alpha must be a number; got 'much'"),
         ({"alpha": 10**400}, "alpha must be a number"),
         ({"targets": 3}, "targets must be names such as qkv_proj; got 3"),
-        ({"columns": [1]}, "columns must be a table"),
+        ({"columns": [1]}, "columns must be a mapping"),
         ({"max_length": 1}, "max_length must be at least 2; got 1"),
         ({"pack": True, "method": "dpo"}, "pack and dpo are mutually exclusive"),
     ],

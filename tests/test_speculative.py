@@ -122,7 +122,7 @@ def test_a_window_cannot_go_back(tiny_model):
 
 
 def test_another_vocabulary_is_refused(tiny_model, tiny_config):
-    with pytest.raises(PromptError, match="vocabulary of 400 entries; it has 300"):
+    with pytest.raises(PromptError, match="vocabulary of 400 tokens; it has 300"):
         steps(tiny_model, DraftModel(random_model(replace(tiny_config, vocab_size=300))))
 
 

@@ -177,5 +177,5 @@ def test_a_prompt_gets_the_chat_template_if_there_is_one(tokenizer, chat_tokeniz
         tokenizer.encode_prompt("Hi", chat=True)
     with pytest.raises(TokenizerError, match="`system` requires a chat template"):
         tokenizer.encode_prompt("Hi", system="Be brief.")
-    with pytest.raises(TokenizerError, match="which `chat` turns off"):
+    with pytest.raises(TokenizerError, match="but `chat=False` turns it off"):
         chat_tokenizer.encode_prompt("Hi", chat=False, system="Be brief.")

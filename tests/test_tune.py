@@ -334,7 +334,7 @@ def test_packaged_recipes_have_apples_numbers():
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"method": "full", "quantized": True}, AdapterError, "quantized, so it cannot be trained in full"),
+        ({"method": "full", "quantized": True}, AdapterError, "quantized, so it cannot be fully fine-tuned"),
         ({"layers": 3}, AdapterError, "layers must be at most 2, .*got 3"),
         ({"layers": 3, "method": "full"}, AdapterError, "layers must be at most 2, .*got 3"),
         ({"targets": ("q_proj",)}, AdapterError, "q_proj matches no matrix \\(choose from qkv_proj"),
@@ -421,7 +421,7 @@ class TestCommand:
         assert "trains 3,328 " in done.stderr
         assert "memory: about" in done.stderr
         assert "sample: The fox" in done.stderr
-        assert "adapter of step 3 with the best validation loss" in done.stdout
+        assert "adapter from step 3 with the best validation loss" in done.stdout
         status, text, _ = run("generate", "-m", files / "model", "-a", tmp_path / "run", "-p", "The fox", "-n", "4")
         assert (status, bool(text.strip())) == (0, True)
         status, _, _ = run("merge", "-m", files / "model", "-a", tmp_path / "run", "-o", tmp_path / "merged")

@@ -84,11 +84,11 @@ def bench_cases(
             on arrays of the size of its weights.
         paper: use the paper's prompt, in place of random tokens.
     Raises:
-        BenchError: if the peer cannot run a case, or the vocabulary is too small for the paper's prompt.
+        BenchError: if the peer cannot run a case, or the vocabulary is too small for the prompt of `paper`.
     """
     check_cases(cases, against, rounds)
     if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
-        raise BenchError(f"the vocabulary of {name} is too small for the paper's prompt")
+        raise BenchError(f"the vocabulary of {name} is too small for the prompt of `paper`")
     parameters: Any = tree_flatten(network.parameters())
     weights = sum(array.nbytes for _, array in parameters)
     bandwidth = max(bandwidth, memory_bandwidth(weights))
@@ -116,6 +116,4 @@ def check_cases(cases: Sequence[Case], against: str | None, rounds: int = 1) -> 
         if case.cache.window is not None and case.batch_size > 1:
             raise BenchError("a KV cache with a window requires `batch_size=1`")
         if against and case.batch_size > 1 and case.cache.bits:
-            raise BenchError(
-                "mlx-lm cannot batch with a quantized KV cache; leave out `against`, or do not quantize it"
-            )
+            raise BenchError("mlx-lm cannot batch with a quantized KV cache; leave out `against`, or use a full cache")

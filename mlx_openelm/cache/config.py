@@ -26,15 +26,15 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in _BITS:
-            raise CacheError(f"bits of keys and values must be 4 or 8; got {self.bits}")
+            raise CacheError(f"`bits` of the KV cache must be 4 or 8; got {self.bits}")
         if self.quantize_after < 0:
-            raise CacheError(f"quantize_after must not be negative; got {self.quantize_after}")
+            raise CacheError(f"`quantize_after` must not be negative; got {self.quantize_after}")
         if self.sinks < 0:
-            raise CacheError(f"sinks must not be negative; got {self.sinks}")
+            raise CacheError(f"`sinks` must not be negative; got {self.sinks}")
         if self.window is not None and self.window < self.sinks + 1:
-            raise CacheError(f"window must be greater than the number of sinks, {self.sinks}; got {self.window}")
+            raise CacheError(f"`window` must be greater than the {self.sinks} `sinks`; got {self.window}")
         if self.window is not None and self.bits is not None:
-            raise CacheError("a window cannot be quantized: window and bits are mutually exclusive")
+            raise CacheError("`window` and `bits` are mutually exclusive")
 
     @property
     def label(self) -> str:

@@ -56,7 +56,9 @@ def bench(
     against: Annotated[
         str | None, typer.Option(help="Peer to compare with, in alternating runs: mlx-lm.", metavar="PEER")
     ] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="Use the paper's prompt and generate 1,024 tokens.")] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Use the prompt of the OpenELM paper and generate 1,024 tokens.")
+    ] = False,
     compiled: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="Compile the decoding step; default: where it pays off."),
@@ -69,13 +71,13 @@ def bench(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Picture to draw: tokens per second against the bandwidth limit.", metavar="PICTURE"),
+        typer.Option(help="Image of tokens per second against the bandwidth limit.", metavar="FILE"),
     ] = None,
     force: Force = False,
     adapter: Adapter = None,
     revision: Revision = None,
 ) -> None:
-    """Measure tokens per second, time to first token, peak memory, and the share of the memory bandwidth limit."""
+    """Measure tokens per second, time to first token, peak memory, and how close decoding is to the bandwidth limit."""
     from ..benchmark.bench import bench_cases, check_cases
     from ..benchmark.measure import PAPER_CASE, Case
     from ..benchmark.report import BenchReport

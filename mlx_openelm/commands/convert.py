@@ -39,7 +39,10 @@ def average(
 def convert(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(help="Model folder, hub id or CoreNet .pt file; several are averaged.", metavar="SOURCE..."),
+        typer.Argument(
+            help="Model folder, Hugging Face repo id or CoreNet .pt file; several are averaged.",
+            metavar="SOURCE...",
+        ),
     ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder to write; default: the source's name.", metavar="DIR")
@@ -74,7 +77,7 @@ def convert(
         str | None, typer.Option("--adapter", "-a", help="Adapter to convert, instead of a model.", metavar="ADAPTER")
     ] = None,
     to: Annotated[
-        str | None, typer.Option(help="Adapter format to write: peft, mlx-lm or openelm-mlx.", metavar="FORM")
+        str | None, typer.Option(help="Adapter format to write: peft, mlx-lm or openelm-mlx.", metavar="FORMAT")
     ] = None,
     as_json: Json = False,
 ) -> None:

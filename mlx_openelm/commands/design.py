@@ -58,7 +58,7 @@ def design_command(
     uniform: Annotated[
         bool, typer.Option("--uniform", help="Show and save the uniform model of the same size instead.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Picture to draw of both models.", metavar="FILE")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Image of both models.", metavar="FILE")] = None,
     save: Annotated[
         Path | None, typer.Option(help="Configuration file to write, for training.", metavar="config.json")
     ] = None,

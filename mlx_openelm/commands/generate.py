@@ -90,10 +90,11 @@ def generate(
     adapter: Adapter = None,
     revision: Revision = None,
     draft_model: Annotated[
-        str | None, typer.Option(help="Draft model for speculative decoding; the text stays the same.", metavar="M")
+        str | None, typer.Option(help="Draft model for speculative decoding; the output is unchanged.", metavar="M")
     ] = None,
     num_draft_tokens: Annotated[
-        int, typer.Option(help="Maximum tokens drafted at once with --draft-model; the number adapts.", metavar="N")
+        int,
+        typer.Option(help="Maximum tokens drafted at once with --draft-model; adjusted automatically.", metavar="N"),
     ] = DEFAULT_MAX_DRAFT,
     prompt_lookup: Annotated[
         int,
@@ -115,7 +116,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Prompts decoded at once.", metavar="N")] = BATCH_SIZE,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the answer file.")] = False,
 ) -> None:
-    """Continue a prompt, or answer it with an Instruct model; with --input, every prompt of a file."""
+    """Continue a prompt, or answer it with an Instruct model; with --input, do so for every prompt in a file."""
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
     kept = CacheConfig(kv_bits, quantized_kv_start, max_kv_size, kv_sinks)
     if (prompt is None) == (prompts is None):

@@ -74,7 +74,7 @@ def info(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Show versions, device and memory, and advice on what is slow on this machine."""
+    """Show versions, device and memory, and advice on making this machine faster."""
     from ..machine.doctor import examine
 
     report = examine()

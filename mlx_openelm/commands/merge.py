@@ -73,7 +73,8 @@ def merge(
         typer.echo("the output matrix is no longer tied to the embedding: the adapter changes only the input side")
     if result.dequantized:
         typer.echo(
-            "the result is not quantized, because that loses small changes; --quantize does it and reports the cost"
+            "the result is not quantized, because quantization can erase small changes; "
+            "use --quantize to quantize it anyway and report the cost"
         )
     if result.divergence is not None:
         typer.echo(
@@ -81,4 +82,4 @@ def merge(
             f"its adapter, on text it generates); the adapter itself changes it by {result.adapter_divergence:.4f}"
         )
         if result.divergence > (result.adapter_divergence or 0):
-            say("warning: quantizing costs more than the adapter changes; leave out --quantize, or do not merge")
+            say("warning: quantization changes the model more than the adapter; leave out --quantize, or do not merge")

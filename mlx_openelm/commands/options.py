@@ -8,7 +8,13 @@ import typer
 MODEL_VARIABLE = "OPENELM_MLX_MODEL"
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", envvar=MODEL_VARIABLE, help="Model folder, hub id or built-in model.", metavar="M"),
+    typer.Option(
+        "--model",
+        "-m",
+        envvar=MODEL_VARIABLE,
+        help="Model folder, Hugging Face repo id or built-in model.",
+        metavar="M",
+    ),
 ]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", help="Maximum number of tokens to generate.", metavar="N")
@@ -34,7 +40,11 @@ Dtype = Annotated[
 ]
 TokenizerOption = Annotated[
     str | None,
-    typer.Option("--tokenizer", help="Tokenizer file, folder or hub id; none: no tokenizer.", metavar="FILE_OR_REPO"),
+    typer.Option(
+        "--tokenizer",
+        help="Tokenizer file, folder or Hugging Face repo id; none: no tokenizer.",
+        metavar="FILE_OR_REPO",
+    ),
 ]
 Adapter = Annotated[
     str | None,
@@ -46,18 +56,22 @@ QuantizedKvStart = Annotated[
 ]
 MaxKvSize = Annotated[
     int | None,
-    typer.Option("--max-kv-size", help="Keep only the first and last tokens in the KV cache, N in total.", metavar="N"),
+    typer.Option(
+        "--max-kv-size",
+        help="Limit the KV cache to N tokens: the first --kv-sinks ones and the most recent.",
+        metavar="N",
+    ),
 ]
 KvSinks = Annotated[
     int, typer.Option("--kv-sinks", help="First tokens to keep with --max-kv-size (attention sinks).", metavar="N")
 ]
 PromptCacheFile = Annotated[
     Path | None,
-    typer.Option("--prompt-cache", help="File to keep the KV cache in between runs.", metavar="FILE"),
+    typer.Option("--prompt-cache", help="File that stores the KV cache between runs.", metavar="FILE"),
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite existing files.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", metavar="R")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hugging Face Hub.", metavar="R")]
 
 
 def examples(*commands: str) -> str:

@@ -27,7 +27,7 @@ PLOT_EXAMPLES = examples("openelm-mlx plot runs/stories", "openelm-mlx plot runs
 def plot(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Picture to write; default: RUN/metrics.png.", metavar="FILE")
+        Path | None, typer.Option("--output", "-o", help="Image to write; default: RUN/metrics.png.", metavar="FILE")
     ] = None,
     force: Force = False,
 ) -> None:
@@ -55,7 +55,7 @@ def pretrain(
 ) -> None:
     """Train a model from scratch.
 
-    Options take precedence over the recipe of --config; defaults apply to what neither sets.
+    Options override the --config recipe; anything that neither sets has its default.
     """
     from ..training.run import TrainingCallback, pretrain as run
 

@@ -81,7 +81,9 @@ def resumable(output: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         saved = checkpoint_folders(resolved(output))
         fail(
-            f"interrupted; use --resume to continue {output}" if saved else "interrupted before the first checkpoint",
+            f"interrupted; use --resume to continue {output}"
+            if saved
+            else "interrupted before the first checkpoint; there is nothing to resume",
             INTERRUPTED,
         )
 

@@ -15,7 +15,7 @@ from ..training.tune_recipe import TuneRecipe
 from .options import MODEL_VARIABLE
 
 _SHORT = {"model": "-m", "data": "-d", "batch_size": "-b"}
-_GROUPS = ("Model and data", "What is trained", "Examples", "Optimizer", "Validation and checkpoints", "Compute")
+_GROUPS = ("Model and data", "Method", "Examples", "Optimizer", "Validation and checkpoints", "Compute")
 
 
 def recipe_options(recipe: type[Recipe]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -34,7 +34,9 @@ EXAMPLES = examples(
 
 @recipe_options(TuneRecipe)
 def tune(
-    output: Annotated[Path, Option("--output", "-o", help="Folder for the adapter and its run.", metavar="DIR")],
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder for the adapter, its checkpoints and metrics.", metavar="DIR")
+    ],
     config: Annotated[
         str | None,
         Option(help="YAML recipe, or commonsense, instruct-270M, -450M, -1.1B or -3B.", metavar="FILE_OR_NAME"),
@@ -45,9 +47,9 @@ def tune(
     *,
     given: dict[str, Any],
 ) -> None:
-    """Fine-tune a model: LoRA, DoRA, full fine-tuning, or DPO on pairs of answers.
+    """Fine-tune a model: LoRA, DoRA, full fine-tuning, or DPO on preference pairs.
 
-    The result is the adapter with the best validation loss. Options take precedence over the recipe of --config.
+    The result is the adapter with the best validation loss. Options override the --config recipe.
     """
     from ..training.run import TrainingCallback, run_tuning
     from ..training.tune import prepare_tuning
@@ -99,14 +101,17 @@ def _show(tuning: Tuning, num_processes: int, quiet: bool) -> TuningMemory:
         needed, limit = mib(memory.peak_bytes), mib(memory.limit_bytes)
         say(f"memory: about {needed}, plus Python and MLX themselves; this machine has {limit}")
     if not memory.fits:
-        say("warning: this does not fit; try --gradient-checkpointing, or a smaller --batch-size or --max-length")
+        say(
+            "warning: this exceeds the available memory; try --gradient-checkpointing, or a smaller --batch-size or "
+            "--max-length"
+        )
     return memory
 
 
 def _describe(tuning: Tuning, num_processes: int) -> None:
     recipe, counts = tuning.recipe, _counts(tuning)
     held_out = f"{counts['validation_examples']:,} for validation"
-    say(f"{_described(tuning.train)}, {held_out}; the first one, with trained tokens marked:")
+    say(f"{_described(tuning.train)}, {held_out}; first example, with the trained tokens marked:")
     for side in tuning.train.examples[0].sequences:
         typer.echo(_marked(side, tuning.tokenizer), err=True)
     total = tuning.model.config.num_parameters
@@ -162,9 +167,9 @@ def _report(result: TrainingResult, tuning: Tuning, as_json: bool) -> None:
         typer.echo(f"{output}: nothing left to train")
     if loss is not None:
         compared = f", {before:.4f} before tuning" if before is not None else ""
-        typer.echo(f"{output}: adapter of step {result.step:,} with the best validation loss: {loss:.4f}{compared}")
+        typer.echo(f"{output}: adapter from step {result.step:,} with the best validation loss: {loss:.4f}{compared}")
         if before is not None and loss >= before:
             say("warning: the validation loss did not improve; try a lower --learning-rate")
     else:
-        typer.echo(f"{output}: adapter of step {result.step:,}")
+        typer.echo(f"{output}: adapter from step {result.step:,}")
     typer.echo(f"try it: openelm-mlx generate -m {tuning.recipe.model} --adapter {output} --prompt ...")

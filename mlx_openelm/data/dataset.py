@@ -94,7 +94,7 @@ def read_examples(
             fields = _fields(record, options.columns)
             found = format_of(fields, options.columns)
             if format_name and found != format_name:
-                raise DataError(f"{found} format, but earlier records have {format_name} format")
+                raise DataError(f"{found} format, but earlier records are in {format_name} format")
             format_name = found
             whole = encode_record(format_name, fields, tokenizer, indent=options.indent)
         except (DataError, TokenizerError) as error:

@@ -39,19 +39,19 @@ class ExampleBatches:
             pack: put several examples into a row of `max_length`, without attending to one another; otherwise each has
                 its own row, and examples of similar length share a batch.
         """
-        self._sides = list(zip(*(example.sequences for example in examples), strict=True))
-        self._lengths = _lengths(self._sides)
+        self._sequences = list(zip(*(example.sequences for example in examples), strict=True))
+        self._lengths = _lengths(self._sequences)
         self._max_length = max_length
         self._batch_size = batch_size
         self._seed = seed
         self._pack = pack
-        self.rows_per_entry = len(self._sides)
+        self.rows_per_entry = len(self._sequences)
         assert not pack or self.rows_per_entry == 1, "pairs are not packed"
         assert self._lengths.max() <= max_length + 1, "an example is longer than a row"
         num_entries = len(self._lengths)
         if pack:
-            self._places, self._begins = _packed(self._lengths, max_length + 1, np.random.default_rng(seed))
-            num_entries = len(self._begins) - 1
+            self._order, self._row_starts = _packed(self._lengths, max_length + 1, np.random.default_rng(seed))
+            num_entries = len(self._row_starts) - 1
         self.steps_per_epoch = -(-num_entries // batch_size)
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
@@ -62,7 +62,7 @@ class ExampleBatches:
         if not self._pack:
             width = row_width(self._lengths[np.concatenate(batch)].max(), width)
         filled = [*batch, *[np.zeros(0, int)] * (self._batch_size - len(batch))]
-        return _rows(self._sides, filled[first : None if count is None else first + count], width, self._pack)
+        return _rows(self._sequences, filled[first : None if count is None else first + count], width, self._pack)
 
     @lru_cache(maxsize=2)  # noqa: B019, one object a run
     def _epoch(self, epoch: int) -> list[list[np.ndarray]]:
@@ -71,7 +71,7 @@ class ExampleBatches:
         order = chance.permutation(len(self._lengths))
         if self._pack:
             order = self._swapped(order)
-            entries = np.split(order, self._begins[1:-1])
+            entries = np.split(order, self._row_starts[1:-1])
             entries = [entries[number] for number in chance.permutation(len(entries))]
             return [entries[start : start + self._batch_size] for start in range(0, len(entries), self._batch_size)]
         batches = []
@@ -84,7 +84,7 @@ class ExampleBatches:
         """The packed examples with those of equal length swapped: new neighbours, the same number of rows."""
         swapped = np.empty_like(order)
         by_length = order[np.argsort(self._lengths[order], kind="stable")]
-        swapped[np.argsort(self._lengths[self._places], kind="stable")] = by_length
+        swapped[np.argsort(self._lengths[self._order], kind="stable")] = by_length
         return swapped
 
 
@@ -96,16 +96,16 @@ def all_rows(
     Args:
         first, stride: yield every `stride`-th batch, starting with batch `first`, for one of several processes.
     """
-    sides = list(zip(*(example.sequences for example in examples), strict=True))
-    lengths = _lengths(sides)
+    sequences = list(zip(*(example.sequences for example in examples), strict=True))
+    lengths = _lengths(sequences)
     order = np.argsort(-lengths, kind="stable")
     for start in range(first * batch_size, len(order), stride * batch_size):
         batch = order[start : start + batch_size]
-        yield _rows(sides, list(batch[:, None]), row_width(lengths[batch].max(), lengths.max() - 1), isolated=False)
+        yield _rows(sequences, list(batch[:, None]), row_width(lengths[batch].max(), lengths.max() - 1), isolated=False)
 
 
-def _lengths(sides: Sequence[Sequence[Example]]) -> np.ndarray:
-    return np.array([[len(example.tokens) for example in side] for side in sides]).max(axis=0)
+def _lengths(sequences: Sequence[Sequence[Example]]) -> np.ndarray:
+    return np.array([[len(example.tokens) for example in column] for column in sequences]).max(axis=0)
 
 
 def row_width(longest: int, limit: int) -> int:
@@ -139,16 +139,18 @@ def _packed(lengths: np.ndarray, size: int, chance: np.random.Generator) -> tupl
     return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
 
 
-def _rows(sides: Sequence[Sequence[Example]], entries: Sequence[np.ndarray], width: int, isolated: bool) -> TokenBatch:
-    """Rows from entries of examples, which are concatenated in a row; pairs have one row for each side."""
-    shape = len(entries) * len(sides), width + 1
-    tokens, segments, answer = np.zeros(shape, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, bool)
-    for row, (numbers, side) in enumerate((numbers, side) for numbers in entries for side in sides):
+def _rows(
+    sequences: Sequence[Sequence[Example]], entries: Sequence[np.ndarray], width: int, isolated: bool
+) -> TokenBatch:
+    """Rows from entries of examples, which are concatenated in a row; a pair has two rows."""
+    shape = len(entries) * len(sequences), width + 1
+    tokens, segments, mask = np.zeros(shape, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, bool)
+    for row, (numbers, column) in enumerate((numbers, column) for numbers in entries for column in sequences):
         start = 0
         for segment, number in enumerate(numbers):
-            example = side[number]
+            example = column[number]
             stop = start + len(example.tokens)
-            tokens[row, start:stop], answer[row, start:stop] = example.tokens, example.completion_mask
+            tokens[row, start:stop], mask[row, start:stop] = example.tokens, example.completion_mask
             segments[row, start:stop] = segment
             start = stop
-    return TokenBatch(tokens, segments, answer[:, 1:] & target_mask(segments, isolated=True), isolated)
+    return TokenBatch(tokens, segments, mask[:, 1:] & target_mask(segments, isolated=True), isolated)

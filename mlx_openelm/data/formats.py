@@ -128,7 +128,7 @@ def encode_continuation(text: str, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode("\n" + text, bos=False)
     if ids[: len(newline)] != newline:
         raise TokenizerError(
-            "the vocabulary joins newlines with the text after them, which would merge prompt and answer"
+            "this tokenizer merges a newline with the text after it, so prompt and answer cannot be separated"
         )
     return ids[len(newline) :]
 
@@ -144,7 +144,7 @@ def encode_conversation(messages: Messages, tokenizer: Tokenizer, first: int = 0
     """
     if not tokenizer.has_chat_template:
         raise DataError(
-            "conversations need a chat template, and a base model has none; "
+            "this is a base model without a chat template; "
             "use an Instruct model, or data with the fields prompt and completion"
         )
     tokens = np.array(tokenizer.encode_chat(messages, add_generation_prompt=False), np.int32)

@@ -10,9 +10,12 @@ from typing import Any, TextIO
 from ..errors import DataError
 from .text_files import BrokenLines, open_text, parquet_rows
 
-_PACKED = (".gz", ".zst")
-_PACKABLE = (".jsonl", ".json", ".csv")
-RECORD_ENDINGS = (*(kind + packed for kind in _PACKABLE for packed in ("", *_PACKED)), ".parquet")
+_COMPRESSED = (".gz", ".zst")
+_COMPRESSIBLE = (".jsonl", ".json", ".csv")
+RECORD_ENDINGS = (
+    *(format_ending + compression for format_ending in _COMPRESSIBLE for compression in ("", *_COMPRESSED)),
+    ".parquet",
+)
 
 
 def read_records(path: Path, broken: BrokenLines | None = None) -> Iterator[dict[str, Any]]:
@@ -27,12 +30,12 @@ def read_records(path: Path, broken: BrokenLines | None = None) -> Iterator[dict
         DataError: naming the file and the line, if the file cannot be read or too many lines are broken.
     """
     broken = broken or BrokenLines(path)
-    ending = (path.with_suffix("") if path.suffix in _PACKED else path).suffix
+    ending = (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix
     if path.suffix == ".parquet":
         yield from parquet_rows(path)
         return
-    if ending not in _PACKABLE:
-        raise DataError(f"unsupported file type: {path} (choose from {', '.join((*_PACKABLE, '.parquet'))})")
+    if ending not in _COMPRESSIBLE:
+        raise DataError(f"unsupported file type: {path} (choose from {', '.join((*_COMPRESSIBLE, '.parquet'))})")
     with open_text(path) as file:
         if ending == ".csv":
             yield from _csv_rows(file, path, broken)

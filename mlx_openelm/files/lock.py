@@ -121,7 +121,7 @@ def _sign(name: Path, lock_file: Path, descriptor: int) -> None:
     found = os.fstat(descriptor)
     content = os.pread(descriptor, 20, 0)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or not (content.isdigit() or not content):
-        raise OutputError(f"{name} cannot be written: {lock_file} is not a lock file; move it away")
+        raise OutputError(f"{name} cannot be written: {lock_file} is not a lock file; move or delete it")
     with suppress(OSError):  # on a full disk, others do not learn the process id
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)

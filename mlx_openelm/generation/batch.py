@@ -82,7 +82,7 @@ def check_batch(
     if batch_size < 1:
         raise PromptError(f"batch_size must be at least 1; got {batch_size}")
     if cache.window is not None and batch_size > 1:
-        raise CacheError("a window in the KV cache requires `batch_size=1`")
+        raise CacheError("`window` requires `batch_size=1`")
     longest = 0
     for prompt in prompts:
         check_request(prompt, max_tokens)

@@ -30,7 +30,9 @@ class Chat:
         cache: PromptCache | None = None,
     ):
         if not tokenizer.has_chat_template:
-            raise TokenizerError("this model has no chat template: it is a base model; use generate to continue text")
+            raise TokenizerError(
+                "this is a base model without a chat template; use an Instruct model, or generate to continue text"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.system = system

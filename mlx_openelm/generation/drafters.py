@@ -33,7 +33,7 @@ class Drafter:
 
     def __init__(self, max_draft: int = DEFAULT_MAX_DRAFT):
         if not 1 <= max_draft <= LARGEST_MAX_DRAFT:
-            raise PromptError(f"the number of draft tokens must be 1 to {LARGEST_MAX_DRAFT}; got {max_draft}")
+            raise PromptError(f"`max_draft` must be 1 to {LARGEST_MAX_DRAFT}; got {max_draft}")
         self.drafted = 0
         self.accepted = 0
         self.length = DraftLengthController(max_draft)

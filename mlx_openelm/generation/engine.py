@@ -252,12 +252,12 @@ def as_prompt(model: OpenELM, tokens: mx.array | Sequence[int]) -> mx.array:
     """
     prompt = mx.array(tokens if isinstance(tokens, mx.array) else list(tokens), dtype=mx.int32).reshape(-1)
     if prompt.size == 0:
-        raise PromptError("the prompt is empty; there is nothing to continue")
+        raise PromptError("the prompt is empty")
     ids = np.array(prompt)
     outside = ids[(ids < 0) | (ids >= model.config.vocab_size)]
     if outside.size:
         raise PromptError(
-            f"the prompt holds the id {outside[0]}, outside the vocabulary of {model.config.vocab_size:,} entries"
+            f"the prompt contains token id {outside[0]}, but the vocabulary has only {model.config.vocab_size:,} tokens"
         )
     return prompt
 

@@ -47,12 +47,12 @@ def speculate_tokens(
     prompt = as_prompt(model, tokens)
     cache = cache if cache is not None else model.make_cache()
     if cache.config.window is not None:
-        raise CacheError("speculative decoding and a window in the KV cache are mutually exclusive")
+        raise CacheError("speculative decoding cannot be used with `window`")
     num_tokens = cache.offset + prompt.size + max_tokens
     if isinstance(drafter, DraftModel):
         if drafter.model.config.vocab_size != model.config.vocab_size:
             raise PromptError(
-                f"the draft model must have the model's vocabulary of {model.config.vocab_size:,} entries; "
+                f"the draft model must have the model's vocabulary of {model.config.vocab_size:,} tokens; "
                 f"it has {drafter.model.config.vocab_size:,}"
             )
         check_memory(drafter.model, num_tokens, CacheConfig())

@@ -170,7 +170,7 @@ def stream_generate(
 def check_request(prompt: str | Sequence[int], max_tokens: int) -> None:
     """Raise a `PromptError` if the prompt is empty or `max_tokens` is below 1."""
     if not prompt:
-        raise PromptError("the prompt is empty; there is nothing to continue")
+        raise PromptError("the prompt is empty")
     if max_tokens < 1:
         raise PromptError(f"max_tokens must be at least 1; got {max_tokens}")
 

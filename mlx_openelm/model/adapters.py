@@ -42,7 +42,7 @@ class SavedAdapter:
         method: `lora`, `dora` or `full`; with `full` the tensors replace the model's own.
         scale: factor of the product of `lora_a` and `lora_b`.
         tensors: `PATH.lora_a` (inputs, rank), `PATH.lora_b` (rank, outputs) and, for DoRA, `PATH.m` (outputs,).
-        alpha, rank_stabilised: what the scale was computed from, if known.
+        alpha, rank_stabilized: what the scale was computed from, if known.
         base: name and widths of the model that the adapter was made for, if known.
     """
 
@@ -51,7 +51,7 @@ class SavedAdapter:
     tensors: dict[str, mx.array]
     dropout: float = 0.0
     alpha: float | None = None
-    rank_stabilised: bool = False
+    rank_stabilized: bool = False
     base: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -81,7 +81,7 @@ def save_adapter(
             scale=config.scale,
             dropout=config.dropout,
             alpha=config.alpha,
-            rank_stabilised=config.rank_stabilised,
+            rank_stabilized=config.rank_stabilized,
         )
     write_adapter(folder, saved)
 
@@ -104,7 +104,7 @@ def write_adapter(folder: Path, adapter: SavedAdapter) -> None:
             "keys": sorted({_key(path) for path in ranks}),
         }
         values["alpha"] = adapter.alpha
-        values["rank_stabilised"] = adapter.rank_stabilised
+        values["rank_stabilized"] = adapter.rank_stabilized
     values["base"] = adapter.base
     values["openelm_mlx_version"] = __version__
     save_arrays(folder / TENSOR_FILE, adapter.tensors, {"format": "mlx"})
@@ -144,7 +144,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
         read_tensors(folder / TENSOR_FILE),
         float(lora.get("dropout", 0.0)),
         values.get("alpha"),
-        bool(values.get("rank_stabilised", False)),
+        # "rank_stabilised" was written until 2026-11-25
+        bool(values.get("rank_stabilized", values.get("rank_stabilised", False))),
         values.get("base") or {},
     )
 

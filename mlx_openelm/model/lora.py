@@ -1,7 +1,7 @@
 """Low-rank adapters: LoRA and DoRA on linear layers and on the token embedding, quantized or not.
 
 LoRA (arXiv:2106.09685) adds `scale * x A B` to the output of a layer, with scale alpha / rank, or alpha / sqrt(rank) if
-rank-stabilised (arXiv:2312.03732). DoRA (arXiv:2402.09353) rescales the adapted weights of each output to a learned
+rank-stabilized (arXiv:2312.03732). DoRA (arXiv:2402.09353) rescales the adapted weights of each output to a learned
 norm; gradients treat their current norm as a constant, as in its section 4.3.
 
 Tensors are named and shaped as in mlx-lm: `lora_a` (input, rank), `lora_b` (rank, output), `m` (output,). If the output
@@ -39,7 +39,7 @@ class AdapterConfig:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0  # probability of dropping each element of the adapter's input
-    rank_stabilised: bool = False
+    rank_stabilized: bool = False
     targets: tuple[str, ...] = LINEAR_TARGETS
     layers: int = 0  # only this many of the last layers; 0: all
 
@@ -56,7 +56,7 @@ class AdapterConfig:
     @property
     def scale(self) -> float:
         """Factor of the product of both matrices."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 class Adapter(nn.Module):

@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         length = cache.longest if cache is not None else 0
         if length <= limit < length + num_new:
             warnings.warn(
-                f"the text grows past the {limit} positions that the model was trained with",
+                f"the text exceeds the {limit} positions that the model was trained with",
                 ContextLengthWarning,
                 stacklevel=3,
             )

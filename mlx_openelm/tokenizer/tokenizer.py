@@ -48,7 +48,7 @@ class Tokenizer:
         self.bos_token_id = self._library.bos_token_id
         self.eos_token_id = self._library.eos_token_id
         if min(self.bos_token_id, self.eos_token_id) < 0:
-            raise TokenizerError(f"{path} has no tokens that begin and end a text (<s> and </s>)")
+            raise TokenizerError(f"{path} has no BOS and EOS tokens (<s> and </s>)")
         self._adds_space = self._library.piece(next(iter(self._library.encode("a")), 0)).startswith(_SPACE)
 
     def __repr__(self) -> str:
@@ -102,10 +102,10 @@ class Tokenizer:
         chosen = self.has_chat_template if chat is None else chat
         if system is not None and not chosen:
             raise TokenizerError(
-                "`system` requires a chat template" + (", which `chat` turns off" if chat is False else "")
+                "`system` requires a chat template" + (", but `chat=False` turns it off" if chat is False else "")
             )
         if chosen and not self.has_chat_template:
-            raise TokenizerError("this model has no chat template: it is a base model, which continues text")
+            raise TokenizerError("this is a base model without a chat template; it can only continue text")
         return chosen
 
     def encode_chat(
@@ -148,7 +148,7 @@ class Tokenizer:
 
     def _checked(self, messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
         if not self.has_chat_template:
-            raise TokenizerError("this model has no chat template: it is a base model, which continues text")
+            raise TokenizerError("this is a base model without a chat template; it can only continue text")
         for message in messages:
             if message.get("role") not in CHAT_ROLES:
                 raise TokenizerError(f"unknown role {message.get('role')!r} (choose from {', '.join(CHAT_ROLES)})")

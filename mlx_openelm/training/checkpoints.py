@@ -82,7 +82,7 @@ def check_fresh(run: Path) -> None:
     """
     if checkpoint_folders(run):
         raise TrainingError(
-            f"{run} already holds checkpoints; use `resume` to continue from them, or choose another `output`"
+            f"{run} already contains checkpoints; use `resume` to continue from them, or choose another `output`"
         )
     for path in (*sorted(run.glob("*.safetensors")), run / "config.json", run / "adapter_config.json"):
         if path.exists():
@@ -145,7 +145,7 @@ def together(group: mx.distributed.Group, action: Callable[[], _T]) -> _T:
     if group.size() > 1:
         failed = mx.distributed.all_sum(mx.array(float(failure is not None)))
         if failure is None and float(np.array(failed)):
-            raise TrainingError("another process of the run failed; see its message")
+            raise TrainingError("another process of the run failed; see its error message")
         mx.eval(failed)
     if failure is not None:
         raise failure

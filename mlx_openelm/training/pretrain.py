@@ -44,16 +44,20 @@ class PretrainRecipe(Recipe):
         ConfigError: naming the field, if a value is invalid.
     """
 
-    model: OpenELMConfig = setting(MISSING, "Published size such as 270M, or a table of widths.", _DATA)
-    data: tuple[TextSource, ...] = setting((), "Text files, or a table of sources with weights.", _DATA, is_path=True)
+    model: OpenELMConfig = setting(
+        MISSING, "Published size such as 270M, or a mapping of dimensions (in a recipe).", _DATA
+    )
+    data: tuple[TextSource, ...] = setting(
+        (), "Text file or pattern, or a list of sources with weights (in a recipe).", _DATA, is_path=True
+    )
     tokenizer: str | Path = setting("", "Tokenizer file, folder or hub id.", _DATA, is_path=True)
     train_tokenizer: int = setting(
-        0, "Train a tokenizer with this many tokens on the data; 0: use tokenizer.", _DATA, at_least=0
+        0, "Train a tokenizer with a vocabulary of N tokens on the data; 0: use `tokenizer`.", _DATA, at_least=0
     )
     sequence_length: int = setting(2048, "Tokens per row.", _DATA, above=0)
     packing: str = setting(
         "stream",
-        "How documents fill rows: stream; documents (they do not attend to one another); rows (one each).",
+        "stream: concatenate documents and split; documents: pack without attention across them; rows: one per row.",
         _DATA,
         choices=PACKINGS,
     )
@@ -66,7 +70,11 @@ class PretrainRecipe(Recipe):
     steps: int = changed(Recipe, "steps", 350_000)
     batch_size: int = changed(Recipe, "batch_size", 2048)
     micro_batch_size: int = setting(
-        0, "Rows that a process computes at once; 0: all of its rows.", "Compute", at_least=0, can_change=True
+        0,
+        "Rows per forward and backward pass on each process; 0: no gradient accumulation.",
+        "Compute",
+        at_least=0,
+        can_change=True,
     )
     learning_rate: float = changed(Recipe, "learning_rate", 0.0024)
     warmup_steps: int = changed(Recipe, "warmup_steps", 5000)

@@ -24,6 +24,7 @@ _OLD_NAMES = {  # of fields, in recipes and runs written until 2026-11-25
     "clip": "max_grad_norm",
     "final_learning_rate": "min_lr_ratio",
     "recompute_layers": "gradient_checkpointing",
+    "rank_stabilised": "rank_stabilized",
 }
 _OLD_VALUES = {("objective", "likelihood"): "cross-entropy"}
 
@@ -121,7 +122,7 @@ class Recipe:
     z_loss: float = setting(0.0, "Weight of the z-loss; 0: none.", _OPTIMIZER, at_least=0)
     dtype: str = setting(
         "bfloat16",
-        "Type to compute in; trained weights and optimizer state are float32.",
+        "Type to compute in: float16, bfloat16 or float32. Trained weights and optimizer state stay in float32.",
         _COMPUTE,
         choices=tuple(DTYPES),
     )
@@ -129,7 +130,11 @@ class Recipe:
         False, "Recompute layers in the backward pass: less memory, more time.", _COMPUTE, can_change=True
     )
     loss_chunk: int = setting(
-        DEFAULT_CHUNK, "Tokens whose logits are in memory at once.", _COMPUTE, above=0, can_change=True
+        DEFAULT_CHUNK,
+        "Compute the loss in chunks of N tokens to limit the memory of logits.",
+        _COMPUTE,
+        above=0,
+        can_change=True,
     )
     seed: int = setting(0, "Random seed.", _COMPUTE, at_least=0)
     log_every: int = setting(10, "Steps between logged metrics.", _RUN, above=0, can_change=True)
@@ -191,7 +196,7 @@ class Recipe:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"{path} must contain a table of settings")
+            raise ConfigError(f"{path} must contain a mapping of settings")
         try:
             values = cls._expanded(values)
             cls._check_names(values)

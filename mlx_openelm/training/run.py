@@ -136,7 +136,7 @@ def pretrain(
         OpenELMError: one of its subclasses; the last good checkpoint is kept.
     """
     if not recipe.data:
-        raise DataError("no data; set `data` in the recipe, for example to stories/*.txt")
+        raise DataError("no data given; set `data`, for example to stories/*.txt")
     group, callback = group or mx.distributed.init(), callback or TrainingCallback()
     with run_lock(Path(output), group) as run:
         if not resume:

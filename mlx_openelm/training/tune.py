@@ -230,7 +230,7 @@ def _move_foreign_away(run: Path, on_message: Callable[[str], None]) -> None:
     for path in (run / TENSOR_FILE, run / CONFIG_FILE):
         if best is not None and path.exists() and not filecmp.cmp(path, best / path.name, shallow=False):
             place = move_away(path, f"{path.stem}-old{path.suffix}")
-            on_message(f"{path} was changed after the run; it is now {place.name}")
+            on_message(f"{path} was modified after the run; moved it to {place.name}")
 
 
 def _publish(outputs: Mapping[str, OutputFile], run: Path) -> None:
@@ -249,7 +249,7 @@ def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
     own = dict(tree_flatten(model.parameters()))
     if any(name.endswith(".scales") for name in own):
         raise AdapterError(
-            f"{recipe.model} is quantized, so it cannot be trained in full; "
+            f"{recipe.model} is quantized, so it cannot be fully fine-tuned; "
             "convert it with `dequantize`, or use lora or dora"
         )
     layers = tuple(f"transformer.layers.{layer}." for layer in last_layers(model, recipe.layers))

@@ -18,7 +18,7 @@ OBJECTIVES = ("cross-entropy", "dpo")
 RECIPES = Path(__file__).parents[1] / "assets" / "recipes" / "tune"
 
 _DATA = "Model and data"
-_ADAPTER = "What is trained"
+_ADAPTER = "Method"
 _EXAMPLES = "Examples"
 
 
@@ -48,17 +48,21 @@ class TuneRecipe(Recipe):
     columns: dict[str, str] = setting({}, "Field names in the data, such as prompt=question,completion=answer.", _DATA)
     method: str = setting(
         AdapterConfig.method,
-        "lora, dora or full; on pairs: dpo (with LoRA), dora+dpo or full+dpo.",
+        "lora, dora or full; on preference pairs: dpo (with LoRA), dora+dpo or full+dpo.",
         _ADAPTER,
         choices=TUNING_METHODS,
     )
-    objective: str = setting("cross-entropy", "What training minimizes.", _ADAPTER, choices=OBJECTIVES)
+    objective: str = setting(
+        "cross-entropy", "Training objective, set by the dpo methods.", _ADAPTER, choices=OBJECTIVES
+    )
     rank: int = setting(AdapterConfig.rank, "Rank of the adapter.", _ADAPTER, above=0)
     alpha: float = setting(AdapterConfig.alpha, "LoRA alpha; the adapter is scaled by alpha / rank.", _ADAPTER, above=0)
-    rank_stabilised: bool = setting(AdapterConfig.rank_stabilised, "Scale by alpha / sqrt(rank) instead.", _ADAPTER)
+    rank_stabilized: bool = setting(
+        AdapterConfig.rank_stabilized, "Rank-stabilized LoRA: scale by alpha / sqrt(rank).", _ADAPTER
+    )
     dropout: float = setting(AdapterConfig.dropout, "Dropout on the adapter's inputs.", _ADAPTER, at_least=0, below=1)
     targets: tuple[str, ...] = setting(
-        AdapterConfig.targets, "Matrices that get an adapter; token_embeddings also works.", _ADAPTER
+        AdapterConfig.targets, "Matrices that get an adapter; token_embeddings is also supported.", _ADAPTER
     )
     layers: int = setting(AdapterConfig.layers, "Train only the last N layers; 0: all.", _ADAPTER, at_least=0)
     beta: float = setting(0.01, "DPO beta; larger values stay closer to the reference model.", _ADAPTER, above=0)
@@ -66,26 +70,31 @@ class TuneRecipe(Recipe):
     max_length: int = setting(0, "Maximum tokens per example; 0: the model's context length.", _EXAMPLES, at_least=0)
     max_prompt: int = setting(
         ExampleOptions.max_prompt,
-        "Maximum prompt tokens; longer prompts lose their beginning; 0: no limit.",
+        "Maximum prompt tokens; longer prompts are cut at the start; 0: no limit.",
         _EXAMPLES,
         at_least=0,
     )
     too_long: str = setting(ExampleOptions.too_long, "What to do with longer examples.", _EXAMPLES, choices=TOO_LONG)
-    train_on: str = setting(ExampleOptions.train_on, "Tokens in the loss.", _EXAMPLES, choices=TRAIN_ON)
+    train_on: str = setting(ExampleOptions.train_on, "Tokens that count in the loss.", _EXAMPLES, choices=TRAIN_ON)
     pack: bool = setting(False, "Pack several examples into a row; they do not attend to one another.", _EXAMPLES)
     indent: int = setting(
-        ExampleOptions.indent, "Spaces before instruction lines; Apple's code has 16.", _EXAMPLES, at_least=0
+        ExampleOptions.indent,
+        "Spaces to indent the lines of the instruction template; Apple's code uses 16.",
+        _EXAMPLES,
+        at_least=0,
     )
-    epochs: float = setting(1.0, "Passes over the training data, if steps is 0.", "Optimizer", above=0, can_change=True)
+    epochs: float = setting(
+        1.0, "Passes over the training data, if no steps are given.", "Optimizer", above=0, can_change=True
+    )
     steps: int = changed(
-        Recipe, "steps", 0, help="Optimizer steps; 0: as many as the epochs have.", above=None, at_least=0
+        Recipe, "steps", 0, help="Optimizer steps; 0: determined by the epochs.", above=None, at_least=0
     )
-    batch_size: int = changed(Recipe, "batch_size", 4, help="Examples, or pairs, that all processes compute at once.")
+    batch_size: int = changed(Recipe, "batch_size", 4, help="Examples, or pairs, per batch, across all processes.")
     grad_accumulation_steps: int = setting(1, "Batches per optimizer step.", "Optimizer", above=0)
     learning_rate: float = changed(Recipe, "learning_rate", 1e-4)
     warmup_steps: int = changed(Recipe, "warmup_steps", 0, help="Warm-up steps; 0: a share of all steps.")
     warmup_share: float = setting(
-        0.03, "Warm-up, as a share of all steps, if warmup_steps is 0.", "Optimizer", at_least=0, below=1
+        0.03, "Warm-up as a share of all steps, if no warm-up steps are given.", "Optimizer", at_least=0, below=1
     )
     beta2: float = changed(Recipe, "beta2", 0.999)
     weight_decay: float = changed(Recipe, "weight_decay", 0.0)
@@ -93,7 +102,7 @@ class TuneRecipe(Recipe):
         Recipe,
         "dtype",
         "auto",
-        help="Type to compute in; auto: float32 on a CPU, otherwise the model's.",
+        help="Type to compute in: auto, float16, bfloat16 or float32. auto: float32 on a CPU, otherwise the model's.",
         choices=("auto", *DTYPES),
     )
     validate_first: bool = changed(Recipe, "validate_first", True)
@@ -132,7 +141,7 @@ class TuneRecipe(Recipe):
             if isinstance(value, str):
                 value = dict(pair.split("=", 1) for pair in value.split(",") if "=" in pair) if value else {}
             if not isinstance(value, dict):
-                raise ConfigError("columns must be a table such as prompt=question,completion=answer")
+                raise ConfigError("columns must be a mapping such as prompt=question,completion=answer")
             return {str(key).strip(): str(column).strip() for key, column in value.items()}
         if name == "validation" and isinstance(value, float | int) and not isinstance(value, bool):
             return str(value)
@@ -149,5 +158,5 @@ class TuneRecipe(Recipe):
         if self.method == "full":
             return None
         return AdapterConfig(
-            self.method, self.rank, self.alpha, self.dropout, self.rank_stabilised, self.targets, self.layers
+            self.method, self.rank, self.alpha, self.dropout, self.rank_stabilized, self.targets, self.layers
         )

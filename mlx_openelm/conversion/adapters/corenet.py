@@ -49,13 +49,13 @@ class LoRASettings:
     rank: int
     alpha: float
     dropout: float = 0.0
-    rank_stabilised: bool = False
+    rank_stabilized: bool = False
     use_dora: bool = False
 
     @property
     def scale(self) -> float:
         """Factor of the product of both matrices."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 def read_fine_tuned(
@@ -101,7 +101,7 @@ def _adapter(
         parts, scale = with_one_scale(parts, {matrix: own.scale for matrix, own in of_path.items()})
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
-    alphas = {(own.alpha, own.rank, own.rank_stabilised) for own in of_path.values()}
+    alphas = {(own.alpha, own.rank, own.rank_stabilized) for own in of_path.values()}
     is_uniform = len(alphas) == 1
     first = next(iter(of_path.values()))
     return SavedAdapter(
@@ -110,7 +110,7 @@ def _adapter(
         parts,
         max(own.dropout for own in of_path.values()),
         first.alpha if is_uniform else None,
-        first.rank_stabilised if is_uniform else False,
+        first.rank_stabilized if is_uniform else False,
     )
 
 
@@ -124,7 +124,7 @@ def _read_parts(tensors: Mapping[str, LazyTensor]) -> dict[str, mx.array]:
         path, part, adapter_name, _ = match.groups()
         check_path(path)
         if (path == EMBEDDING) != ("embedding" in part):
-            raise AdapterError(f"{name} belongs to another kind of layer than {path}")
+            raise AdapterError(f"{name} does not match the layer type of {path}")
         adapter_names.add(adapter_name)
         parts[f"{path}.{_PARTS[part]}"] = tensor.read().T
     if len(adapter_names) > 1:
@@ -187,7 +187,7 @@ def _settings_of(path: str, rank: int, settings: list[LoRASettings], parts: Mapp
         return LoRASettings("", rank, rank, use_dora=has_magnitude)
     found = next((own for own in settings if re.match(own.regex, path.removeprefix("transformer."))), None)
     if found is None:
-        raise AdapterError(f"{path} has an adapter, but no regex of the configuration matches it")
+        raise AdapterError(f"{path} has an adapter, but no pattern of the configuration matches it")
     if found.rank != rank:
         raise AdapterError(f"{path} has rank {rank}, but the configuration says {found.rank}")
     if found.use_dora != has_magnitude:

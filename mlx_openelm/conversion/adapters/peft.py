@@ -138,7 +138,7 @@ def write_peft(folder: Path, adapter: SavedAdapter) -> None:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": adapter.dropout,
-        "use_rslora": adapter.rank_stabilised,
+        "use_rslora": adapter.rank_stabilized,
         "use_dora": any(magnitude for _, magnitude in ranks.values()),
         "target_modules": _target_modules(adapter),
         "rank_pattern": {re.escape(path): other for path, other in others.items()},
@@ -191,7 +191,7 @@ def _rename(stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
         path = name.removeprefix(_PREFIX).removesuffix(f".{ending}")
         check_path(path)
         if (path == EMBEDDING) != ("embedding" in ending) and _PARTS[ending] != MAGNITUDE:
-            raise AdapterError(f"{name} belongs to another kind of layer than {path}")
+            raise AdapterError(f"{name} does not match the layer type of {path}")
         tensors[f"{path}.{_PARTS[ending]}"] = tensor.T
     if not tensors:
         raise AdapterError("the adapter has no tensors")
@@ -260,7 +260,7 @@ def _check_writable(adapter: SavedAdapter) -> None:
 
 def _alpha(adapter: SavedAdapter, rank: int) -> float:
     """The alpha that gives the adapter's scale at this rank; its original alpha where that is right."""
-    divisor = math.sqrt(rank) if adapter.rank_stabilised else rank
+    divisor = math.sqrt(rank) if adapter.rank_stabilized else rank
     if adapter.alpha is not None and math.isclose(adapter.alpha / divisor, adapter.scale):
         alpha = adapter.alpha
     else:

@@ -127,7 +127,9 @@ def _open(path: Path) -> _Archive:
             begin = info.header_offset + _LOCAL_HEADER_BYTES
             begin += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             if info.file_size != info.compress_size or begin + info.file_size > size:
-                raise TorchFileError(f"damaged or incomplete: record {name} ends after the file; download it again")
+                raise TorchFileError(
+                    f"damaged or incomplete: record {name} extends past the end of the file; download it again"
+                )
             archive.entries[name] = begin, info.file_size, info.CRC
     if "constants.pkl" in archive.entries:
         raise TorchFileError("this is a TorchScript program; save its state_dict() with torch.save instead")
@@ -160,7 +162,7 @@ def _find_model(value: Any) -> dict[str, TensorRecord]:
     """Find the dictionary that is the model; returns its tensors."""
     tables = list(_tables(value))
     if not tables:
-        raise TorchFileError("the file contains no tensors by name")
+        raise TorchFileError("the file contains no named tensors")
     for key in _MODEL_KEYS:
         for place, tensors in tables:
             if place and place[-1] == key:
@@ -197,7 +199,7 @@ def _lazy(archive: _Archive, name: str, record: TensorRecord) -> LazyTensor:
     if numel:
         last = record.offset + sum((n - 1) * s for n, s in zip(record.shape, record.strides, strict=True))
         if last >= available or numel > available:
-            raise TorchFileError(f"damaged: {name} of shape {record.shape} needs more values than stored")
+            raise TorchFileError(f"damaged: {name} of shape {record.shape} needs more values than are stored")
     return LazyTensor(record.shape, dtype, partial(_read_rows, archive, name, entry, record))
 
 

@@ -122,7 +122,7 @@ class _Machine:
                 _OPERATIONS[name](self, argument)
             elif name not in ("PROTO", "FRAME"):
                 raise TorchFileError(f"its pickle uses the opcode {name}, which tensors do not need; nothing was run")
-        raise TorchFileError("its pickle has no end")
+        raise TorchFileError("its pickle is truncated")
 
     def pop_mark(self) -> list[Any]:
         """Pop and return the values above the last mark, and the mark."""
@@ -160,7 +160,7 @@ class _Machine:
     def call(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise TorchFileError("its pickle calls something that is not a function; nothing was run")
+            raise TorchFileError("its pickle calls something other than a function; nothing was run")
         self.stack.append(_describe(function.full, arguments))
 
     def build(self, _: Any) -> None:
