@@ -209,7 +209,7 @@ def test_a_record_before_the_file_is_refused(tmp_path):
 def test_keys_that_never_stop_hashing_are_left_alone(tmp_path):
     nested = Raw(b")" + b"2\x86" * 80)  # a tuple of a tuple twice, and so on: its hash would take 2^80 steps
     path = save(tmp_path / "x.pt", {}, pickle=b"\x80\x02}(" + nested.opcodes + b"K\x01u.")
-    with pytest.raises(TorchFileError, match="no tensors"):
+    with pytest.raises(TorchFileError, match="no named tensors"):
         read_torch_file(path)
 
 
@@ -220,7 +220,7 @@ def test_names_that_never_stop_printing_are_refused(tmp_path):
 
 
 def test_a_description_without_tensors_is_refused(tmp_path):
-    with pytest.raises(TorchFileError, match="no tensors"):
+    with pytest.raises(TorchFileError, match="no named tensors"):
         read_torch_file(save(tmp_path / "x.pt", {"epoch": 1}))
 
 

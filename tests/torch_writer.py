@@ -100,6 +100,7 @@ def save(path, value, *, compression=zipfile.ZIP_STORED, pickle=None, leave_out=
     writer = _Writer()
     description = b"\x80\x02" + writer.write(value) + b"."
     records = {"data.pkl": description if pickle is None else pickle, "byteorder": b"little", **writer.records}
+    records["version"] = b"3\n"  # of the archive; PyTorch 2.13 requires it
     records.update(extra or {})
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, raw in records.items():
