@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, quoted
 
 ACTIVATIONS = ("swish", "gelu", "relu")
 
@@ -27,6 +27,27 @@ FIXED_SETTINGS = {
 # Widths over model_dim in the first and the last layer of the published models.
 QKV_MULTIPLIERS = (0.5, 1.0)
 FFN_MULTIPLIERS = (0.5, 4.0)
+
+
+_LARGEST = {  # far beyond any model, so that a damaged file is refused before anything is allocated
+    "num_transformer_layers": 10_000,
+    "model_dim": 1 << 20,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 24,
+    "max_context_length": 1 << 30,
+    "num_gqa_groups": 1 << 16,
+    "ffn_dim_divisor": 1 << 20,
+    "rope_max_length": 1 << 30,
+    "num_query_heads": 1 << 16,
+    "num_kv_heads": 1 << 16,
+    "qkv_multipliers": 10_000,
+    "ffn_multipliers": 10_000,
+}
+_SIZES = (
+    *("num_transformer_layers", "model_dim", "head_dim", "vocab_size", "max_context_length"),
+    *("num_gqa_groups", "ffn_dim_divisor", "rope_max_length"),
+)
+_LARGEST_ROPE_BASE = 1e15
 
 
 @dataclass(frozen=True)
@@ -61,8 +82,11 @@ class OpenELMConfig:
     eos_token_id: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("num_transformer_layers", "model_dim", "head_dim", "vocab_size", "max_context_length"):
-            check_positive(name, getattr(self, name))
+        for name in _SIZES:
+            check_size(name, getattr(self, name))
+        if not 1 < self.rope_freq_constant <= _LARGEST_ROPE_BASE:
+            base = quoted(self.rope_freq_constant)
+            raise ConfigError(f"rope_freq_constant must be above 1 and at most {_LARGEST_ROPE_BASE:g}; got {base}")
         for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers"):
             values = getattr(self, name)
             if len(values) != self.num_transformer_layers:
@@ -70,7 +94,7 @@ class OpenELMConfig:
                     f"{name} has {len(values)} values, but num_transformer_layers is {self.num_transformer_layers}"
                 )
             for value in values:
-                check_positive(name, value)
+                check_size(name, value)
         for layer, (queries, keys) in enumerate(zip(self.num_query_heads, self.num_kv_heads, strict=True)):
             if queries % keys:
                 raise ConfigError(
@@ -134,9 +158,8 @@ class OpenELMConfig:
             ConfigError: if a value is invalid.
         Source: layer-wise scaling, OpenELM paper (arXiv:2404.14619), section 2.
         """
-        check_positive("num_transformer_layers", num_transformer_layers)
-        check_positive("num_gqa_groups", num_gqa_groups)
-        check_positive("ffn_dim_divisor", ffn_dim_divisor)
+        check_size("num_transformer_layers", num_transformer_layers)
+        check_size("ffn_dim_divisor", ffn_dim_divisor)
         heads_per_layer = query_heads(num_transformer_layers, model_dim, head_dim, qkv_multipliers, num_gqa_groups)
         return cls(
             num_transformer_layers=num_transformer_layers,
@@ -188,14 +211,16 @@ def make_divisible(value: float, divisor: int) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
-def check_positive(name: str, value: float) -> None:
-    """Refuse a setting that is zero, negative or NaN.
+def check_size(name: str, value: float) -> None:
+    """Refuse a number that is not positive, not finite, or far beyond any model.
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: naming it.
     """
     if not value > 0:
-        raise ConfigError(f"{name} must be positive; got {value}")
+        raise ConfigError(f"{name} must be positive; got {quoted(value)}")
+    if not value <= _LARGEST[name]:
+        raise ConfigError(f"{name} must be at most {_LARGEST[name]:,}; got {quoted(value)}")
 
 
 def per_layer(name: str, multipliers: Sequence[float], num_layers: int) -> tuple[float, ...]:
@@ -217,6 +242,9 @@ def query_heads(
     Raises:
         ConfigError: if there are not one or two multipliers.
     """
+    sizes = {"num_transformer_layers": num_layers, "model_dim": model_dim, "head_dim": head_dim}
+    for name, size in {**sizes, "num_gqa_groups": num_gqa_groups}.items():
+        check_size(name, size)
     multipliers = _linear("qkv_multipliers", qkv_multipliers, num_layers)
     return tuple(make_divisible(m * model_dim, head_dim * num_gqa_groups) // head_dim for m in multipliers)
 
@@ -227,6 +255,8 @@ def _linear(name: str, multipliers: Sequence[float], num_layers: int) -> tuple[f
         raise ConfigError(
             f"{name} has {len(multipliers)} values; expected one for all layers, or two for the first and last layer"
         )
+    for value in multipliers:
+        check_size(name, value)
     first, last = multipliers[0], multipliers[-1]
     steps = max(num_layers - 1, 1)
     return tuple(round(first + (last - first) * layer / steps, 2) for layer in range(num_layers))

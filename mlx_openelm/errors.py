@@ -4,6 +4,7 @@ The command line prints the message as one line and exits with status 2; program
 """
 
 import os
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -115,3 +116,12 @@ def shorten(names: Iterable[str], limit: int = 4) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def quoted(value: object) -> str:
+    """A value from a file for a message: its `repr`, cut short whatever its size and depth."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60

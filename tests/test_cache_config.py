@@ -43,7 +43,7 @@ class TestBytes:
         ({"bits": 3}, "got 3"),
         ({"bits": 4, "quantize_after": -1}, "negative"),
         ({"window": 4}, "`window` must be greater than the 4 `sinks`; got 4"),
-        ({"window": 9, "sinks": -1}, "`sinks` must not be negative; got -1"),
+        ({"window": 9, "sinks": -1}, "`sinks` must be from 0 to 65,536; got -1"),
         ({"window": 64, "bits": 4}, "mutually exclusive"),
     ],
 )

@@ -134,3 +134,31 @@ def test_what_is_written_is_complete():
     assert OpenELMConfig.layerwise(2, 64, 32, (0.5, 1.0)).to_dict()["qkv_multipliers"] == [0.5, 1.0]
     with pytest.raises(ConfigError, match="'7B' is not a published model"):
         OpenELMConfig.preset("7B")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 0}, "head_dim must be positive; got 0"),
+        ({"rope_freq_constant": 10**400}, "rope_freq_constant must be"),
+        ({"rope_freq_constant": 1e39}, "rope_freq_constant must be above 1 and at most 1e"),
+        ({"rope_freq_constant": 0.0}, r"rope_freq_constant must be above 1 and at most 1e\+15; got 0\.0"),
+        ({"rope_freq_constant": -5.0}, "rope_freq_constant must be above 1"),
+        ({"rope_freq_constant": float("nan")}, "rope_freq_constant must be above 1 and at most .*; got nan"),
+        ({"qkv_multipliers": [float("inf")]}, "qkv_multipliers must be at most 10,000; got inf"),
+        ({"qkv_multipliers": [float("nan"), 1.0]}, "qkv_multipliers must be positive; got nan"),
+        ({"ffn_multipliers": [1e39, 1e39]}, "ffn_multipliers must be at most"),
+        ({"ffn_dim_divisor": 0}, "ffn_dim_divisor must be positive; got 0"),
+        ({"num_gqa_groups": 0}, "num_gqa_groups must be positive"),
+        ({"num_transformer_layers": 1_000_000_000}, "num_transformer_layers must be at most 10,000; got 1000000000"),
+        ({"model_dim": 10**400}, r"model_dim must be at most 1,048,576; got 1000+\.\.\."),
+        ({"rope_max_length": -1}, "rope_max_length must be positive"),
+    ],
+)
+def test_numbers_of_a_file_have_two_bounds(change, message):
+    written = OpenELMConfig.layerwise(2, 64, 32, num_gqa_groups=2, ffn_dim_divisor=16).to_dict()
+    for name in ("num_query_heads", "num_kv_heads"):
+        del written[name]
+    with pytest.raises(ConfigError, match=message) as found:
+        config_from_dict({**written, **change})
+    assert len(str(found.value)) < 200

@@ -155,3 +155,62 @@ class TestFilesThatDoNotFit:
         (tmp_path / "file").write_text("")
         with pytest.raises(OutputError, match="cannot be written"):
             PromptCache(tiny_model).save(tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config", None),
+        ("config", "{"),
+        ("config", '{"zzz": 1}'),
+        ("config", '{"bits": 7}'),
+        ("config", "[1]"),
+        ("tokens", None),
+        ("tokens", "null"),
+        ("tokens", '["a"]'),
+        ("tokens", "[1.5, 2]"),
+        ("tokens", "[true]"),
+        ("tokens", "[-1]"),
+        ("tokens", "[400]"),
+        ("tokens", "[" * 5000),
+        ("tokens", "[1, 2]"),
+        ("quantized", ""),
+        ("quantized", "true"),
+        ("quantized", None),
+    ],
+)
+def test_damaged_metadata_is_one_error(tiny_model, tmp_path, name, value):
+    cache = PromptCache(tiny_model)
+    cache.reuse([1, 2, 3])
+    tiny_model(mx.array([[1, 2, 3]]), cache=cache.kv)
+    cache.hold([1, 2, 3])
+    cache.save(tmp_path / "cache")
+    arrays, about = mx.load(str(tmp_path / "cache"), format="safetensors", return_metadata=True)
+    about.pop(name) if value is None else about.update({name: value})
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), arrays, about)
+    with pytest.raises(CacheError, match=r"other\.safetensors is damaged"):
+        PromptCache.load(tiny_model, tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["nan", "inf", "dtype", "heads", "width", "missing", "rows"])
+def test_arrays_that_the_model_would_not_have_written_are_refused(tiny_model, tmp_path, damage):
+    cache = PromptCache(tiny_model)
+    tiny_model(mx.array([[1, 2, 3]]), cache=cache.kv)
+    cache.hold([1, 2, 3])
+    cache.save(tmp_path / "cache")
+    arrays, about = mx.load(str(tmp_path / "cache"), format="safetensors", return_metadata=True)
+    name = "layers.1.0"
+    array = arrays.pop(name)
+    changed = {
+        "nan": mx.where(mx.arange(array.shape[-1]) == 2, mx.nan, array),
+        "inf": mx.where(mx.arange(array.shape[-1]) == 2, mx.inf, array),
+        "dtype": array.astype(mx.int32),
+        "heads": array[:, :1] if array.shape[1] > 1 else mx.concatenate([array, array], axis=1),
+        "width": array[..., :-1],
+        "rows": mx.concatenate([array, array]),
+    }
+    if damage in changed:
+        arrays[name] = changed[damage]
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), arrays, about)
+    with pytest.raises(CacheError, match="is damaged"):
+        PromptCache.load(tiny_model, tmp_path / "other.safetensors")

@@ -242,3 +242,30 @@ def test_a_penalty_makes_small_negative_logits_smaller():
     logits = mx.array([0.0, -0.5, -0.9, 3.0])
     _, recent = sampler.start(mx.array([0, 1, 3]))
     assert sampler._penalize(logits, recent).tolist() == pytest.approx([0.0, -1.0, -0.9, 1.5])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 1e39},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"repetition_penalty": 1e-3},
+        {"repetition_penalty": 1e39},
+        {"repetition_penalty": float("nan")},
+        {"repetition_context": 3_000_000_000},
+        {"repetition_context": 65_537},
+        {"top_p": float("nan")},
+        {"min_p": float("nan")},
+    ],
+)
+def test_numbers_that_float32_cannot_use_are_refused(values):
+    (name,) = values
+    with pytest.raises(SamplingError, match=f"{name} must be"):
+        SamplingConfig(**values)
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e5])
+def test_the_ends_of_the_range_still_sample(temperature):
+    assert set(draw(SamplingConfig(temperature=temperature, seed=1), 50)) <= {0, 1, 2, 3, 4, 5, 6, 7}

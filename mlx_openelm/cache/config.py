@@ -9,6 +9,8 @@ from ..errors import CacheError
 
 KV_GROUP_SIZES = (64, 32)  # numbers that share a scale when quantized
 _BITS = (4, 8)
+_LARGEST_SINKS = 65_536
+_LARGEST_WINDOW = 1 << 24  # tokens
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,10 @@ class CacheConfig:
             raise CacheError(f"`bits` of the KV cache must be 4 or 8; got {self.bits}")
         if self.quantize_after < 0:
             raise CacheError(f"`quantize_after` must not be negative; got {self.quantize_after}")
-        if self.sinks < 0:
-            raise CacheError(f"`sinks` must not be negative; got {self.sinks}")
+        if not 0 <= self.sinks <= _LARGEST_SINKS:
+            raise CacheError(f"`sinks` must be from 0 to {_LARGEST_SINKS:,}; got {self.sinks}")
+        if self.window is not None and self.window > _LARGEST_WINDOW:
+            raise CacheError(f"`window` must be at most {_LARGEST_WINDOW:,}; got {self.window}")
         if self.window is not None and self.window < self.sinks + 1:
             raise CacheError(f"`window` must be greater than the {self.sinks} `sinks`; got {self.window}")
         if self.window is not None and self.bits is not None:

@@ -116,6 +116,11 @@ class KVCache:
         self.advance(num_tokens)
 
     @property
+    def buffers(self) -> tuple[Buffers, ...]:
+        """The buffers of each layer; () of one that has none."""
+        return tuple(self._buffers)
+
+    @property
     def arrays(self) -> list[mx.array]:
         """The buffers that exist, to evaluate or to count."""
         return [array for buffers in self._buffers for array in buffers]
@@ -147,6 +152,8 @@ class KVCache:
             KeyError: if an array is missing.
             ValueError: if one has another shape than it should.
         """
+        if quantized and self.config.bits is None:
+            raise ValueError("quantized arrays contradict the configuration")
         if quantized and self.config.bits is not None:
             head_dim = arrays["layers.0.0"].shape[-1] * 32 // self.config.bits
             self.layout = QuantizedKV(self.config.bits, kv_group_size(head_dim))

@@ -104,19 +104,45 @@ class PromptCache:
         if about.get("format") != _FORMAT:
             raise CacheError(f"{path} is not a prompt cache, or was written by another version of this package")
         own = model_fingerprint(model)
-        if about["model"] != own:
+        if about.get("model") != own:
             raise CacheError(f"{path} was made with another model, adapter or dtype; delete it or choose another file")
-        saved = CacheConfig(**json.loads(about["config"]))
+        try:
+            saved = CacheConfig(**json.loads(about["config"]))
+            tokens, quantized = json.loads(about["tokens"]), json.loads(about["quantized"])
+            _check_tokens(tokens, model.config.vocab_size)
+        except (KeyError, ValueError, TypeError, RecursionError, CacheError) as error:
+            raise CacheError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
         if config is not None and config != saved:
             raise CacheError(f"{path} has another KV cache ({saved.label}, not {config.label}); choose another file")
         cache = cls(model, saved)
         cache._fingerprint = own
-        cache.tokens = json.loads(about["tokens"])
+        cache.tokens = tokens
         try:
-            cache.kv.from_arrays(arrays, len(cache.tokens), json.loads(about["quantized"]))
-        except (KeyError, ValueError) as error:
+            cache.kv.from_arrays(arrays, len(tokens), quantized is True)
+            _check_arrays(cache.kv, model)
+        except (KeyError, ValueError, CacheError) as error:
             raise CacheError(f"{path} is damaged: {error}") from error
         return cache
+
+
+def _check_tokens(tokens: Any, vocab_size: int) -> None:
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
+        raise CacheError("its tokens are not ids of the vocabulary")
+
+
+def _check_arrays(cache: KVCache, model: OpenELM) -> None:
+    """Make sure that a cache from a file has the arrays that the model would have written, all of them finite."""
+    dtype = model.transformer.norm.weight.dtype
+    for layer, (heads, found) in enumerate(zip(model.config.num_kv_heads, cache.buffers, strict=True)):
+        if not found:
+            continue
+        one = mx.zeros((1, heads, 1, model.config.head_dim), dtype)
+        wanted = cache.layout.to_arrays(cache.layout.allocate(one, one, cache.offset), cache.offset)
+        for array, expected in zip(found, wanted, strict=True):
+            if (array.shape, array.dtype) != (expected.shape, expected.dtype):
+                raise CacheError(f"layer {layer} has an array of another shape or dtype")
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.all(mx.isfinite(array)).item():
+                raise CacheError(f"layer {layer} contains NaN or infinity")
 
 
 def write_prompt_cache(cache: PromptCache, output: OutputFile) -> None:

@@ -7,6 +7,11 @@ import mlx.core as mx
 
 from ..errors import SamplingError
 
+# Outside these ranges logits overflow float32, or all of them become equal.
+_TEMPERATURES = (1e-5, 1e5)
+_PENALTIES = (0.01, 100)
+_LARGEST_CONTEXT = 65_536
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -25,13 +30,21 @@ class SamplingConfig:
     seed: int | None = None  # the same seed produces the same text; None: a random seed
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        low, high = _TEMPERATURES
+        _check(
+            "temperature",
+            self.temperature,
+            self.is_greedy or low <= self.temperature <= high,
+            _range(low, high, "0, or "),
+        )
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("top_k", self.top_k, self.top_k >= 0, "at least 0")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        low, high = _PENALTIES
+        _check("repetition_penalty", self.repetition_penalty, low <= self.repetition_penalty <= high, _range(low, high))
         _check("seed", self.seed or 0, 0 <= (self.seed or 0) < 1 << 63, "from 0 to 2**63 - 1")
-        _check("repetition_context", self.repetition_context, self.repetition_context >= 1, "at least 1")
+        low, high = 1, _LARGEST_CONTEXT
+        _check("repetition_context", self.repetition_context, low <= self.repetition_context <= high, _range(low, high))
 
     @property
     def is_greedy(self) -> bool:
@@ -136,6 +149,10 @@ def restrict(scores: mx.array, config: SamplingConfig) -> mx.array:
 
 def _fresh_seed() -> int:
     return int.from_bytes(os.urandom(4), "little")
+
+
+def _range(low: float, high: float, before: str = "") -> str:
+    return f"{before}from {low:g} to {high:,}"
 
 
 def _check(name: str, value: float, holds: bool, range_in_words: str) -> None:

@@ -21,6 +21,7 @@ from ..quantization import dequantized, matrix_shape
 from .openelm import OpenELM
 
 ADAPTER_METHODS = ("lora", "dora")
+LARGEST_RANK = 8192  # more than any matrix of the published models has use for
 MAGNITUDE = "m"  # last part of the parameter name
 LINEAR_TARGETS = ("qkv_proj", "out_proj", "proj_1", "proj_2")
 EMBEDDING_TARGET = "token_embeddings"
@@ -48,6 +49,8 @@ class AdapterConfig:
             raise ConfigError(f"unknown method {self.method!r} (choose from {', '.join(ADAPTER_METHODS)})")
         if self.rank < 1:
             raise ConfigError(f"rank must be positive; got {self.rank}")
+        if self.rank > LARGEST_RANK:
+            raise ConfigError(f"rank must be at most {LARGEST_RANK:,}; got {self.rank}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1; got {self.dropout}")
         if self.layers < 0:

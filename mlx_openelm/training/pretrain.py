@@ -17,7 +17,7 @@ from ..data.batch import TokenBatch
 from ..data.corpus import PACKINGS, Corpus, CorpusBatches, Filters, prepare_corpus, validation_rows
 from ..data.text_files import TextSource
 from ..data.train_tokenizer import train_tokenizer
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 from ..files.lock import LockedFolder
 from ..model.openelm import OpenELM, parameter_shapes
 from ..tensors import save_arrays
@@ -116,7 +116,7 @@ def _model(value: object) -> OpenELMConfig:
     if isinstance(value, str):
         return OpenELMConfig.preset(value)
     if not isinstance(value, dict):
-        raise ConfigError(f"model must be a name such as 270M, or a table of widths; got {value!r}")
+        raise ConfigError(f"model must be a name such as 270M, or a table of widths; got {quoted(value)}")
     if "num_query_heads" in value or "model_type" in value:
         return config_from_dict(value)
     try:
@@ -138,7 +138,7 @@ def _source(value: object) -> TextSource:
         return TextSource(**value)  # type: ignore[arg-type]
     except TypeError as error:
         names = ", ".join(entry.name for entry in fields(TextSource))
-        raise ConfigError(f"data: {value!r} is not a source (fields: {names})") from error
+        raise ConfigError(f"data: {quoted(value)} is not a source (fields: {names})") from error
 
 
 class CorpusRows:

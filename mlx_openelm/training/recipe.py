@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replac
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import ConfigError, shorten
+from ..errors import ConfigError, quoted, shorten
 from ..machine.device import DTYPES
 from .loss import DEFAULT_CHUNK
 
@@ -26,6 +26,8 @@ _OLD_NAMES = {  # of fields, in recipes and runs written until 2026-11-25
     "recompute_layers": "gradient_checkpointing",
     "rank_stabilised": "rank_stabilized",
 }
+_LARGEST = 2**31 - 1
+_LARGEST_BATCH = 65_536
 _OLD_VALUES = {("objective", "likelihood"): "cross-entropy"}
 
 
@@ -37,7 +39,7 @@ class Setting:
         help: one sentence, for `--help`.
         group: heading under which `--help` shows it.
         choices: allowed values; empty: any.
-        at_least, above, below: limits of a number.
+        at_least, above, below, at_most: limits of a number; every number has an upper one.
         is_path: whether relative paths in a recipe file are relative to the file's folder.
         can_change: whether a run may be resumed with another value, because the result stays the same.
     """
@@ -48,29 +50,32 @@ class Setting:
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
+    at_most: float = _LARGEST
     is_path: bool = False
     can_change: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Raise ConfigError if a value is not allowed."""
         if self.choices and value not in self.choices:
-            raise ConfigError(f"unknown {name} {value!r} (choose from {', '.join(self.choices)})")
+            raise ConfigError(f"unknown {name} {quoted(value)} (choose from {', '.join(self.choices)})")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name} must be finite; got {value}")
+            raise ConfigError(f"{name} must be finite; got {quoted(value)}")
         too_small = self.at_least is not None and value < self.at_least
         if self.at_least is not None and self.below is not None and (too_small or value >= self.below):
-            raise ConfigError(f"{name} must be at least {self.at_least} and below {self.below}; got {value}")
+            raise ConfigError(f"{name} must be at least {self.at_least} and below {self.below}; got {quoted(value)}")
         if too_small:
             raise ConfigError(
-                f"{name} must not be negative; got {value}"
+                f"{name} must not be negative; got {quoted(value)}"
                 if self.at_least == 0
-                else f"{name} must be at least {self.at_least}; got {value}"
+                else f"{name} must be at least {self.at_least}; got {quoted(value)}"
             )
+        if isinstance(value, int | float) and value > self.at_most:
+            raise ConfigError(f"{name} must be at most {self.at_most:,}; got {quoted(value)}")
         if self.above is not None and not value > self.above:
             raise ConfigError(
-                f"{name} must be positive; got {value}"
+                f"{name} must be positive; got {quoted(value)}"
                 if self.above == 0
-                else f"{name} must be above {self.above}; got {value}"
+                else f"{name} must be above {self.above}; got {quoted(value)}"
             )
 
 
@@ -108,7 +113,9 @@ class Recipe:
     """
 
     steps: int = setting(MISSING, "Optimizer steps.", _OPTIMIZER, above=0, can_change=True)
-    batch_size: int = setting(MISSING, "Rows per optimizer step, over all processes.", _OPTIMIZER, above=0)
+    batch_size: int = setting(
+        MISSING, "Rows per optimizer step, over all processes.", _OPTIMIZER, above=0, at_most=_LARGEST_BATCH
+    )
     learning_rate: float = setting(MISSING, "Peak learning rate.", _OPTIMIZER, above=0)
     min_lr_ratio: float = setting(0.1, "Final learning rate, as a share of the peak.", _OPTIMIZER, at_least=0)
     initial_learning_rate: float = setting(1e-6, "Learning rate at the start of warm-up.", _OPTIMIZER, at_least=0)
@@ -136,7 +143,7 @@ class Recipe:
         above=0,
         can_change=True,
     )
-    seed: int = setting(0, "Random seed.", _COMPUTE, at_least=0)
+    seed: int = setting(0, "Random seed.", _COMPUTE, at_least=0, at_most=2**63 - 1)
     log_every: int = setting(10, "Steps between logged metrics.", _RUN, above=0, can_change=True)
     validate_first: bool = setting(False, "Validate before the first step too.", _RUN, can_change=True)
     validate_every: int = setting(1000, "Steps between validations.", _RUN, above=0, can_change=True)
@@ -292,5 +299,5 @@ def _typed(name: str, value: Any, kind: type) -> Any:
     if kind is str and isinstance(value, os.PathLike):
         return str(value)
     if type(value) is not kind:
-        raise ConfigError(f"{name} must be {_TYPES[kind]}; got {value!r}")
+        raise ConfigError(f"{name} must be {_TYPES[kind]}; got {quoted(value)}")
     return value

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..data.dataset import TOO_LONG, TRAIN_ON, ExampleOptions
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 from ..hub import BUILT_IN_MODEL
 from ..machine.device import DTYPES
 from ..model.adapters import TUNING_METHODS
-from ..model.lora import AdapterConfig
+from ..model.lora import LARGEST_RANK, AdapterConfig
 from .dpo import PREFERENCE_LOSSES
 from .recipe import Recipe, changed, setting
 
@@ -55,7 +55,7 @@ class TuneRecipe(Recipe):
     objective: str = setting(
         "cross-entropy", "Training objective, set by the dpo methods.", _ADAPTER, choices=OBJECTIVES
     )
-    rank: int = setting(AdapterConfig.rank, "Rank of the adapter.", _ADAPTER, above=0)
+    rank: int = setting(AdapterConfig.rank, "Rank of the adapter.", _ADAPTER, above=0, at_most=LARGEST_RANK)
     alpha: float = setting(AdapterConfig.alpha, "LoRA alpha; the adapter is scaled by alpha / rank.", _ADAPTER, above=0)
     rank_stabilized: bool = setting(
         AdapterConfig.rank_stabilized, "Rank-stabilized LoRA: scale by alpha / sqrt(rank).", _ADAPTER
@@ -90,7 +90,7 @@ class TuneRecipe(Recipe):
         Recipe, "steps", 0, help="Optimizer steps; 0: determined by the epochs.", above=None, at_least=0
     )
     batch_size: int = changed(Recipe, "batch_size", 4, help="Examples, or pairs, per batch, across all processes.")
-    grad_accumulation_steps: int = setting(1, "Batches per optimizer step.", "Optimizer", above=0)
+    grad_accumulation_steps: int = setting(1, "Batches per optimizer step.", "Optimizer", above=0, at_most=65_536)
     learning_rate: float = changed(Recipe, "learning_rate", 1e-4)
     warmup_steps: int = changed(Recipe, "warmup_steps", 0, help="Warm-up steps; 0: a share of all steps.")
     warmup_share: float = setting(
@@ -135,7 +135,7 @@ class TuneRecipe(Recipe):
         if name == "targets":
             names = value.split(",") if isinstance(value, str) else value
             if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
-                raise ConfigError(f"targets must be names such as qkv_proj; got {value!r}")
+                raise ConfigError(f"targets must be names such as qkv_proj; got {quoted(value)}")
             return tuple(n.strip().split(".")[-1] for n in names)  # mlx-lm writes attn.qkv_proj
         if name == "columns":
             if isinstance(value, str):

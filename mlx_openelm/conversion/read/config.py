@@ -10,8 +10,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ...config import FIXED_SETTINGS, OpenELMConfig, check_positive, per_layer, query_heads
-from ...errors import ConfigError, shorten
+from ...config import FIXED_SETTINGS, OpenELMConfig, check_size, per_layer, query_heads
+from ...errors import ConfigError, quoted, shorten
 
 # Keys of Hugging Face configurations that cannot change what the network computes.
 _IGNORED_KEYS = {
@@ -111,7 +111,7 @@ def _from_model_name(values: Mapping[str, Any]) -> OpenELMConfig:
 def _from_hugging_face(values: Mapping[str, Any]) -> OpenELMConfig:
     for name, only in FIXED_SETTINGS.items():
         if name in values and values[name] != only:
-            raise ConfigError(f"{name} must be {only!r} for OpenELM; got {values[name]!r}")
+            raise ConfigError(f"{name} must be {only!r} for OpenELM; got {quoted(values[name])}")
     read: dict[str, Any] = {}
     for field in fields(OpenELMConfig):
         if values.get(field.name) is not None:
@@ -121,7 +121,7 @@ def _from_hugging_face(values: Mapping[str, Any]) -> OpenELMConfig:
     if missing:
         raise ConfigError(f"missing settings: {shorten(sorted(missing))}")
     num_layers = read["num_transformer_layers"]
-    check_positive("num_transformer_layers", num_layers)
+    check_size("num_transformer_layers", num_layers)
     read["ffn_multipliers"] = per_layer("ffn_multipliers", read["ffn_multipliers"], num_layers)
     _add_heads(read)
     config = OpenELMConfig(**read)
@@ -133,7 +133,7 @@ def _from_hugging_face(values: Mapping[str, Any]) -> OpenELMConfig:
 def _add_heads(read: dict[str, Any]) -> None:
     """Set the heads per layer from the lists or the multipliers; if both are given, they must agree."""
     groups = read.get("num_gqa_groups", OpenELMConfig.num_gqa_groups)
-    check_positive("num_gqa_groups", groups)
+    check_size("num_gqa_groups", groups)
     if "qkv_multipliers" in read:
         shape = read["num_transformer_layers"], read["model_dim"], read["head_dim"]
         heads_per_layer = query_heads(*shape, read["qkv_multipliers"], groups)
@@ -177,8 +177,8 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     if isinstance(kind, list):
         entries = value if isinstance(value, list | tuple) else [value]
         return tuple(_read(name, entry, kind[0]) for entry in entries)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 64:
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{name} must be of type {kind.__name__}; got {value!r}")
+        raise ConfigError(f"{name} must be of type {kind.__name__}; got {quoted(value)}")
     return value
