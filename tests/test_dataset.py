@@ -96,7 +96,7 @@ def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):
         ),
         ([{"text": "a"}, {"text": 3}], r"record 2: text must be text; got int"),
         ([{"text": "half \ud83d"}], r"record 1: the text contains a lone surrogate"),
-        ([{"messages": [{"role": "user", "content": "Hi"}]}], r"record 1: conversations need a chat template"),
+        ([{"messages": [{"role": "user", "content": "Hi"}]}], r"record 1: this is a base model without a chat template"),
     ],
 )
 def test_records_that_cannot_be_used_are_named(tmp_path, tokenizer, records, reason):
@@ -165,7 +165,7 @@ def test_a_share_is_held_out_by_content(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"validation share must be .*got 1\.5"):
         held_out(0, share=1.5)
     write(path, completions(1))
-    with pytest.raises(DataError, match="has no training example left if"):
+    with pytest.raises(DataError, match="has no example left to train on if"):
         read_splits(path, tokenizer, validation=0.5)
 
 

@@ -54,7 +54,7 @@ class TestReadPrompts:
             ("p.jsonl", '{"prompt": ""}\n', "record 1: the prompt must be non-empty text"),
             ("p.jsonl", '{"prompt": 5}\n', "record 1: the prompt must be non-empty text"),
             ("p.jsonl", '{"messages": "hello"}\n', "record 1: messages must be a list"),
-            ("p.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "no chat template"),
+            ("p.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "without a chat template"),
             ("p.jsonl", "", "contains no prompts"),
             ("p.txt", "hello", "unsupported file type"),
         ],

@@ -173,7 +173,7 @@ def test_a_prompt_gets_the_chat_template_if_there_is_one(tokenizer, chat_tokeniz
     assert chat_tokenizer.encode_prompt("Hi", chat=False) == chat_tokenizer.encode("Hi")
     with_system = chat_tokenizer.encode_chat([{"role": "system", "content": "Be brief."}, user])
     assert chat_tokenizer.encode_prompt("Hi", system="Be brief.") == with_system
-    with pytest.raises(TokenizerError, match="no chat template"):
+    with pytest.raises(TokenizerError, match="without a chat template"):
         tokenizer.encode_prompt("Hi", chat=True)
     with pytest.raises(TokenizerError, match="`system` requires a chat template"):
         tokenizer.encode_prompt("Hi", system="Be brief.")
