@@ -96,7 +96,10 @@ def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):
         ),
         ([{"text": "a"}, {"text": 3}], r"record 2: text must be text; got int"),
         ([{"text": "half \ud83d"}], r"record 1: the text contains a lone surrogate"),
-        ([{"messages": [{"role": "user", "content": "Hi"}]}], r"record 1: this is a base model without a chat template"),
+        (
+            [{"messages": [{"role": "user", "content": "Hi"}]}],
+            r"record 1: this is a base model without a chat template",
+        ),
     ],
 )
 def test_records_that_cannot_be_used_are_named(tmp_path, tokenizer, records, reason):

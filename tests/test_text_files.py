@@ -45,10 +45,19 @@ def test_parquet(tmp_path):
 
 def test_broken_lines_are_passed_over_up_to_a_limit(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(lines("x") + "{\n" + '{"text": 3}\n' + "\n" + lines("y") + "nonsense\n")
-    assert list(read_documents(path, max_broken=3)) == ["x", "y"]
-    with pytest.raises(DataError, match=r"line 6: not a JSON object with text under .* \(broken lines before it: 2\)"):
+    path.write_text(lines("x") + "{\n" + '{"text": 3}\n' + "\n" + lines("y") + lines("z") + "nonsense\n")
+    assert list(read_documents(path, max_broken=3)) == ["x", "y", "z"]
+    with pytest.raises(DataError, match=r"line 7: not a JSON object.* \(broken lines before it: 2\)"):
         list(read_documents(path, max_broken=2))
+
+
+def test_a_file_of_which_most_lines_are_broken_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines("x") + '{"content": "a"}\n{"content": "b"}\n')
+    with pytest.raises(DataError, match=r"2 of 3 lines are broken; line 2: not a JSON object with text under 'text'"):
+        list(read_documents(path))
+    path.write_text('[\n{"text": "x"},\n{"text": "y"}\n]\n')
+    assert list(read_documents(path)) == ["x", "y"]
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"ab\xff"])

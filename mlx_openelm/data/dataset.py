@@ -14,8 +14,8 @@ import numpy as np
 from ..errors import DataError, TokenizerError
 from ..tokenizer.tokenizer import Tokenizer
 from .formats import FIELD_NAMES, Example, PreferencePair, encode_record, format_of
+from .json_records import BrokenLines
 from .record_files import RECORD_ENDINGS, read_records
-from .text_files import BrokenLines
 
 TOO_LONG = ("cut", "drop")
 TRAIN_ON = ("completion", "all")

@@ -1,14 +1,13 @@
 """Records for tuning, which are objects with named fields, read one by one from several types of files."""
 
 import csv
-import io
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError
-from .text_files import BrokenLines, open_text, parquet_rows
+from .json_records import BrokenLines, json_objects
+from .text_files import open_text, parquet_rows
 
 _COMPRESSED = (".gz", ".zst")
 _COMPRESSIBLE = (".jsonl", ".json", ".csv")
@@ -39,52 +38,9 @@ def read_records(path: Path, broken: BrokenLines | None = None) -> Iterator[dict
     with open_text(path) as file:
         if ending == ".csv":
             yield from _csv_rows(file, path, broken)
-        elif ending == ".jsonl":
-            yield from _json_lines(file, broken)
         else:
-            yield from _json_file(file.read(), path, broken)
-
-
-def _json_lines(lines: Iterable[str], broken: BrokenLines) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        record = _parsed(line)
-        if isinstance(record, dict):
-            yield record
-        else:
-            broken.skip(number, "not a JSON object")
-
-
-def _json_file(text: str, path: Path, broken: BrokenLines) -> Iterator[dict[str, Any]]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if not isinstance(_parsed(text.lstrip().split("\n", 1)[0]), dict):
-            raise DataError(f"{path} is not valid JSON: {error}") from error
-        yield from _json_lines(io.StringIO(text), broken)
-        return
-    records = _list_within(value) if isinstance(value, dict) else value
-    if not isinstance(records, list):
-        raise DataError(f"{path} contains no list of objects")
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise DataError(f"{path}, record {number}: not a JSON object")
-        yield record
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _list_within(value: dict[str, Any]) -> list[Any]:
-    """The list of records in an object, or the object itself as the only record."""
-    lists = [entry for name, entry in value.items() if isinstance(entry, list) and name != "messages"]
-    is_wrapper = len(lists) == 1 and all(isinstance(entry, dict) for entry in lists[0])
-    return lists[0] if is_wrapper else [value]
+            for _, record in json_objects(file, path, broken):
+                yield record
 
 
 def _csv_rows(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import glob
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,10 @@ from typing import Any, TextIO
 
 from ..errors import DataError
 from ..packages import optional_package
+from .json_records import MAX_BROKEN, BrokenLines, json_objects
 
 SEPARATOR = "<|endoftext|>"  # a separate line between the documents of a .txt file
 _NUMBERED = re.compile(r"\{file_id(:0\d+d)?\}")
-_MAX_BROKEN = 10
 _UTF8 = "utf-8-sig"  # some editors and spreadsheets write a byte order mark, which is not part of the text
 
 
@@ -56,7 +55,7 @@ class TextSource:
         return found
 
 
-def read_documents(path: Path, text_key: str = "text", max_broken: int = _MAX_BROKEN) -> Iterator[str]:
+def read_documents(path: Path, text_key: str = "text", max_broken: int = MAX_BROKEN) -> Iterator[str]:
     """Texts of a `.txt`, `.jsonl`, `.jsonl.gz`, `.jsonl.zst` or `.parquet` file.
 
     The documents of a `.txt` file are separated by lines of `<|endoftext|>`; without any, the file is one document.
@@ -71,31 +70,7 @@ def read_documents(path: Path, text_key: str = "text", max_broken: int = _MAX_BR
         return
     with open_text(path) as file:
         is_json = ".jsonl" in path.suffixes or path.suffix == ".json"
-        yield from _json_lines(file, text_key, BrokenLines(path, max_broken)) if is_json else _plain(file)
-
-
-class BrokenLines:
-    """Lines of a file that are skipped, up to a limit.
-
-    Attributes:
-        count: number of lines skipped so far.
-    """
-
-    def __init__(self, path: Path, limit: int = _MAX_BROKEN):
-        self.count = 0
-        self._path = path
-        self._limit = limit
-
-    def skip(self, number: int, reason: str) -> None:
-        """Skip one line.
-
-        Raises:
-            DataError: if the limit is already reached.
-        """
-        if self.count == self._limit:
-            before = f" (broken lines before it: {self.count})" if self.count else ""
-            raise DataError(f"{self._path}, line {number}: {reason}{before}")
-        self.count += 1
+        yield from _json_texts(file, path, text_key, BrokenLines(path, max_broken)) if is_json else _plain(file)
 
 
 @contextmanager
@@ -157,15 +132,13 @@ def _plain(file: TextIO) -> Iterator[str]:
     yield "".join(lines).strip("\n")
 
 
-def _json_lines(file: TextIO, text_key: str, broken: BrokenLines) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[text_key]
-            if not isinstance(text, str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
+def _json_texts(file: TextIO, path: Path, text_key: str, broken: BrokenLines) -> Iterator[str]:
+    num_read = 0
+    for number, record in json_objects(file, path, broken):
+        text = record.get(text_key)
+        if isinstance(text, str):
+            num_read += 1
+            yield text
+        else:
             broken.skip(number, f"not a JSON object with text under {text_key!r}")
-            continue
-        yield text
+    broken.check(num_read)
