@@ -95,7 +95,6 @@ def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):
             r"record 3: no format matches the fields prompt, reply",
         ),
         ([{"text": "a"}, {"text": 3}], r"record 2: text must be text; got int"),
-        ([{"text": "half \ud83d"}], r"record 1: the text contains a lone surrogate"),
         (
             [{"messages": [{"role": "user", "content": "Hi"}]}],
             r"record 1: this is a base model without a chat template",
@@ -201,3 +200,9 @@ def test_a_long_prompt_keeps_bos_and_its_end(tmp_path, tokenizer):
     (short,) = read_examples(tmp_path / "a.jsonl", tokenizer, ExampleOptions(max_prompt=4)).examples
     assert short.tokens.tolist() == [1, *whole.tokens[begin - 3 :].tolist()]
     assert short.completion_mask.tolist() == [False] * 4 + whole.completion_mask[begin:].tolist()
+
+
+def test_a_file_with_nothing_but_broken_lines_says_what_is_wrong_with_them(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"text": "half \ud83d"}])
+    with pytest.raises(DataError, match=r"no example to train on: broken: line 1: contains a lone surrogate"):
+        read_examples(path, tokenizer)

@@ -84,3 +84,15 @@ def test_a_few_broken_lines_are_skipped_and_counted():
 def test_what_cannot_be_read_is_one_error_with_its_line(text, message):
     with pytest.raises(DataError, match=message):
         read(text)
+
+
+def test_a_lone_surrogate_is_skipped_and_counted():
+    lines = LINES.splitlines()
+    lines[1:1] = ['{"text": "half \\ud83d"}', '{"text": "\\uDC00"}', '{"text": "whole \\ud83d\\ude00"}']
+    found, count = read("\n".join(lines))
+    assert (len(found), count) == (7, 2)
+    assert found[1] == {"text": "whole 😀"}
+    found, count = read('[{"text": "half \\ud83d"}, {"text": "x"}]')
+    assert (found, count) == ([{"text": "x"}], 1)
+    with pytest.raises(DataError, match="line 2: contains a lone surrogate"):
+        read("\n".join(lines), limit=0)

@@ -110,3 +110,22 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, reason):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"a\.jsonl cannot be read: No such file"):
         list(read_records(tmp_path / "a.jsonl"))
+
+
+def test_cells_may_have_any_length_and_headers_spaces(tmp_path):
+    (tmp_path / "a.csv").write_text(f'prompt, completion\n"{"x" * 200_000}", y\n')
+    assert list(read_records(tmp_path / "a.csv")) == [{"prompt": "x" * 200_000, "completion": " y"}]
+
+
+def test_other_columns_of_a_parquet_file_are_not_read(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    created = pyarrow.array([-(2**62)], pyarrow.timestamp("us"))  # a year that Python has no date for
+    table = pyarrow.table({"text": ["a"], "created": created})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert list(read_records(tmp_path / "a.parquet", fields={"text", "prompt"})) == [{"text": "a"}]
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
+        list(read_records(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match="has no column 'prompt'; it has text, created"):
+        list(read_records(tmp_path / "a.parquet", fields={"prompt"}))

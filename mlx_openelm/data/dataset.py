@@ -86,10 +86,11 @@ def read_examples(
             left.
     """
     broken = BrokenLines(path)
+    wanted = {*FIELD_NAMES, *options.columns.values()}
     format_name = ""
     examples: list[Any] = []
     num_cut = num_dropped = 0
-    for number, record in enumerate(read_records(path, broken), start=1):
+    for number, record in enumerate(read_records(path, broken, wanted), start=1):
         try:
             fields = _fields(record, options.columns)
             found = format_of(fields, options.columns)
@@ -107,8 +108,11 @@ def read_examples(
             num_cut += too_long
             examples.append(example)
     if not examples:
-        why = f": {num_dropped:,} are too long, have no answer, or are pairs with equal answers"
-        raise DataError(f"{path} contains no example to train on{why if num_dropped else ''}")
+        reasons = (
+            [f"{num_dropped:,} are too long, have no answer, or are pairs with equal answers"] if num_dropped else []
+        )
+        reasons += [f"broken: {broken.first}"] if broken.count else []
+        raise DataError(f"{path} contains no example to train on" + (f": {'; '.join(reasons)}" if reasons else ""))
     return ExampleSet(format_name, tuple(examples), path, num_cut, num_dropped, broken.count)
 
 

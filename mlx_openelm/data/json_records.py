@@ -16,13 +16,14 @@ class BrokenLines:
 
     Attributes:
         count: number of lines skipped so far.
+        first: number of the first one, and what is wrong with it.
     """
 
     def __init__(self, path: Path, limit: int = MAX_BROKEN):
         self.count = 0
         self._path = path
         self._limit = limit
-        self._first = ""
+        self.first = ""
 
     def skip(self, number: int, reason: str) -> None:
         """Skip one line.
@@ -33,13 +34,13 @@ class BrokenLines:
         if self.count == self._limit:
             before = f" (broken lines before it: {self.count})" if self.count else ""
             raise DataError(f"{self._path}, line {number}: {reason}{before}")
-        self._first = self._first or f"line {number}: {reason}"
+        self.first = self.first or f"line {number}: {reason}"
         self.count += 1
 
     def check(self, num_read: int) -> None:
         """Raise DataError if more lines of the file were skipped than read: it is probably in another format."""
         if self.count > num_read:
-            raise DataError(f"{self._path}: {self.count} of {self.count + num_read} lines are broken; {self._first}")
+            raise DataError(f"{self._path}: {self.count} of {self.count + num_read} lines are broken; {self.first}")
 
 
 def json_objects(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -79,7 +80,10 @@ def json_objects(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[tupl
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise DataError(f"{path}, record {number}: not a JSON object")
-        yield number, record
+        if _is_unicode(record, text):
+            yield number, record
+        else:
+            broken.skip(number, "contains a lone surrogate, which is not valid Unicode")
 
 
 def _from_lines(
@@ -88,9 +92,11 @@ def _from_lines(
     num_read = 0
     for number, line in lines:
         record = _parsed(line)
-        if isinstance(record, dict):
+        if isinstance(record, dict) and _is_unicode(record, line):
             num_read += 1
             yield number, record
+        elif isinstance(record, dict):
+            broken.skip(number, "contains a lone surrogate, which is not valid Unicode")
         elif _ends_in_comma(line):
             raise DataError(f"{path}, line {number}: ends in a comma; JSON lines have no commas between them")
         else:
@@ -108,6 +114,17 @@ def _values(text: str) -> Iterator[Any]:
             continue
         value, position = decoder.raw_decode(text, position)
         yield value
+
+
+def _is_unicode(value: Any, text: str) -> bool:
+    """Whether no string of a value, read from this text, has a lone surrogate; only an escape can bring one in."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return True
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parsed(text: str) -> Any:

@@ -1,7 +1,7 @@
 """Records for tuning, which are objects with named fields, read one by one from several types of files."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -9,6 +9,7 @@ from ..errors import DataError
 from .json_records import BrokenLines, json_objects
 from .text_files import open_text, parquet_rows
 
+_LARGEST_CELL = 2**31 - 1  # characters; Python's own limit is 131,072
 _COMPRESSED = (".gz", ".zst")
 _COMPRESSIBLE = (".jsonl", ".json", ".csv")
 RECORD_ENDINGS = (
@@ -17,13 +18,16 @@ RECORD_ENDINGS = (
 )
 
 
-def read_records(path: Path, broken: BrokenLines | None = None) -> Iterator[dict[str, Any]]:
+def read_records(
+    path: Path, broken: BrokenLines | None = None, fields: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Records of a `.jsonl`, `.json` or `.csv` file, which may be compressed (`.gz`, `.zst`), or of a `.parquet` file.
 
     A `.json` file contains a list of objects, an object with one such list in it, or one object per line. The first row
     of a `.csv` file names the fields.
 
     Args:
+        fields: columns of a `.parquet` file to read; by default all.
         broken: counts skipped lines, which are not JSON objects or do not have as many cells as the header.
     Raises:
         DataError: naming the file and the line, if the file cannot be read or too many lines are broken.
@@ -31,7 +35,7 @@ def read_records(path: Path, broken: BrokenLines | None = None) -> Iterator[dict
     broken = broken or BrokenLines(path)
     ending = (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix
     if path.suffix == ".parquet":
-        yield from parquet_rows(path)
+        yield from parquet_rows(path, fields)
         return
     if ending not in _COMPRESSIBLE:
         raise DataError(f"unsupported file type: {path} (choose from {', '.join((*_COMPRESSIBLE, '.parquet'))})")
@@ -44,8 +48,10 @@ def read_records(path: Path, broken: BrokenLines | None = None) -> Iterator[dict
 
 
 def _csv_rows(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(_LARGEST_CELL)
     reader = csv.DictReader(file, strict=True)
     try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         for row in reader:
             if None in row or None in row.values():  # how DictReader marks extra and missing cells
                 broken.skip(reader.line_num, f"expected {len(reader.fieldnames or ())} cells, as in the header")

@@ -5,7 +5,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,21 +98,26 @@ def open_text(path: Path) -> Iterator[TextIO]:
         raise _unreadable(path, error) from error
 
 
-def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file as dicts by column name, with all columns or those in `columns`.
+def parquet_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file as dicts by column name, with all columns or those of `columns` that exist.
+
+    Other columns are not read, whatever types they have.
 
     Raises:
-        DataError: if the file cannot be read or lacks a column.
+        DataError: if the file cannot be read or has none of the columns.
     """
     parquet = optional_package("pyarrow.parquet", "Parquet files need", "train")
     try:
         file = parquet.ParquetFile(path)
-        for name in columns or ():
-            if name not in file.schema_arrow.names:
-                raise DataError(f"{path} has no column {name!r}; it has {', '.join(file.schema_arrow.names)}")
-        for batch in file.iter_batches(columns=columns):
+        names = file.schema_arrow.names
+        chosen = names if columns is None else [name for name in names if name in columns]
+        if not chosen:
+            raise DataError(
+                f"{path} has no column {' or '.join(map(repr, sorted(columns or ())))}; it has {', '.join(names)}"
+            )
+        for batch in file.iter_batches(columns=chosen):
             yield from batch.to_pylist()
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+    except (OSError, ValueError, OverflowError, TypeError) as error:  # ArrowInvalid is a ValueError
         raise _unreadable(path, error) from error
 
 
