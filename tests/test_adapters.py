@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from mlx_openelm.conversion.adapters.forms import open_adapter
 from mlx_openelm.conversion.open import open_source
 from mlx_openelm.errors import AdapterError
 from mlx_openelm.merging import write_merged
-from mlx_openelm.model.adapters import about_base, save_adapter
+from mlx_openelm.model.adapters import about_base, read_adapter, save_adapter
 from mlx_openelm.model.lora import (
     AdapterConfig,
     adapter_parameters,
     add_adapter,
 )
+from mlx_openelm.tensors import save_arrays
 
 CONFIG = OpenELMConfig.layerwise(
     num_transformer_layers=2,
@@ -90,3 +92,40 @@ def test_full_tensors_take_the_places_of_the_models_own(tmp_path):
     assert_close(loaded(tokens), expected(tokens), 1e-6)
     write_merged(open_source([folder]), open_adapter(tmp_path / "adapter"), tmp_path / "merged")
     assert_close(load_model(tmp_path / "merged")(tokens), expected(tokens), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": ["x"]}, "base must be an object"),
+        ({"base": 3}, "base must be an object; got 3"),
+        ({"lora_parameters": {"scale": 10**400}}, "scale must be a number up to 1,000,000; got 1000"),
+        ({"lora_parameters": {"scale": float("nan")}}, "scale must be a number up to 1,000,000; got nan"),
+        ({"lora_parameters": {"scale": 1.0, "dropout": "x" * 1000}}, r"dropout must be a number .*; got 'x+\.\.\.x+'"),
+        ({"alpha": 1e39}, "alpha must be a number"),
+        ({"alpha": True}, "alpha must be a number"),
+        ({"fine_tune_type": "x" * 1000}, "unknown fine_tune_type"),
+    ],
+)
+def test_settings_that_cannot_be_right_are_one_short_error(tmp_path, change, message):
+    model = random_model(CONFIG)
+    add_adapter(model, METHODS["lora"])
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", adapter_parameters(model), "lora", METHODS["lora"], about_base("base", CONFIG))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(AdapterError, match=message) as found:
+        read_adapter(tmp_path / "adapter")
+    assert len(str(found.value)) < 300 + len(str(tmp_path))
+
+
+def test_matrices_have_two_axes(tmp_path):
+    model = random_model(CONFIG)
+    add_adapter(model, METHODS["lora"])
+    (tmp_path / "adapter").mkdir()
+    tensors = adapter_parameters(model)
+    name = next(iter(tensors))
+    save_adapter(tmp_path / "adapter", tensors, "lora", METHODS["lora"], {})
+    save_arrays(tmp_path / "adapter" / "adapters.safetensors", {**tensors, name: tensors[name][0]}, {})
+    with pytest.raises(AdapterError, match=f"{name} must be a matrix"):
+        read_adapter(tmp_path / "adapter")

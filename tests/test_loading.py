@@ -1,8 +1,11 @@
+import json
+
 import mlx.core as mx
 import pytest
 
+from conftest import SMALL_CONFIG, random_model, write_folder
 from mlx_openelm import OpenELM, Tokenizer, hub, load, load_model
-from mlx_openelm.errors import SourceError
+from mlx_openelm.errors import SourceError, WeightsError
 
 
 @pytest.fixture
@@ -37,3 +40,24 @@ def test_a_model_that_is_not_there(tmp_path):
     for loads in (load, load_model):
         with pytest.raises(SourceError, match="does not exist"):
             loads(tmp_path / "nowhere")
+
+
+class TestIndex:
+    """`model.safetensors.index.json` names files of its folder and no others."""
+
+    def folder(self, tmp_path, places):
+        folder = write_folder(tmp_path / "model", random_model(SMALL_CONFIG))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        return folder
+
+    @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/../x.safetensors", "..", "sub/x", ""])
+    def test_names_that_lead_elsewhere_are_refused(self, tmp_path, name):
+        with pytest.raises(WeightsError, match="which is not a file of its folder"):
+            load_model(self.folder(tmp_path, {"a": name}))
+
+    def test_a_stale_index_beside_whole_weights_does_not_matter(self, tmp_path):
+        folder = self.folder(tmp_path, {"a": "model-00001-of-00002.safetensors"})
+        assert load_model(folder).config == SMALL_CONFIG
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+        with pytest.raises(WeightsError, match=r"model-00001-of-00002\.safetensors is missing; download it again"):
+            load_model(folder)

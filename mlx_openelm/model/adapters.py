@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import OpenELMConfig
-from ..errors import AdapterError, OpenELMError, shorten
+from ..errors import AdapterError, OpenELMError, quoted, shorten
 from ..quantization import matrix_shape
 from ..tensors import read_safetensors, save_arrays
 from ..version import __version__
@@ -32,6 +32,7 @@ from .openelm import OpenELM
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapters.safetensors"
 TUNING_METHODS = (*ADAPTER_METHODS, "full")
+_LARGEST_NUMBER = 1_000_000  # far beyond any scale
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     method = values.get("fine_tune_type", "lora")
     if method not in TUNING_METHODS:
         raise AdapterError(
-            f"{folder / CONFIG_FILE}: unknown fine_tune_type {method!r} (choose from {', '.join(TUNING_METHODS)})"
+            f"{folder / CONFIG_FILE}: unknown fine_tune_type {quoted(method)} (choose from {', '.join(TUNING_METHODS)})"
         )
     lora = values.get("lora_parameters") or {}
     if not isinstance(lora, dict) or (method != "full" and "scale" not in lora):
@@ -136,12 +137,22 @@ def read_adapter(folder: Path) -> SavedAdapter:
         *((name, lora.get(name, 0.0)) for name in ("scale", "dropout")),
         ("alpha", values.get("alpha")),
     ):
-        if type(value) not in (int, float) and not (name == "alpha" and value is None):
-            raise AdapterError(f"{folder / CONFIG_FILE}: {name} must be a number; got {value!r}")
+        if value is None and name == "alpha":
+            continue
+        if type(value) not in (int, float) or not abs(value) <= _LARGEST_NUMBER:
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: {name} must be a number up to {_LARGEST_NUMBER:,}; got {quoted(value)}"
+            )
+    if not isinstance(values.get("base") or {}, dict):
+        raise AdapterError(f"{folder / CONFIG_FILE}: base must be an object; got {quoted(values['base'])}")
+    tensors = read_tensors(folder / TENSOR_FILE)
+    for name, tensor in tensors.items():
+        if name.endswith((".lora_a", ".lora_b")) and tensor.ndim != 2:
+            raise AdapterError(f"{folder / TENSOR_FILE}: {name} must be a matrix; it has the shape {tensor.shape}")
     return SavedAdapter(
         method,
         float(lora.get("scale", 1.0)),
-        read_tensors(folder / TENSOR_FILE),
+        tensors,
         float(lora.get("dropout", 0.0)),
         values.get("alpha"),
         # "rank_stabilised" was written until 2026-11-25

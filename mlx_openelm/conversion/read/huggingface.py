@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from ...config import OpenELMConfig
-from ...errors import ConfigError, SourceError, WeightsError
+from ...errors import ConfigError, SourceError, WeightsError, quoted
 from ...tensors import LazyTensor, read_safetensors
 from ..source import Source, make_source
 from .config import read_config_file
 
 _INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
 
 
 def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Source:
@@ -85,8 +86,13 @@ def _shards(folder: Path) -> list[Path]:
         places = index.get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
             raise WeightsError(f"{folder / _INDEX} is damaged: its weight_map is not a map to file names")
+        for name in places.values():
+            if name != Path(name).name or name in ("", ".", ".."):
+                raise WeightsError(f"{folder / _INDEX} names {quoted(name)}, which is not a file of its folder")
         paths = [folder / name for name in sorted(set(places.values()))]
         missing = [path.name for path in paths if not path.exists()]
+        if missing and (folder / _WHOLE).exists():  # the index is of an earlier state of the folder
+            return [folder / _WHOLE]
         if missing:
             raise WeightsError(f"{folder} is incomplete: {missing[0]} is missing; download it again")
         return paths
