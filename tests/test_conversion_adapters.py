@@ -194,7 +194,7 @@ class TestCoreNet:
             ("layers.0.attn.out_proj.lora_B.lora.weight", None, "layers.0.attn.out_proj has no lora_b"),
             ("layers.0.attn.out_proj.lora_A.lora.weight", "x.lora_A.lora.weight", "an adapter on transformer.x"),
             ("layers.0.attn.out_proj.lora_A.lora.weight", "layers.0.attn.out_proj.lora_A.b.weight", "several adapters"),
-            ("token_embeddings.lora_embedding_A.lora", "token_embeddings.lora_A.lora.weight", "another kind"),
+            ("token_embeddings.lora_embedding_A.lora", "token_embeddings.lora_A.lora.weight", "does not match the layer type"),
         ],
     )
     def test_other_adapters_are_refused(self, tmp_path, name, instead, error):
@@ -380,8 +380,8 @@ class TestPeft:
             ({f"{QKV_0}.lora_A.weight": (4, 8)}, {}, "qkv_proj has no lora_b"),
             ({f"{QKV_0}.lora_A.weight": (4, 8), f"{QKV_0}.lora_B.weight": (8, 3)}, {}, "cannot be multiplied"),
             ({f"{EMBEDDING}.base_layer.weight": (4, 8)}, {}, "is not a tensor of an adapter"),
-            ({f"{EMBEDDING}.lora_A.weight": (4, 8)}, {}, "another kind"),
-            ({f"{QKV_0}.lora_embedding_A": (4, 8)}, {}, "another kind"),
+            ({f"{EMBEDDING}.lora_A.weight": (4, 8)}, {}, "does not match the layer type"),
+            ({f"{QKV_0}.lora_embedding_A": (4, 8)}, {}, "does not match the layer type"),
             ({"base_model.qkv_proj.lora_A.weight": (4, 8)}, {}, "is not a tensor of an adapter"),
         ],
     )
