@@ -192,7 +192,7 @@ class TestCommand:
             (["--kv", "5"], "full, 8, 4 or window:N; got '5'"),
             (["--kv", "window:64", "--batch-size", "2"], "requires --batch-size 1"),
             (["--kv", "8", "--batch-size", "2", "--against", "mlx-lm"], "cannot batch with a quantized KV cache"),
-            (["--preset", "2B"], "published models"),
+            (["--preset", "2B"], "is not a published model"),
             (["--quantize", "4"], "--quantize requires --preset"),
             (["--preset", "270M", "--quantize", "7"], "got 7"),
             (["--preset", "270M", "--adapter", "x"], "--adapter requires --model"),

@@ -132,7 +132,7 @@ class TestKeysAndValues:
         (["-p", "x", "--draft-model", "{p}/base", "--prompt-lookup", "3"], "mutually exclusive"),
         (["-p", "x", "--draft-model", "{p}/nowhere"], "nowhere"),
         (["-p", "x", "--prompt-lookup", "-1"], "must not be negative"),
-        (["-p", "x", "--prompt-lookup", "3", "--max-kv-size", "50"], "mutually exclusive"),
+        (["-p", "x", "--prompt-lookup", "3", "--max-kv-size", "50"], "cannot be used with --max-kv-size"),
         (["-p", "x", "--kv-bits", "5"], "got 5"),
         (["-p", "x", "--kv-bits", "4", "--max-kv-size", "50"], "mutually exclusive"),
         (["-p", "x", "--max-kv-size", "3"], "--max-kv-size must be greater than the 4 --kv-sinks; got 3"),

@@ -73,7 +73,7 @@ def raised(kind, message="no"):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (raised(errors.GatedRepoError), "needs permission"),
+        (raised(errors.GatedRepoError), "is gated: request access"),
         (raised(errors.RepositoryNotFoundError), "nor a repository"),
         (raised(errors.RevisionNotFoundError), "no such revision"),
         (raised(errors.LocalEntryNotFoundError), "the hub cannot be reached"),
