@@ -194,7 +194,7 @@ class TestCoreNet:
             ("layers.0.attn.out_proj.lora_B.lora.weight", None, "layers.0.attn.out_proj has no lora_b"),
             ("layers.0.attn.out_proj.lora_A.lora.weight", "x.lora_A.lora.weight", "an adapter on transformer.x"),
             ("layers.0.attn.out_proj.lora_A.lora.weight", "layers.0.attn.out_proj.lora_A.b.weight", "several adapters"),
-            ("token_embeddings.lora_embedding_A.lora", "token_embeddings.lora_A.lora.weight", "does not match the layer type"),
+            ("token_embeddings.lora_embedding_A.lora", "token_embeddings.lora_A.lora.weight", "not match the layer"),
         ],
     )
     def test_other_adapters_are_refused(self, tmp_path, name, instead, error):
