@@ -7,7 +7,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import OpenELMConfig
-from .conversion.adapters.forms import open_adapter
 from .conversion.open import open_model
 from .conversion.source import Source
 from .errors import ConfigError, TokenizerError
@@ -73,6 +72,8 @@ def load_model(
 def _network(source: Source, dtype: mx.Dtype | None, adapter: str | Path | None) -> OpenELM:
     network = load_source(source, dtype)
     if adapter is not None:
+        from .conversion.adapters.forms import open_adapter
+
         apply_adapter(network, open_adapter(adapter, vocab_size=network.config.vocab_size))
         network.eval()
     return network

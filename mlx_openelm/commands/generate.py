@@ -14,9 +14,8 @@ from ..cache.config import CacheConfig
 from ..conversion.open import open_model
 from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
 from ..files.output import OutputFile, output_file
-from ..generation.batch import BATCH_SIZE, check_batch, generate_batch
 from ..generation.drafters import DEFAULT_MAX_DRAFT, Drafter, DraftModel, PromptLookup
-from ..generation.engine import MAX_TOKENS
+from ..generation.engine import BATCH_SIZE, MAX_TOKENS
 from ..generation.prompt_cache import PromptCache, model_fingerprint, write_prompt_cache
 from ..generation.sampling import SamplingConfig
 from ..generation.text import Generation, Stats, stream_generate
@@ -260,6 +259,7 @@ def _answer_file(
     options: dict[str, Any],
     about: dict[str, Any],
 ) -> None:
+    from ..generation.batch import check_batch, generate_batch
     from ..generation.prompt_file import AnswerFile, Answers, read_prompts
 
     prompts = read_prompts(path, tokenizer, chat=about["chat"], system=about["system"])

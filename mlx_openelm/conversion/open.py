@@ -9,13 +9,12 @@ from ..hub import model_folder
 from ..model.adapters import SavedAdapter
 from ..tokenizer.files import find_tokenizer, has_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
-from .adapters.common import with_vocabulary
-from .adapters.corenet import read_fine_tuned
 from .average import averaged_source
 from .read.config import read_config
-from .read.corenet import checkpoint_tensors, holds_adapter, read_apple_mlx, read_checkpoint
 from .read.huggingface import read_huggingface
 from .source import Source
+
+# The readers of CoreNet's files are imported when they are needed: `generate` seldom needs them.
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -38,9 +37,13 @@ def open_source(
     if path.suffix in TORCH_SUFFIXES and not path.is_dir():
         if not path.is_file():
             raise SourceError(f"{path} does not exist" if not path.exists() else f"{path} is not a .pt file")
+        from .read.corenet import read_checkpoint
+
         return read_checkpoint(path, named)
     folder = model_folder(sources[0], revision)
     if (folder / "weights.safetensors").exists() and not (folder / "model.safetensors").exists():
+        from .read.corenet import read_apple_mlx
+
         return read_apple_mlx(folder, named)
     return read_huggingface(folder, named)
 
@@ -84,6 +87,8 @@ def open_model(
     if source.named_vocab_size and not keep_padding:
         source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
     if adapter is not None:
+        from .adapters.common import with_vocabulary
+
         adapter = with_vocabulary(adapter, source.config.vocab_size)
     return OpenedModel(source, text, origin, adapter)
 
@@ -93,8 +98,12 @@ def _open_with_adapter(
 ) -> tuple[Source, SavedAdapter | None]:
     """A model and, from a CoreNet fine-tuning checkpoint, its adapter."""
     path = Path(sources[0]).expanduser() if len(sources) == 1 else Path()
-    if path.suffix in TORCH_SUFFIXES and path.is_file() and holds_adapter(checkpoint_tensors(path)):
-        return read_fine_tuned(path, config, alpha)
+    if path.suffix in TORCH_SUFFIXES and path.is_file():
+        from .adapters.corenet import read_fine_tuned
+        from .read.corenet import checkpoint_tensors, holds_adapter
+
+        if holds_adapter(checkpoint_tensors(path)):
+            return read_fine_tuned(path, config, alpha)
     if alpha is not None:
         raise ConfigError("`alpha` is for a CoreNet fine-tuning checkpoint; this source has no adapter")
     return open_source(sources, config=config, revision=revision), None

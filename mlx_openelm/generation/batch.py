@@ -8,11 +8,9 @@ from ..errors import CacheError, PromptError
 from ..machine.device import pays_to_compile, wired_memory
 from ..model.openelm import OpenELM
 from ..tokenizer.tokenizer import Tokenizer
-from .engine import MAX_TOKENS, DecodeBatch, as_prompt, check_memory
+from .engine import BATCH_SIZE, MAX_TOKENS, DecodeBatch, as_prompt, check_memory
 from .sampling import SamplingConfig
 from .text import Generation, TextStream, check_request
-
-BATCH_SIZE = 8
 
 
 def generate_batch(

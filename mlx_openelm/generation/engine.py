@@ -20,6 +20,7 @@ from ..model.openelm import OpenELM
 from .sampling import Sampler, SamplingConfig, State
 
 MAX_TOKENS = 256
+BATCH_SIZE = 8  # prompts decoded at once
 PREFILL_CHUNK = 512  # tokens
 
 Progress = Callable[[int, int], None]  # prompt tokens done, and their total

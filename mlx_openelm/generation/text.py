@@ -1,7 +1,7 @@
 """Text in, text out: streaming, stop strings and statistics."""
 
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,6 @@ from .drafters import Drafter
 from .engine import MAX_TOKENS, Progress, Step, generate_tokens
 from .prompt_cache import PromptCache
 from .sampling import SamplingConfig
-from .speculative import speculate_tokens
 from .stop import StopStrings
 
 
@@ -150,7 +149,7 @@ def stream_generate(
     before, fresh = cache.reuse(tokens)
     seed = None if sampling.is_greedy else sampling.seed
     row = TextStream(model, tokenizer, len(tokens), max_tokens, stop, drafter, reused=len(before), seed=seed)
-    write = generate_tokens if drafter is None else partial(speculate_tokens, drafter=drafter)
+    write = generate_tokens if drafter is None else _with_drafter(drafter)
     steps = write(
         model, fresh, max_tokens=max_tokens, sampling=sampling, cache=cache.kv, before=before, on_prefill=on_prefill
     )
@@ -165,6 +164,12 @@ def stream_generate(
                     break
     finally:
         cache.hold([*tokens, *generated])
+
+
+def _with_drafter(drafter: Drafter) -> Callable[..., Iterator[Step]]:
+    from .speculative import speculate_tokens
+
+    return partial(speculate_tokens, drafter=drafter)
 
 
 def check_request(prompt: str | Sequence[int], max_tokens: int) -> None:
