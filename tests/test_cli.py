@@ -161,7 +161,10 @@ class TestGenerate:
         ("arguments", "said"),
         [
             (["-m", "{p}/base", "-p", ""], "prompt is empty"),
-            (["-m", "{p}/base", "-p", "x", "--temperature", "-1"], "temperature must be at least 0; got -1"),
+            (
+                ["-m", "{p}/base", "-p", "x", "--temperature", "-1"],
+                "temperature must be 0, or from 1e-05 to 100,000; got -1",
+            ),
             (["-m", "{p}/base", "-p", "x", "--top-p", "0"], "top_p must be above 0 and at most 1; got 0"),
             (["-m", "{p}/base", "-p", "x", "-n", "0"], "max_tokens must be at least 1; got 0"),
             (["-m", "{p}/base", "-p", "x", "--dtype", "int4"], "int4"),

@@ -152,7 +152,7 @@ def _fresh_seed() -> int:
 
 
 def _range(low: float, high: float, before: str = "") -> str:
-    return f"{before}from {low:g} to {high:,}"
+    return f"{before}from {low:g} to {high:,g}"
 
 
 def _check(name: str, value: float, holds: bool, range_in_words: str) -> None:
