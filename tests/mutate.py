@@ -134,6 +134,7 @@ def main() -> None:
     if ARGUMENTS.only:
         drawn = [mutant for mutant in drawn if mutant.module in ARGUMENTS.only]
     drawn = random.Random(ARGUMENTS.seed).sample(drawn, min(ARGUMENTS.count, len(drawn)))
+    num_mutants = len(drawn)
     folders: Queue[Path] = Queue()
     results: list[dict[str, Any]] = []
     if ARGUMENTS.again:
@@ -143,6 +144,7 @@ def main() -> None:
             applied(mutant, (ROOT / "mlx_openelm" / mutant.module).read_text(encoding="utf-8"))[1] for mutant in drawn
         }
         results = [entry for entry in earlier if entry["outcome"] != "survived" or entry["diff"] not in changes]
+        num_mutants = len(results) + len(drawn)
     started = time.time()
     with tempfile.TemporaryDirectory() as place:
         for worker in range(ARGUMENTS.workers):
@@ -168,7 +170,7 @@ def main() -> None:
                 results.append(result)
                 if len(results) % 20 == 0:
                     counts = Counter(entry["outcome"] for entry in results)
-                    print(f"{len(results)} of {len(drawn)}: {dict(counts)}, {time.time() - started:.0f} s", flush=True)
+                    print(f"{len(results)} of {num_mutants}: {dict(counts)}, {time.time() - started:.0f} s", flush=True)
                 ARGUMENTS.output.write_text(
                     json.dumps({"seed": ARGUMENTS.seed, "possible": total, "mutants": results}, indent=1) + "\n"
                 )
