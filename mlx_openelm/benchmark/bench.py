@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..errors import BenchError
 from ..loading import load_model
 from ..machine.device import wired_memory
 from ..machine.hardware import describe, memory_bandwidth
 from ..model.openelm import OpenELM
-from .measure import PAPER_PROMPT, Case, Result, measure
+from .measure import PAPER_PROMPT, Case, Result, measure, weight_bytes
 from .models import Contestant, Ours, Peer
 from .report import BenchReport
 
@@ -89,9 +87,7 @@ def bench_cases(
     check_cases(cases, against, rounds)
     if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
         raise BenchError(f"the vocabulary of {name} is too small for the prompt of `paper`")
-    parameters: Any = tree_flatten(network.parameters())
-    weights = sum(array.nbytes for _, array in parameters)
-    bandwidth = max(bandwidth, memory_bandwidth(weights))
+    bandwidth = max(bandwidth, memory_bandwidth(weight_bytes(network)))
     contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
     for case in cases:
         yield measure(

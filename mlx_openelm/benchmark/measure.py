@@ -134,9 +134,11 @@ def measure(
             if number:
                 runs[contestant.name].append(run)
                 watts[contestant.name].append(drawn())
-    parameters: Any = tree_flatten(network.parameters())
-    weights = sum(array.nbytes for _, array in parameters)
-    limit = case.batch_size * bandwidth / bytes_per_step(network.config, weights, case, network_dtype(network))
+    limit = (
+        case.batch_size
+        * bandwidth
+        / bytes_per_step(network.config, weight_bytes(network), case, network_dtype(network))
+    )
     quantized = [layer.bits for _, layer in network.named_modules() if hasattr(layer, "bits")]
     return Result(
         model,
@@ -147,6 +149,12 @@ def measure(
         {name: _figures(of, case, limit, watts[name]) for name, of in runs.items()},
         _agreement([of[-1] for of in runs.values()]),
     )
+
+
+def weight_bytes(network: OpenELM) -> int:
+    """Size of a network's weights, in bytes."""
+    parameters: Any = tree_flatten(network.parameters())
+    return sum(array.nbytes for _, array in parameters)
 
 
 def network_dtype(network: OpenELM) -> mx.Dtype:

@@ -85,9 +85,9 @@ def _kind(entry: "Field[Any]") -> type:
 
 def _value(entry: "Field[Any]", value: Any) -> Any:
     """The value of an option; lists and tables may be written as in YAML."""
-    import yaml
-
     if not isinstance(entry.default, str) and isinstance(value, str) and value.startswith(("[", "{")):
+        import yaml
+
         try:
             return yaml.safe_load(value)
         except yaml.YAMLError as error:

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from ..errors import DataError
 
 MAX_BROKEN = 10
+_LONE_SURROGATE = "contains a lone surrogate, which is not valid Unicode"
 
 
 class BrokenLines:
@@ -83,7 +84,7 @@ def json_objects(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[tupl
         if _is_unicode(record, text):
             yield number, record
         else:
-            broken.skip(number, "contains a lone surrogate, which is not valid Unicode")
+            broken.skip(number, _LONE_SURROGATE)
 
 
 def _from_lines(
@@ -96,7 +97,7 @@ def _from_lines(
             num_read += 1
             yield number, record
         elif isinstance(record, dict):
-            broken.skip(number, "contains a lone surrogate, which is not valid Unicode")
+            broken.skip(number, _LONE_SURROGATE)
         elif _ends_in_comma(line):
             raise DataError(f"{path}, line {number}: ends in a comma; JSON lines have no commas between them")
         else:

@@ -61,7 +61,7 @@ def _rename_with_flag(old: Path, new: Path, flag: str) -> bool:
 
 @cache
 def _system_rename() -> tuple[Callable[[bytes, bytes, int], int] | None, dict[str, int]]:
-    """The system call and its flags, from <linux/fs.h> and <sys/stdio.h>; `None` if there is no such call."""
+    """The system call with its flags (see <linux/fs.h> and <sys/stdio.h>), or `None` if this system lacks it."""
     import ctypes
 
     library = ctypes.CDLL(None, use_errno=True)

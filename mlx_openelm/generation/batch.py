@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from ..cache.config import CacheConfig
 from ..errors import CacheError, PromptError
 from ..machine.device import pays_to_compile, wired_memory
@@ -45,7 +47,8 @@ def generate_batch(
     for number in numbers:
         prompt = prompts[number]
         ids[number] = tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt  # type: ignore[assignment]
-    check_batch(model, list(ids.values()), batch_size=batch_size, max_tokens=max_tokens, cache=cache)
+    arrays = check_batch(model, list(ids.values()), batch_size=batch_size, max_tokens=max_tokens, cache=cache)
+    waiting = dict(zip(ids, arrays, strict=True))
     compiled = pays_to_compile(max_tokens) if compiled is None else compiled
     sampling = sampling.with_seed()
     rows = DecodeBatch(model, sampling, compiled=compiled)
@@ -53,7 +56,7 @@ def generate_batch(
 
     def begin(number: int) -> "_Running":
         seed = None if sampling.seed is None else sampling.seed + number
-        tokens = as_prompt(model, ids.pop(number))
+        tokens = waiting.pop(number)
         text = TextStream(model, tokenizer, tokens.size, max_tokens, stop, seed=None if sampling.is_greedy else seed)
         row = rows.add(tokens, model.make_cache(cache), seed=seed)
         prompt = prompts[number]
@@ -69,8 +72,8 @@ def check_batch(
     batch_size: int = BATCH_SIZE,
     max_tokens: int = MAX_TOKENS,
     cache: CacheConfig = CacheConfig(),  # noqa: B008, frozen
-) -> None:
-    """Check that `generate_batch` can continue these ids.
+) -> list[mx.array]:
+    """Check that `generate_batch` can continue these ids, and return each as an array (L,).
 
     Raises:
         PromptError: if a prompt is empty or outside the vocabulary, or `batch_size` or `max_tokens` is below 1.
@@ -81,12 +84,13 @@ def check_batch(
         raise PromptError(f"batch_size must be at least 1; got {batch_size}")
     if cache.window is not None and batch_size > 1:
         raise CacheError("`window` requires `batch_size=1`")
-    longest = 0
+    arrays = []
     for prompt in prompts:
         check_request(prompt, max_tokens)
-        longest = max(longest, as_prompt(model, prompt).size)
-    if longest:
-        check_memory(model, longest + max_tokens, cache, batch_size)
+        arrays.append(as_prompt(model, prompt))
+    if arrays:
+        check_memory(model, max(array.size for array in arrays) + max_tokens, cache, batch_size)
+    return arrays
 
 
 @dataclass
