@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_openelm import OpenELM, OpenELMConfig, Tokenizer
 from mlx_openelm.files.output import output_file
+from mlx_openelm.model.lora import AdapterConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CASES = ["tied_gqa2", "untied_mha_noglu"]
@@ -32,6 +34,24 @@ SMALL_CONFIG = OpenELMConfig.layerwise(
     vocab_size=400,
     max_context_length=64,
 )
+
+ADAPTED_CONFIG = OpenELMConfig.layerwise(
+    num_transformer_layers=2,
+    model_dim=64,
+    head_dim=32,
+    qkv_multipliers=(1.0, 2.0),
+    num_gqa_groups=2,
+    ffn_multipliers=(1.0, 2.0),
+    ffn_dim_divisor=64,
+    vocab_size=96,
+    max_context_length=64,
+)
+ADAPTER_TOKENS = np.random.default_rng(0).integers(3, 96, (2, 17)).astype(np.int32)
+ADAPTERS = {
+    "lora": AdapterConfig("lora", 4, 8.0),
+    "rslora": AdapterConfig("lora", 4, 8.0, rank_stabilized=True),
+    "dora": AdapterConfig("dora", 4, 8.0),
+}
 
 _SENTENCES = """Once upon a time there was a small fox who lived in an old garden behind a red house.
 Every morning the fox went down to the river, where the water was cold and the stones were round.
@@ -202,20 +222,7 @@ def refused(*arguments, **options):
 
 
 @pytest.fixture(scope="session")
-def pretrain_config():
-    return OpenELMConfig.layerwise(
-        num_transformer_layers=2,
-        model_dim=32,
-        head_dim=8,
-        num_gqa_groups=2,
-        ffn_dim_divisor=16,
-        vocab_size=400,
-        max_context_length=32,
-    )
-
-
-@pytest.fixture(scope="session")
-def pretrain_corpus(tmp_path_factory, tokenizer):
+def corpus(tmp_path_factory, tokenizer):
     from mlx_openelm.data.corpus import Filters, prepare_corpus
     from mlx_openelm.data.text_files import TextSource
 
@@ -226,11 +233,12 @@ def pretrain_corpus(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def pretrain_recipe(pretrain_config):
+def recipe():
+    """A short pre-training run."""
     from mlx_openelm.training.pretrain import PretrainRecipe
 
     return PretrainRecipe(
-        model=pretrain_config,
+        model=replace(SMALL_CONFIG, max_context_length=32),
         steps=12,
         batch_size=4,
         sequence_length=16,

@@ -37,9 +37,9 @@ class TestChat:
         chunks = [next(reply) for _ in range(5)]
         reply.close()
         assert chat.messages[-1]["content"] == "".join(chunk.text for chunk in chunks).lstrip()
-        whole = chat_tokenizer.encode_chat([*chat.messages, {"role": "user", "content": "Go on"}])
+        whole = chat_tokenizer.encode_chat([*chat.messages, {"role": "user", "content": "Tell me more"}])
         expected = generate(tiny_model, chat_tokenizer, whole, max_tokens=20)
-        assert self.answer(chat, "Go on") == expected
+        assert self.answer(chat, "Tell me more") == expected
 
     def test_reset_forgets_all_but_the_system_message(self, tiny_model, chat_tokenizer):
         chat = Chat(tiny_model, chat_tokenizer, system="Be brief.", max_tokens=4)

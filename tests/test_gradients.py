@@ -9,21 +9,6 @@ from mlx_openelm.data.batch import make_batch
 from mlx_openelm.training.pretrain import fresh_trainer
 
 
-@pytest.fixture(scope="module")
-def config(pretrain_recipe):
-    return pretrain_recipe.model
-
-
-@pytest.fixture(scope="module")
-def corpus(pretrain_corpus):
-    return pretrain_corpus
-
-
-@pytest.fixture(scope="module")
-def recipe(pretrain_recipe):
-    return pretrain_recipe
-
-
 def gradients(recipe, corpus):
     trainer = fresh_trainer(recipe, corpus)
     sums, found = trainer._gradients(trainer.parameters, make_batch(trainer.data.step(0)))

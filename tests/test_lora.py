@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from conftest import assert_close, random_model, write_folder
-from mlx_openelm import OpenELMConfig, load_model
+from conftest import (
+    ADAPTED_CONFIG as CONFIG,
+    ADAPTER_TOKENS as TOKENS,
+    ADAPTERS as METHODS,
+    assert_close,
+    random_model,
+    write_folder,
+)
+from mlx_openelm import load_model
 from mlx_openelm.conversion.adapters.forms import open_adapter
 from mlx_openelm.conversion.convert import convert
 from mlx_openelm.conversion.open import open_source
@@ -30,24 +37,7 @@ from mlx_openelm.training.loss import CrossEntropy
 from mlx_openelm.training.pretrain import PretrainRecipe
 from mlx_openelm.training.trainer import Trainer
 
-CONFIG = OpenELMConfig.layerwise(
-    num_transformer_layers=2,
-    model_dim=64,
-    head_dim=32,
-    qkv_multipliers=(1.0, 2.0),
-    num_gqa_groups=2,
-    ffn_multipliers=(1.0, 2.0),
-    ffn_dim_divisor=64,
-    vocab_size=96,
-    max_context_length=64,
-)
-TOKENS = np.random.default_rng(0).integers(3, 96, (2, 17)).astype(np.int32)
 BASES = ["float32", "bfloat16", 2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4"]
-METHODS = {
-    "lora": AdapterConfig("lora", 4, 8.0),
-    "rslora": AdapterConfig("lora", 4, 8.0, rank_stabilized=True),
-    "dora": AdapterConfig("dora", 4, 8.0),
-}
 
 
 class OneBatch:

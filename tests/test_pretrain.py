@@ -20,22 +20,8 @@ from mlx_openelm.training.checkpoints import checkpoint_folders, load_checkpoint
 from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters, pretraining_steps
 
 
-@pytest.fixture(scope="module")
-def config(pretrain_recipe):
-    return pretrain_recipe.model
-
-
-@pytest.fixture(scope="module")
-def corpus(pretrain_corpus):
-    return pretrain_corpus
-
-
-@pytest.fixture(scope="module")
-def recipe(pretrain_recipe):
-    return pretrain_recipe
-
-
-def test_fresh_weights_follow_corenets_rule(config, recipe):
+def test_fresh_weights_follow_corenets_rule(recipe):
+    config = recipe.model
     parameters = initial_parameters(recipe)
     for name, p in parameters.items():
         if p.ndim == 1:
@@ -161,7 +147,8 @@ def test_samples_are_written_at_each_validation(tmp_path, whole_run, recipe, cor
     assert losses(tmp_path / "run") == losses(whole_run)
 
 
-def test_a_sequence_longer_than_the_context_is_refused(config):
+def test_a_sequence_longer_than_the_context_is_refused(recipe):
+    config = recipe.model
     with pytest.raises(ConfigError, match="at most 32, the model's context length; got 33"):
         PretrainRecipe(model=config, sequence_length=33)
 

@@ -8,21 +8,6 @@ from mlx_openelm.errors import TrainingError
 from mlx_openelm.training.pretrain import fresh_trainer
 
 
-@pytest.fixture(scope="module")
-def config(pretrain_recipe):
-    return pretrain_recipe.model
-
-
-@pytest.fixture(scope="module")
-def corpus(pretrain_corpus):
-    return pretrain_corpus
-
-
-@pytest.fixture(scope="module")
-def recipe(pretrain_recipe):
-    return pretrain_recipe
-
-
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_make_the_same_step(recipe, corpus, size):
     whole, parts = fresh_trainer(recipe, corpus), fresh_trainer(replace(recipe, micro_batch_size=size), corpus)
