@@ -18,6 +18,7 @@ from mlx_openelm import (
     Chat,
     PretrainRecipe,
     TrainingCallback,
+    TrainingResult,
     TuneRecipe,
     average,
     bench,
@@ -151,6 +152,11 @@ def test_tune_returns_the_adapter_and_what_it_reached(files, tmp_path):
     assert (again.metrics, again.step, again.stopped_early) == (None, 3, False)
     with pytest.raises(TrainingError, match="already contains checkpoints"):
         tune(tune_recipe(files), tmp_path / "adapter")
+
+
+def test_a_result_prints_in_a_process_that_does_not_see_the_checkpoint(tmp_path):
+    result = TrainingResult(tmp_path, None, None, None, None, False, None)
+    assert repr(result) == f"TrainingResult('{tmp_path}': its checkpoint is in another process's folder)"
 
 
 def test_tune_says_that_it_stopped_early(files, tmp_path):

@@ -71,7 +71,8 @@ class TrainingResult:
     def __repr__(self) -> str:
         before = f", {self.validation_loss_before:.4f} before" if self.validation_loss_before is not None else ""
         loss = f", validation loss {self.validation_loss:.4f}{before}" if self.validation_loss is not None else ""
-        return f"TrainingResult({str(self.folder)!r}: step {self.step:,}{loss})"
+        step = f"step {self.step:,}" if self.step is not None else "its checkpoint is in another process's folder"
+        return f"TrainingResult({str(self.folder)!r}: {step}{loss})"
 
 
 def tune(
