@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import OpenELMError, TokenizerError
 from ..hub import cached_file, download_file, model_folder
-from .libraries import JSON_FILE, SETTINGS_FILE, settings_beside
+from .settings import JSON_FILE, SETTINGS_FILE, settings_beside
 from .tokenizer import Tokenizer
 
 FILE_NAMES = ("tokenizer.model", JSON_FILE)

@@ -20,18 +20,9 @@ from .chat_template import (
     openelm_segments,
     render_template,
 )
-from .libraries import (
-    ADDED_TOKENS_FILE,
-    JSON_FILE,
-    SETTINGS_FILE,
-    SPACE,
-    Library,
-    SentencePiece,
-    Tokenizers,
-    added_tokens_beside,
-    settings_beside,
-)
+from .libraries import SPACE, Library, SentencePiece, Tokenizers
 from .sentencepiece_json import same_ids, tokenizer_json
+from .settings import ADDED_TOKENS_FILE, JSON_FILE, SETTINGS_FILE, added_tokens_beside, settings_beside
 
 
 class Tokenizer:
