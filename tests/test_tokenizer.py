@@ -271,6 +271,31 @@ def test_a_file_that_cannot_encode_is_refused(tmp_path, byte_level, change):
         Tokenizer(tmp_path / "tokenizer.json").encode("b")
 
 
+def test_no_text_is_cut_padded_or_split_by_chance(tmp_path, byte_level):
+    """A file keeps the state of the tokenizer that saved it; `transformers` does not use it either."""
+    values = json.loads(byte_level.read_text())
+    values["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    values["padding"] = {
+        "strategy": {"Fixed": 50},
+        **{
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<|endoftext|>",
+        },
+    }
+    values["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer_config.json").write_bytes(byte_level.with_name("tokenizer_config.json").read_bytes())
+    found, expected = Tokenizer(tmp_path / "tokenizer.json"), Tokenizer(byte_level)
+    (tmp_path / "out").mkdir()
+    write_tokenizer(found, tmp_path / "out")
+    for tokenizer in (found, Tokenizer(tmp_path / "out" / "tokenizer.json")):
+        for text in ("once upon a time a fox met a wolf", "a"):
+            assert tokenizer.encode(text) == expected.encode(text)
+
+
 def test_an_added_token_with_the_id_of_another_is_refused(tmp_path, byte_level):
     """The package would give it an id of its own choice."""
     values = json.loads(byte_level.read_text())

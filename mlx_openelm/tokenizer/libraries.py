@@ -157,11 +157,18 @@ class Tokenizers:
         self._settings = settings
         self._content = content if content is not None else read_text(path)
         written = tokenizer_values(self._content, path)
-        added = {entry["id"]: entry for entry in written.get("added_tokens") or ()}
-        if vocab_size is not None and max(added, default=-1) >= vocab_size:
-            added = {token: entry for token, entry in added.items() if token < vocab_size}
-            self._content = json.dumps({**written, "added_tokens": list(added.values())}, ensure_ascii=False)
+        rows = LARGEST_VOCABULARY if vocab_size is None else vocab_size
+        added = {entry["id"]: entry for entry in written.get("added_tokens") or () if entry["id"] < rows}
         self.added_tokens = added
+        deterministic = {
+            **written,
+            "added_tokens": list(added.values()),
+            "model": {**written["model"], **({"dropout": None} if written["model"].get("dropout") else {})},
+            "padding": None,  # whoever saved the file while it padded or cut texts does not mean these ones
+            "truncation": None,
+        }
+        if deterministic != {"padding": None, "truncation": None, "added_tokens": [], **written}:
+            self._content = json.dumps(deterministic, ensure_ascii=False)
         _check_growth(written.get("normalizer"), path)
         self._tokenizer = self._parse()
         self._tokenizer.encode_special_tokens = True  # `<s>` in a text stays text
