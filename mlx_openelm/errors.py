@@ -21,6 +21,10 @@ class SourceError(OpenELMError):
     """A model that does not exist, cannot be downloaded, or is in an unsupported format."""
 
 
+class HubUnreachableError(SourceError):
+    """The Hugging Face hub does not answer, so no other repository on it needs to be tried."""
+
+
 class WeightsError(OpenELMError):
     """A damaged weights file, or weights that do not match the configuration."""
 

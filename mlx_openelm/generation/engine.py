@@ -15,6 +15,7 @@ from ..cache.config import CacheConfig, kv_cache_bytes
 from ..cache.kv_cache import KVCache, StepCache
 from ..cache.layouts import Buffers, FullKV
 from ..errors import MemoryLimitError, PromptError
+from ..machine.compiler import compile_function
 from ..machine.device import memory_limit_bytes, pays_to_compile
 from ..model.openelm import OpenELM
 from .sampling import Sampler, SamplingConfig, State
@@ -194,7 +195,7 @@ class DecodeStep:
         run = self._runs.get(cache.layout)
         if run is None:
             run = partial(self._run, cache.layout)
-            run = self._runs[cache.layout] = mx.compile(run) if self._compiled else run
+            run = self._runs[cache.layout] = compile_function(run) if self._compiled else run
         num_tokens = tokens.shape[1]
         self._model.transformer.warn_past_context(cache, num_tokens)
         offset = mx.array(cache.offset, mx.int32)

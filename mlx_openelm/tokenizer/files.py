@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import OpenELMError, TokenizerError
-from ..hub import cached_file, download_file, model_folder
+from ..errors import HubUnreachableError, OpenELMError, TokenizerError
+from ..hub import cached_file, download_file, model_folder, progress_lines
 from .settings import JSON_FILE, SETTINGS_FILE, settings_beside
 from .tokenizer import Tokenizer
 
@@ -83,12 +83,14 @@ class _Search:
     """Places tried for Llama's tokenizer, and why each was rejected."""
 
     failures: list[str] = field(default_factory=list)
+    hub_answers: bool = True  # the first refusal of the hub itself is enough for all its repositories
 
     def attempt(self, place: str, fetch: Callable[[], Path]) -> Tokenizer | None:
         try:
             tokenizer = Tokenizer(fetch())
         except OpenELMError as error:
             self.failures.append(f"{place} ({str(error).removeprefix(f'{place} ')})")
+            self.hub_answers = not isinstance(error, HubUnreachableError)
             return None
         if tokenizer.vocab_hash() != LLAMA_VOCAB_HASH:
             self.failures.append(f"{place} (its vocabulary is not Llama's)")
@@ -110,10 +112,13 @@ def _llama_tokenizer(folder: Path | None, vocab_size: int) -> tuple[Tokenizer, s
                 return tokenizer, f"{repo}, from the Hugging Face cache"
     if len(search.failures) == 1:
         search.failures.append("the Hugging Face cache (contains none)")
-    for repo in repos:
-        tokenizer = search.attempt(repo, lambda repo=repo: download_file(repo, FILE_NAMES[0]))  # type: ignore[misc]
-        if tokenizer is not None:
-            return tokenizer, repo
+    with progress_lines():
+        for repo in repos:
+            tokenizer = search.attempt(repo, lambda repo=repo: download_file(repo, FILE_NAMES[0]))  # type: ignore[misc]
+            if tokenizer is not None:
+                return tokenizer, repo
+            if not search.hub_answers:
+                break
     raise _nowhere(search)
 
 

@@ -24,6 +24,7 @@ from ..errors import AdapterError, ConfigError, DataError, OutputError
 from ..files.lock import LockedFolder
 from ..files.output import OutputFile, move_away, output_file
 from ..loading import dtype_named, load
+from ..machine.compiler import compile_function
 from ..machine.device import DTYPES
 from ..model.adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
 from ..model.lora import MAGNITUDE, adapter_parameters, add_adapter, last_layers
@@ -205,7 +206,7 @@ def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> T
     if recipe.objective == "dpo":
         dtype = DTYPES[recipe.dtype]
         before = {name: p if name.endswith(f".{MAGNITUDE}") else p.astype(dtype) for name, p in parameters.items()}
-        reference = mx.compile(partial(reference_logprobs, tuning.model, dtype, before))
+        reference = compile_function(partial(reference_logprobs, tuning.model, dtype, before))
 
         def prepare(batch: Batch) -> Batch:
             found: Batch = {**batch, "reference": reference(batch)}
