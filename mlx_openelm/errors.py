@@ -17,6 +17,10 @@ class ConfigError(OpenELMError):
     """A configuration that cannot be read, contradicts itself, or is not an OpenELM; or an invalid argument."""
 
 
+class PathError(OpenELMError):
+    """A path that the system refuses, or a link that leads out of a model folder."""
+
+
 class SourceError(OpenELMError):
     """A model that does not exist, cannot be downloaded, or is in an unsupported format."""
 
