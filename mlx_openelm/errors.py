@@ -117,7 +117,7 @@ class MemoryLimitError(OpenELMError):
 
 def shorten(names: Iterable[str], limit: int = 4) -> str:
     """Names joined for a message: the first `limit`, then the number of others."""
-    names = list(names)
+    names = [name if len(name) <= 120 else quoted(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import SourceError
+from .files.paths import check_links, exists, is_folder, user_path
 
 BUILT_IN_MODEL = "openelm-tiny"  # included in the package
 _BUILT_IN_FOLDER = Path(__file__).parent / "assets" / BUILT_IN_MODEL
@@ -25,12 +26,12 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         SourceError: if the folder or repository does not exist, or the hub cannot be reached.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    path = user_path(name)
+    if is_folder(path):
+        return check_links(path)
     if str(name) == BUILT_IN_MODEL:
         return _BUILT_IN_FOLDER
-    if path.exists():
+    if exists(path):
         raise SourceError(f"{name} is a file; a model is a folder (use `convert` for .pt files)")
     if isinstance(name, Path) or not _REPO_ID.fullmatch(name) or name.startswith("."):
         raise SourceError(f"{name} does not exist; expected a folder, or a hub id like apple/OpenELM-270M-Instruct")
@@ -61,7 +62,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _hub_errors(repo_id):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+        return check_links(Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS)))
 
 
 @contextmanager

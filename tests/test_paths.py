@@ -32,7 +32,9 @@ from mlx_openelm.files.paths import (
 def test_a_path_that_cannot_exist_is_one_short_line(name, problem):
     with pytest.raises(PathError) as raised:
         user_path(name)
-    assert problem in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 400
+    assert problem in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400
 
 
 def test_a_loop_of_links_is_named(tmp_path):

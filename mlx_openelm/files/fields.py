@@ -8,7 +8,7 @@ from ..errors import OpenELMError, quoted
 DEEPEST = 64  # levels of nesting
 LARGEST_NUMBER = 1e38  # of numbers in files; what float32 can hold
 _LARGEST_COUNT = 2**63 - 1
-_REQUIRED: Any = object()
+_REQUIRED: Any = ...  # the default of a field that must be there
 
 _T = TypeVar("_T")
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 class Fields(dict[str, Any]):
     """An object of a file, whose fields are read one by one with type and range.
 
-    Each reader takes a `default` for a field that is missing or null; without one, the field is required.
+    Each reader takes a `default` for a field that is missing or null; without one (`...`), the field is required.
 
     Attributes:
         where: what messages begin with, such as the file's name.

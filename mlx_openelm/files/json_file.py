@@ -51,7 +51,7 @@ def read_json_lines(path: Path, error: type[OpenELMError]) -> Iterator[Fields]:
                 where = f"{path}, line {number}"
                 if len(line) > _LONGEST_LINE:
                     raise error(f"{where} is longer than {_LONGEST_LINE:,} bytes")
-                yield parse_json_object(line.decode("utf-8", "replace"), where, error)
+                yield parse_json_object(line.decode("utf-8", "replace").rstrip(), where, error)
     except OSError as reason:
         raise error(f"{path} cannot be read: {reason.strerror or reason}") from reason
 
@@ -71,9 +71,8 @@ def parse_json(text: str, where: str, error: type[OpenELMError]) -> Any:
     except RecursionError as reason:
         raise error(f"{where} is nested too deeply") from reason
     except json.JSONDecodeError as reason:
-        raise error(
-            f"{where} is not valid JSON: {reason.msg} (line {reason.lineno}, column {reason.colno})"
-        ) from reason
+        line = f"line {reason.lineno}, " if "\n" in text.strip() else ""
+        raise error(f"{where} is not valid JSON: {reason.msg} ({line}column {reason.colno})") from reason
     except _DuplicateError as reason:
         raise error(f"{where} is not valid JSON: {reason}") from reason
     except ValueError as reason:

@@ -86,7 +86,7 @@ def regular(path: str | Path, flags: int) -> int:
 
 
 def check_regular(path: Path, error: type[OpenELMError]) -> None:
-    """Raise `error` unless a path leads to a regular file that can be read; for libraries that open paths themselves."""
+    """Raise `error` unless a path leads to a readable regular file; for libraries that open paths themselves."""
     try:
         open_regular(path).close()
     except (OSError, ValueError) as reason:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OpenELMError, TokenizerError
+from ..files.paths import exists, is_file, user_path
 from ..hub import cached_file, download_file, model_folder
 from .tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ _PROBE = "Zwölf  Boxkämpfer\tjagen 3.14 quick-witted foxes,\n(don't they?) —
 
 def has_tokenizer(folder: Path | None) -> bool:
     """Whether a folder contains a tokenizer."""
-    return folder is not None and any((folder / name).exists() for name in FILE_NAMES)
+    return folder is not None and any(exists(folder / name) for name in FILE_NAMES)
 
 
 def find_tokenizer(
@@ -50,10 +51,10 @@ def find_tokenizer(
         TokenizerError: if no tokenizer is found, with each place and the reason, or if it has too many tokens.
     """
     if requested is not None:
-        path = Path(requested).expanduser()
-        place = path.parent if path.is_file() else model_folder(requested, revision)
-        tokenizer = Tokenizer(path, chat=chat) if path.is_file() else _from_folder(place, chat)
-        origin = path.name if path.exists() else str(requested)
+        path = user_path(requested)
+        place = path.parent if is_file(path) else model_folder(requested, revision)
+        tokenizer = Tokenizer(path, chat=chat) if is_file(path) else _from_folder(place, chat)
+        origin = path.name if exists(path) else str(requested)
     elif has_tokenizer(folder):
         assert folder is not None
         tokenizer, origin = _from_folder(folder, chat), "the model's own"
@@ -68,7 +69,7 @@ def find_tokenizer(
 
 def _from_folder(folder: Path, chat: bool) -> Tokenizer:
     for name in FILE_NAMES:
-        if (folder / name).exists():
+        if exists(folder / name):
             return Tokenizer(folder / name, chat=chat)
     raise TokenizerError(f"{folder} contains neither {FILE_NAMES[0]} nor {FILE_NAMES[1]}")
 

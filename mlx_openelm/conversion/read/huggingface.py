@@ -1,17 +1,18 @@
 """Folders in the Hugging Face layout, from Apple, the MLX community or `convert`."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from ...config import OpenELMConfig
 from ...errors import ConfigError, SourceError, WeightsError, quoted
+from ...files.json_file import read_json_object
+from ...files.paths import exists
 from ...tensors import LazyTensor, read_safetensors
 from ..source import Source, make_source
 from .config import read_config_file
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+_LARGEST_INDEX = 1 << 25  # bytes
 
 
 def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Source:
@@ -24,14 +25,14 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
         ConfigError, WeightsError: if a file is damaged or the files do not match.
     """
     path = folder / "config.json"
-    if config is None and not path.exists():
-        if (folder / "adapter_config.json").exists():
+    if config is None and not exists(path):
+        if exists(folder / "adapter_config.json"):
             raise SourceError(f"{folder} is an adapter; pass its model, and this folder as `adapter`")
         raise SourceError(f"{folder} has no config.json; set `config`, or choose another folder")
-    written = read_json(path) if path.exists() else {}
+    written = read_json_object(path, ConfigError, optional=True)
     quantization = written.get("quantization")
     if quantization is not None and not isinstance(quantization, dict):
-        raise ConfigError(f"{path}: quantization must be an object; got {quantization!r}")
+        raise ConfigError(f"{path}: quantization must be an object; got {quoted(quantization)}")
     return make_source(
         config or read_config_file(path),
         _read_shards(folder),
@@ -43,25 +44,10 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ConfigError: if the file cannot be read or contains something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must contain a JSON object")
-    return values
-
-
 def _is_chat(folder: Path) -> bool:
     """Whether the model was tuned on conversations, according to its chat template or its name."""
     path = folder / "tokenizer_config.json"
-    if path.exists() and "<|assistant|>" in str(read_json(path).get("chat_template")):
+    if "<|assistant|>" in str(read_json_object(path, ConfigError, optional=True).get("chat_template")):
         return True
     repository = folder.resolve().parts[-3:]  # a folder in the hub's cache is named after a commit
     return any("instruct" in part.lower() for part in repository)
@@ -81,8 +67,8 @@ def _read_shards(folder: Path) -> dict[str, LazyTensor]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    if (folder / _INDEX).exists():
-        index = read_json(folder / _INDEX)
+    if exists(folder / _INDEX):
+        index = read_json_object(folder / _INDEX, WeightsError, max_bytes=_LARGEST_INDEX)
         places = index.get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
             raise WeightsError(f"{folder / _INDEX} is damaged: its weight_map is not a map to file names")
@@ -90,8 +76,8 @@ def _shards(folder: Path) -> list[Path]:
             if name != Path(name).name or name in ("", ".", ".."):
                 raise WeightsError(f"{folder / _INDEX} names {quoted(name)}, which is not a file of its folder")
         paths = [folder / name for name in sorted(set(places.values()))]
-        missing = [path.name for path in paths if not path.exists()]
-        if missing and (folder / _WHOLE).exists():  # the index is of an earlier state of the folder
+        missing = [path.name for path in paths if not exists(path)]
+        if missing and exists(folder / _WHOLE):  # the index is of an earlier state of the folder
             return [folder / _WHOLE]
         if missing:
             raise WeightsError(f"{folder} is incomplete: {missing[0]} is missing; download it again")
