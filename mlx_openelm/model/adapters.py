@@ -14,9 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import OpenELMConfig
-from ..errors import AdapterError, OpenELMError, quoted, shorten
+from ..errors import AdapterError, OpenELMError, quoted, readable, shorten
 from ..quantization import matrix_shape
-from ..tensors import read_safetensors, save_arrays
+from ..tensors import checked_cast, dtype_name, read_safetensors, save_arrays
 from ..version import __version__
 from .lora import (
     ADAPTER_METHODS,
@@ -32,7 +32,7 @@ from .openelm import OpenELM
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapters.safetensors"
 TUNING_METHODS = (*ADAPTER_METHODS, "full")
-_LARGEST_NUMBER = 1_000_000  # far beyond any scale
+LARGEST_NUMBER = 1_000_000  # far beyond any scale
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class SavedAdapter:
         tensors: `PATH.lora_a` (inputs, rank), `PATH.lora_b` (rank, outputs) and, for DoRA, `PATH.m` (outputs,).
         alpha, rank_stabilized: what the scale was computed from, if known.
         base: name and widths of the model that the adapter was made for, if known.
+
+    Raises:
+        AdapterError: if a number or a tensor cannot be right, whatever the format.
     """
 
     method: str
@@ -54,6 +57,24 @@ class SavedAdapter:
     alpha: float | None = None
     rank_stabilized: bool = False
     base: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not abs(self.scale) <= LARGEST_NUMBER:
+            raise AdapterError(f"scale must be a number up to {LARGEST_NUMBER:,}; got {quoted(self.scale)}")
+        if not 0 <= self.dropout < 1:
+            raise AdapterError(f"dropout must be at least 0 and below 1; got {quoted(self.dropout)}")
+        if self.alpha is not None and not abs(self.alpha) <= LARGEST_NUMBER:
+            raise AdapterError(f"alpha must be a number up to {LARGEST_NUMBER:,}; got {quoted(self.alpha)}")
+        for name, tensor in self.tensors.items():
+            if not mx.issubdtype(tensor.dtype, mx.floating):
+                kind = dtype_name(tensor.dtype)
+                raise AdapterError(f"{readable(name)} has type {kind}; an adapter has floating-point numbers")
+            if self.method == "full" or not name.endswith((".lora_a", ".lora_b")):
+                continue
+            if tensor.ndim != 2:
+                raise AdapterError(f"{readable(name)} must be a matrix; it has the shape {tensor.shape}")
+            if not tensor.size:
+                raise AdapterError(f"{readable(name)} of shape {tensor.shape} is empty")
 
     @property
     def ranks(self) -> dict[str, tuple[int, bool]]:
@@ -139,26 +160,26 @@ def read_adapter(folder: Path) -> SavedAdapter:
     ):
         if value is None and name == "alpha":
             continue
-        if type(value) not in (int, float) or not abs(value) <= _LARGEST_NUMBER:
+        if type(value) not in (int, float) or not abs(value) <= LARGEST_NUMBER:
             raise AdapterError(
-                f"{folder / CONFIG_FILE}: {name} must be a number up to {_LARGEST_NUMBER:,}; got {quoted(value)}"
+                f"{folder / CONFIG_FILE}: {name} must be a number up to {LARGEST_NUMBER:,}; got {quoted(value)}"
             )
     if not isinstance(values.get("base") or {}, dict):
         raise AdapterError(f"{folder / CONFIG_FILE}: base must be an object; got {quoted(values['base'])}")
     tensors = read_tensors(folder / TENSOR_FILE)
-    for name, tensor in tensors.items():
-        if name.endswith((".lora_a", ".lora_b")) and tensor.ndim != 2:
-            raise AdapterError(f"{folder / TENSOR_FILE}: {name} must be a matrix; it has the shape {tensor.shape}")
-    return SavedAdapter(
-        method,
-        float(lora.get("scale", 1.0)),
-        tensors,
-        float(lora.get("dropout", 0.0)),
-        values.get("alpha"),
-        # "rank_stabilised" was written until 2026-11-25
-        bool(values.get("rank_stabilized", values.get("rank_stabilised", False))),
-        values.get("base") or {},
-    )
+    try:
+        return SavedAdapter(
+            method,
+            float(lora.get("scale", 1.0)),
+            tensors,
+            float(lora.get("dropout", 0.0)),
+            values.get("alpha"),
+            # "rank_stabilised" was written until 2026-11-25
+            bool(values.get("rank_stabilized", values.get("rank_stabilised", False))),
+            values.get("base") or {},
+        )
+    except AdapterError as error:
+        raise AdapterError(f"{folder / TENSOR_FILE}: {error}") from error
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -195,11 +216,12 @@ def apply_adapter(model: OpenELM, adapter: SavedAdapter) -> None:
 
     Raises:
         AdapterError: if it was made for another model; the message gives the shapes of both.
+        WeightsError: if its values overflow the dtype that the model computes in.
     """
     dtype = model.transformer.norm.weight.dtype
     if adapter.method == "full":
         _check_full(model, adapter)
-        model.update(tree_unflatten([(name, a.astype(dtype)) for name, a in adapter.tensors.items()]))
+        model.update(tree_unflatten([(name, checked_cast(name, a, dtype)) for name, a in adapter.tensors.items()]))
         return
     ranks = adapter.ranks
     layers = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -208,7 +230,7 @@ def apply_adapter(model: OpenELM, adapter: SavedAdapter) -> None:
     wrap(model, ranks, adapter.scale, adapter.dropout)
     for path, module in adapters(model):
         for name in ("lora_a", "lora_b"):
-            module[name] = adapter.tensors[f"{path}.{name}"].astype(dtype)
+            module[name] = checked_cast(f"{path}.{name}", adapter.tensors[f"{path}.{name}"], dtype)
         if ranks[path][1]:
             module[MAGNITUDE] = adapter.tensors[f"{path}.{MAGNITUDE}"].astype(mx.float32)
     mx.eval(model.parameters())
