@@ -48,6 +48,7 @@ _SIZES = (
     *("num_gqa_groups", "ffn_dim_divisor", "rope_max_length"),
 )
 _LARGEST_ROPE_BASE = 1e15
+_LARGEST_WIDTH = 1 << 30  # of a matrix; MLX counts in 32 bits
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,13 @@ class OpenELMConfig:
             if queries % keys:
                 raise ConfigError(
                     f"layer {layer} has {queries} query heads, which is not a multiple of its {keys} key-value heads"
+                )
+        heads = zip(self.num_query_heads, self.num_kv_heads, strict=True)
+        widths = ((queries + 2 * keys) * self.head_dim for queries, keys in heads)
+        for layer, (width, ffn_dim) in enumerate(zip(widths, self.ffn_dims, strict=True)):
+            if max(width, 2 * ffn_dim) > _LARGEST_WIDTH:
+                raise ConfigError(
+                    f"layer {layer} is {max(width, ffn_dim):,} wide; at most {_LARGEST_WIDTH:,} is possible"
                 )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary position embeddings; got {self.head_dim}")

@@ -16,6 +16,7 @@ from .model.adapters import SavedAdapter, apply_adapter
 from .model.cpu_layers import quantized_layers
 from .model.openelm import OpenELM
 from .quantization import PackedTensor, Quantization
+from .tensors import checked_cast
 from .tokenizer.tokenizer import Tokenizer
 
 
@@ -103,7 +104,7 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
     """Load the network of an opened source, to compute in `dtype`; by default in that of `load`.
 
     Raises:
-        WeightsError: if a tensor holds NaN or infinity.
+        WeightsError: if a tensor contains NaN or infinity, or values that `dtype` cannot hold.
     """
     dtype = dtype or compute_dtype(source.tensors["transformer.norm.weight"].dtype)
     packed = {
@@ -115,9 +116,9 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
     for name, tensor in source.tensors.items():
         if isinstance(tensor, PackedTensor):
             path = name.removesuffix(".weight")
-            arrays.update({f"{path}.{part}": lazy.read() for part, lazy in tensor.parts.items()})
+            arrays.update({f"{path}.{part}": lazy.read() for part, lazy in tensor.cast(path, dtype).parts.items()})
         else:
-            arrays[name] = tensor.read()
+            arrays[name] = checked_cast(name, tensor.read(), dtype)
     return assemble(source.config, arrays, packed, dtype)
 
 

@@ -167,6 +167,8 @@ def test_what_is_written_is_complete():
         ({"num_transformer_layers": 1_000_000_000}, "num_transformer_layers must be at most 10,000; got 1000000000"),
         ({"model_dim": 10**400}, r"model_dim must be at most 1,048,576; got 1000+\.\.\."),
         ({"rope_max_length": -1}, "rope_max_length must be positive"),
+        ({"head_dim": 1 << 16, "qkv_multipliers": [4_000.0] * 2, "model_dim": 1 << 20}, "layer 0 is .* wide; at most"),
+        ({"ffn_multipliers": [1.0, 10_000.0], "model_dim": 1 << 20}, "layer 1 is 10,485,760,000 wide; at most"),
     ],
 )
 def test_numbers_of_a_file_have_two_bounds(change, message):

@@ -209,19 +209,13 @@ def _converted(name: str, tensor: Tensor, dtype: mx.Dtype, wanted: Quantization 
     """A tensor as it will be written: checked, cast to `dtype`, and quantized where requested and possible."""
     if isinstance(tensor, PackedTensor):
         if not dequantize and wanted in (None, tensor.quantization):
-            return PackedTensor(
-                {part: _cast(name, lazy, dtype) for part, lazy in tensor.parts.items()}, tensor.quantization
-            )
+            return tensor.cast(name.removesuffix(".weight"), dtype)
         tensor = tensor.dequantize()
     tensor = _cast(name, tensor, dtype)
     return pack(tensor, wanted) if wanted is not None and wanted.fits(tensor.shape) else tensor
 
 
 def _cast(name: str, tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
-    """The tensor cast to `dtype`; the integer parts of quantized matrices stay unchanged."""
-    if tensor.dtype in (mx.uint32, mx.uint8):
-        return tensor
-
     return tensor.map(lambda array: checked_cast(name, array, dtype), dtype)
 
 
