@@ -14,7 +14,7 @@ import pytest
 
 import mlx_openelm
 from conftest import SMALL_CONFIG, random_model, write_folder
-from mlx_openelm.cli import all_commands, as_flags
+from mlx_openelm.commands.app import all_commands, as_flags
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,6 +14,7 @@ from .options import Force, examples
 from .processes import join_processes
 from .progress import TrainingView, resumable
 from .recipe_options import recipe_options
+from .terminal import write
 
 EXAMPLES = examples(
     'openelm-mlx pretrain --config recipe.yaml --data "stories/*.txt" --output runs/stories',
@@ -37,7 +38,7 @@ def plot(
     output = output or (run if run.is_dir() else run.parent) / "metrics.png"
     with output_file(output, overwrite=force) as picture:
         plot_run(run, picture)
-    typer.echo(output)
+    write(str(output))
 
 
 @recipe_options(PretrainRecipe)
