@@ -148,7 +148,7 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype, int]]
         raw = file.read(header_bytes)
     try:
         entries = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged("the header is not JSON") from error
     if not isinstance(entries, dict):
         raise damaged("the header is not a table of tensors")

@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub import errors
 
 from mlx_openelm import hub
-from mlx_openelm.errors import SourceError
+from mlx_openelm.errors import PathError, SourceError
 
 
 @pytest.fixture
@@ -101,3 +101,18 @@ def test_a_file_in_the_cache_is_found_without_the_network(monkeypatch, tmp_path)
     for nothing in (None, object()):  # the client has a mark for files that are known not to exist
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name, found=nothing: found)
         assert hub.cached_file("a/b", "x") is None
+
+
+def test_links_that_leave_a_model_folder_are_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "model" / "config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(PathError, match="outside its folder"):
+        hub.model_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nosuchuser/x", "a\0b", "\ud800"])
+def test_names_that_the_system_refuses_are_one_line(name):
+    with pytest.raises(PathError) as raised:
+        hub.model_folder(name)
+    assert len(str(raised.value)) < 300

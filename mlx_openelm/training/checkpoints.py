@@ -50,13 +50,16 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the best validation loss; without validation, the last one."""
+    """The checkpoint with the best validation loss; without validation, the last one that can be read."""
     folders = checkpoint_folders(run)
-    if not folders:
-        return None
-    best = read_state(folders[-1]).whole("best_step", None)
-    named = checkpoint_folder(run, best) if best is not None else folders[-1]
-    return named if named in folders else folders[-1]
+    for newest in reversed(folders):
+        try:
+            best = read_state(newest).get("best_step")
+        except TrainingError:  # damaged: resuming starts from an earlier one
+            continue
+        named = checkpoint_folder(run, best) if best is not None else newest
+        return named if named in folders else newest
+    return None
 
 
 def read_state(checkpoint: Path) -> Fields:
