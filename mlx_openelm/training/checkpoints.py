@@ -216,6 +216,21 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             saved["steps"],
         )
         mx.eval(parameters, moments)
+        if folder != checkpoint_folder(folder.parent.parent, state["step"]):
+            raise TrainingError(f"its state.json says step {state['step']}")
     except Exception as error:  # damaged files raise errors of many kinds
         raise TrainingError(f"{folder} is damaged: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(parameters, moments, state)
+
+
+def check_parameters(checkpoint: Checkpoint, wanted: Tensors, folder: Path) -> None:
+    """Make sure that a checkpoint has the parameters of a run, with their moments.
+
+    Raises:
+        TrainingError: naming the first that is missing or has another shape.
+    """
+    for name, own in wanted.items():
+        moments = checkpoint.moments.first.get(name), checkpoint.moments.second.get(name)
+        for array in (checkpoint.parameters.get(name), *moments):
+            if array is None or array.shape != own.shape or array.dtype != mx.float32:
+                raise TrainingError(f"{folder} is damaged or from another model: {name} does not fit")
