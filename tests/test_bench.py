@@ -7,9 +7,12 @@ from mlx.utils import tree_flatten
 
 from conftest import draw, refused, run
 from mlx_openelm import CacheConfig, OpenELMConfig, generate_tokens
+from mlx_openelm.benchmark.bench import bench_cases, check_cases
 from mlx_openelm.benchmark.measure import PAPER_PROMPT, Case, Spread, bytes_per_step, measure
 from mlx_openelm.benchmark.models import Ours, Peer, Run, random_network
 from mlx_openelm.benchmark.report import BenchReport
+from mlx_openelm.errors import BenchError, MemoryLimitError
+from mlx_openelm.generation import engine
 from mlx_openelm.machine.hardware import battery_watts, chip_name, describe, memory_bandwidth, power_meter
 from mlx_openelm.plot import plot_bench
 from mlx_openelm.quantization import Quantization
@@ -182,7 +185,7 @@ class TestCommand:
         ("arguments", "said"),
         [
             (["--against", "torch"], "--against must be mlx-lm; got 'torch'"),
-            (["--rounds", "0"], "--rounds must be at least 1; got 0"),
+            (["--rounds", "0"], "--rounds must be from 1 to 10,000; got 0"),
             (["--json", "--csv"], "mutually exclusive"),
             (["--prompt-tokens", "x"], "numbers of at least 1"),
             (["--tokens", "1"], "numbers of at least 2"),
@@ -201,3 +204,25 @@ class TestCommand:
     )
     def test_mistakes_are_one_line(self, arguments, said):
         assert said in refused("bench", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("case", "rounds", "said"),
+    [
+        (Case(prompt_tokens=10**11), 1, "`prompt_tokens` must be from 1 to"),
+        (Case(max_tokens=10**11), 1, "`max_tokens` must be from 1 to"),
+        (Case(batch_size=10**11), 1, "`batch_size` must be from 1 to"),
+        (Case(prompt_tokens=2048, batch_size=1024), 1, "1,024 prompts of 2,048 tokens are more than"),
+        (Case(), 10**9, "`rounds` must be from 1 to"),
+        (Case(), 0, "`rounds` must be from 1 to"),
+    ],
+)
+def test_numbers_have_two_bounds(case, rounds, said):
+    with pytest.raises(BenchError, match=said):
+        check_cases([case], None, rounds)
+
+
+def test_a_case_that_does_not_fit_into_memory_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setattr(engine, "memory_limit_bytes", lambda: 1 << 20)
+    with pytest.raises(MemoryLimitError):
+        next(bench_cases(tiny_model, [Case(prompt_tokens=10**6, batch_size=1)], name="x", bandwidth=1e9))

@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what is the best, and where a run may begin."""
 
 import json
+import os
 
 import mlx.core as mx
 import pytest
@@ -123,3 +124,37 @@ def test_nothing_can_be_resumed_without_a_checkpoint(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(TrainingError, match="is a file"):
         check_fresh(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"step": -1}, "step must be a number from 0"),
+        ({"step": 2.0}, "step must be a whole number"),
+        ({"best_step": []}, "best_step must be a whole number"),
+        ({"best_loss": "x" * 10**5}, "best_loss must be a number; got 'xxx"),
+        ({"tokens": 10**400}, "tokens must be a finite number"),
+        ({"worse": True}, "worse must be a whole number"),
+        ({"recipe": []}, "recipe must be an object"),
+        ({"pending": {"step": 7}}, "pending must be of step 2; got 7"),
+        ({"pending": {"a": 1}}, "pending: step is missing"),
+    ],
+)
+def test_a_state_that_cannot_be_right_is_one_line_and_the_one_before_is_the_best(tmp_path, change, problem):
+    saved(tmp_path, 1)
+    folder = saved(tmp_path, 2)
+    (folder / "state.json").write_text(json.dumps({**read_state(folder), **change}))
+    with pytest.raises(TrainingError) as raised:
+        read_state(folder)
+    assert problem in str(raised.value)
+    assert len(str(raised.value)) < 300 + len(str(tmp_path))
+    assert best_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_fifo_in_a_checkpoint_is_not_waited_for(tmp_path, name):
+    folder = saved(tmp_path, 1)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(TrainingError, match="a FIFO, not a regular file"):
+        load_checkpoint(folder)

@@ -162,3 +162,19 @@ def test_validation_goes_through_all_that_is_held_out(tmp_path, tokenizer):
     predicted = sum(int((row.segments[:, 1:] >= 0).sum()) for row in rows)
     assert predicted == file.num_tokens - 1
     assert len(list(validation_rows(corpus, 32, 3))) == 3
+
+
+@pytest.mark.parametrize("damage", ["empty tokens", "short tokens", "empty offsets", "offsets", "pickle"])
+def test_a_damaged_corpus_is_one_line_that_says_what_to_remove(tmp_path, tokenizer, damage):
+    source = write(tmp_path / "a.txt", ["one two", "three four"] * 20)
+    corpus = prepare_corpus([source], tokenizer, Filters(), tmp_path / "cache")
+    places = next((tmp_path / "cache").glob("*/0-train.offsets.npy"))
+    ids = places.with_name("0-train.tokens")
+    if damage.endswith("tokens"):
+        ids.write_bytes(ids.read_bytes()[: 0 if "empty" in damage else 20])
+    elif damage == "offsets":
+        np.save(places, corpus.train[0].offsets[::-1].copy())
+    else:
+        places.write_bytes(b"" if damage == "empty offsets" else b"\x80\x04K\x01.")
+    with pytest.raises(DataError, match="0-train is damaged; remove the folder"):
+        prepare_corpus([source], tokenizer, Filters(), tmp_path / "cache")

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from mlx_openelm import hub
-from mlx_openelm.errors import HubUnreachableError, SourceError, TokenizerError
+from mlx_openelm.errors import HubUnreachableError, PathError, SourceError, TokenizerError
 from mlx_openelm.tokenizer import files as tokenizer_files
 
 
@@ -373,3 +373,18 @@ def test_the_clients_logger_is_given_back(server):
     before = list(logger.handlers), logger.propagate
     hub.model_folder(REPO)
     assert (logger.handlers, logger.propagate) == before
+
+
+def test_links_that_leave_a_model_folder_are_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "model" / "config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(PathError, match="outside its folder"):
+        hub.model_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nosuchuser/x", "a\0b", "\ud800"])
+def test_names_that_the_system_refuses_are_one_line(name):
+    with pytest.raises(PathError) as raised:
+        hub.model_folder(name)
+    assert len(str(raised.value)) < 300

@@ -204,7 +204,7 @@ def test_bench_measures_a_network(tiny_model):
     assert "Case(4 prompt tokens, 3 generated, 1 at once, full KV cache): openelm-mlx " in repr(report)
     with pytest.raises(BenchError, match="`against` must be mlx-lm; got 'torch'"):
         bench(tiny_model, against="torch")
-    with pytest.raises(BenchError, match="`rounds` must be at least 1; got 0"):
+    with pytest.raises(BenchError, match="`rounds` must be from 1 to 10,000; got 0"):
         bench(tiny_model, [case], rounds=0)
 
 

@@ -248,3 +248,22 @@ class TestCommand:
         last = done.stderr.splitlines()[-1]
         assert last.startswith("openelm-mlx: error: ")
         assert re.search(said, last), last
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": [{"path": 5}]}, "data: path must be text; got 5"),
+        ({"data": [{"path": ["x" * 10**5]}]}, "data: path must be text; got"),
+        ({"data": [{"path": "x", "weight": "a"}]}, "data: weight must be a number"),
+        ({"data": [{"path": "x", "last": 10**9}]}, "last must be a number from 0 to 1,000,000"),
+        ({"data": [{"text_key": "x"}]}, "is not a source"),
+        ({"model": {"model_dim": 8, "head_dim": 4}}, "missing settings: num_transformer_layers"),
+        ({"model": {"model_dim": "8", "head_dim": 4, "num_transformer_layers": 2}}, "model_dim must be of type int"),
+        ({"model": {"model_dim": 8, "head_dim": 4, "num_transformer_layers": 10**9}}, "must be at most 10,000"),
+    ],
+)
+def test_tables_of_a_recipe_are_read_with_their_types(recipe, change, said):
+    with pytest.raises(ConfigError, match=re.escape(said)) as raised:
+        PretrainRecipe.from_dict({**recipe.to_dict(), **change})
+    assert len(str(raised.value)) < 300

@@ -129,3 +129,24 @@ def test_other_columns_of_a_parquet_file_are_not_read(tmp_path):
         list(read_records(tmp_path / "a.parquet"))
     with pytest.raises(DataError, match="has no column 'prompt'; it has text, created"):
         list(read_records(tmp_path / "a.parquet", fields={"prompt"}))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("text,text\na,b\n", "several columns are named 'text'"),
+        ('a, b\n1, "x"\n', "line 2: a space before a quote"),
+        ("a,b\n1\n2\n3,4\n", "2 of 3 lines are broken"),
+        ("a,b\n1,\0\n", "line 2: contains a NUL"),
+    ],
+)
+def test_csv_files_that_would_be_read_wrongly_are_refused(tmp_path, content, reason):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DataError, match=reason):
+        list(read_records(tmp_path / "a.csv"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    for name, content in (("a.csv", "text\nx\n"), ("a.json", '[{"text": "x"}]'), ("a.jsonl", '{"text": "x"}\n' * 2)):
+        (tmp_path / name).write_text("\ufeff" + content)
+        assert next(read_records(tmp_path / name)) == {"text": "x"}

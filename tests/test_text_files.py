@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+from mlx_openelm.data import json_records, limits
+from mlx_openelm.data.record_files import read_records
 from mlx_openelm.data.text_files import TextSource, read_documents
 from mlx_openelm.errors import DataError
 
@@ -80,3 +82,59 @@ def test_files_of_globs_and_numbered_patterns(tmp_path):
         TextSource(f"{tmp_path}/part-{{file_id:05d}}.txt", first=1, last=4).files()
     with pytest.raises(DataError, match="must be positive; got 0"):
         TextSource(f"{tmp_path}/*.txt", weight=0).files()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.jsonl.zst", "a.csv.zst"])
+@pytest.mark.parametrize("content", ["x", "text\n", '{"a": 1}\n'])
+def test_a_small_file_does_not_unpack_without_end(tmp_path, name, content, monkeypatch):
+    monkeypatch.setattr(limits, "_ANY_UNPACKED_BYTES", 1 << 20)
+    text = (content * (3 << 20))[: 3 << 20].encode()
+    if name.endswith("gz"):
+        (tmp_path / name).write_bytes(gzip.compress(text))
+    else:
+        zstandard = pytest.importorskip("zstandard")
+        (tmp_path / name).write_bytes(zstandard.compress(text))
+    with pytest.raises(DataError, match=r"unpacks to more than 100 times its size|lines are broken|line 1: not a JSON"):
+        for _ in read_records(tmp_path / name):
+            pass
+
+
+def test_rows_of_a_small_parquet_file_have_the_same_limit(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    monkeypatch.setattr(limits, "_ANY_UNPACKED_BYTES", 1 << 20)
+    parquet.write_table(pyarrow.table({"text": ["x" * 10_000] * 500}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="unpacks to more than 100 times"):
+        list(read_documents(tmp_path / "a.parquet"))
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="column 'text' must be text; got 1"):
+        list(read_documents(tmp_path / "a.parquet"))
+
+
+def test_a_line_may_be_long_but_not_without_end(tmp_path, monkeypatch):
+    for module in (limits, json_records):
+        monkeypatch.setattr(module, "LONGEST_TEXT", 1000)
+    for name, content in (("a.txt", "x" * 1001), ("a.jsonl", '{"text": "' + "x" * 1001), ("a.csv", "a\n" + "x" * 1001)):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=r"line \d: longer than 1,000 characters"):
+            list(read_records(tmp_path / name) if name != "a.txt" else read_documents(tmp_path / name))
+    (tmp_path / "a.json").write_text("[" + '{"a": 1},\n' * 200 + "{}]")
+    with pytest.raises(DataError, match="longer than 1,000 characters; write it with one object per line"):
+        list(read_records(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_text_in_another_encoding_is_named(tmp_path, encoding):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes('{"text": "some text"}\n'.encode(encoding))
+        with pytest.raises(DataError, match=r"not text in UTF-8|line 1: contains a NUL character"):
+            list(read_documents(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a{file_id}{x}", "a{file_id:099999999d}", "a{file_id!r}{file_id.x}", "{0}{file_id}"]
+)
+def test_only_the_number_of_a_pattern_is_filled_in(tmp_path, pattern):
+    with pytest.raises(DataError, match="does not exist"):
+        TextSource(str(tmp_path / pattern), last=2).files()

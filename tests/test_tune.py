@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from conftest import SMALL_CONFIG, assert_close, killed_at, launched, random_model, refused, run, write_folder
 from mlx_openelm import load, load_model
 from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingError
-from mlx_openelm.training import trainer as trainer_module
+from mlx_openelm.training import trainer as trainer_module, tune as tune_module
 from mlx_openelm.training.checkpoints import checkpoint_folders
 from mlx_openelm.training.memory import tuning_memory
 from mlx_openelm.training.tune import make_trainer, prepare_tuning, tuning_steps
@@ -207,6 +207,42 @@ def test_a_damaged_checkpoint_is_not_published(tmp_path, whole_run, recipe, file
     names = [folder.name for folder in checkpoint_folders(tmp_path / "run")]
     assert names == ["step-00000006", "step-00000009", "step-00000010"]
     load(files / "model", adapter=tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["step", "pending", "parameters", "empty"])
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path, whole_run, recipe, damage):
+    shutil.copytree(whole_run, tmp_path / "run")
+    newest = checkpoint_folders(tmp_path / "run")[-1]
+    state = json.loads((newest / "state.json").read_text())
+    if damage == "step":
+        (newest / "state.json").write_text(json.dumps({**state, "step": 10**9}))
+    elif damage == "pending":
+        (newest / "state.json").write_text(json.dumps({**state, "pending": {"step": state["step"]}}))
+    elif damage == "parameters":
+        arrays = mx.load(str(newest / "adapters.safetensors"))
+        mx.save_safetensors(str(newest / "adapters.safetensors"), {name: a[:1] for name, a in arrays.items()})
+    else:
+        (newest / "adapters.safetensors").write_bytes(b"")
+    said = []
+    steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run", resume=True, on_message=said.append)
+    assert next(steps).step == 10
+    steps.close()
+    assert any("falling back to the previous checkpoint" in message for message in said)
+
+
+def test_metrics_that_are_not_metrics_stop_a_resumed_run(tmp_path, whole_run, recipe):
+    for line in ('{"a": 1}', '{"step": "3"}', "[3]", "[" * 10_000, '{"step": 3, "x": {"y": 1}'):
+        shutil.copytree(whole_run, tmp_path / "run", dirs_exist_ok=True)
+        with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+            file.write(line + "\n")
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl, line \d+"):
+            next(tuning_steps(prepare_tuning(recipe), tmp_path / "run", resume=True))
+
+
+def test_an_adapter_larger_than_the_memory_is_refused_before_it_is_allocated(recipe, monkeypatch):
+    monkeypatch.setattr(tune_module, "memory_limit_bytes", lambda: 1 << 20)
+    with pytest.raises(TrainingError, match=r"an adapter of rank 8,192 has [\d,]+ parameters.*reduce `rank`"):
+        prepare_tuning(replace(recipe, rank=8192))
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path, recipe, whole_run):

@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import BenchError
+from ..generation.engine import check_memory
 from ..loading import load_model
 from ..machine.device import wired_memory
 from ..machine.hardware import describe, memory_bandwidth
@@ -15,6 +16,7 @@ from .models import Contestant, Ours, Peer
 from .report import BenchReport
 
 PEERS = ("mlx-lm",)
+_MOST_TOKENS, _MOST_ROUNDS = 1 << 20, 10_000
 
 
 def bench(
@@ -82,6 +84,7 @@ def bench_cases(
             on arrays of the size of its weights.
         paper: use the paper's prompt, in place of random tokens.
     Raises:
+        MemoryLimitError: if a case does not fit into memory.
         BenchError: if the peer cannot run a case, or the vocabulary is too small for the prompt of `paper`.
     """
     check_cases(cases, against, rounds)
@@ -90,6 +93,7 @@ def bench_cases(
     bandwidth = max(bandwidth, memory_bandwidth(weight_bytes(network)))
     contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
     for case in cases:
+        check_memory(network, case.prompt_tokens + case.max_tokens, case.cache, case.batch_size)
         yield measure(
             network,
             contestants,
@@ -106,10 +110,22 @@ def check_cases(cases: Sequence[Case], against: str | None, rounds: int = 1) -> 
     """Raise BenchError if a case cannot be measured, before anything is loaded."""
     if against is not None and against not in PEERS:
         raise BenchError(f"`against` must be {', '.join(PEERS)}; got {against!r}")
-    if rounds < 1:
-        raise BenchError(f"`rounds` must be at least 1; got {rounds}")
+    _check_range("rounds", rounds, 1, _MOST_ROUNDS)
     for case in cases:
+        _check_range("prompt_tokens", case.prompt_tokens, 1, _MOST_TOKENS)
+        _check_range("max_tokens", case.max_tokens, 1, _MOST_TOKENS)
+        _check_range("batch_size", case.batch_size, 1, _MOST_TOKENS)
+        if case.prompt_tokens * case.batch_size > _MOST_TOKENS:
+            raise BenchError(
+                f"{case.batch_size:,} prompts of {case.prompt_tokens:,} tokens are more than {_MOST_TOKENS:,} tokens; "
+                "reduce `batch_size` or `prompt_tokens`"
+            )
         if case.cache.window is not None and case.batch_size > 1:
             raise BenchError("a KV cache with a window requires `batch_size=1`")
         if against and case.batch_size > 1 and case.cache.bits:
             raise BenchError("mlx-lm cannot batch with a quantized KV cache; leave out `against`, or use a full cache")
+
+
+def _check_range(name: str, value: int, at_least: int, at_most: int) -> None:
+    if not at_least <= value <= at_most:
+        raise BenchError(f"`{name}` must be from {at_least:,} to {at_most:,}; got {value:,}")

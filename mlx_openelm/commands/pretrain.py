@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..files.output import output_file
+from ..files.paths import is_folder
 from ..training.pretrain import PretrainRecipe
 from .options import Force, examples
 from .processes import join_processes
@@ -35,7 +36,7 @@ def plot(
     """Plot a training run: loss, learning rate, gradient norm and tokens per second."""
     from ..plot import plot_run
 
-    output = output or (run if run.is_dir() else run.parent) / "metrics.png"
+    output = output or (run if is_folder(run) else run.parent) / "metrics.png"
     with output_file(output, overwrite=force) as picture:
         plot_run(run, picture)
     write(str(output))

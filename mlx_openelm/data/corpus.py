@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..files.output import output_folder
-from ..files.paths import open_regular
+from ..files.paths import check_regular, exists, open_regular
 from ..tokenizer.tokenizer import Tokenizer
 from .batch import TokenBatch, target_mask
 from .text_files import TextSource, read_documents
@@ -42,9 +42,25 @@ class TokenizedDataset:
     """Documents as ids on disk, each from BOS to EOS."""
 
     def __init__(self, stem: Path, dtype: np.dtype):
-        self.offsets = np.load(stem.with_suffix(".offsets.npy"), mmap_mode="r")  # (documents + 1,)
-        size = int(self.offsets[-1])
-        self.tokens = np.memmap(stem.with_suffix(".tokens"), dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
+        """Open the two files of a data set.
+
+        Raises:
+            DataError: if they are damaged.
+        """
+        places, ids = stem.with_suffix(".offsets.npy"), stem.with_suffix(".tokens")
+        for path in (places, ids):
+            check_regular(path, DataError)
+        try:
+            self.offsets = np.load(places, mmap_mode="r")  # (documents + 1,)
+            size = int(self.offsets[-1])
+            is_sound = self.offsets.ndim == 1 and self.offsets.dtype.kind in "iu" and self.offsets[0] == 0
+            if not is_sound or np.any(self.offsets[1:] < self.offsets[:-1]):
+                raise ValueError("wrong offsets")
+            if ids.stat().st_size != size * dtype.itemsize:
+                raise ValueError("wrong size")
+        except Exception as error:  # NumPy raises errors of many kinds for a damaged file
+            raise DataError(f"{stem} is damaged; remove the folder {stem.parent}, which will be made again") from error
+        self.tokens = np.memmap(ids, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
 
     @property
     def num_documents(self) -> int:
@@ -91,7 +107,7 @@ def prepare_corpus(
     fingerprint = _fingerprint(sources, files, tokenizer, filters)
     folder = cache / fingerprint[:16]
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    if not folder.exists():
+    if not exists(folder):
         total = sum(path.stat().st_size for paths in files for path in paths)
         done = 0
         with output_folder(folder) as output, output.replaced(durable=True) as staging:

@@ -18,7 +18,7 @@ from .json_records import MAX_BROKEN, BrokenLines, json_objects
 from .limits import BYTES_OF_ROW, PARQUET_ROWS, Unpacked, UnpackedLimit, text_lines
 
 SEPARATOR = "<|endoftext|>"  # a separate line between the documents of a .txt file
-_NUMBERED = re.compile(r"\{file_id(:0\d+d)?\}")
+_NUMBERED = re.compile(r"\{file_id(:0(\d{1,2})d)?\}")
 _UTF8 = "utf-8-sig"  # some editors and spreadsheets write a byte order mark, which is not part of the text
 
 
@@ -49,7 +49,10 @@ class TextSource:
             raise DataError(f"the weight of {self.path} must be positive; got {self.weight}")
         names = [self.path]
         if _NUMBERED.search(self.path):
-            names = [self.path.format(file_id=number) for number in range(self.first, self.last + 1)]
+            names = [
+                _NUMBERED.sub(lambda found, number=number: f"{number:0{found[2] or 1}d}", self.path)  # type: ignore[misc]
+                for number in range(self.first, self.last + 1)
+            ]
         found = [Path(match) for name in names for match in sorted(glob.glob(name, recursive=True)) or [name]]
         for path in found:
             if not is_file(path):

@@ -50,13 +50,16 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the best validation loss; without validation, the last one."""
+    """The checkpoint with the best validation loss; without validation, the last one that can be read."""
     folders = checkpoint_folders(run)
-    if not folders:
-        return None
-    best = read_state(folders[-1]).whole("best_step", None)
-    named = checkpoint_folder(run, best) if best is not None else folders[-1]
-    return named if named in folders else folders[-1]
+    for newest in reversed(folders):
+        try:
+            best = read_state(newest).get("best_step")
+        except TrainingError:  # damaged: resuming starts from an earlier one
+            continue
+        named = checkpoint_folder(run, best) if best is not None else newest
+        return named if named in folders else newest
+    return None
 
 
 def read_state(checkpoint: Path) -> Fields:
@@ -213,6 +216,21 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             saved["steps"],
         )
         mx.eval(parameters, moments)
+        if folder != checkpoint_folder(folder.parent.parent, state["step"]):
+            raise TrainingError(f"its state.json says step {state['step']}")
     except Exception as error:  # damaged files raise errors of many kinds
         raise TrainingError(f"{folder} is damaged: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(parameters, moments, state)
+
+
+def check_parameters(checkpoint: Checkpoint, wanted: Tensors, folder: Path) -> None:
+    """Make sure that a checkpoint has the parameters of a run, with their moments.
+
+    Raises:
+        TrainingError: naming the first that is missing or has another shape.
+    """
+    for name, own in wanted.items():
+        moments = checkpoint.moments.first.get(name), checkpoint.moments.second.get(name)
+        for array in (checkpoint.parameters.get(name), *moments):
+            if array is None or array.shape != own.shape or array.dtype != mx.float32:
+                raise TrainingError(f"{folder} is damaged or from another model: {name} does not fit")

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..errors import OutputError, TrainingError
 from ..files.json_file import parse_json_object
 from ..files.lock import LockedFolder
@@ -26,7 +24,7 @@ from .checkpoints import (
     Checkpoint,
     WriteParameters,
     check_fresh,
-    checkpoint_folder,
+    check_parameters,
     checkpoint_folders,
     clear_begun,
     load_checkpoint,
@@ -257,15 +255,13 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
         try:
             checkpoint = load_checkpoint(folder)
             progress = _progress_of(checkpoint, folder)
-            _check_parameters(trainer, checkpoint, folder)
+            found = _changes(trainer, checkpoint)
+            if not found:
+                check_parameters(checkpoint, trainer.parameters, folder)
         except TrainingError as error:
             on_message(f"{error}; falling back to the previous checkpoint")
             damaged.append(folder)
             continue
-        state = checkpoint.state
-        found = trainer.recipe.differences(state.get("recipe") or {})
-        if state.get("data", state.get("corpus")) != trainer.data.fingerprint:
-            found.append("the model, the data or how the data is read")
         if found:
             changes = "; ".join(found)
             raise TrainingError(
@@ -274,7 +270,7 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
         # Keep the network's order, which the file does not have: the gradient norm is summed in this order.
         trainer.parameters = {name: checkpoint.parameters[name] for name in trainer.parameters}
         trainer.moments = checkpoint.moments
-        trainer.step = state["step"]
+        trainer.step = checkpoint.state["step"]
         if trainer.group.rank() == 0:
             for later in damaged:  # otherwise they would count as the latest checkpoints
                 on_message(f"moved the damaged checkpoint to {move_away(later, f'damaged-{later.name}')}")
@@ -282,23 +278,21 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
     raise TrainingError(f"{run} has no readable checkpoint; start without `resume`")
 
 
+def _changes(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:
+    """What would make the result of a resumed run different."""
+    state = checkpoint.state
+    found = trainer.recipe.differences(state.get("recipe") or {})
+    if state.get("data", state.get("corpus")) != trainer.data.fingerprint:
+        found.append("the model, the data or how the data is read")
+    return found
+
+
 def _progress_of(checkpoint: Checkpoint, folder: Path) -> _Progress:
     state = checkpoint.state
     pending = state.get("pending")
     if pending is not None and set(pending) != {entry.name for entry in fields(Metrics)}:
         raise TrainingError(f"{folder} is damaged: the pending metrics in state.json are incomplete")
-    if folder != checkpoint_folder(folder.parent.parent, state["step"]):
-        raise TrainingError(f"{folder} is damaged: its state.json says step {state['step']}")
     return _Progress(**{e.name: state[e.name] for e in fields(_Progress) if state.get(e.name) is not None})
-
-
-def _check_parameters(trainer: Trainer, checkpoint: Checkpoint, folder: Path) -> None:
-    """Make sure that a checkpoint has the parameters of the run; what else differs is found with its recipe."""
-    for name, own in trainer.parameters.items():
-        moments = checkpoint.moments.first.get(name), checkpoint.moments.second.get(name)
-        for array in (checkpoint.parameters.get(name), *moments):
-            if array is None or array.shape != own.shape or array.dtype != mx.float32:
-                raise TrainingError(f"{folder} is damaged or from another model: {name} does not fit")
 
 
 def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from ..config import OpenELMConfig
+from ..config import FFN_MULTIPLIERS, QKV_MULTIPLIERS, OpenELMConfig
 from ..conversion.read.config import config_from_dict
 from ..data.batch import TokenBatch
 from ..data.corpus import PACKINGS, Corpus, CorpusBatches, Filters, prepare_corpus, validation_rows
 from ..data.text_files import TextSource
 from ..data.train_tokenizer import train_tokenizer
 from ..errors import ConfigError, quoted
+from ..files.fields import Fields
 from ..files.lock import LockedFolder
 from ..files.paths import exists
 from ..model.openelm import OpenELM, parameter_shapes
@@ -35,6 +36,7 @@ RECIPES = Path(__file__).parents[1] / "assets" / "recipes" / "pretrain"
 
 
 _DATA = "Model and data"
+_MOST_FILES = 1_000_000  # of a numbered source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +120,9 @@ def _model(value: object) -> OpenELMConfig:
         return OpenELMConfig.preset(value)
     if not isinstance(value, dict):
         raise ConfigError(f"model must be a name such as 270M, or a table of widths; got {quoted(value)}")
-    if "num_query_heads" in value or "model_type" in value:
-        return config_from_dict(value)
-    try:
-        return OpenELMConfig.layerwise(**value)
-    except TypeError as error:
-        raise ConfigError(f"model: {str(error).split('.')[-1]}") from error
+    if not {"num_query_heads", "model_type", "model_name"} & set(value):  # a table of what `layerwise` needs
+        value = {"qkv_multipliers": QKV_MULTIPLIERS, "ffn_multipliers": FFN_MULTIPLIERS, **value}
+    return config_from_dict(value)
 
 
 def _sources(value: object) -> tuple[TextSource, ...]:
@@ -135,11 +134,19 @@ def _source(value: object) -> TextSource:
         return value
     if isinstance(value, str | Path):
         value = {"path": str(value)}
-    try:
-        return TextSource(**value)  # type: ignore[arg-type]
-    except TypeError as error:
-        names = ", ".join(entry.name for entry in fields(TextSource))
-        raise ConfigError(f"data: {quoted(value)} is not a source (fields: {names})") from error
+    names = [entry.name for entry in fields(TextSource)]
+    if not isinstance(value, dict) or "path" not in value or set(value) - set(names):
+        raise ConfigError(f"data: {quoted(value)} is not a source (fields: {', '.join(names)})")
+    read = Fields(value, "data", ConfigError)
+    default = TextSource("")
+    first = read.whole("first", default.first)
+    return TextSource(
+        read.text("path"),
+        read.number("weight", default.weight),
+        read.text("text_key", default.text_key),
+        first,
+        read.whole("last", default.last, at_most=first + _MOST_FILES),
+    )
 
 
 class CorpusRows:

@@ -20,16 +20,17 @@ from mlx.utils import tree_flatten
 from ..data.batch import Batch, TokenBatch
 from ..data.dataset import ExampleOptions, ExampleSet, read_splits
 from ..data.example_batches import ExampleBatches, all_rows
-from ..errors import AdapterError, ConfigError, DataError, OutputError
+from ..errors import AdapterError, ConfigError, DataError, OutputError, TrainingError
 from ..files.lock import LockedFolder
 from ..files.output import OutputFile, move_away, output_file
 from ..files.paths import exists
 from ..loading import dtype_named, load
 from ..machine.compiler import compile_function
-from ..machine.device import DTYPES
+from ..machine.device import DTYPES, memory_limit_bytes
 from ..model.adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
-from ..model.lora import MAGNITUDE, adapter_parameters, add_adapter, last_layers
+from ..model.lora import MAGNITUDE, AdapterConfig, adapter_parameters, adapter_paths, add_adapter, last_layers
 from ..model.openelm import OpenELM
+from ..quantization import matrix_shape
 from ..tensors import as_bytes
 from ..tokenizer.chat_template import TEMPLATE_FILE, named_template
 from ..tokenizer.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ from .loss import CrossEntropy, Objective
 from .optimizer import Tensors
 from .trainer import Trainer
 from .tune_recipe import TuneRecipe
+
+_BYTES_PER_PARAMETER = 32  # of an adapter: its value, and what an update needs besides
 
 
 class ExampleRows:
@@ -255,6 +258,7 @@ def _publish(outputs: Mapping[str, OutputFile], run: Path) -> None:
 def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
     """The trained parameters of a model by name, float32; adds the adapter to the model, if there is one."""
     if recipe.adapter is not None:
+        _check_memory(model, recipe.adapter)
         add_adapter(model, recipe.adapter, recipe.seed)
         return adapter_parameters(model)
     own = dict(tree_flatten(model.parameters()))
@@ -268,6 +272,19 @@ def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
     trained = {name: own[name].astype(mx.float32) for name in names}
     mx.eval(trained)
     return trained
+
+
+def _check_memory(model: OpenELM, adapter: AdapterConfig) -> None:
+    """Make sure that an adapter and its optimizer state fit into memory, before they are allocated."""
+    modules: Any = dict(model.named_modules())
+    paths = adapter_paths(model, adapter.targets, adapter.layers)
+    count = sum(adapter.rank * sum(matrix_shape(modules[path])) for path in paths)
+    needed, limit = count * _BYTES_PER_PARAMETER, memory_limit_bytes()
+    if needed > limit:
+        raise TrainingError(
+            f"an adapter of rank {adapter.rank:,} has {count:,} parameters; training them needs {needed / 2**30:,.1f} "
+            f"GiB, but this machine has {limit / 2**30:,.1f} GiB; reduce `rank`, or choose fewer `targets`"
+        )
 
 
 def _fingerprint(model: OpenELM) -> str:
