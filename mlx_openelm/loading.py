@@ -12,7 +12,7 @@ from .conversion.source import Source
 from .errors import ConfigError, TokenizerError
 from .hub import BUILT_IN_MODEL
 from .machine.device import DTYPES, compute_dtype, on_cpu
-from .model.adapters import apply_adapter
+from .model.adapters import SavedAdapter, apply_adapter
 from .model.cpu_layers import quantized_layers
 from .model.openelm import OpenELM
 from .quantization import PackedTensor, Quantization
@@ -49,7 +49,10 @@ def load(
             f"{model} has no tokenizer; set `tokenizer` to a file, a folder or a hub id, "
             "or load the network alone with load_model"
         )
-    return _network(opened.source, dtype, adapter), opened.tokenizer
+    found = _adapter(adapter, opened.source)
+    if found is not None and found.chat_template is not None:
+        opened.tokenizer.chat_template = found.chat_template
+    return _network(opened.source, dtype, found), opened.tokenizer
 
 
 def load_model(
@@ -66,15 +69,21 @@ def load_model(
         OpenELMError: a subclass, if anything is missing, damaged or contradictory.
     """
     opened = open_model([model], tokenizer="none", config=config, revision=revision)
-    return _network(opened.source, dtype, adapter)
+    return _network(opened.source, dtype, _adapter(adapter, opened.source))
 
 
-def _network(source: Source, dtype: mx.Dtype | None, adapter: str | Path | None) -> OpenELM:
+def _adapter(path: str | Path | None, source: Source) -> SavedAdapter | None:
+    if path is None:
+        return None
+    from .conversion.adapters.forms import open_adapter
+
+    return open_adapter(path, vocab_size=source.config.vocab_size)
+
+
+def _network(source: Source, dtype: mx.Dtype | None, adapter: SavedAdapter | None) -> OpenELM:
     network = load_source(source, dtype)
     if adapter is not None:
-        from .conversion.adapters.forms import open_adapter
-
-        apply_adapter(network, open_adapter(adapter, vocab_size=network.config.vocab_size))
+        apply_adapter(network, adapter)
         network.eval()
     return network
 

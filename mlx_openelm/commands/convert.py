@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Revision, TokenizerOption, examples
+from .options import ChatTemplate, Json, Revision, TokenizerOption, examples
 from .terminal import INTERRUPTED, byte_bar, fail, mib, print_json, say
 
 EXAMPLES = examples(
@@ -65,6 +65,7 @@ def convert(
         ),
     ] = None,
     tokenizer: TokenizerOption = None,
+    chat_template: ChatTemplate = None,
     keep_padding: Annotated[
         bool, typer.Option("--keep-padding", help="Keep the padding rows of CoreNet's vocabulary.")
     ] = False,
@@ -94,6 +95,7 @@ def convert(
             "--dtype": dtype != "auto",
             "--config": config,
             "--tokenizer": tokenizer,
+            "--chat-template": chat_template,
             "--keep-padding": keep_padding,
             "--revision": revision,
             "--alpha": alpha,
@@ -122,6 +124,7 @@ def convert(
                 dtype=dtype,
                 config=config,
                 tokenizer=tokenizer,
+                chat_template=chat_template,
                 keep_padding=keep_padding,
                 force=force,
                 revision=revision,

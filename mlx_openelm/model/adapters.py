@@ -17,6 +17,7 @@ from ..config import OpenELMConfig
 from ..errors import AdapterError, OpenELMError, quoted, shorten
 from ..quantization import matrix_shape
 from ..tensors import read_safetensors, save_arrays
+from ..tokenizer.chat_template import TEMPLATE_FILE
 from ..version import __version__
 from .lora import (
     ADAPTER_METHODS,
@@ -45,6 +46,7 @@ class SavedAdapter:
         tensors: `PATH.lora_a` (inputs, rank), `PATH.lora_b` (rank, outputs) and, for DoRA, `PATH.m` (outputs,).
         alpha, rank_stabilized: what the scale was computed from, if known.
         base: name and widths of the model that the adapter was made for, if known.
+        chat_template: of the tuned model, if it is not that of the base.
     """
 
     method: str
@@ -54,6 +56,7 @@ class SavedAdapter:
     alpha: float | None = None
     rank_stabilized: bool = False
     base: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
 
     @property
     def ranks(self) -> dict[str, tuple[int, bool]]:
@@ -66,7 +69,12 @@ class SavedAdapter:
 
 
 def save_adapter(
-    folder: Path, tensors: Mapping[str, mx.array], method: str, config: AdapterConfig | None, base: Mapping[str, Any]
+    folder: Path,
+    tensors: Mapping[str, mx.array],
+    method: str,
+    config: AdapterConfig | None,
+    base: Mapping[str, Any],
+    chat_template: str | None = None,
 ) -> None:
     """Write an adapter into an existing folder.
 
@@ -74,8 +82,9 @@ def save_adapter(
         tensors: see `SavedAdapter`.
         config: the adapter's settings; `None` if the method is `full`.
         base: the description of its model from `about_base`.
+        chat_template: of the tuned model, if it is not that of the base.
     """
-    saved = SavedAdapter(method, 1.0, dict(tensors), base=dict(base))
+    saved = SavedAdapter(method, 1.0, dict(tensors), base=dict(base), chat_template=chat_template)
     if config is not None:
         saved = replace(
             saved,
@@ -110,6 +119,13 @@ def write_adapter(folder: Path, adapter: SavedAdapter) -> None:
     values["openelm_mlx_version"] = __version__
     save_arrays(folder / TENSOR_FILE, adapter.tensors, {"format": "mlx"})
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_template(folder, adapter)
+
+
+def write_template(folder: Path, adapter: SavedAdapter) -> None:
+    """Write the adapter's chat template, if it has one, where `transformers` looks for it."""
+    if adapter.chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(adapter.chat_template, encoding="utf-8")
 
 
 def about_base(name: str, config: OpenELMConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from ...errors import AdapterError, ConfigError
 from ...files.output import output_folder
 from ...model.adapters import TENSOR_FILE, SavedAdapter, read_adapter, write_adapter
 from ...model.lora import EMBEDDING, EMBEDDING_TARGET
+from ...tokenizer.chat_template import read_chat_template
 from ..open import TORCH_SUFFIXES
 from . import peft
 from .common import with_vocabulary
@@ -48,9 +49,9 @@ def open_adapter(path: str | Path, *, vocab_size: int | None = None) -> SavedAda
         adapter = read_corenet_adapter(path)
         return adapter if vocab_size is None else with_vocabulary(adapter, vocab_size)
     if (path / TENSOR_FILE).exists():
-        return read_adapter(path)
+        return replace(read_adapter(path), chat_template=read_chat_template(path))
     if peft.is_peft(path):
-        return peft.read_peft(path)
+        return replace(peft.read_peft(path), chat_template=read_chat_template(path))
     raise AdapterError(f"{path} holds no adapter: neither {TENSOR_FILE} nor {peft.TENSOR_FILE} exists")
 
 

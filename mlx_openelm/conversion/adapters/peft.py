@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import AdapterError, OpenELMError
-from ...model.adapters import CONFIG_FILE, SavedAdapter, read_adapter_config, read_tensors
+from ...model.adapters import CONFIG_FILE, SavedAdapter, read_adapter_config, read_tensors, write_template
 from ...model.lora import EMBEDDING, MAGNITUDE
 from ...tensors import save_arrays
 from ..read.torch_file import read_torch_file
@@ -159,6 +159,7 @@ def write_peft(folder: Path, adapter: SavedAdapter) -> None:
         tensors[f"{_PREFIX}{path}.{names[part]}"] = tensor.T
     save_arrays(folder / TENSOR_FILE, tensors, {"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_template(folder, adapter)
 
 
 def _check_keys(values: Mapping[str, Any]) -> None:

@@ -168,7 +168,7 @@ _KINDS: dict[str, Any] = {
     "rope_freq_constant": float,
     "rope_max_length": int,
     "bos_token_id": int,
-    "eos_token_id": int,
+    "eos_token_id": [int],
 }
 
 

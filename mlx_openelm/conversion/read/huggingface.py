@@ -7,6 +7,7 @@ from typing import Any
 from ...config import OpenELMConfig
 from ...errors import ConfigError, SourceError, WeightsError, quoted
 from ...tensors import LazyTensor, read_safetensors
+from ...tokenizer.chat_template import OPENELM_TEMPLATE, is_openelm, read_chat_template, template_by_name
 from ..source import Source, make_source
 from .config import read_config_file
 
@@ -32,14 +33,16 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
     quantization = written.get("quantization")
     if quantization is not None and not isinstance(quantization, dict):
         raise ConfigError(f"{path}: quantization must be an object; got {quantization!r}")
+    is_converted = "openelm_mlx_version" in written
+    config = config or read_config_file(path)
     return make_source(
-        config or read_config_file(path),
+        config.with_eos(*_generation_eos(folder / "generation_config.json")),
         _read_shards(folder),
         quantization,
         name=folder.resolve().name,
         folder=folder,
-        is_chat=_is_chat(folder),
-        is_converted="openelm_mlx_version" in written,
+        chat_template=_chat_template(folder, is_converted),
+        is_converted=is_converted,
     )
 
 
@@ -58,13 +61,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _is_chat(folder: Path) -> bool:
-    """Whether the model was tuned on conversations, according to its chat template or its name."""
-    path = folder / "tokenizer_config.json"
-    if path.exists() and "<|assistant|>" in str(read_json(path).get("chat_template")):
-        return True
-    repository = folder.resolve().parts[-3:]  # a folder in the hub's cache is named after a commit
-    return any("instruct" in part.lower() for part in repository)
+def _chat_template(folder: Path, is_converted: bool) -> str | None:
+    """The chat template in a folder; without one, CoreNet's if the name is that of one of Apple's Instruct models.
+
+    The name counts only for a folder that this package did not write. In the hub's cache it is the repository's.
+    """
+    template = read_chat_template(folder)
+    if template is not None:
+        return OPENELM_TEMPLATE if is_openelm(template) else template
+    if is_converted:
+        return None
+    path = folder.resolve()
+    in_cache = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
+    return template_by_name(path.parent.parent.name if in_cache else path.name)
+
+
+def _generation_eos(path: Path) -> list[int]:
+    """The ids in a `generation_config.json` that end a text."""
+    value = read_json(path).get("eos_token_id") if path.exists() else None
+    tokens = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in tokens):
+        raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids; got {quoted(value)}")
+    return tokens
 
 
 def _read_shards(folder: Path) -> dict[str, LazyTensor]:
