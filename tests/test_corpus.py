@@ -162,3 +162,54 @@ def test_validation_goes_through_all_that_is_held_out(tmp_path, tokenizer):
     predicted = sum(int((row.segments[:, 1:] >= 0).sum()) for row in rows)
     assert predicted == file.num_tokens - 1
     assert len(list(validation_rows(corpus, 32, 3))) == 3
+
+
+def offsets_descend(tokens, offsets):
+    np.save(offsets, np.load(offsets)[::-1].copy())
+
+
+def offsets_are_floats(tokens, offsets):
+    np.save(offsets, np.load(offsets).astype(np.float64))
+
+
+def offsets_are_text(tokens, offsets):
+    offsets.write_text("[0, 1, 2]")
+
+
+def offsets_are_an_archive(tokens, offsets):
+    np.savez(offsets.with_suffix(".npz"), np.load(offsets))
+    offsets.with_suffix(".npz").replace(offsets)
+
+
+def tokens_end_too_soon(tokens, offsets):
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+
+
+def tokens_are_too_many(tokens, offsets):
+    tokens.write_bytes(tokens.read_bytes() + b"\0")
+
+
+def tokens_are_missing(tokens, offsets):
+    tokens.unlink()
+
+
+def an_id_is_beyond_the_vocabulary(tokens, offsets):
+    ids = np.fromfile(tokens, np.uint16)
+    ids[len(ids) // 2 :] = 400
+    ids.tofile(tokens)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [offsets_descend, offsets_are_floats, offsets_are_text, offsets_are_an_archive, tokens_end_too_soon,
+     tokens_are_too_many, tokens_are_missing, an_id_is_beyond_the_vocabulary],
+)  # fmt: skip
+@pytest.mark.parametrize("packing", ["stream", "rows"])
+def test_damaged_token_files_are_refused(tmp_path, tokenizer, corpus, damage, packing):
+    (tokens,) = (tmp_path / "cache").glob("*/0-train.tokens")
+    damage(tokens, tokens.with_suffix(".offsets.npy"))
+    with pytest.raises(DataError, match=r"is damaged \(.*\); delete this folder"):
+        again = prepare_corpus([TextSource(str(tmp_path / "a.txt"))], tokenizer, Filters(), tmp_path / "cache")
+        batches = CorpusBatches(again, 50, 16, packing, 0)
+        for step in range(4):
+            batches.step(step)
