@@ -20,7 +20,8 @@ from mlx_openelm.model.lora import AdapterConfig, adapter_parameters, add_adapte
 CONFIG = replace(ADAPTED_CONFIG, vocab_size=400)
 RECORDS = [{"prompt": f"What is {n}?", "completion": f"It is {n} of them."} for n in range(8)]
 CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}
-{{ '<|' + message['role'] + '|>' + message['content'] | trim }}{% endfor %}{% if add_generation_prompt %}answer: {% endif %}"""
+{{ '<|' + message['role'] + '|>' + message['content'] | trim }}{% endfor %}
+{% if add_generation_prompt %}answer: {% endif %}"""
 TEXTS = [f"The fox number {n} went to the river {'and slept ' * (n % 5)}." for n in range(60)]
 CORENET_YAML = {"model": {"language_modeling": {"general_gpt": {"model_name": "OpenELM-270M", "vocab_size": 400}}}}
 PRETRAIN = {

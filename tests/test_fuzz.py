@@ -38,7 +38,29 @@ SPARE = 64 * MEBIBYTE  # beyond twice what the sound file takes
 DEFAULT, SLOW = 8, 360  # inputs for each of the kinds
 
 # What is known to fail, as (kind, a part of what is reported), until the reader is fixed.
-KNOWN: list[tuple[str, str]] = []
+KNOWN: list[tuple[str, str]] = [
+    ("quantized tensors", "RecursionError"),  # a header of nested lists (tensors.py)
+    ("adapters.safetensors", "RecursionError"),
+    ("PEFT tensors", "RecursionError"),
+    ("model.safetensors", "RecursionError"),
+    ("shard", "RecursionError"),
+    ("quantized tensors", "Expected shape"),  # parts that contradict the entry (loading.py)
+    ("PEFT tensors", "silently changed"),  # two tensors with the same bytes
+    ("adapters.safetensors", "silently changed"),
+    ("model.safetensors", "silently changed"),
+    ("quantized tensors", "silently changed"),
+    ("shard", "silently changed"),
+    ("prompt cache", "silently changed"),  # bytes after the last tensor, read by mx.load
+    ("checkpoint", "silently changed"),
+    ("optimizer state", "silently changed"),
+    ("zst of texts", "silently changed"),  # an incomplete frame reads as the end of the text (text_files.py)
+    ("parquet", "raw control characters"),  # the first example of a dry run (commands/tune.py)
+    ("recipe for pretrain", "RecursionError"),  # deep lists (recipe.py)
+    ("recipe for tune", "RecursionError"),
+    ("metrics.jsonl", "RecursionError"),  # plot.py
+    ("state.json", "crashed"),  # checkpoints.read_state
+    ("state.json", "the message has"),  # a setting that changed is quoted whole
+]
 
 Change = Callable[[bytes, bytes], bool]  # whether the result may differ, given the sound and the damaged file
 
@@ -359,9 +381,11 @@ class Bench:
 
     def _ended(self, damaged: bytes, root: Path, command: str | None) -> dict[str, Any]:
         with copied(self._sound, root, self._file, damaged):
-            return self._worker.ask(
-                **({"words": command.replace("@", str(root)).split()} if command else self._job(root))
-            )
+            job = {"words": command.replace("@", str(root)).split()} if command else self._job(root)
+            answer = self._worker.ask(**job)
+            if not (root / "written" / "precious.txt").exists():
+                answer["ended"] = "deleted a file that this package did not write"
+            return answer
 
     def _sound_bytes(self, command: str) -> int:
         """Memory that a command takes with the sound file; measured the second time, when all is imported."""
