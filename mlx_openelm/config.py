@@ -105,7 +105,7 @@ class OpenELMConfig:
             raise ConfigError(f"head_dim must be even for rotary position embeddings; got {self.head_dim}")
         if self.activation_fn_name not in ACTIVATIONS:
             raise ConfigError(
-                f"unknown activation_fn_name {self.activation_fn_name!r} (choose from {', '.join(ACTIVATIONS)})"
+                f"unknown activation_fn_name {quoted(self.activation_fn_name)} (choose from {', '.join(ACTIVATIONS)})"
             )
         for name, tokens in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
             for token in tokens:
@@ -194,7 +194,7 @@ class OpenELMConfig:
         """
         size = name.split("/")[-1].removesuffix("-Instruct").removeprefix("OpenELM-").replace("_", ".").upper()
         if size not in PRESETS:
-            raise ConfigError(f"{name!r} is not a published model (choose from {', '.join(PRESETS)})")
+            raise ConfigError(f"{quoted(name)} is not a published model (choose from {', '.join(PRESETS)})")
         return PRESETS[size]
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,6 +17,10 @@ class ConfigError(OpenELMError):
     """A configuration that cannot be read, contradicts itself, or is not an OpenELM; or an invalid argument."""
 
 
+class PathError(OpenELMError):
+    """A path that the system refuses, or a link that leads out of a model folder."""
+
+
 class SourceError(OpenELMError):
     """A model that does not exist, cannot be downloaded, or is in an unsupported format."""
 
@@ -117,7 +121,7 @@ class MemoryLimitError(OpenELMError):
 
 def shorten(names: Iterable[str], limit: int = 4) -> str:
     """Names joined for a message: the first `limit`, then the number of others."""
-    names = list(names)
+    names = [name if len(name) <= 120 else quoted(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 

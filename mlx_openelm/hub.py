@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import HubUnreachableError, OpenELMError, SourceError
+from .files.paths import check_links, exists, is_folder, user_path
 
 BUILT_IN_MODEL = "openelm-tiny"  # included in the package
 _BUILT_IN_FOLDER = Path(__file__).parent / "assets" / BUILT_IN_MODEL
@@ -40,12 +41,12 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         SourceError: if the folder or repository does not exist, or the hub cannot be reached.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    path = user_path(name)
+    if is_folder(path):
+        return check_links(path)
     if str(name) == BUILT_IN_MODEL:
         return _BUILT_IN_FOLDER
-    if path.exists():
+    if exists(path):
         raise SourceError(f"{name} is a file; a model is a folder (use `convert` for .pt files)")
     if isinstance(name, Path) or not _REPO_ID.fullmatch(name) or name.startswith("."):
         raise SourceError(f"{name} does not exist; expected a folder, or a hub id like apple/OpenELM-270M-Instruct")
@@ -85,7 +86,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
     def snapshot(patterns: list[str], **options: Any) -> Path:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, **options))
+        return check_links(Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, **options)))
 
     with _hub_errors(repo_id), progress_lines(repo_id) as progress, _few_retries(repo_id, progress):
         try:

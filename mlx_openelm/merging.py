@@ -18,6 +18,7 @@ from .conversion.write.folder import write_model
 from .errors import AdapterError
 from .evaluation.divergence import divergences
 from .files.output import OutputFolder, output_folder
+from .files.paths import user_path
 from .loading import dtype_named, load_source
 from .model.adapters import SavedAdapter, check_adapter
 from .model.lora import EMBEDDING, MAGNITUDE
@@ -69,7 +70,7 @@ def merge(
     Raises:
         OpenELMError: a subclass for each kind of failure; nothing is written.
     """
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     with output_folder(folder, overwrite=force) as place:
         source, text, *_ = open_model([model], tokenizer=tokenizer, config=config, revision=revision)
         found = open_adapter(adapter, vocab_size=source.config.vocab_size)

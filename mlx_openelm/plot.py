@@ -1,6 +1,5 @@
 """Plots of training runs, layer-wise designs and benchmarks, drawn with matplotlib, 800 pixels wide."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import Any
 from .cache.config import CacheConfig
 from .config import OpenELMConfig
 from .errors import OutputError, TrainingError
+from .files.json_file import read_json_lines
 from .files.output import OutputFile
+from .files.paths import exists, is_folder
 from .model.design import Design
 from .packages import optional_package
 
@@ -187,16 +188,18 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises:
         TrainingError: if there are none, or one is damaged.
     """
-    path = run / "metrics.jsonl" if run.is_dir() else run
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        needed = {"step", "loss", "validation_loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second"}
-        if not all(needed <= set(line) for line in lines):
-            raise ValueError("a line lacks some metrics")
-    except OSError as error:
-        raise TrainingError(f"{run} is not a training run: {path.name} cannot be read") from error
-    except (ValueError, TypeError) as error:
-        raise TrainingError(f"{path} is damaged: {error}") from error
+    path = run / "metrics.jsonl" if is_folder(run) else run
+    if not exists(path):
+        raise TrainingError(f"{run} is not a training run: {path.name} is missing")
+    lines: list[dict[str, Any]] = []
+    for line in read_json_lines(path, TrainingError):
+        for name in ("step", "tokens"):
+            line.whole(name)
+        for name in ("learning_rate", "gradient_norm", "tokens_per_second"):
+            line.number(name)
+        for name in ("loss", "validation_loss"):
+            line.number(name, None)
+        lines.append(line)
     if not lines:
         raise TrainingError(f"{path} is empty; there is nothing to plot yet")
     return lines

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import WeightsError
+from .files.paths import open_regular
 from .machine.device import compute_streams
 
 # safetensors names of the types that weights of a language model can have.
@@ -94,7 +95,7 @@ def _read_rows(
 ) -> mx.array:
     row = prod(shape[1:])
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(offset + start * row * dtype.size)
             values = np.fromfile(file, _NUMPY_DTYPES[dtype], (stop - start) * row)
     except OSError as error:
@@ -139,7 +140,7 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype, int]]
     def damaged(what: str) -> WeightsError:
         return WeightsError(f"{path} is damaged or incomplete: {what}; download or convert it again")
 
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file_bytes = path.stat().st_size
         header_bytes = int.from_bytes(file.read(8), "little")
         if header_bytes > min(file_bytes - 8, _LARGEST_HEADER_BYTES):

@@ -297,7 +297,7 @@ def test_the_first_refusal_of_the_hub_is_enough_for_all_tokenizers(refusal, serv
     huggingface_hub.close_session()
     refusal(server, monkeypatch)
     with pytest.raises(TokenizerError) as found:
-        tokenizer_files.find_tokenizer(None, None, 32000, chat=False)
+        tokenizer_files.find_tokenizer(None, None, 32000)
     huggingface_hub.close_session()
     message = str(found.value)
     assert "\n" not in message
@@ -325,7 +325,7 @@ def test_a_model_on_a_hub_that_does_not_answer(refusal, server, monkeypatch, cap
 def test_after_a_repository_that_is_not_open_the_next_is_tried(code, headers, server, capfd):
     server.fault = status(code, headers)
     with pytest.raises(TokenizerError) as found:
-        tokenizer_files.find_tokenizer(None, None, 32000, chat=False)
+        tokenizer_files.find_tokenizer(None, None, 32000)
     repos = [tokenizer_files.LLAMA_REPO, *tokenizer_files.PUBLIC_COPIES]
     assert all(repo in str(found.value) for repo in repos)
     assert [path for path in server.requests if "/api/models/" in path] == [f"GET /api/models/{repo}" for repo in repos]

@@ -46,7 +46,7 @@ def test_damage_is_named(tmp_path):
         read_metrics(tmp_path)
     for text in ('{"step": 1', '{"step": 1}', "[]", "3"):
         path.write_text(text + "\n")
-        with pytest.raises(TrainingError, match="is damaged"):
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl, line 1"):
             read_metrics(tmp_path)
 
 

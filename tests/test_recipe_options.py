@@ -110,7 +110,7 @@ def test_a_path_may_look_like_yaml(text, tmp_path):
 def test_lists_and_tables_are_typed_as_in_yaml(tmp_path):
     said = typed_data("[{path: x.txt, weight: 0}]", tmp_path)
     assert "the weight of x.txt must be positive; got 0" in said
-    assert "data cannot be read" in typed_data("{x", tmp_path)
+    assert "the value of data is not valid YAML" in typed_data("{x", tmp_path)
 
 
 @pytest.mark.parametrize(

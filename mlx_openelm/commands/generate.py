@@ -14,6 +14,7 @@ from ..cache.config import CacheConfig
 from ..conversion.open import open_model
 from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
 from ..files.output import OutputFile, output_file
+from ..files.paths import exists, is_folder
 from ..generation.drafters import DEFAULT_MAX_DRAFT, Drafter, DraftModel, PromptLookup
 from ..generation.engine import BATCH_SIZE, MAX_TOKENS
 from ..generation.prompt_cache import PromptCache, model_fingerprint, write_prompt_cache
@@ -181,7 +182,7 @@ def open_prompt_cache(network: OpenELM, output: OutputFile | None, config: Cache
     if output is None:
         yield PromptCache(network, config)
         return
-    cache = PromptCache.load(network, output.path, config) if output.path.exists() else PromptCache(network, config)
+    cache = PromptCache.load(network, output.path, config) if exists(output.path) else PromptCache(network, config)
     try:
         yield cache
     finally:
@@ -233,9 +234,9 @@ def _check_options(
         }
         if given := [name for name, value in alone.items() if value]:
             raise PromptError(f"{given[0]} cannot be used with --input")
-        if output is not None and output.is_dir():
+        if output is not None and is_folder(output):
             raise OutputError(f"--output must be a file; {output} is a folder")
-        if output is not None and output.exists() and not force:
+        if output is not None and exists(output) and not force:
             raise OutputExistsError(output)
 
 

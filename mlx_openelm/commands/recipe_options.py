@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..files.yaml_file import parse_yaml
 from ..training.recipe import Recipe, setting_of
 from ..training.tune_recipe import TuneRecipe
 from .options import MODEL_VARIABLE
@@ -86,10 +87,5 @@ def _kind(entry: "Field[Any]") -> type:
 def _value(entry: "Field[Any]", value: Any) -> Any:
     """The value of an option; lists and tables may be written as in YAML."""
     if not isinstance(entry.default, str) and isinstance(value, str) and value.startswith(("[", "{")):
-        import yaml
-
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{entry.name} cannot be read: {' '.join(str(error).split())}") from error
+        return parse_yaml(value, f"the value of {entry.name}", ConfigError)
     return value

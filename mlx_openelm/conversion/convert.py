@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..config import OpenELMConfig
 from ..errors import ConfigError
 from ..files.output import output_folder
+from ..files.paths import exists, user_path
 from ..machine.device import DTYPES
 from ..model.adapters import about_base, check_adapter, write_adapter
 from ..model.openelm import parameter_shapes
@@ -97,7 +98,7 @@ def convert(
     wanted = _wanted_quantization(quantize, group_size, mode, dequantize)
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"unknown dtype {dtype!r} (choose from auto, {', '.join(DTYPES)})")
-    folder = Path(output).expanduser() if output is not None else _default_output(sources)
+    folder = user_path(output) if output is not None else _default_output(sources)
     with output_folder(folder, overwrite=force) as place:
         found, text, tokenizer_origin, adapter = open_model(
             sources,
@@ -281,4 +282,4 @@ def _command(
 
 def _without_folder(source: str | Path) -> str:
     """A hub id unchanged; only the last part of a local path."""
-    return Path(source).resolve().name if Path(source).exists() else str(source)
+    return Path(source).resolve().name if exists(Path(source)) else str(source)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ConfigError, SourceError
+from ..files.paths import exists, is_file, is_folder, user_path
 from ..hub import model_folder
 from ..model.adapters import SavedAdapter
 from ..tokenizer.chat_template import named_template
@@ -32,18 +33,18 @@ def open_source(
     if not sources:
         raise SourceError("no source was given")
     named = read_config(config) if config is not None else None
-    path = Path(sources[0]).expanduser()
+    path = user_path(sources[0])
     if len(sources) > 1:
         return averaged_source([open_source([source], config=config, revision=revision) for source in sources])
 
-    if path.suffix in TORCH_SUFFIXES and not path.is_dir():
-        if not path.is_file():
-            raise SourceError(f"{path} does not exist" if not path.exists() else f"{path} is not a .pt file")
+    if path.suffix in TORCH_SUFFIXES and not is_folder(path):
+        if not is_file(path):
+            raise SourceError(f"{path} does not exist" if not exists(path) else f"{path} is not a .pt file")
         from .read.corenet import read_checkpoint
 
         return read_checkpoint(path, named)
     folder = model_folder(sources[0], revision)
-    if (folder / "weights.safetensors").exists() and not (folder / "model.safetensors").exists():
+    if exists(folder / "weights.safetensors") and not exists(folder / "model.safetensors"):
         from .read.corenet import read_apple_mlx
 
         return read_apple_mlx(folder, named)
@@ -105,8 +106,8 @@ def _open_with_adapter(
     sources: Sequence[str | Path], config: str | Path | None, revision: str | None, alpha: float | None
 ) -> tuple[Source, SavedAdapter | None]:
     """A model and, from a CoreNet fine-tuning checkpoint, its adapter."""
-    path = Path(sources[0]).expanduser() if len(sources) == 1 else Path()
-    if path.suffix in TORCH_SUFFIXES and path.is_file():
+    path = user_path(sources[0]) if len(sources) == 1 else Path()
+    if path.suffix in TORCH_SUFFIXES and is_file(path):
         from .adapters.corenet import read_fine_tuned
         from .read.corenet import checkpoint_tensors, holds_adapter
 

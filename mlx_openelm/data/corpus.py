@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..files.output import output_folder
+from ..files.paths import open_regular
 from ..tokenizer.tokenizer import Tokenizer
 from .batch import TokenBatch, target_mask
 from .text_files import TextSource, read_documents
@@ -194,7 +195,7 @@ def _fingerprint(sources: Sequence[TextSource], files: list[list[Path]], tokeniz
 
 def _ends(path: Path) -> str:
     """A hash of the beginning and end of a file; with its size, enough to detect a change."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(_END_BYTES)
         file.seek(max(0, path.stat().st_size - _END_BYTES))
         return hashlib.sha256(head + file.read()).hexdigest()

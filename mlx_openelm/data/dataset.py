@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, TokenizerError
+from ..files.paths import is_file, is_folder
 from ..tokenizer.tokenizer import Tokenizer
 from .formats import FIELD_NAMES, Example, PreferencePair, encode_record, format_of
 from .json_records import BrokenLines
@@ -184,7 +185,7 @@ def read_splits(
     """
     train_path: Path | None = path
     valid_path = test_path = None
-    if path.is_dir():
+    if is_folder(path):
         train_path, valid_path, test_path = (_split_file(path, names) for names in (_TRAIN, _VALIDATION, _TEST))
     if train_path is None:
         raise DataError(f"{path} contains no training file; expected train.jsonl, .json, .csv or .parquet")
@@ -203,7 +204,7 @@ def read_splits(
 
 
 def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
-    found = [path for name in names for ending in RECORD_ENDINGS if (path := folder / f"{name}{ending}").is_file()]
+    found = [path for name in names for ending in RECORD_ENDINGS if is_file(path := folder / f"{name}{ending}")]
     if len(found) > 1:
         raise DataError(f"{found[0]} and {found[1].name} both exist; remove one of them")
     return found[0] if found else None

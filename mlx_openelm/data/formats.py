@@ -149,7 +149,7 @@ def encode_conversation(messages: Messages, tokenizer: Tokenizer, first: int = 0
     if not tokenizer.has_chat_template:
         raise DataError(
             "this is a base model without a chat template; "
-            "use an Instruct model, or data with the fields prompt and completion"
+            "set `chat_template`, use an Instruct model, or data with the fields prompt and completion"
         )
     tokens = np.array(tokenizer.encode_chat(messages, add_generation_prompt=False), np.int32)
     mask = np.zeros(len(tokens), bool)

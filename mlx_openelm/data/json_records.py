@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError
+from .limits import LONGEST_TEXT, text_lines
 
 MAX_BROKEN = 10
 _LONE_SURROGATE = "contains a lone surrogate, which is not valid Unicode"
@@ -55,14 +56,16 @@ def json_objects(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[tupl
     Raises:
         DataError: naming the file and the line, if it is not JSON, or if more lines are broken than read.
     """
-    lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+    lines = ((number, line) for number, line in enumerate(text_lines(file, path), start=1) if line.strip())
     start, first = next(lines, (1, ""))
     if isinstance(_parsed(first), dict) or _ends_in_comma(first):
         more = list(islice(lines, 1))
         if more or _ends_in_comma(first):
             yield from _from_lines(chain([(start, first)], more, lines), path, broken)
             return
-    text = first + file.read()
+    text = first + file.read(LONGEST_TEXT)
+    if len(text) >= LONGEST_TEXT:
+        raise DataError(f"{path} is longer than {LONGEST_TEXT:,} characters; write it with one object per line")
     try:
         values = list(_values(text))
     except (ValueError, RecursionError) as error:

@@ -1,15 +1,17 @@
 """Records for tuning, which are objects with named fields, read one by one from several types of files."""
 
 import csv
+from collections import Counter
 from collections.abc import Collection, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import DataError
+from ..errors import DataError, quoted
 from .json_records import BrokenLines, json_objects
+from .limits import LONGEST_TEXT, text_lines
 from .text_files import open_text, parquet_rows
 
-_LARGEST_CELL = 2**31 - 1  # characters; Python's own limit is 131,072
 _COMPRESSED = (".gz", ".zst")
 _COMPRESSIBLE = (".jsonl", ".json", ".csv")
 RECORD_ENDINGS = (
@@ -48,15 +50,25 @@ def read_records(
 
 
 def _csv_rows(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(_LARGEST_CELL)
-    reader = csv.DictReader(file, strict=True)
+    csv.field_size_limit(LONGEST_TEXT)
+    lines = text_lines(file, path)
+    heading = next(lines, "")
+    reader = csv.DictReader(chain([heading], lines), strict=True)
+    num_read = 0
     try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        names = [name.strip() for name in reader.fieldnames or ()]
+        if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+            raise DataError(f"{path}: several columns are named {quoted(twice[0])}")
+        reader.fieldnames = names
         for row in reader:
             if None in row or None in row.values():  # how DictReader marks extra and missing cells
                 broken.skip(reader.line_num, f"expected {len(reader.fieldnames or ())} cells, as in the header")
+            elif ", " in heading and any(cell.startswith(' "') for cell in row.values()):
+                raise DataError(f"{path}, line {reader.line_num}: a space before a quote; remove spaces after commas")
             else:
+                num_read += 1
                 yield row
+        broken.check(num_read)
     except csv.Error as error:
         line = reader.reader.line_num  # `reader.line_num` is the line of the last readable row
         raise DataError(f"{path}, line {line}: {error}") from error

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import DataError
+from ..errors import DataError, quoted
+from ..files.paths import check_regular, is_file, open_regular
 from ..packages import optional_package
 from .json_records import MAX_BROKEN, BrokenLines, json_objects
+from .limits import BYTES_OF_ROW, PARQUET_ROWS, Unpacked, UnpackedLimit, text_lines
 
 SEPARATOR = "<|endoftext|>"  # a separate line between the documents of a .txt file
 _NUMBERED = re.compile(r"\{file_id(:0\d+d)?\}")
@@ -50,7 +52,7 @@ class TextSource:
             names = [self.path.format(file_id=number) for number in range(self.first, self.last + 1)]
         found = [Path(match) for name in names for match in sorted(glob.glob(name, recursive=True)) or [name]]
         for path in found:
-            if not path.is_file():
+            if not is_file(path):
                 raise DataError(f"{path} does not exist")
         return found
 
@@ -66,11 +68,15 @@ def read_documents(path: Path, text_key: str = "text", max_broken: int = MAX_BRO
         DataError: naming the file and the line, if the file cannot be read or more lines are broken.
     """
     if path.suffix == ".parquet":
-        yield from (row[text_key] for row in parquet_rows(path, [text_key]) if isinstance(row[text_key], str))
+        for row in parquet_rows(path, [text_key]):
+            if isinstance(row[text_key], str):
+                yield row[text_key]
+            elif row[text_key] is not None:
+                raise DataError(f"{path}: column {text_key!r} must be text; got {quoted(row[text_key])}")
         return
     with open_text(path) as file:
         is_json = ".jsonl" in path.suffixes or path.suffix == ".json"
-        yield from _json_texts(file, path, text_key, BrokenLines(path, max_broken)) if is_json else _plain(file)
+        yield from _json_texts(file, path, text_key, BrokenLines(path, max_broken)) if is_json else _plain(file, path)
 
 
 @contextmanager
@@ -83,16 +89,16 @@ def open_text(path: Path) -> Iterator[TextIO]:
     broken: tuple[type[Exception], ...] = (OSError, EOFError, UnicodeDecodeError, zlib.error)
     try:
         if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding=_UTF8) as text:
-                yield text
+            with open_regular(path) as file, gzip.GzipFile(fileobj=file) as raw:
+                yield _unpacked(raw, path)
         elif path.suffix == ".zst":
             zstandard = optional_package("zstandard", "Zstandard files need", "train")
             broken += (zstandard.ZstdError,)
             unpack = zstandard.ZstdDecompressor().stream_reader
-            with open(path, "rb") as file, unpack(file, read_across_frames=True) as raw:
-                yield io.TextIOWrapper(raw, encoding=_UTF8)
+            with open_regular(path) as file, unpack(file, read_across_frames=True) as raw:
+                yield _unpacked(raw, path)
         else:
-            with open(path, encoding=_UTF8) as plain:
+            with io.TextIOWrapper(open_regular(path), encoding=_UTF8) as plain:
                 yield plain
     except broken as error:
         raise _unreadable(path, error) from error
@@ -107,7 +113,9 @@ def parquet_rows(path: Path, columns: Collection[str] | None = None) -> Iterator
         DataError: if the file cannot be read or has none of the columns.
     """
     parquet = optional_package("pyarrow.parquet", "Parquet files need", "train")
+    check_regular(path, DataError)
     try:
+        limit = UnpackedLimit(path)
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
         chosen = names if columns is None else [name for name in names if name in columns]
@@ -115,20 +123,27 @@ def parquet_rows(path: Path, columns: Collection[str] | None = None) -> Iterator
             raise DataError(
                 f"{path} has no column {' or '.join(map(repr, sorted(columns or ())))}; it has {', '.join(names)}"
             )
-        for batch in file.iter_batches(columns=chosen):
+        for batch in file.iter_batches(PARQUET_ROWS, columns=chosen):
+            limit.add(batch.nbytes + batch.num_rows * BYTES_OF_ROW)
             yield from batch.to_pylist()
     except (OSError, ValueError, OverflowError, TypeError) as error:  # ArrowInvalid is a ValueError
         raise _unreadable(path, error) from error
 
 
+def _unpacked(raw: Any, path: Path) -> TextIO:
+    return io.TextIOWrapper(io.BufferedReader(Unpacked(raw, path), 1 << 17), encoding=_UTF8)
+
+
 def _unreadable(path: Path, error: Exception) -> DataError:
+    if isinstance(error, UnicodeDecodeError):
+        return DataError(f"{path} cannot be read: it is not text in UTF-8")
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return DataError(f"{path} cannot be read: {reason}")
 
 
-def _plain(file: TextIO) -> Iterator[str]:
+def _plain(file: TextIO, path: Path) -> Iterator[str]:
     lines: list[str] = []
-    for line in file:
+    for line in text_lines(file, path):
         if line.strip() == SEPARATOR:
             yield "".join(lines).strip("\n")
             lines = []

@@ -14,7 +14,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import OpenELMConfig
-from ..errors import AdapterError, OpenELMError, quoted, shorten
+from ..errors import AdapterError, OpenELMError, shorten
+from ..files.fields import Fields
+from ..files.json_file import read_json_object
+from ..files.paths import exists
 from ..quantization import matrix_shape
 from ..tensors import read_safetensors, save_arrays
 from ..tokenizer.chat_template import TEMPLATE_FILE
@@ -141,57 +144,31 @@ def read_adapter(folder: Path) -> SavedAdapter:
         AdapterError: if a file is missing or damaged, or contains an invalid setting.
     """
     values = read_adapter_config(folder)
-    method = values.get("fine_tune_type", "lora")
-    if method not in TUNING_METHODS:
-        raise AdapterError(
-            f"{folder / CONFIG_FILE}: unknown fine_tune_type {quoted(method)} (choose from {', '.join(TUNING_METHODS)})"
-        )
-    lora = values.get("lora_parameters") or {}
-    if not isinstance(lora, dict) or (method != "full" and "scale" not in lora):
-        raise AdapterError(f"{folder / CONFIG_FILE}: lora_parameters must be an object with a scale")
-    for name, value in (
-        *((name, lora.get(name, 0.0)) for name in ("scale", "dropout")),
-        ("alpha", values.get("alpha")),
-    ):
-        if value is None and name == "alpha":
-            continue
-        if type(value) not in (int, float) or not abs(value) <= _LARGEST_NUMBER:
-            raise AdapterError(
-                f"{folder / CONFIG_FILE}: {name} must be a number up to {_LARGEST_NUMBER:,}; got {quoted(value)}"
-            )
-    if not isinstance(values.get("base") or {}, dict):
-        raise AdapterError(f"{folder / CONFIG_FILE}: base must be an object; got {quoted(values['base'])}")
+    method = values.text("fine_tune_type", "lora", choices=TUNING_METHODS)
+    lora = values.table("lora_parameters")
+    limits = -_LARGEST_NUMBER, _LARGEST_NUMBER
+    scale = lora.number("scale", 1.0, *limits) if method == "full" else lora.number("scale", ..., *limits)
+    dropout = lora.number("dropout", 0.0, 0, 1)
+    alpha = values.number("alpha", None, *limits)
+    base = values.table("base")
+    # "rank_stabilised" was written until 2026-11-25
+    rank_stabilized = values.flag("rank_stabilized", values.flag("rank_stabilised", False))
     tensors = read_tensors(folder / TENSOR_FILE)
     for name, tensor in tensors.items():
         if name.endswith((".lora_a", ".lora_b")) and tensor.ndim != 2:
             raise AdapterError(f"{folder / TENSOR_FILE}: {name} must be a matrix; it has the shape {tensor.shape}")
-    return SavedAdapter(
-        method,
-        float(lora.get("scale", 1.0)),
-        tensors,
-        float(lora.get("dropout", 0.0)),
-        values.get("alpha"),
-        # "rank_stabilised" was written until 2026-11-25
-        bool(values.get("rank_stabilized", values.get("rank_stabilised", False))),
-        values.get("base") or {},
-    )
+    return SavedAdapter(method, scale, tensors, dropout, alpha, rank_stabilized, dict(base))
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> Fields:
     """The settings in an `adapter_config.json`.
 
     Raises:
         AdapterError: if the file is missing or is not a JSON object.
     """
-    try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"{folder} is not an adapter: {CONFIG_FILE} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{folder / CONFIG_FILE} must contain a JSON object")
-    return values
+    if not exists(folder / CONFIG_FILE):
+        raise AdapterError(f"{folder} is not an adapter: {CONFIG_FILE} is missing")
+    return read_json_object(folder / CONFIG_FILE, AdapterError)
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import TokenizerError, quoted
-from .settings import read_settings
+from ..files.json_file import read_json_object
+from ..files.paths import exists, read_text, user_path
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -43,10 +44,10 @@ def read_chat_template(folder: Path) -> str | None:
         TokenizerError: if a file is damaged.
     """
     path = folder / TEMPLATE_FILE
-    if path.exists():
-        return read_template_file(path)
+    if exists(path):
+        return read_text(path, TokenizerError, _LARGEST_FILE)
     for name in ("tokenizer_config.json", _OTHER_FILE):
-        found = read_settings(folder / name).get("chat_template")
+        found = read_json_object(folder / name, TokenizerError, optional=True).get("chat_template")
         if found is not None:
             return _default_of(found, folder / name)
     return None
@@ -60,30 +61,14 @@ def named_template(name: str | Path) -> str:
     """
     if str(name) == OPENELM:
         return OPENELM_TEMPLATE
-    path = Path(name).expanduser()
-    if not path.exists():
+    path = user_path(name)
+    if not exists(path):
         raise TokenizerError(f"{name} is no chat template: expected {OPENELM}, or a file with a Jinja template")
-    text = read_template_file(path)
+    text = read_text(path, TokenizerError, _LARGEST_FILE)
     if path.suffix == ".json":
-        text = _default_of(read_settings(path).get("chat_template"), path)
+        text = _default_of(read_json_object(path, TokenizerError).get("chat_template"), path)
     _compiled(text)
     return text
-
-
-def read_template_file(path: Path) -> str:
-    """The text of a template file.
-
-    Raises:
-        TokenizerError: if it cannot be read, is too large or is not UTF-8.
-    """
-    try:
-        if not path.is_file():
-            raise TokenizerError(f"{path} is not a file")
-        if path.stat().st_size > _LARGEST_FILE:
-            raise TokenizerError(f"{path} is larger than {_LARGEST_FILE:,} bytes, too large for a chat template")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def template_by_name(name: str) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HubUnreachableError, OpenELMError, TokenizerError
+from ..files.paths import exists, is_file, user_path
 from ..hub import cached_file, download_file, model_folder, progress_lines
 from .settings import JSON_FILE, SETTINGS_FILE, settings_beside
 from .tokenizer import Tokenizer
@@ -31,7 +32,7 @@ _KEPT_SETTINGS = (
 
 def has_tokenizer(folder: Path | None) -> bool:
     """Whether a folder contains a tokenizer."""
-    return folder is not None and any((folder / name).exists() for name in FILE_NAMES)
+    return folder is not None and any(exists(folder / name) for name in FILE_NAMES)
 
 
 def find_tokenizer(
@@ -54,10 +55,10 @@ def find_tokenizer(
         TokenizerError: if no tokenizer is found, with each place and the reason, or if it has too many tokens.
     """
     if requested is not None:
-        path = Path(requested).expanduser()
-        place = path.parent if path.is_file() else model_folder(requested, revision)
-        tokenizer = Tokenizer(path, vocab_size=vocab_size) if path.is_file() else _from_folder(place, vocab_size)
-        origin = path.name if path.exists() else str(requested)
+        path = user_path(requested)
+        place = path.parent if is_file(path) else model_folder(requested, revision)
+        tokenizer = Tokenizer(path, vocab_size=vocab_size) if is_file(path) else _from_folder(place, vocab_size)
+        origin = path.name if exists(path) else str(requested)
     elif has_tokenizer(folder):
         assert folder is not None
         tokenizer, origin = _from_folder(folder, vocab_size), "the model's own"
@@ -73,7 +74,7 @@ def find_tokenizer(
 
 def _from_folder(folder: Path, vocab_size: int) -> Tokenizer:
     for name in FILE_NAMES:
-        if (folder / name).exists():
+        if exists(folder / name):
             return Tokenizer(folder / name, vocab_size=vocab_size)
     raise TokenizerError(f"{folder} contains neither {FILE_NAMES[0]} nor {FILE_NAMES[1]}")
 

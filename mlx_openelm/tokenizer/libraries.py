@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from ..errors import TokenizerError, quoted
-from .settings import LARGEST_VOCABULARY, SETTINGS_FILE, added_token, read_bytes, read_text, tokenizer_values
+from ..files.paths import read_text
+from .settings import LARGEST_FILE, LARGEST_VOCABULARY, SETTINGS_FILE, added_token, read_bytes, tokenizer_values
 
 SPACE = "▁"  # how both packages write a space within a piece
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -155,7 +156,7 @@ class Tokenizers:
         """
         self._path = path
         self._settings = settings
-        self._content = content if content is not None else read_text(path)
+        self._content = content if content is not None else read_text(path, TokenizerError, LARGEST_FILE)
         written = tokenizer_values(self._content, path)
         rows = LARGEST_VOCABULARY if vocab_size is None else vocab_size
         added = {entry["id"]: entry for entry in written.get("added_tokens") or () if entry["id"] < rows}

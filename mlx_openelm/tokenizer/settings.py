@@ -6,30 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TokenizerError, quoted
+from ..files.json_file import read_json_object
+from ..files.paths import exists, open_regular, read_text
 
 SETTINGS_FILE = "tokenizer_config.json"
 _OTHER_SETTINGS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 JSON_FILE = "tokenizer.json"
 LARGEST_VOCABULARY = 1 << 24
-_LARGEST_FILE = 1 << 28  # bytes; the largest known one has 34 million
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no file.
-
-    Raises:
-        TokenizerError: if the file cannot be read or contains something else.
-    """
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{path} must contain a JSON object")
-    return values
+LARGEST_FILE = 1 << 28  # bytes; the largest known one has 34 million
 
 
 def settings_beside(path: Path) -> dict[str, Any]:
@@ -39,8 +24,8 @@ def settings_beside(path: Path) -> dict[str, Any]:
         TokenizerError: if a file is damaged.
     """
     return {
-        **read_settings(path.with_name(_OTHER_SETTINGS_FILE)),
-        **read_settings(path.with_name(SETTINGS_FILE)),
+        **_read(path.with_name(_OTHER_SETTINGS_FILE)),
+        **_read(path.with_name(SETTINGS_FILE)),
     }
 
 
@@ -52,11 +37,11 @@ def added_tokens_beside(path: Path, settings: Mapping[str, Any]) -> dict[int, di
     """
     found: dict[int, dict[str, Any]] = {}
     control = _control_names(settings)
-    for content, token in read_settings(path.with_name(ADDED_TOKENS_FILE)).items():
+    for content, token in _read(path.with_name(ADDED_TOKENS_FILE)).items():
         found[_id(token, path.with_name(ADDED_TOKENS_FILE))] = added_token(content, special=content in control)
     other = path.with_name(JSON_FILE)
-    if "added_tokens_decoder" not in settings and other.exists():
-        entries = tokenizer_values(read_text(other), other).get("added_tokens") or ()
+    if "added_tokens_decoder" not in settings and exists(other):
+        entries = tokenizer_values(read_text(other, TokenizerError, LARGEST_FILE), other).get("added_tokens") or ()
         return {**found, **{entry["id"]: entry for entry in entries}}
     decoder = settings.get("added_tokens_decoder") or {}
     place = path.with_name(SETTINGS_FILE)
@@ -102,24 +87,13 @@ def read_bytes(path: Path) -> bytes:
         TokenizerError: if it cannot be read, or is too large to be one.
     """
     try:
-        size = path.stat().st_size
-        if size > _LARGEST_FILE:
-            raise TokenizerError(f"{path} has {size:,} bytes, too many for a tokenizer (at most {_LARGEST_FILE:,})")
-        return path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def read_text(path: Path) -> str:
-    """The text of a `tokenizer.json`.
-
-    Raises:
-        TokenizerError: if it cannot be read.
-    """
-    try:
-        return read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path} is not a tokenizer.json: it is not UTF-8") from error
+    if len(content) > LARGEST_FILE:
+        raise TokenizerError(f"{path} is larger than {LARGEST_FILE:,} bytes, too large for a tokenizer")
+    return content
 
 
 def tokenizer_values(content: str, path: Path) -> dict[str, Any]:
@@ -143,3 +117,7 @@ def _check_added(values: dict[str, Any], path: Path) -> dict[str, Any]:
         if type(entry.setdefault("special", False)) is not bool:
             raise TokenizerError(f"{path}: special must be true or false; got {quoted(entry['special'])}")
     return values
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json_object(path, TokenizerError, optional=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TokenizerError, quoted
+from ..files.paths import exists, is_file
 from .chat_template import (
     CHAT_ROLES,
     OPENELM,
@@ -51,7 +52,7 @@ class Tokenizer:
         """
         self.path = Path(path)
         self.chat_template = chat_template
-        if not self.path.is_file():
+        if not is_file(self.path):
             raise TokenizerError(f"{path} is not a file; expected a tokenizer.model or a tokenizer.json")
         self._library = _open(self.path, vocab_size)
         self.vocab_size = self._library.vocab_size
@@ -254,7 +255,7 @@ def _open(path: Path, vocab_size: int | None) -> Library:
                 f"{quoted(entry['content'])}, but {path.name} to {quoted(library.piece(token))}"
             )
     other = path.with_name(JSON_FILE)
-    if other.exists():
+    if exists(other):
         return Tokenizers(other, settings, vocab_size=vocab_size)
     extended = Tokenizers(path, settings, tokenizer_json(library, added))
     if not same_ids(library, extended):

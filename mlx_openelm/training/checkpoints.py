@@ -11,10 +11,13 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..errors import OpenELMError, TrainingError
+from ..errors import OpenELMError, TrainingError, quoted
+from ..files.fields import Fields
+from ..files.json_file import read_json_object
 from ..files.lock import LockedFolder, lock_folder
 from ..files.names import resolved
 from ..files.output import output_file, output_folder, remove_folder, write_file
+from ..files.paths import check_regular, exists, is_folder
 from ..tensors import save_arrays
 from .optimizer import Moments, Tensors
 
@@ -51,14 +54,26 @@ def best_checkpoint(run: Path) -> Path | None:
     folders = checkpoint_folders(run)
     if not folders:
         return None
-    best = read_state(folders[-1])["best_step"]
+    best = read_state(folders[-1]).whole("best_step", None)
     named = checkpoint_folder(run, best) if best is not None else folders[-1]
     return named if named in folders else folders[-1]
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """State of a checkpoint: step, recipe, best validation loss."""
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+def read_state(checkpoint: Path) -> Fields:
+    """State of a checkpoint: step, recipe, best validation loss.
+
+    Raises:
+        TrainingError: if it is damaged.
+    """
+    state = read_json_object(checkpoint / "state.json", TrainingError)
+    state.whole("step")
+    for name in ("best_step", "tokens", "worse"):
+        state.whole(name, None)
+    state.number("best_loss", None)
+    state.table("recipe")
+    pending = state.table("pending")
+    if pending and pending.whole("step") != state["step"]:
+        raise TrainingError(f"{state.where}: pending must be of step {state['step']}; got {quoted(pending['step'])}")
     return state
 
 
@@ -85,23 +100,23 @@ def check_fresh(run: Path) -> None:
             f"{run} already contains checkpoints; use `resume` to continue from them, or choose another `output`"
         )
     for path in (*sorted(run.glob("*.safetensors")), run / "config.json", run / "adapter_config.json"):
-        if path.exists():
+        if exists(path):
             raise TrainingError(f"{run} contains {path.name} of a model or an adapter; choose another `output`")
-    if (run / METRICS).exists() and not (run / _BEGUN).exists():
+    if exists(run / METRICS) and not exists(run / _BEGUN):
         raise TrainingError(f"{run} contains the {METRICS} of another run; choose another `output`")
-    if (run / "checkpoints").exists() and not (run / "checkpoints").is_dir():
+    if exists(run / "checkpoints") and not is_folder(run / "checkpoints"):
         raise TrainingError(f"{run / 'checkpoints'} is a file; choose another `output`")
 
 
 def mark_begun(run: Path) -> None:
     """Mark the folder as this run's until it has a checkpoint."""
-    if not (run / _BEGUN).exists():
+    if not exists(run / _BEGUN):
         write_file(run / _BEGUN, "")
 
 
 def clear_begun(run: Path) -> None:
     """Remove the mark once the run has saved a checkpoint, or if it wrote nothing."""
-    if (run / _BEGUN).exists():
+    if exists(run / _BEGUN):
         with output_file(run / _BEGUN, overwrite=True) as mark:
             mark.remove()
 
@@ -186,8 +201,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         TrainingError: if it is damaged.
     """
     try:
-        state = json.loads((folder / "state.json").read_text())
-        name = next(name for name in PARAMETER_FILES if (folder / name).exists())
+        state = read_state(folder)
+        name = next((name for name in PARAMETER_FILES if exists(folder / name)), PARAMETER_FILES[0])
+        for file in (name, "optimizer.safetensors"):
+            check_regular(folder / file, TrainingError)
         parameters: Any = mx.load(str(folder / name))
         saved: Any = mx.load(str(folder / "optimizer.safetensors"))
         moments = Moments(
@@ -196,7 +213,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             saved["steps"],
         )
         mx.eval(parameters, moments)
-        assert type(state["step"]) is int
     except Exception as error:  # damaged files raise errors of many kinds
         raise TrainingError(f"{folder} is damaged: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(parameters, moments, state)

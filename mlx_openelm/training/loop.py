@@ -11,9 +11,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from ..errors import OutputError, TrainingError
+from ..files.json_file import parse_json_object
 from ..files.lock import LockedFolder
 from ..files.output import move_away, output_file
+from ..files.paths import check_regular, exists
 from ..generation.text import generate
 from ..machine.device import peak_memory_bytes
 from ..tokenizer.tokenizer import Tokenizer
@@ -22,6 +26,7 @@ from .checkpoints import (
     Checkpoint,
     WriteParameters,
     check_fresh,
+    checkpoint_folder,
     checkpoint_folders,
     clear_begun,
     load_checkpoint,
@@ -152,7 +157,7 @@ class _Run:
             return
         if self._trainer.step > self._saved:
             self._save()
-        elif not (self._folder / METRICS).exists():
+        elif not exists(self._folder / METRICS):
             clear_begun(self._folder)
 
     def _tidy(self) -> None:
@@ -251,12 +256,14 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
     for folder in reversed(checkpoint_folders(run)):
         try:
             checkpoint = load_checkpoint(folder)
+            progress = _progress_of(checkpoint, folder)
+            _check_parameters(trainer, checkpoint, folder)
         except TrainingError as error:
             on_message(f"{error}; falling back to the previous checkpoint")
             damaged.append(folder)
             continue
         state = checkpoint.state
-        found = trainer.recipe.differences(state["recipe"])
+        found = trainer.recipe.differences(state.get("recipe") or {})
         if state.get("data", state.get("corpus")) != trainer.data.fingerprint:
             found.append("the model, the data or how the data is read")
         if found:
@@ -271,8 +278,27 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
         if trainer.group.rank() == 0:
             for later in damaged:  # otherwise they would count as the latest checkpoints
                 on_message(f"moved the damaged checkpoint to {move_away(later, f'damaged-{later.name}')}")
-        return _Progress(**{e.name: state[e.name] for e in fields(_Progress) if e.name in state})
+        return progress
     raise TrainingError(f"{run} has no readable checkpoint; start without `resume`")
+
+
+def _progress_of(checkpoint: Checkpoint, folder: Path) -> _Progress:
+    state = checkpoint.state
+    pending = state.get("pending")
+    if pending is not None and set(pending) != {entry.name for entry in fields(Metrics)}:
+        raise TrainingError(f"{folder} is damaged: the pending metrics in state.json are incomplete")
+    if folder != checkpoint_folder(folder.parent.parent, state["step"]):
+        raise TrainingError(f"{folder} is damaged: its state.json says step {state['step']}")
+    return _Progress(**{e.name: state[e.name] for e in fields(_Progress) if state.get(e.name) is not None})
+
+
+def _check_parameters(trainer: Trainer, checkpoint: Checkpoint, folder: Path) -> None:
+    """Make sure that a checkpoint has the parameters of the run; what else differs is found with its recipe."""
+    for name, own in trainer.parameters.items():
+        moments = checkpoint.moments.first.get(name), checkpoint.moments.second.get(name)
+        for array in (checkpoint.parameters.get(name), *moments):
+            if array is None or array.shape != own.shape or array.dtype != mx.float32:
+                raise TrainingError(f"{folder} is damaged or from another model: {name} does not fit")
 
 
 def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:
@@ -302,16 +328,18 @@ def _cut_metrics(run: Path, step: int) -> None:
         TrainingError: if the file contains anything but metrics.
     """
     with output_file(run / METRICS, overwrite=True) as metrics:
-        if not metrics.path.exists():
+        if not exists(metrics.path):
             return
         if step == 0:  # from a run that saved no checkpoint
             metrics.remove()
             return
+        check_regular(metrics.path, TrainingError)
         content = metrics.path.read_bytes()
         lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-        try:
-            kept = b"".join(line for line in lines if int(json.loads(line)["step"]) <= step)
-        except (ValueError, KeyError, TypeError) as error:
-            raise TrainingError(f"{metrics.name} contains lines that are not metrics: {error}") from error
+        kept = bytearray()
+        for number, line in enumerate(lines, start=1):
+            where = f"{metrics.name}, line {number}"
+            if parse_json_object(line.decode(errors="replace").rstrip(), where, TrainingError).whole("step") <= step:
+                kept += line
         if kept != content:
-            metrics.write(kept)
+            metrics.write(bytes(kept))

@@ -19,6 +19,7 @@ from ..data.text_files import TextSource
 from ..data.train_tokenizer import train_tokenizer
 from ..errors import ConfigError, quoted
 from ..files.lock import LockedFolder
+from ..files.paths import exists
 from ..model.openelm import OpenELM, parameter_shapes
 from ..tensors import save_arrays
 from ..tokenizer.files import find_tokenizer, write_tokenizer
@@ -222,7 +223,7 @@ def prepare_pretraining(
     vocabulary = run / "tokenizer.model"
 
     def make_vocabulary() -> None:
-        if is_first and recipe.train_tokenizer and not vocabulary.exists():
+        if is_first and recipe.train_tokenizer and not exists(vocabulary):
             on_message(f"training a tokenizer with {recipe.train_tokenizer:,} tokens")
             train_tokenizer(recipe.data, recipe.train_tokenizer, vocabulary)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ConfigError, quoted, shorten
+from ..files.paths import exists, user_path
+from ..files.yaml_file import read_yaml_object
 from ..machine.device import DTYPES
 from .loss import DEFAULT_CHUNK
 
@@ -174,8 +176,8 @@ class Recipe:
         Raises:
             ConfigError: if neither exists.
         """
-        path = Path(name)
-        if path.exists():
+        path = user_path(name)
+        if exists(path):
             return path
         packaged = {entry.stem: entry for entry in sorted(cls.folder.glob("*.yaml"))}
         if str(name) not in packaged:
@@ -195,17 +197,10 @@ class Recipe:
         Raises:
             ConfigError: naming the file, if it cannot be read, or a field is unknown or invalid.
         """
-        import yaml
-
         path = cls.named(path)
+        found = read_yaml_object(path, ConfigError)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must contain a mapping of settings")
-        try:
-            values = cls._expanded(values)
+            values = cls._expanded(found)
             cls._check_names(values)
             return cls.from_dict(
                 {**cls._placed(values, Path(folder or path.parent)), **cls._expanded(overrides or {}, old=False)}
@@ -270,7 +265,7 @@ class Recipe:
         other = {**json.loads(json.dumps(defaults)), **self._expanded(other)}
         can_change = {entry.name for entry in fields(self) if setting_of(entry).can_change}
         names = sorted((set(own) | set(other)) - can_change)
-        return [f"{n} {other.get(n)!r} -> {own.get(n)!r}" for n in names if own.get(n) != other.get(n)]
+        return [f"{n} {quoted(other.get(n))} -> {quoted(own.get(n))}" for n in names if own.get(n) != other.get(n)]
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:

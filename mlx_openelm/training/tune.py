@@ -23,6 +23,7 @@ from ..data.example_batches import ExampleBatches, all_rows
 from ..errors import AdapterError, ConfigError, DataError, OutputError
 from ..files.lock import LockedFolder
 from ..files.output import OutputFile, move_away, output_file
+from ..files.paths import exists
 from ..loading import dtype_named, load
 from ..machine.compiler import compile_function
 from ..machine.device import DTYPES
@@ -130,7 +131,7 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     )
     share = _share(recipe.validation)
     validation = share if share is not None else str(recipe.validation) or None
-    if not Path(recipe.data).exists():
+    if not exists(Path(recipe.data)):
         raise DataError(f"{recipe.data} does not exist")
     examples, held_out, _ = read_splits(Path(recipe.data), tokenizer, options, validation, recipe.seed)
     if (examples.format == "preference") != (recipe.objective == "dpo"):
@@ -234,7 +235,7 @@ def _move_foreign_away(run: Path, names: Sequence[str], on_message: Callable[[st
     """Rename files in place of the final adapter, unless they are copies of those in the best checkpoint."""
     best = best_checkpoint(run)
     for path in (run / name for name in names):
-        if best is not None and path.exists() and not _same(path, best / path.name):
+        if best is not None and exists(path) and not _same(path, best / path.name):
             place = move_away(path, f"{path.stem}-old{path.suffix}")
             on_message(f"{path} was modified after the run; moved it to {place.name}")
 

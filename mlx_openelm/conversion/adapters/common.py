@@ -8,7 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...errors import AdapterError
+from ...errors import AdapterError, quoted
+from ...files.fields import LARGEST_NUMBER
 from ...model.adapters import SavedAdapter
 from ...model.lora import EMBEDDING, EMBEDDING_TARGET
 from ..source import LARGEST_PADDING
@@ -77,6 +78,6 @@ def check_number(name: str, value: Any) -> float:
     Raises:
         AdapterError: if it is not a positive finite number.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise AdapterError(f"{name} must be a positive number; got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_NUMBER:
+        raise AdapterError(f"{name} must be a positive number; got {quoted(value)}")
     return float(value)

@@ -10,11 +10,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from ...errors import AdapterError, shorten
+from ...files.fields import Fields
+from ...files.paths import user_path
+from ...files.yaml_file import read_yaml_object
 from ...model.adapters import SavedAdapter
 from ...model.lora import EMBEDDING, MAGNITUDE
 from ...tensors import LazyTensor
@@ -22,6 +24,7 @@ from ..read.config import read_config
 from ..read.corenet import checkpoint_source, checkpoint_tensors, holds_adapter
 from ..source import Source
 from .common import check_number, check_pairs, check_path, with_one_scale
+from .patterns import Pattern
 
 _PART = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)(\.weight)?")
 _PARTS = {
@@ -45,7 +48,7 @@ class AlphaWarning(UserWarning):
 class LoRASettings:
     """Settings of a training configuration for the matrices whose name matches `regex`."""
 
-    regex: str
+    regex: Pattern | None
     rank: int
     alpha: float
     dropout: float = 0.0
@@ -145,34 +148,26 @@ def _warn_of_alpha(path: Path, ranks: Mapping[str, int]) -> None:
 
 def _read_settings(config: str | Path | None) -> list[LoRASettings]:
     """The adapter settings of a CoreNet training configuration; empty for any other `config` or if it has none."""
-    path = Path(config).expanduser() if config is not None else Path()
+    path = user_path(config) if config is not None else Path()
     if path.suffix not in (".yaml", ".yml"):
         return []
-    import yaml
-
-    section: Any = yaml.safe_load(path.read_text(encoding="utf-8"))  # `read_config` has already checked the syntax
-    for key in ("model", "lora", "config"):
-        section = section.get(key) if isinstance(section, dict) else None
-    try:
-        return [_read_entry(entry) for entry in section or []]
-    except (AdapterError, KeyError, TypeError, re.error) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise AdapterError(f"model.lora.config of {path} cannot be read: {what}") from error
+    lora = read_yaml_object(path, AdapterError).table("model").table("lora")
+    entries = lora.list_of("config", dict, [])
+    return [_read_entry(Fields(entry, f"{lora.where}: config", AdapterError)) for entry in entries]
 
 
-def _read_entry(entry: Mapping[str, Any]) -> LoRASettings:
-    values = dict(entry["params"])
+def _read_entry(entry: Fields) -> LoRASettings:
+    values = entry.table("params")
     unknown = values.keys() - {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"} - _IGNORED_KEYS.keys()
     if unknown:
-        raise AdapterError(f"unknown settings: {shorten(sorted(unknown))}")
-    re.compile(entry["regex"])
+        raise AdapterError(f"{entry.where}: unknown settings: {shorten(sorted(unknown))}")
     return LoRASettings(
-        entry["regex"],
-        int(check_number("r", values["r"])),
-        check_number("lora_alpha", values["lora_alpha"]),
-        float(values.get("lora_dropout", 0.0)),
-        bool(values.get("use_rslora", False)),
-        bool(values.get("use_dora", False)),
+        Pattern(entry.text("regex")),
+        values.whole("r", at_least=1),
+        check_number("lora_alpha", values.number("lora_alpha")),
+        values.number("lora_dropout", 0.0, 0, 1),
+        values.flag("use_rslora", False),
+        values.flag("use_dora", False),
     )
 
 
@@ -184,8 +179,9 @@ def _settings_of(path: str, rank: int, settings: list[LoRASettings], parts: Mapp
     """
     has_magnitude = f"{path}.{MAGNITUDE}" in parts
     if not settings:
-        return LoRASettings("", rank, rank, use_dora=has_magnitude)
-    found = next((own for own in settings if re.match(own.regex, path.removeprefix("transformer."))), None)
+        return LoRASettings(None, rank, rank, use_dora=has_magnitude)
+    name = path.removeprefix("transformer.")
+    found = next((own for own in settings if own.regex is not None and own.regex.matches(name)), None)
     if found is None:
         raise AdapterError(f"{path} has an adapter, but no pattern of the configuration matches it")
     if found.rank != rank:

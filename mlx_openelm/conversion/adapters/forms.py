@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from ...errors import AdapterError, ConfigError
 from ...files.output import output_folder
+from ...files.paths import check_links, exists, is_file, user_path
 from ...model.adapters import TENSOR_FILE, SavedAdapter, read_adapter, write_adapter
 from ...model.lora import EMBEDDING, EMBEDDING_TARGET
 from ...tokenizer.chat_template import read_chat_template
@@ -40,15 +41,16 @@ def open_adapter(path: str | Path, *, vocab_size: int | None = None) -> SavedAda
     Warns:
         AlphaWarning: for a CoreNet checkpoint, which does not contain its alpha.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
+    path = user_path(path)
+    if not exists(path):
         raise AdapterError(f"{path} does not exist; an adapter is a folder, or a CoreNet .pt file")
-    if path.is_file():
+    if is_file(path):
         if path.suffix not in TORCH_SUFFIXES or path.name == peft.OLD_TENSOR_FILE:
             raise AdapterError(f"{path} is a file; an adapter is the folder that contains it, or a CoreNet .pt file")
         adapter = read_corenet_adapter(path)
         return adapter if vocab_size is None else with_vocabulary(adapter, vocab_size)
-    if (path / TENSOR_FILE).exists():
+    check_links(path)
+    if exists(path / TENSOR_FILE):
         return replace(read_adapter(path), chat_template=read_chat_template(path))
     if peft.is_peft(path):
         return replace(peft.read_peft(path), chat_template=read_chat_template(path))
@@ -71,13 +73,13 @@ def convert_adapter(
     """
     if to not in FORMS:
         raise ConfigError(f"unknown adapter format {to!r} (choose from {', '.join(FORMS)})")
-    path = Path(adapter).expanduser()
-    if path.is_file() and path.suffix in TORCH_SUFFIXES:
+    path = user_path(adapter)
+    if is_file(path) and path.suffix in TORCH_SUFFIXES:
         raise AdapterError(
             f"{adapter} is a checkpoint with a model and an adapter; convert it as a model, "
             "which writes the adapter to a subfolder of `output`"
         )
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     with output_folder(folder, overwrite=force) as place:
         found = open_adapter(adapter)
         place.protect(path)

@@ -14,14 +14,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...errors import AdapterError, OpenELMError
+from ...errors import AdapterError, OpenELMError, quoted
+from ...files.paths import exists
 from ...model.adapters import CONFIG_FILE, SavedAdapter, read_adapter_config, read_tensors, write_template
 from ...model.lora import EMBEDDING, MAGNITUDE
 from ...tensors import save_arrays
 from ..read.torch_file import read_torch_file
 from .common import check_number, check_pairs, check_path, with_one_scale
+from .patterns import Pattern
 
 TENSOR_FILE, OLD_TENSOR_FILE = "adapter_model.safetensors", "adapter_model.bin"
+_MOST_PATTERNS = 1000
 _PREFIX = "base_model.model."
 _PARTS = {
     "lora_A.weight": "lora_a",
@@ -86,7 +89,7 @@ _HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogo
 
 def is_peft(folder: Path) -> bool:
     """Whether a folder contains a PEFT adapter."""
-    return (folder / TENSOR_FILE).exists() or (folder / OLD_TENSOR_FILE).exists()
+    return exists(folder / TENSOR_FILE) or exists(folder / OLD_TENSOR_FILE)
 
 
 def read_peft(folder: Path) -> SavedAdapter:
@@ -105,7 +108,7 @@ def read_peft(folder: Path) -> SavedAdapter:
         tensors, scale = with_one_scale(tensors, scales)
         dropout = values.get("lora_dropout") or 0.0
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise AdapterError(f"lora_dropout must be at least 0 and below 1; got {dropout!r}")
+            raise AdapterError(f"lora_dropout must be at least 0 and below 1; got {quoted(dropout)}")
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from error
     is_uniform = not values.get("rank_pattern") and not values.get("alpha_pattern")
@@ -164,17 +167,19 @@ def write_peft(folder: Path, adapter: SavedAdapter) -> None:
 
 def _check_keys(values: Mapping[str, Any]) -> None:
     if values.get("peft_type") != "LORA":
-        raise AdapterError(f"peft_type is {values.get('peft_type')!r}; only LORA is supported, which includes DoRA")
+        raise AdapterError(
+            f"peft_type is {quoted(values.get('peft_type'))}; only LORA is supported, which includes DoRA"
+        )
     for key, value in values.items():
         is_unset = value in (None, False, "", [], {})  # what PEFT writes for unused settings
         if is_unset or key in _USED_KEYS or key in _IGNORED_KEYS or value in _HARMLESS.get(key, ()):
             continue
         reason = _REFUSED_KEYS.get(key, "not a known setting, and ignoring it could change the result")
-        raise AdapterError(f"{key} is {value!r}: {reason}")
+        raise AdapterError(f"{key} is {quoted(value)}: {reason}")
 
 
 def _read_stored(folder: Path) -> Mapping[str, mx.array]:
-    if (folder / TENSOR_FILE).exists():
+    if exists(folder / TENSOR_FILE):
         return read_tensors(folder / TENSOR_FILE)
     try:
         return {name: tensor.read() for name, tensor in read_torch_file(folder / OLD_TENSOR_FILE).items()}
@@ -203,27 +208,28 @@ def _rename(stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
 def _scales(values: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
     """Factor of the product of both matrices, for each path."""
     scales = {}
+    patterns = {name: _patterns(name, values.get(name)) for name in ("rank_pattern", "alpha_pattern")}
     for path, found in ranks.items():
-        rank = check_number("r", _setting(values, "rank_pattern", "r", path))
-        alpha = check_number("lora_alpha", _setting(values, "alpha_pattern", "lora_alpha", path))
+        rank = check_number("r", _setting(patterns["rank_pattern"], path, values.get("r")))
+        alpha = check_number("lora_alpha", _setting(patterns["alpha_pattern"], path, values.get("lora_alpha")))
         if rank != found:
             raise AdapterError(f"{path} has rank {found}, but {CONFIG_FILE} says {rank:g}")
         scales[path] = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
     return scales
 
 
-def _setting(values: Mapping[str, Any], patterns: str, key: str, path: str) -> Any:
+def _patterns(name: str, table: Any) -> list[tuple[Pattern, Any]]:
+    """The patterns of `rank_pattern` or `alpha_pattern` with their values."""
+    if not isinstance(table or {}, dict):
+        raise AdapterError(f"{name} must be an object; got {quoted(table)}")
+    if len(table or {}) > _MOST_PATTERNS:
+        raise AdapterError(f"{name} has {len(table):,} entries; at most {_MOST_PATTERNS:,} are supported")
+    return [(Pattern(pattern), value) for pattern, value in (table or {}).items()]
+
+
+def _setting(patterns: list[tuple[Pattern, Any]], path: str, default: Any) -> Any:
     """The value for a path: that of the first pattern that matches the end of the path, else the default."""
-    table = values.get(patterns) or {}
-    if not isinstance(table, dict):
-        raise AdapterError(f"{patterns} must be an object; got {table!r}")
-    for pattern, value in table.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error as error:
-            raise AdapterError(f"{patterns} contains an invalid regular expression: {pattern!r}") from error
-    return values.get(key)
+    return next((value for pattern, value in patterns if pattern.matches_path(path)), default)
 
 
 def _check_method(values: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> None:

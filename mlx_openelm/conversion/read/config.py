@@ -4,7 +4,6 @@ A Hugging Face `config.json` contains multipliers, which determine the widths of
 or both; the other two formats name a published model. Every key is either used, ignored by name, or refused.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import Any
 
 from ...config import FIXED_SETTINGS, OpenELMConfig, check_size, per_layer, query_heads
 from ...errors import ConfigError, quoted, shorten
+from ...files.json_file import read_json_object
+from ...files.paths import check_links, exists, is_folder, user_path
+from ...files.yaml_file import read_yaml_object
 
 # Keys of Hugging Face configurations that cannot change what the network computes.
 _IGNORED_KEYS = {
@@ -44,10 +46,10 @@ def read_config(name: str | Path) -> OpenELMConfig:
     Raises:
         ConfigError: if it is none of these, or for the reasons of `read_config_file`.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return read_config_file(path / "config.json")
-    if path.exists() or path.suffix in (".json", ".yaml", ".yml"):
+    path = user_path(name)
+    if is_folder(path):
+        return read_config_file(check_links(path) / "config.json")
+    if exists(path) or path.suffix in (".json", ".yaml", ".yml"):
         return read_config_file(path)
     return OpenELMConfig.preset(str(name))
 
@@ -58,19 +60,12 @@ def read_config_file(path: Path) -> OpenELMConfig:
     Raises:
         ConfigError: with the file's name, if it cannot be read or for the reasons of `config_from_dict`.
     """
+    is_yaml = path.suffix in (".yaml", ".yml")
+    values: Mapping[str, Any] = read_yaml_object(path, ConfigError) if is_yaml else read_json_object(path, ConfigError)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        values = _corenet_section(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-        if not isinstance(values, dict):
-            raise ConfigError("expected a table of settings")
-        return config_from_dict(values)
+        return config_from_dict(_corenet_section(values) if is_yaml else values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 
 def config_from_dict(values: Mapping[str, Any]) -> OpenELMConfig:
@@ -84,14 +79,9 @@ def config_from_dict(values: Mapping[str, Any]) -> OpenELMConfig:
     return _from_hugging_face(values)
 
 
-def _corenet_section(text: str) -> dict[str, Any]:
+def _corenet_section(values: Mapping[str, Any]) -> dict[str, Any]:
     """The language model section of a CoreNet training configuration, `model.language_modeling.general_gpt`."""
-    import yaml
-
-    try:
-        section = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
+    section: Any = values
     for key in ("model", "language_modeling", "general_gpt"):
         section = section.get(key) if isinstance(section, dict) else None
     if not isinstance(section, dict) or "model_name" not in section:

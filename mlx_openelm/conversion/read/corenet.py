@@ -5,11 +5,12 @@ from pathlib import Path
 
 from ...config import OpenELMConfig
 from ...errors import AdapterError, ConfigError
+from ...files.json_file import read_json_object
+from ...files.paths import exists
 from ...tensors import LazyTensor, read_safetensors
 from ...tokenizer.chat_template import template_by_name
 from ..source import Source, make_source
 from .config import read_config_file
-from .huggingface import read_json
 from .torch_file import read_torch_file
 
 
@@ -45,7 +46,7 @@ def holds_adapter(tensors: Mapping[str, LazyTensor]) -> bool:
 def checkpoint_source(path: Path, tensors: Mapping[str, LazyTensor], config: OpenELMConfig | None) -> Source:
     """The model from the tensors of a checkpoint without adapter tensors; see `read_checkpoint`."""
     if config is None:
-        if not (path.parent / "config.json").exists():
+        if not exists(path.parent / "config.json"):
             raise ConfigError(
                 f"{path} does not contain the widths of its layers; set `config` to 270M, 450M, 1.1B or 3B, "
                 "a CoreNet YAML file or a config.json"
@@ -67,7 +68,7 @@ def read_apple_mlx(folder: Path, config: OpenELMConfig | None = None) -> Source:
     Raises:
         ConfigError, WeightsError: if a file is damaged or the files do not match.
     """
-    written = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    written = read_json_object(folder / "config.json", ConfigError, optional=True)
     return make_source(
         config or read_config_file(folder / "config.json"),
         _rename(read_safetensors(folder / "weights.safetensors")),

@@ -1,11 +1,11 @@
 """Folders in the Hugging Face layout, from Apple, the MLX community or `convert`."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from ...config import OpenELMConfig
 from ...errors import ConfigError, SourceError, WeightsError, quoted
+from ...files.json_file import read_json_object
+from ...files.paths import exists
 from ...tensors import LazyTensor, read_safetensors
 from ...tokenizer.chat_template import OPENELM_TEMPLATE, is_openelm, read_chat_template, template_by_name
 from ..source import Source, make_source
@@ -13,6 +13,7 @@ from .config import read_config_file
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+_LARGEST_INDEX = 1 << 25  # bytes
 
 
 def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Source:
@@ -25,14 +26,14 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
         ConfigError, WeightsError: if a file is damaged or the files do not match.
     """
     path = folder / "config.json"
-    if config is None and not path.exists():
-        if (folder / "adapter_config.json").exists():
+    if config is None and not exists(path):
+        if exists(folder / "adapter_config.json"):
             raise SourceError(f"{folder} is an adapter; pass its model, and this folder as `adapter`")
         raise SourceError(f"{folder} has no config.json; set `config`, or choose another folder")
-    written = read_json(path) if path.exists() else {}
+    written = read_json_object(path, ConfigError, optional=True)
     quantization = written.get("quantization")
     if quantization is not None and not isinstance(quantization, dict):
-        raise ConfigError(f"{path}: quantization must be an object; got {quantization!r}")
+        raise ConfigError(f"{path}: quantization must be an object; got {quoted(quantization)}")
     is_converted = "openelm_mlx_version" in written
     config = config or read_config_file(path)
     return make_source(
@@ -44,21 +45,6 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
         chat_template=_chat_template(folder, is_converted),
         is_converted=is_converted,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ConfigError: if the file cannot be read or contains something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must contain a JSON object")
-    return values
 
 
 def _chat_template(folder: Path, is_converted: bool) -> str | None:
@@ -78,7 +64,7 @@ def _chat_template(folder: Path, is_converted: bool) -> str | None:
 
 def _generation_eos(path: Path) -> list[int]:
     """The ids in a `generation_config.json` that end a text."""
-    value = read_json(path).get("eos_token_id") if path.exists() else None
+    value = read_json_object(path, ConfigError, optional=True).get("eos_token_id")
     tokens = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int for token in tokens):
         raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids; got {quoted(value)}")
@@ -99,8 +85,8 @@ def _read_shards(folder: Path) -> dict[str, LazyTensor]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    if (folder / _INDEX).exists():
-        index = read_json(folder / _INDEX)
+    if exists(folder / _INDEX):
+        index = read_json_object(folder / _INDEX, WeightsError, max_bytes=_LARGEST_INDEX)
         places = index.get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
             raise WeightsError(f"{folder / _INDEX} is damaged: its weight_map is not a map to file names")
@@ -108,8 +94,8 @@ def _shards(folder: Path) -> list[Path]:
             if name != Path(name).name or name in ("", ".", ".."):
                 raise WeightsError(f"{folder / _INDEX} names {quoted(name)}, which is not a file of its folder")
         paths = [folder / name for name in sorted(set(places.values()))]
-        missing = [path.name for path in paths if not path.exists()]
-        if missing and (folder / _WHOLE).exists():  # the index is of an earlier state of the folder
+        missing = [path.name for path in paths if not exists(path)]
+        if missing and exists(folder / _WHOLE):  # the index is of an earlier state of the folder
             return [folder / _WHOLE]
         if missing:
             raise WeightsError(f"{folder} is incomplete: {missing[0]} is missing; download it again")

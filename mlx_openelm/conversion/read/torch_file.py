@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import TorchFileError
+from ...files.paths import open_regular
 from ...tensors import LazyTensor, from_numpy
 from .torch_pickle import TensorRecord, read_pickle
 
@@ -76,7 +77,7 @@ class _Archive:
         """Read a whole record; for small ones."""
         start, size, _ = self.entries[name]
         self.check(name)
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             file.seek(start)
             return file.read(size)
 
@@ -86,7 +87,7 @@ class _Archive:
             return
         start, size, expected = self.entries[name]
         crc = 0
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             file.seek(start)
             while size > 0:
                 chunk = file.read(min(size, _CHUNK_BYTES))
@@ -101,7 +102,7 @@ class _Archive:
 
 def _open(path: Path) -> _Archive:
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(512)
         if not start.startswith(b"PK"):
             raise TorchFileError(_what_it_is(start))
@@ -213,7 +214,7 @@ def _read_rows(archive: _Archive, name: str, entry: str, record: TensorRecord, s
     span = 1 + sum((n - 1) * s for n, s in zip(shape, record.strides, strict=True))
     try:
         archive.check(entry)
-        with open(archive.path, "rb") as file:
+        with open_regular(archive.path) as file:
             file.seek(archive.entries[entry][0] + first * size)
             values = np.fromfile(file, _NUMPY[record.storage.dtype], span)
     except TorchFileError as error:
