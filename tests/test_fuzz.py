@@ -38,29 +38,7 @@ SPARE = 64 * MEBIBYTE  # beyond twice what the sound file takes
 DEFAULT, SLOW = 8, 360  # inputs for each of the kinds
 
 # What is known to fail, as (kind, a part of what is reported), until the reader is fixed.
-KNOWN: list[tuple[str, str]] = [
-    ("quantized tensors", "RecursionError"),  # a header of nested lists (tensors.py)
-    ("adapters.safetensors", "RecursionError"),
-    ("PEFT tensors", "RecursionError"),
-    ("model.safetensors", "RecursionError"),
-    ("shard", "RecursionError"),
-    ("quantized tensors", "Expected shape"),  # parts that contradict the entry (loading.py)
-    ("PEFT tensors", "silently changed"),  # two tensors with the same bytes
-    ("adapters.safetensors", "silently changed"),
-    ("model.safetensors", "silently changed"),
-    ("quantized tensors", "silently changed"),
-    ("shard", "silently changed"),
-    ("prompt cache", "silently changed"),  # bytes after the last tensor, read by mx.load
-    ("checkpoint", "silently changed"),
-    ("optimizer state", "silently changed"),
-    ("zst of texts", "silently changed"),  # an incomplete frame reads as the end of the text (text_files.py)
-    ("parquet", "raw control characters"),  # the first example of a dry run (commands/tune.py)
-    ("recipe for pretrain", "RecursionError"),  # deep lists (recipe.py)
-    ("recipe for tune", "RecursionError"),
-    ("metrics.jsonl", "RecursionError"),  # plot.py
-    ("state.json", "crashed"),  # checkpoints.read_state
-    ("state.json", "the message has"),  # a setting that changed is quoted whole
-]
+KNOWN: list[tuple[str, str]] = []
 
 Change = Callable[[bytes, bytes], bool]  # whether the result may differ, given the sound and the damaged file
 

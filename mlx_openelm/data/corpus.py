@@ -48,9 +48,9 @@ class TokenizedDataset:
     def __init__(self, stem: Path, dtype: np.dtype, vocab_size: int):
         self._stem = stem
         self._vocab_size = vocab_size
-        for suffix in (".offsets.npy", ".tokens"):
-            check_regular(stem.with_suffix(suffix), DataError)
         try:
+            for suffix in (".offsets.npy", ".tokens"):
+                check_regular(stem.with_suffix(suffix), DataError)
             # (documents + 1,)
             self.offsets = np.lib.format.open_memmap(stem.with_suffix(".offsets.npy"), "r")
             size = stem.with_suffix(".tokens").stat().st_size // dtype.itemsize
