@@ -79,7 +79,9 @@ def test_other_names_are_not_checkpoints(tmp_path):
     assert steps(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("damage", ["state", "no state", "parameters", "optimizer", "moments", "step"])
+@pytest.mark.parametrize(
+    "damage", ["state", "no state", "parameters", "optimizer", "moments", "surplus", "nan", "step"]
+)
 def test_a_damaged_one_is_named(tmp_path, damage):
     folder = saved(tmp_path, 1)
     if damage == "state":
@@ -90,6 +92,14 @@ def test_a_damaged_one_is_named(tmp_path, damage):
         (folder / "model.safetensors").unlink()
     elif damage == "optimizer":
         (folder / "optimizer.safetensors").write_bytes(b"damaged")
+    elif damage == "surplus":
+        with open(folder / "optimizer.safetensors", "ab") as file:
+            file.write(b"\0")
+    elif damage == "nan":
+        kept = mx.load(str(folder / "model.safetensors"))
+        save_arrays(
+            folder / "model.safetensors", {name: array * mx.array(float("nan")) for name, array in kept.items()}, {}
+        )
     elif damage == "moments":
         save_arrays(folder / "optimizer.safetensors", {"steps": mx.array(1)}, {})
     else:

@@ -17,8 +17,8 @@ from ..files.json_file import read_json_object
 from ..files.lock import LockedFolder, lock_folder
 from ..files.names import resolved
 from ..files.output import output_file, output_folder, remove_folder, write_file
-from ..files.paths import check_regular, exists, is_folder
-from ..tensors import save_arrays
+from ..files.paths import exists, is_folder
+from ..tensors import read_safetensors, save_arrays
 from .optimizer import Moments, Tensors
 
 PARAMETER_FILES = ("model.safetensors", "adapters.safetensors")
@@ -206,10 +206,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = read_state(folder)
         name = next((name for name in PARAMETER_FILES if exists(folder / name)), PARAMETER_FILES[0])
-        for file in (name, "optimizer.safetensors"):
-            check_regular(folder / file, TrainingError)
-        parameters: Any = mx.load(str(folder / name))
-        saved: Any = mx.load(str(folder / "optimizer.safetensors"))
+        parameters, saved = (
+            {tensor: lazy.read() for tensor, lazy in read_safetensors(folder / file).items()}
+            for file in (name, "optimizer.safetensors")
+        )
         moments = Moments(
             {name: saved[f"first.{name}"] for name in parameters},
             {name: saved[f"second.{name}"] for name in parameters},
