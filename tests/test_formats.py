@@ -149,7 +149,8 @@ def test_conversations_may_begin_with_the_assistant_and_end_with_the_user(chat_t
 
 def test_conversations_need_a_chat_template(tokenizer):
     with pytest.raises(
-        DataError, match="base model without a chat template; set `chat_template`, use an Instruct model, or data with the fields prompt"
+        DataError,
+        match="base model without a chat template; set `chat_template`, use an Instruct model, or data with the fields prompt",
     ):
         encode_conversation([say(USER, "Hi")], tokenizer)
 
