@@ -77,8 +77,8 @@ def mutated_value(value, rng: random.Random):
             case 1 if isinstance(parent, dict):
                 parent[rng.choice([key + "_", key.upper(), "", "__class__", "\x1b[31m" + key])] = parent.pop(key)
             case 2:
-                parent[key] = at(value, rng.choice(paths)) if rng.random() < 0.5 else str(parent[key])
-                parent[key] = json.loads(json.dumps(parent[key]))  # no cycle
+                other = at(value, rng.choice(paths)) if rng.random() < 0.5 else str(parent[key])
+                parent[key] = json.loads(json.dumps(other))  # a copy, not a cycle
             case 3 if isinstance(parent[key], int | float):
                 number = parent[key]
                 parent[key] = rng.choice([-number, number + 1, number * 1000, number / 2, float(number), str(number)])
