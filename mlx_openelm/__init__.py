@@ -3,11 +3,9 @@
 A name is loaded from its module when it is first used, so that one function does not wait for the modules of all.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
 from .version import __version__ as __version__
 
+TYPE_CHECKING = False  # that of `typing`, whose import would take longer than all of this one
 if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test compares the two
     from .benchmark.bench import bench as bench
     from .benchmark.measure import Case as Case, Figures as Figures, Result as Result, Spread as Spread
@@ -138,6 +136,8 @@ if not TYPE_CHECKING:  # to a type checker, it would give every name
     def __getattr__(name: str) -> object:
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
         found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         globals()[name] = found
         return found

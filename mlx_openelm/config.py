@@ -5,7 +5,7 @@ width. Both follow from multipliers for the first and the last layer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,6 +48,7 @@ _SIZES = (
     *("num_gqa_groups", "ffn_dim_divisor", "rope_max_length"),
 )
 _LARGEST_ROPE_BASE = 1e15
+_LARGEST_WIDTH = 1 << 30  # of a matrix; MLX counts in 32 bits
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ class OpenELMConfig:
     rope_freq_constant: float = 10000.0
     rope_max_length: int = 4096
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | tuple[int, ...] = 2  # each of several ends a text
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eos_token_id", _one_or_several(self.eos_token_id))
         for name in _SIZES:
             check_size(name, getattr(self, name))
         if not 1 < self.rope_freq_constant <= _LARGEST_ROPE_BASE:
@@ -100,15 +102,32 @@ class OpenELMConfig:
                 raise ConfigError(
                     f"layer {layer} has {queries} query heads, which is not a multiple of its {keys} key-value heads"
                 )
+        heads = zip(self.num_query_heads, self.num_kv_heads, strict=True)
+        widths = ((queries + 2 * keys) * self.head_dim for queries, keys in heads)
+        for layer, (width, ffn_dim) in enumerate(zip(widths, self.ffn_dims, strict=True)):
+            if max(width, 2 * ffn_dim) > _LARGEST_WIDTH:
+                raise ConfigError(
+                    f"layer {layer} is {max(width, ffn_dim):,} wide; at most {_LARGEST_WIDTH:,} is possible"
+                )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary position embeddings; got {self.head_dim}")
         if self.activation_fn_name not in ACTIVATIONS:
             raise ConfigError(
                 f"unknown activation_fn_name {quoted(self.activation_fn_name)} (choose from {', '.join(ACTIVATIONS)})"
             )
-        for name in ("bos_token_id", "eos_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but the vocabulary has {self.vocab_size} entries")
+        for name, tokens in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise ConfigError(f"{name} is {quoted(token)}, but the vocabulary has {self.vocab_size} entries")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, at least one."""
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    def with_eos(self, *tokens: int) -> "OpenELMConfig":
+        """The configuration with more ids that end a text."""
+        return replace(self, eos_token_id=(*self.eos_token_ids, *tokens))
 
     @cached_property
     def ffn_dims(self) -> tuple[int, ...]:
@@ -203,6 +222,16 @@ class OpenELMConfig:
             "normalization_layer_name": FIXED_SETTINGS["normalization_layer_name"],
             "tie_word_embeddings": self.share_input_output_layers,
         }
+
+
+def _one_or_several(tokens: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """Ids without repetition, in their order; a single one as a number."""
+    if not isinstance(tokens, tuple | list):
+        return tokens
+    if not tokens:
+        raise ConfigError("eos_token_id is an empty list")
+    several = tuple(dict.fromkeys(tokens))
+    return several if len(several) > 1 else several[0]
 
 
 def make_divisible(value: float, divisor: int) -> int:

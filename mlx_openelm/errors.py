@@ -25,6 +25,10 @@ class SourceError(OpenELMError):
     """A model that does not exist, cannot be downloaded, or is in an unsupported format."""
 
 
+class HubUnreachableError(SourceError):
+    """The Hugging Face hub does not answer, so no other repository on it needs to be tried."""
+
+
 class WeightsError(OpenELMError):
     """A damaged weights file, or weights that do not match the configuration."""
 
@@ -119,7 +123,12 @@ def shorten(names: Iterable[str], limit: int = 4) -> str:
     """Names joined for a message: the first `limit`, then the number of others."""
     names = [name if len(name) <= 120 else quoted(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(map(readable, names[:limit])) + more
+
+
+def readable(name: str) -> str:
+    """A name from a file for a message: as it is, unless it is very long or contains control characters."""
+    return name if len(name) <= _LONGEST_NAME and name.isprintable() else quoted(name)
 
 
 def quoted(value: object) -> str:
@@ -127,5 +136,6 @@ def quoted(value: object) -> str:
     return _SHORT.repr(value)
 
 
+_LONGEST_NAME = 200
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60

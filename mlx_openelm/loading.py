@@ -12,10 +12,11 @@ from .conversion.source import Source
 from .errors import ConfigError, TokenizerError
 from .hub import BUILT_IN_MODEL
 from .machine.device import DTYPES, compute_dtype, on_cpu
-from .model.adapters import apply_adapter
+from .model.adapters import SavedAdapter, apply_adapter
 from .model.cpu_layers import quantized_layers
 from .model.openelm import OpenELM
 from .quantization import PackedTensor, Quantization
+from .tensors import checked_cast
 from .tokenizer.tokenizer import Tokenizer
 
 
@@ -49,7 +50,10 @@ def load(
             f"{model} has no tokenizer; set `tokenizer` to a file, a folder or a hub id, "
             "or load the network alone with load_model"
         )
-    return _network(opened.source, dtype, adapter), opened.tokenizer
+    found = _adapter(adapter, opened.source)
+    if found is not None and found.chat_template is not None:
+        opened.tokenizer.chat_template = found.chat_template
+    return _network(opened.source, dtype, found), opened.tokenizer
 
 
 def load_model(
@@ -66,15 +70,21 @@ def load_model(
         OpenELMError: a subclass, if anything is missing, damaged or contradictory.
     """
     opened = open_model([model], tokenizer="none", config=config, revision=revision)
-    return _network(opened.source, dtype, adapter)
+    return _network(opened.source, dtype, _adapter(adapter, opened.source))
 
 
-def _network(source: Source, dtype: mx.Dtype | None, adapter: str | Path | None) -> OpenELM:
+def _adapter(path: str | Path | None, source: Source) -> SavedAdapter | None:
+    if path is None:
+        return None
+    from .conversion.adapters.forms import open_adapter
+
+    return open_adapter(path, vocab_size=source.config.vocab_size)
+
+
+def _network(source: Source, dtype: mx.Dtype | None, adapter: SavedAdapter | None) -> OpenELM:
     network = load_source(source, dtype)
     if adapter is not None:
-        from .conversion.adapters.forms import open_adapter
-
-        apply_adapter(network, open_adapter(adapter, vocab_size=network.config.vocab_size))
+        apply_adapter(network, adapter)
         network.eval()
     return network
 
@@ -94,7 +104,7 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
     """Load the network of an opened source, to compute in `dtype`; by default in that of `load`.
 
     Raises:
-        WeightsError: if a tensor holds NaN or infinity.
+        WeightsError: if a tensor contains NaN or infinity, or values that `dtype` cannot hold.
     """
     dtype = dtype or compute_dtype(source.tensors["transformer.norm.weight"].dtype)
     packed = {
@@ -106,9 +116,9 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
     for name, tensor in source.tensors.items():
         if isinstance(tensor, PackedTensor):
             path = name.removesuffix(".weight")
-            arrays.update({f"{path}.{part}": lazy.read() for part, lazy in tensor.parts.items()})
+            arrays.update({f"{path}.{part}": lazy.read() for part, lazy in tensor.cast(path, dtype).parts.items()})
         else:
-            arrays[name] = tensor.read()
+            arrays[name] = checked_cast(name, tensor.read(), dtype)
     return assemble(source.config, arrays, packed, dtype)
 
 

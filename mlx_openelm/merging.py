@@ -75,6 +75,8 @@ def merge(
         source, text, *_ = open_model([model], tokenizer=tokenizer, config=config, revision=revision)
         found = open_adapter(adapter, vocab_size=source.config.vocab_size)
         place.protect(source.folder, model, adapter, tokenizer, config)
+        if text is not None and found.chat_template is not None:
+            text.chat_template = found.chat_template
 
         def add_files(staging: Path) -> None:
             (staging / "README.md").write_text(_card(source, adapter, found, quantization), encoding="utf-8")
@@ -207,8 +209,8 @@ def _merged(path: str, base: LazyTensor, adapter: SavedAdapter, dtype: mx.Dtype)
     def read_rows(start: int, stop: int) -> mx.array:
         rows = base.read_rows(start, stop).astype(mx.float32) + adapter.scale * (left[start:stop] @ right)
         if MAGNITUDE in parts:
-            length = mx.linalg.norm(rows, axis=1, keepdims=True)
+            length = checked_cast(path, mx.linalg.norm(rows, axis=1, keepdims=True), mx.float32, computed=True)
             rows = mx.where(length > 0, rows * (parts[MAGNITUDE][start:stop, None] / length), rows)
-        return checked_cast(path, rows, dtype)
+        return checked_cast(path, rows, dtype, computed=True)
 
     return LazyTensor(base.shape, dtype, read_rows)

@@ -1,6 +1,7 @@
 """Optional packages: imported when a feature needs them, with a message that says how to install them."""
 
 import importlib
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,3 +29,21 @@ def installed_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def missing_package(error: ImportError) -> str | None:
+    """What to install, for an import of another package that failed; `None` if it was one of this package's modules."""
+    name = (error.name or "").partition(".")[0]
+    reason = " ".join(str(error).split())
+    if name == __package__.partition(".")[0]:
+        return None
+    if name.startswith("mlx") or "libmlx" in reason:
+        return f"MLX cannot be loaded ({reason}); install it with {_install_command()}"
+    return f"a package that openelm-mlx needs cannot be loaded ({reason}); install it with {_install_command()}"
+
+
+def _install_command() -> str:
+    """What installs this package with a backend for this machine."""
+    if not sys.platform.startswith("linux"):
+        return "`pip install openelm-mlx`"
+    return '`pip install "openelm-mlx[cpu]"`, or `pip install "openelm-mlx[cuda]"` for an NVIDIA GPU'

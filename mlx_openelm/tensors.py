@@ -5,6 +5,7 @@ a new `LazyTensor`. Values are read by rows, so only a few blocks of them are in
 """
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,27 +13,35 @@ from functools import partial
 from itertools import cycle
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
-from .errors import WeightsError
+from .errors import WeightsError, quoted, readable
 from .files.paths import open_regular
 from .machine.device import compute_streams
 
-# safetensors names of the types that weights of a language model can have.
-SAFETENSORS_DTYPES = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
+# The types that a file may have, by their safetensors names: as read, and as stored (bfloat16 as its bits).
+_STORED_DTYPES = {
+    "F64": (mx.float32, "<f8"),
+    "F32": (mx.float32, "<f4"),
+    "F16": (mx.float16, "<f2"),
+    "BF16": (mx.bfloat16, "<u2"),
+    "C64": (mx.complex64, "<c8"),
+    "U64": (mx.uint64, "<u8"),
+    "I64": (mx.int64, "<i8"),
+    "U32": (mx.uint32, "<u4"),
+    "I32": (mx.int32, "<i4"),
+    "U16": (mx.uint16, "<u2"),
+    "I16": (mx.int16, "<i2"),
+    "U8": (mx.uint8, "u1"),
+    "I8": (mx.int8, "i1"),
+    "BOOL": (mx.bool_, "?"),
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-_NUMPY_DTYPES = {mx.float32: "<f4", mx.float16: "<f2", mx.bfloat16: "<u2", mx.uint32: "<u4", mx.uint8: "u1"}
+_WRITTEN_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
 _EXPONENT_BITS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # NaN or infinity if all are set
-_LARGEST_HEADER_BYTES = 100_000_000
+_LARGEST_HEADER_BYTES = 16_000_000  # over a thousand layers; the largest published model has 60,000 bytes
 _BLOCK_BYTES = 1 << 20  # fits into CPU caches; buffers of this size are reused instead of freed
 
 
@@ -42,7 +51,7 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    read_rows: Callable[[int, int], mx.array]  # rows `start` to `stop` (excluded) along the first axis
+    reader: Callable[[int, int], mx.array]  # rows `start` to `stop` (excluded) along the first axis
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +62,16 @@ class LazyTensor:
     def num_rows(self) -> int:
         """Length of the first axis; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
+
+    def read_rows(self, start: int, stop: int) -> mx.array:
+        """Read rows `start` to `stop` (excluded) along the first axis.
+
+        Raises:
+            WeightsError: if the tensor has fewer rows; behind them lie the bytes of another tensor.
+        """
+        if not 0 <= start <= stop <= self.num_rows:
+            raise WeightsError(f"rows {start:,} to {stop:,} were requested of a tensor with {self.num_rows:,} rows")
+        return self.reader(start, stop)
 
     def read(self) -> mx.array:
         """Read all values."""
@@ -76,28 +95,43 @@ class LazyTensor:
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Open the tensors of a safetensors file, by name; only the header is read now.
 
+    Values in float64 are read as float32.
+
     Raises:
-        WeightsError: if the header does not match the length of the file, or a type is unsupported; later, when values
-            are read, if they contain NaN or infinity.
+        WeightsError: if the header is malformed, its tensors do not cover the file exactly once, or a type is
+            unsupported; later, when values are read, if they contain NaN or infinity.
     """
+    return read_with_metadata(path)[0]
+
+
+def read_with_metadata(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """As `read_safetensors`, and the metadata of the file."""
     try:
-        header = _read_header(path)
+        header, metadata = _read_header(path)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-    return {
-        name: LazyTensor(shape, dtype, partial(_read_rows, path, name, shape, dtype, offset))
-        for name, (shape, dtype, offset) in header.items()
-    }
+    tensors = {name: LazyTensor(e.shape, e.dtype, partial(_read_rows, path, name, e)) for name, e in header.items()}
+    return tensors, metadata
 
 
-def _read_rows(
-    path: Path, name: str, shape: tuple[int, ...], dtype: mx.Dtype, offset: int, start: int, stop: int
-) -> mx.array:
+@dataclass(frozen=True)
+class _Entry:
+    """Where a file has a tensor, and in which form."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    stored: str  # NumPy type
+    start: int  # byte of the file
+    stop: int
+
+
+def _read_rows(path: Path, name: str, entry: _Entry, start: int, stop: int) -> mx.array:
+    shape, dtype = entry.shape, entry.dtype
     row = prod(shape[1:])
     try:
         with open_regular(path) as file:
-            file.seek(offset + start * row * dtype.size)
-            values = np.fromfile(file, _NUMPY_DTYPES[dtype], (stop - start) * row)
+            file.seek(entry.start + start * row * np.dtype(entry.stored).itemsize)
+            values = np.fromfile(file, entry.stored, (stop - start) * row)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
     if values.size != (stop - start) * row:
@@ -109,33 +143,71 @@ def from_numpy(values: np.ndarray, dtype: mx.Dtype, name: str) -> mx.array:
     """An MLX array from values read from a file; bfloat16, which NumPy lacks, is passed as uint16 bits.
 
     Raises:
-        WeightsError: naming the tensor, if the values contain NaN or infinity.
+        WeightsError: naming the tensor, if the values contain NaN or infinity, or overflow float32.
     """
+    if values.dtype == np.float64 and dtype == mx.float32:
+        finite = bool(np.isfinite(values).all())
+        with np.errstate(over="ignore", under="ignore"):
+            values = values.astype(np.float32)
+        if finite and not np.isfinite(values).all():
+            raise WeightsError(f"{readable(name)} has values beyond the range of float32")
     if dtype in _EXPONENT_BITS:
         bits = values.view(np.uint16) & _EXPONENT_BITS[dtype]
         finite = not (bits == _EXPONENT_BITS[dtype]).any()
     else:
         finite = bool(np.isfinite(values).all())  # ten times as fast in NumPy as in MLX on a CPU
     if not finite:
-        raise WeightsError(f"{name} contains NaN or infinity: the checkpoint is damaged, or its training diverged")
+        raise WeightsError(
+            f"{readable(name)} contains NaN or infinity: the checkpoint is damaged, or its training diverged"
+        )
     array = mx.array(values)
     return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
 
 
-def checked_cast(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+def checked_cast(name: str, array: mx.array, dtype: mx.Dtype, computed: bool = False) -> mx.array:
     """Cast an array to `dtype`.
 
+    Args:
+        computed: check the values even if every one of the array's type fits; computing them may have overflowed.
     Raises:
-        WeightsError: naming the tensor, if values overflow float16.
+        WeightsError: naming the tensor, if values overflow `dtype`.
     """
-    result = array.astype(dtype)
-    if dtype == mx.float16 and array.dtype != dtype and not mx.all(mx.isfinite(result)).item():
-        raise WeightsError(f"{name} has values beyond the range of float16; use bfloat16")
-    return result
+    is_narrower = _LIMITS[dtype] < _LIMITS[array.dtype]
+    if (is_narrower or computed) and array.size and not _within(array, _LIMITS[dtype]):
+        wider = {mx.float16: "; use bfloat16", mx.bfloat16: "; use float32"}.get(dtype, "")
+        raise WeightsError(f"{readable(name)} has values beyond the range of {dtype_name(dtype)}{wider}")
+    return array.astype(dtype)
 
 
-def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype, int]]:
-    """Shape, type and file offset of each tensor."""
+# The smallest numbers that are rounded to infinity.
+_LIMITS = {mx.float16: 65520.0, mx.bfloat16: (2 - 2**-8) * 2.0**127, mx.float32: math.inf}
+
+
+def _within(array: mx.array, limit: float) -> bool:
+    """Whether all values are numbers below a limit; NumPy is ten times as fast as MLX on a CPU."""
+    values: Any = np.asarray(array if array.dtype != mx.bfloat16 else array.astype(mx.float32))
+    return bool(-limit < values.min() and values.max() < limit)
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """The name of a type, such as `float16`."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
+# Buffers of other implementations: what this one computes itself.
+_BUFFERS = ("inv_freq", "causal_mask", "attention_mask", "masked_bias", "cos_cached", "sin_cached", "freqs_cis")
+_WEIGHTS = ("weight", "scales", "biases")
+
+
+def is_buffer(name: str, dtype: mx.Dtype) -> bool:
+    """Whether a tensor is no weight: a mask, positions or frequencies, or anything else of integers or booleans."""
+    last = name.rpartition(".")[2]
+    is_weight = mx.issubdtype(dtype, mx.floating) or last in _WEIGHTS or ".lora_" in name
+    return last in _BUFFERS or not is_weight
+
+
+def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Type and place of each tensor, in the order of the header, and the metadata."""
 
     def damaged(what: str) -> WeightsError:
         return WeightsError(f"{path} is damaged or incomplete: {what}; download or convert it again")
@@ -143,38 +215,63 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], mx.Dtype, int]]
     with open_regular(path) as file:
         file_bytes = path.stat().st_size
         header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > min(file_bytes - 8, _LARGEST_HEADER_BYTES):
+        if header_bytes > file_bytes - 8:
             raise damaged(f"the header has {header_bytes:,} bytes, the file {file_bytes:,}")
+        if header_bytes > _LARGEST_HEADER_BYTES:
+            raise damaged(f"the header has {header_bytes:,} bytes, which is more than {_LARGEST_HEADER_BYTES:,}")
         raw = file.read(header_bytes)
     try:
-        entries = json.loads(raw)
+        entries = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
+    except _DuplicateError as error:
+        raise damaged(f"the header contains {error} twice") from error
     except (ValueError, RecursionError) as error:
         raise damaged("the header is not JSON") from error
     if not isinstance(entries, dict):
         raise damaged("the header is not a table of tensors")
 
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged("__metadata__ must contain strings")
     header = {}
-    end = 0
     for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
         try:
-            dtype_name, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            well_formed = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            well_formed = isinstance(kind, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
         except (TypeError, KeyError, ValueError):
             well_formed = False
         if not well_formed:
-            raise damaged(f"the header entry of {name} is malformed")
-        dtype = SAFETENSORS_DTYPES.get(dtype_name)
-        if dtype is None:
-            raise WeightsError(f"{path}: {name} has type {dtype_name}; expected one of {', '.join(SAFETENSORS_DTYPES)}")
-        if stop - start != prod(shape) * dtype.size or header_bytes + 8 + stop > file_bytes:
-            raise damaged(f"{name} cannot be at bytes {start:,} to {stop:,} after the header")
-        header[name] = shape, dtype, header_bytes + 8 + start
-        end = max(end, stop)
-    if header_bytes + 8 + end != file_bytes:
-        raise damaged(f"the file has {file_bytes:,} bytes, but its tensors end at {header_bytes + 8 + end:,}")
-    return header
+            raise damaged(f"the header entry of {readable(name)} is malformed")
+        if kind not in _STORED_DTYPES:
+            raise WeightsError(
+                f"{path}: {readable(name)} has type {kind[:20]!r}; expected one of {', '.join(_STORED_DTYPES)}"
+            )
+        dtype, stored = _STORED_DTYPES[kind]
+        if stop - start != prod(shape) * np.dtype(stored).itemsize or header_bytes + 8 + stop > file_bytes:
+            raise damaged(f"{readable(name)} cannot be at bytes {quoted(start)} to {quoted(stop)} after the header")
+        header[name] = _Entry(shape, dtype, stored, header_bytes + 8 + start, header_bytes + 8 + stop)
+    end, before = header_bytes + 8, ""
+    for name, found in sorted(header.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if found.start < end:
+            raise damaged(f"{readable(before)} and {readable(name)} overlap")
+        if found.start > end:
+            raise damaged(f"no tensor covers the {found.start - end:,} bytes before {readable(name)}")
+        end, before = found.stop, name
+    if end != file_bytes:
+        raise damaged(f"the file has {file_bytes:,} bytes, but its tensors end at {end:,}")
+    return header, metadata
+
+
+class _DuplicateError(ValueError):
+    """A JSON object with a key twice."""
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _DuplicateError(readable(key))
+        found[key] = value
+    return found
 
 
 def write_safetensors(
@@ -198,7 +295,7 @@ def write_safetensors(
     offset = 0
     for name, tensor in tensors.items():
         header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "dtype": _WRITTEN_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.nbytes],
         }

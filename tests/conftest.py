@@ -127,7 +127,7 @@ def tokenizer(tokenizer_path):
 
 @pytest.fixture(scope="session")
 def chat_tokenizer(tokenizer_path):
-    return Tokenizer(tokenizer_path, chat=True)
+    return Tokenizer(tokenizer_path, chat_template="openelm")
 
 
 @pytest.fixture(scope="session")

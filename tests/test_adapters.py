@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from conftest import (
     random_model,
     write_folder,
 )
-from mlx_openelm import load_model
+from mlx_openelm import generate_tokens, load_model
 from mlx_openelm.conversion.adapters.forms import open_adapter
 from mlx_openelm.conversion.open import open_source
-from mlx_openelm.errors import AdapterError
+from mlx_openelm.errors import AdapterError, WeightsError
 from mlx_openelm.merging import write_merged
 from mlx_openelm.model.adapters import about_base, read_adapter, save_adapter
 from mlx_openelm.model.lora import (
@@ -117,3 +118,80 @@ def test_matrices_have_two_axes(tmp_path):
     save_arrays(tmp_path / "adapter" / "adapters.safetensors", {**tensors, name: tensors[name][0]}, {})
     with pytest.raises(AdapterError, match=f"{name} must be a matrix"):
         read_adapter(tmp_path / "adapter")
+
+
+def saved_with(tmp_path, method, **changed):
+    """A saved adapter with other values for its tensors whose names end so."""
+    model = random_model(CONFIG)
+    add_adapter(model, METHODS[method])
+    (tmp_path / "adapter").mkdir()
+    tensors = adapter_parameters(model)
+    for name, array in tensors.items():
+        end = name.rpartition(".")[2]
+        tensors[name] = changed[end](array) if end in changed else array
+    save_adapter(tmp_path / "adapter", adapter_parameters(model), method, METHODS[method], about_base("base", CONFIG))
+    save_arrays(tmp_path / "adapter" / "adapters.safetensors", tensors, {})
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("end", ["lora_a", "lora_b", "m"])
+@pytest.mark.parametrize("dtype", [mx.int32, mx.uint8, mx.bool_, mx.complex64])
+def test_only_floating_point_numbers_are_an_adapter(tmp_path, end, dtype):
+    folder = saved_with(tmp_path, "dora", **{end: lambda array: array.astype(dtype)})
+    with pytest.raises(AdapterError, match=f"{end} has type {str(dtype).split('.')[-1]}"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("end", ["lora_a", "lora_b", "m"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, end, value):
+    folder = saved_with(tmp_path, "dora", **{end: lambda array: mx.full(array.shape, value)})
+    with pytest.raises(AdapterError, match=f"{end} contains NaN or infinity"):
+        read_adapter(folder)
+
+
+def test_a_rank_of_zero_is_refused(tmp_path):
+    folder = saved_with(tmp_path, "lora", lora_a=lambda a: a[:, :0], lora_b=lambda b: b[:0])
+    with pytest.raises(AdapterError, match=r"lora_a of shape \(\d+, 0\) is empty"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("change", [{"dropout": 1.0}, {"dropout": -0.5}])
+def test_a_dropout_that_cannot_be_right_is_refused(tmp_path, change):
+    folder = saved_with(tmp_path, "lora")
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text())
+    values["lora_parameters"].update(change)
+    path.write_text(json.dumps(values))
+    with pytest.raises(AdapterError, match="dropout must be at least 0 and below 1"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "dtype"),
+    [
+        ("lora", {"lora_b": 1e5}, mx.float16),  # beyond float16
+        ("lora", {"lora_a": 1e30, "lora_b": 1e30}, mx.float32),  # their product is beyond float32
+        ("dora", {"lora_a": 1e15, "lora_b": 1e15}, mx.float32),  # the norm of a row is
+    ],
+)
+def test_values_that_overflow_are_never_silent(tmp_path, method, changed, dtype):
+    base = write_folder(tmp_path / "base", random_model(CONFIG))
+    folder = saved_with(tmp_path, method, **{end: lambda a, v=v: mx.full(a.shape, v) for end, v in changed.items()})
+    with pytest.raises(WeightsError, match=r"beyond the range|logits are not finite"):
+        list(generate_tokens(load_model(base, adapter=folder, dtype=dtype), [1, 2, 3], max_tokens=2))
+    with pytest.raises(WeightsError, match="beyond the range"):
+        write_merged(open_source([base]), open_adapter(folder), tmp_path / "merged", dtype=dtype)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_trained_matrices_that_overflow_are_refused(tmp_path):
+    base = write_folder(tmp_path / "base", random_model(CONFIG))
+    (tmp_path / "adapter").mkdir()
+    tensors = {"transformer.norm.weight": mx.full((CONFIG.model_dim,), 1e5)}
+    save_adapter(tmp_path / "adapter", tensors, "full", None, about_base("base", CONFIG))
+    with pytest.raises(WeightsError, match=r"norm\.weight has values beyond the range of float16"):
+        load_model(base, adapter=tmp_path / "adapter", dtype=mx.float16)
+    save_arrays(tmp_path / "adapter" / "adapters.safetensors", {n: a.astype(mx.int32) for n, a in tensors.items()}, {})
+    with pytest.raises(AdapterError, match=r"norm\.weight has type int32"):
+        load_model(base, adapter=tmp_path / "adapter")

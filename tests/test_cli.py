@@ -291,6 +291,59 @@ class TestChat:
         assert "error: a prompt of 9 tokens" in said.err
         assert said.out == "you said Hello\n\n"
 
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (RuntimeError("[malloc] Unable to allocate"), "[malloc] Unable to allocate"),
+            (MemoryError(), "not enough memory for this turn"),
+        ],
+    )
+    def test_a_turn_that_fails_in_the_middle_does_not_end_the_conversation(self, monkeypatch, capsys, error, said):
+        class Failing:
+            def reply(self, line):
+                yield SimpleNamespace(text=f"to {line}", stats=object())
+                if line == "first":
+                    raise error
+
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"first\nsecond\n")))
+        chat_command._talk(Failing())
+        seen = capsys.readouterr()
+        assert seen.err == f"openelm-mlx: error: {said}\n"
+        assert seen.out == "to first\nto second\n\n"
+
+    def test_ctrl_c_at_the_prompt_ends_it(self, monkeypatch, capsys):
+        def pressed(whole):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        monkeypatch.setattr(chat_command, "read_stdin", pressed)
+        with pytest.raises(SystemExit) as ended:
+            chat_command._talk(None)
+        assert ended.value.code == 130
+        assert capsys.readouterr().err == "openelm-mlx: error: interrupted\n"
+
+    @pytest.mark.parametrize(
+        ("library", "expected"),
+        [
+            ({"__doc__": "Importing this module enables command line editing using GNU readline."}, True),
+            ({"__doc__": "Importing this module enables command line editing using libedit readline."}, False),
+            ({"__doc__": "", "backend": "editline"}, False),
+        ],
+    )
+    def test_line_editing_knows_what_takes_no_space(self, monkeypatch, library, expected):
+        monkeypatch.setitem(sys.modules, "readline", SimpleNamespace(**library))
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        assert chat_command._prompt() == ("\x01\x1b[1m\x02> \x01\x1b[0m\x02" if expected else "> ")
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert chat_command._prompt() == "> "
+
+    def test_the_prompt_goes_to_stderr_where_stdout_is_no_terminal(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\n".encode())))
+        assert chat_command._read_line("> ") == "é\n"
+        assert capsys.readouterr() == ("", "> ")
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
     def test_whatever_ends_it_the_prompt_cache_is_written(self, folders, tmp_path, number):
         words = [sys.executable, "-m", "mlx_openelm", "chat", "-m", folders / "chat", "-n", "4"]

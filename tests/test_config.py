@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from mlx_openelm import PRESETS, OpenELMConfig, config_from_dict
@@ -93,12 +95,24 @@ def test_parameters_are_counted_by_hand():
         ({"activation_fn_name": "relu6"}, "unknown activation_fn_name 'relu6'"),
         ({"bos_token_id": 10}, "bos_token_id is 10"),
         ({"eos_token_id": -1}, "eos_token_id is -1"),
+        ({"eos_token_id": (2, 10)}, "eos_token_id is 10"),
+        ({"eos_token_id": ()}, "eos_token_id is an empty list"),
     ],
 )
 def test_contradictions_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         OpenELMConfig(**{**SMALL, **change})
     assert OpenELMConfig(**{**SMALL, "bos_token_id": 9, "eos_token_id": 0}).bos_token_id == 9
+
+
+def test_several_ids_may_end_a_text():
+    config = OpenELMConfig(**{**SMALL, "eos_token_id": (2, 5, 2)})
+    assert (config.eos_token_id, config.eos_token_ids) == ((2, 5), (2, 5))
+    assert config.to_dict()["eos_token_id"] == [2, 5]
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    single = OpenELMConfig(**{**SMALL, "eos_token_id": (2,)})
+    assert (single.eos_token_id, single.eos_token_ids, single.to_dict()["eos_token_id"]) == (2, (2,), 2)
+    assert single.with_eos(2, 7).eos_token_ids == (2, 7)
 
 
 def test_multipliers_are_one_two_or_one_a_layer():
@@ -153,6 +167,8 @@ def test_what_is_written_is_complete():
         ({"num_transformer_layers": 1_000_000_000}, "num_transformer_layers must be at most 10,000; got 1000000000"),
         ({"model_dim": 10**400}, r"model_dim must be at most 1,048,576; got 1000+\.\.\."),
         ({"rope_max_length": -1}, "rope_max_length must be positive"),
+        ({"head_dim": 1 << 16, "qkv_multipliers": [4_000.0] * 2, "model_dim": 1 << 20}, "layer 0 is .* wide; at most"),
+        ({"ffn_multipliers": [1.0, 10_000.0], "model_dim": 1 << 20}, "layer 1 is 10,485,760,000 wide; at most"),
     ],
 )
 def test_numbers_of_a_file_have_two_bounds(change, message):

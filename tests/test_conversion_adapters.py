@@ -101,11 +101,17 @@ def peft_folder(folder, tensors=None, old=False, **changes):
         name if name.startswith("base_model") else f"base_model.model.{name}": np.asarray(values, np.float32)
         for name, values in tensors.items()
     }
+    store(folder, arrays, old)
+    return folder
+
+
+def store(folder, arrays, old=False):
+    """Write the tensors of a PEFT adapter in place of those in its folder."""
+    (folder / "adapter_model.safetensors").unlink(missing_ok=True)
     if old:
-        save(folder / "adapter_model.bin", {name: Tensor(values) for name, values in arrays.items()})
+        save(folder / "adapter_model.bin", {n: Tensor(a, str(a.dtype)) for n, a in arrays.items()})
     else:
         mx.save_safetensors(str(folder / "adapter_model.safetensors"), {n: mx.array(a) for n, a in arrays.items()})
-    return folder
 
 
 class TestCoreNet:
@@ -341,11 +347,103 @@ class TestPeft:
         values = {"future_option": False, "loftq_config": {}, "layer_replication": [], "modules_to_save": []}
         assert open_adapter(peft_folder(tmp_path / "x", init_lora_weights="gaussian", **values)).scale == 2
 
+    @pytest.mark.parametrize("bias", ["all", "lora_only"])
+    def test_biases_that_the_file_does_not_contain_do_no_harm(self, tmp_path, bias):
+        plain, other = (open_adapter(peft_folder(tmp_path / name, bias=name)) for name in ("none", bias))
+        assert_same(other, plain)
+
+    def test_biases_in_the_file_are_refused(self, tmp_path):
+        tensors = {f"{QKV_0}.lora_A.weight": (4, 128), f"{QKV_0}.lora_B.weight": (256, 4), f"{QKV_0}.bias": (256,)}
+        folder = peft_folder(tmp_path / "x", {name: np.ones(shape) for name, shape in tensors.items()}, bias="all")
+        with pytest.raises(AdapterError, match=rf"{QKV_0}\.bias is not a tensor of an adapter"):
+            open_adapter(folder)
+
+    @pytest.mark.parametrize("old", [False, True], ids=["safetensors", "bin"])
+    @pytest.mark.parametrize(
+        ("prefix", "adapter_name"),
+        [
+            ("base_model.model.", ".default"),
+            ("base_model.model.", ".my_adapter"),
+            ("base_model.model.module.", ""),
+            ("_orig_mod.base_model.model.", ".default"),
+            ("base_model.model._orig_mod.", ""),
+            ("base_model.model.model.", ""),
+            ("", ""),
+        ],
+    )
+    def test_names_with_other_prefixes_and_the_adapters_name(self, tmp_path, old, prefix, adapter_name):
+        pair = {"lora_A.weight": np.ones((4, 128)), "lora_B.weight": np.full((256, 4), 2.0)}
+        plain = open_adapter(peft_folder(tmp_path / "plain", {f"{QKV_0}.{end}": a for end, a in pair.items()}))
+        folder = peft_folder(tmp_path / "named")
+        names = {f"{prefix}{QKV_0}.{end.replace('.', adapter_name + '.')}": a for end, a in pair.items()}
+        store(folder, {name: array.astype(np.float32) for name, array in names.items()}, old)
+        assert_same(open_adapter(folder), plain)
+
+    def test_the_embedding_of_a_named_adapter(self, tmp_path):
+        pair = {"lora_embedding_A": np.ones((4, 400)), "lora_embedding_B": np.ones((128, 4))}
+        folder = peft_folder(tmp_path / "x", {f"token_embeddings.{name}.default": a for name, a in pair.items()})
+        assert open_adapter(folder).ranks == {EMBEDDING: (4, False)}
+
+    def test_several_adapters_in_a_file_are_refused(self, tmp_path):
+        tensors = {
+            f"{QKV_0}.lora_{part}.{name}.weight": np.ones(shape)
+            for part, shape in (("A", (4, 128)), ("B", (256, 4)))
+            for name in ("default", "other")
+        }
+        with pytest.raises(AdapterError, match="several adapters: default, other"):
+            open_adapter(peft_folder(tmp_path / "x", tensors))
+
+    @pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "bool"])
+    @pytest.mark.parametrize("old", [False, True], ids=["safetensors", "bin"])
+    def test_integers_are_no_adapter(self, tmp_path, old, dtype):
+        folder = peft_folder(tmp_path / "x")
+        values = {f"{QKV_0}.lora_A.weight": np.ones((4, 128), dtype), f"{QKV_0}.lora_B.weight": np.ones((256, 4))}
+        store(folder, values, old)
+        with pytest.raises(AdapterError, match=f"{QKV_0}.lora_a has type {dtype}"):
+            open_adapter(folder)
+
+    @pytest.mark.parametrize("shape", [(0, 128), (4, 0), (128,), (2, 2, 128), ()])
+    def test_matrices_of_no_rank_are_refused(self, tmp_path, shape):
+        folder = peft_folder(tmp_path / "x", r=shape[0] if shape else 4)
+        values = {
+            f"{QKV_0}.lora_A.weight": np.ones(shape),
+            f"{QKV_0}.lora_B.weight": np.ones((256, shape[0] if shape else 4)),
+        }
+        store(folder, {name: array.astype(np.float32) for name, array in values.items()}, False)
+        with pytest.raises(AdapterError):
+            open_adapter(folder)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"lora_alpha": math.nan},
+            {"lora_alpha": math.inf},
+            {"lora_alpha": 1e39},
+            {"lora_alpha": 10**400},
+            {"alpha_pattern": {"qkv_proj": 1e300}},
+            {"alpha_pattern": {"qkv_proj": math.nan}},
+            {"lora_dropout": math.nan},
+        ],
+    )
+    def test_numbers_that_cannot_be_right_are_one_short_error(self, tmp_path, changes):
+        with pytest.raises(AdapterError, match="must be") as found:
+            open_adapter(peft_folder(tmp_path / "x", **changes))
+        assert len(str(found.value)) < 200 + len(str(tmp_path))
+
+    def test_a_scale_that_overflows_its_matrix_is_refused(self, tmp_path):
+        tensors = {
+            f"{path}.lora_{part}.weight": np.full(shape, 1e38)
+            for path, shapes in {QKV_0: ((4, 128), (256, 4)), PROJ_2: ((4, 384), (128, 4))}.items()
+            for part, shape in zip("AB", shapes, strict=True)
+        }
+        with pytest.raises(AdapterError, match="lora_b has values beyond the range of float32"):
+            open_adapter(peft_folder(tmp_path / "x", tensors, alpha_pattern={"proj_2": 1e6}))
+
     @pytest.mark.parametrize(
         ("key", "value", "error"),
         [
             ("peft_type", "IA3", "only LORA"),
-            ("bias", "all", "biases were trained"),
+            ("bias", "some", "unknown choice of biases"),
             ("fan_in_fan_out", True, "fan_in_fan_out is True"),
             ("modules_to_save", ["lm_head"], "whole matrices were trained"),
             ("init_lora_weights", "pissa", "a changed base"),

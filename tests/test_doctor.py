@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from mlx_openelm.machine import doctor
+from mlx_openelm.machine import device, doctor
 
 
 @pytest.fixture
@@ -14,7 +14,8 @@ def machine(monkeypatch):
 
     def change(**values):
         settings = {"on_cpu": True, "platform": "linux", "gflops": 100.0, "compiler": "/usr/bin/g++", **values}
-        monkeypatch.setattr(doctor, "on_cpu", lambda: settings["on_cpu"])
+        monkeypatch.setattr(device, "on_cpu", lambda: settings["on_cpu"])
+        monkeypatch.setattr(device, "device_name", lambda: "a device")
         monkeypatch.setattr(doctor.sys, "platform", settings["platform"])
         monkeypatch.setattr(doctor, "_matmul_gflops", lambda: settings["gflops"])
         monkeypatch.setattr(shutil, "which", lambda name: settings["compiler"])

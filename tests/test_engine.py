@@ -8,9 +8,12 @@ import pytest
 from conftest import assert_close, random_model
 from mlx_openelm import CacheConfig, ContextLengthWarning, SamplingConfig, generate_tokens
 from mlx_openelm.cache import kv_cache as cache_module
-from mlx_openelm.errors import MemoryLimitError, PromptError
+from mlx_openelm.errors import MemoryLimitError, PromptError, WeightsError
 from mlx_openelm.generation import engine
+from mlx_openelm.generation.batch import generate_batch
+from mlx_openelm.generation.drafters import PromptLookup
 from mlx_openelm.generation.engine import prefill
+from mlx_openelm.generation.speculative import speculate_tokens
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -163,3 +166,18 @@ def test_no_graph_grows_from_step_to_step(tiny_model, sampling, count, compiled)
         mx.export_to_dot(dot, *rows._rows, *rows._cache.arrays)
         sizes.add(dot.getvalue().count("shape=rectangle"))
     assert sizes == {0}
+
+
+@pytest.mark.parametrize("way", ["alone", "compiled", "several rows", "drafts"])
+@pytest.mark.parametrize("factor", [1e22, 3e38])  # the squares overflow, or the values
+def test_a_model_that_overflows_is_an_error_and_no_text(tiny_config, tokenizer, way, factor):
+    model = random_model(tiny_config)
+    for layer in model.transformer.layers:
+        layer.ffn.proj_2.weight = layer.ffn.proj_2.weight * factor
+    with pytest.raises(WeightsError, match="logits are not finite, or the same for all tokens"):
+        if way == "several rows":
+            list(generate_batch(model, tokenizer, [PROMPT, PROMPT[:3]], max_tokens=3))
+        elif way == "drafts":
+            list(speculate_tokens(model, PROMPT, PromptLookup(), max_tokens=3))
+        else:
+            list(generate_tokens(model, PROMPT, max_tokens=3, compiled=way == "compiled"))

@@ -148,9 +148,7 @@ def test_conversations_may_begin_with_the_assistant_and_end_with_the_user(chat_t
 
 
 def test_conversations_need_a_chat_template(tokenizer):
-    with pytest.raises(
-        DataError, match="base model without a chat template; use an Instruct model, or data with the fields prompt"
-    ):
+    with pytest.raises(DataError, match="a base model without a chat template; set `chat_template`, use an Instruct"):
         encode_conversation([say(USER, "Hi")], tokenizer)
 
 

@@ -1,11 +1,12 @@
 import json
+import shutil
 
 import mlx.core as mx
 import pytest
 
 from conftest import SMALL_CONFIG, random_model, write_folder
-from mlx_openelm import OpenELM, Tokenizer, hub, load, load_model
-from mlx_openelm.errors import SourceError, WeightsError
+from mlx_openelm import OpenELM, Tokenizer, convert, hub, load, load_model
+from mlx_openelm.errors import ConfigError, SourceError, WeightsError
 
 
 @pytest.fixture
@@ -40,6 +41,39 @@ def test_a_model_that_is_not_there(tmp_path):
     for loads in (load, load_model):
         with pytest.raises(SourceError, match="does not exist"):
             loads(tmp_path / "nowhere")
+
+
+class TestEndOfText:
+    """Ids that end a text are in `config.json`, in `generation_config.json`, and those of the tokenizer's settings."""
+
+    @pytest.mark.parametrize(
+        ("config", "generation", "expected"),
+        [
+            (2, None, (2,)),
+            ([2, 84], None, (2, 84)),
+            ([84], None, (84, 2)),  # the tokenizer's own is 2
+            (2, [2, 84], (2, 84)),
+            (84, 85, (84, 85, 2)),
+        ],
+    )
+    def test_all_of_them_are_kept(self, tmp_path, tiny_folder, config, generation, expected):
+        folder = shutil.copytree(tiny_folder, tmp_path / "source")
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, "eos_token_id": config}))
+        if generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation, "top_p": 0.9}))
+        convert(folder, tmp_path / "out")
+        for place in (folder, tmp_path / "out"):
+            assert load(place)[0].config.eos_token_ids == expected
+        written = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+        assert (tuple(written) if isinstance(written, list) else (written,)) == expected
+
+    @pytest.mark.parametrize("value", ["2", [2, "x"], [2.0], {}, True, 40000, [-1]])
+    def test_a_damaged_entry_is_refused(self, tmp_path, tiny_folder, value):
+        folder = shutil.copytree(tiny_folder, tmp_path / "source")
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(ConfigError, match="eos_token_id"):
+            load(folder)
 
 
 class TestIndex:

@@ -1,3 +1,5 @@
+import json
+
 import mlx.core as mx
 import pytest
 
@@ -192,7 +194,9 @@ def test_damaged_metadata_is_one_error(tiny_model, tmp_path, name, value):
         PromptCache.load(tiny_model, tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("damage", ["nan", "inf", "dtype", "heads", "width", "missing", "rows"])
+@pytest.mark.parametrize(
+    "damage", ["nan", "inf", "dtype", "another float", "heads", "width", "missing", "rows", "axis", "scalar", "empty"]
+)
 def test_arrays_that_the_model_would_not_have_written_are_refused(tiny_model, tmp_path, damage):
     cache = PromptCache(tiny_model)
     tiny_model(mx.array([[1, 2, 3]]), cache=cache.kv)
@@ -205,6 +209,10 @@ def test_arrays_that_the_model_would_not_have_written_are_refused(tiny_model, tm
         "nan": mx.where(mx.arange(array.shape[-1]) == 2, mx.nan, array),
         "inf": mx.where(mx.arange(array.shape[-1]) == 2, mx.inf, array),
         "dtype": array.astype(mx.int32),
+        "another float": array.astype(mx.float16),
+        "axis": array[0],
+        "scalar": array[0, 0, 0, 0],
+        "empty": array[..., :0],
         "heads": array[:, :1] if array.shape[1] > 1 else mx.concatenate([array, array], axis=1),
         "width": array[..., :-1],
         "rows": mx.concatenate([array, array]),
@@ -214,3 +222,27 @@ def test_arrays_that_the_model_would_not_have_written_are_refused(tiny_model, tm
     mx.save_safetensors(str(tmp_path / "other.safetensors"), arrays, about)
     with pytest.raises(CacheError, match="is damaged"):
         PromptCache.load(tiny_model, tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("change", ["overlap", "beyond the end", "twice", "metadata"])
+def test_a_header_that_lies_is_refused(tiny_model, tmp_path, change):
+    cache = PromptCache(tiny_model)
+    tiny_model(mx.array([[1, 2, 3]]), cache=cache.kv)
+    cache.hold([1, 2, 3])
+    cache.save(tmp_path / "cache")
+    raw = (tmp_path / "cache").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    one, other = header["layers.0.0"], header["layers.0.1"]
+    if change == "overlap":
+        one["data_offsets"] = other["data_offsets"]
+    if change == "beyond the end":
+        one["data_offsets"] = [offset + len(raw) for offset in one["data_offsets"]]
+    if change == "metadata":
+        header["__metadata__"]["tokens"] = [1, 2, 3]
+    text = json.dumps(header)
+    if change == "twice":
+        text = text[:-1] + f', "layers.0.0": {json.dumps(one)}' + "}"
+    (tmp_path / "cache").write_bytes(len(text).to_bytes(8, "little") + text.encode() + raw[8 + length :])
+    with pytest.raises(CacheError, match="is damaged or incomplete"):
+        PromptCache.load(tiny_model, tmp_path / "cache")

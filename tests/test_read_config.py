@@ -63,6 +63,48 @@ def test_what_could_change_the_result_is_refused_by_name(change, named):
         config_from_dict(values)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+        {"max_length": 20, "temperature": 0.7, "top_k": 50, "do_sample": True},
+        {"tokenizer_class": "LlamaTokenizer", "problem_type": None, "torchscript": False, "use_bfloat16": False},
+        {"unsloth_version": "2025.1", "unsloth_fixed": True, "_attn_implementation_autoset": True, "is_decoder": True},
+        {"pruned_heads": {}, "layer_types": None, "task_specific_params": None, "something_of_tomorrow": None},
+        {"hidden_size": 1280, "num_hidden_layers": 16, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        {"rope_scaling": {"rope_type": "default"}, "rope_theta": 10000},
+        {"pretraining_tp": 1, "is_encoder_decoder": False, "add_cross_attention": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_keys_of_other_libraries_that_cannot_change_the_result_do_not_matter(change):
+    assert config_from_dict({**PRESETS["270M"].to_dict(), **change}) == PRESETS["270M"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": 1281}, "hidden_size is 1281, but model_dim is 1280"),
+        ({"hidden_size": [1280]}, "hidden_size"),
+        ({"num_hidden_layers": 17}, "num_hidden_layers"),
+        ({"rope_theta": 500000.0}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"rope_scaling": {"type": ["default"]}}, "rope_scaling"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"layer_types": ["sliding_attention"] * 16}, "layer_types"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+    ],
+)
+def test_other_names_must_agree(change, said):
+    with pytest.raises(ConfigError, match=said):
+        config_from_dict({**PRESETS["270M"].to_dict(), **change})
+
+
 def test_harmless_keys_are_passed_over():
     values = {**PRESETS["270M"].to_dict(), "auto_map": {"AutoModel": "x"}, "initializer_range": 0.02, "use_cache": True}
     assert config_from_dict(values) == PRESETS["270M"]

@@ -10,7 +10,7 @@ import pytest
 
 import mlx_openelm
 from conftest import run
-from mlx_openelm.cli import all_commands
+from mlx_openelm.commands.app import all_commands
 from mlx_openelm.commands.recipe_options import tune_recipe
 from mlx_openelm.errors import ConfigError
 from mlx_openelm.training.pretrain import PretrainRecipe

@@ -24,6 +24,7 @@ def kept(config, logits=LOGITS):
         (SamplingConfig(top_k=3), [0, 2, 3]),
         (SamplingConfig(top_k=100), [0, 1, 2, 3]),
         (SamplingConfig(top_p=0.4), [0]),  # the first token alone is more than enough
+        (SamplingConfig(top_p=5e-324), [0]),
         (SamplingConfig(top_p=0.51), [0, 2]),
         (SamplingConfig(top_p=0.94), [0, 2, 3]),
         (SamplingConfig(min_p=0.25), [0, 2, 3]),

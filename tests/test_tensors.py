@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_openelm import tensors
 from mlx_openelm.errors import WeightsError
-from mlx_openelm.tensors import LazyTensor, read_safetensors, write_safetensors
+from mlx_openelm.tensors import LazyTensor, checked_cast, is_buffer, read_safetensors, write_safetensors
 
 
 def lazy(array):
@@ -93,6 +93,10 @@ def with_header(path, header, data=b"\0" * 24):
     return path
 
 
+def part(length, start):
+    return {"dtype": "F32", "shape": [length], "data_offsets": [start, start + 4 * length]}
+
+
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 
@@ -105,13 +109,162 @@ ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
         ({"a": {**ENTRY, "shape": [2, -3]}}, "malformed"),
         ({"a": {**ENTRY, "shape": [2, 4]}}, "bytes 0 to 24"),
         ({"a": {**ENTRY, "data_offsets": [8, 32]}}, "bytes 8 to 32"),
-        ({"a": {**ENTRY, "dtype": "I64"}}, "I64"),
+        ({"a": {**ENTRY, "dtype": "F8_E4M3"}}, "F8_E4M3"),
+        ({"a": {**ENTRY, "dtype": "I64"}}, "bytes 0 to 24"),
+        ({"a": {**ENTRY, "dtype": ["F32"]}}, "malformed"),
+        ({"a": {**ENTRY, "dtype": {}}}, "malformed"),
+        ({"a": {**ENTRY, "shape": [2.0, 3]}}, "malformed"),
+        ({"a": {**ENTRY, "shape": [True, 6]}}, "malformed"),
+        ({"a": {**ENTRY, "shape": "23"}}, "malformed"),
+        ({"a": {**ENTRY, "shape": [10**30, 3]}}, "bytes 0 to 24"),
+        ({"a": {**ENTRY, "data_offsets": [0, 10**30]}}, "bytes 0 to 10"),
+        ({"a": {**ENTRY, "data_offsets": [-24, 0]}}, "malformed"),
+        ({"a": {**ENTRY, "data_offsets": [24, 0]}}, "bytes 24 to 0"),
+        ({"a": {**ENTRY, "data_offsets": [0, 24, 0]}}, "malformed"),
+        ({"a": [1]}, "malformed"),
+        ({"a": None}, "malformed"),
+        (b'{"a": 1e999}', "malformed"),
+        (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 24]}}', "not JSON"),
+        (b'{"a": ' + b"[" * 100_000, "not JSON"),
+        (b'{"a": ' * 100_000, "not JSON"),
+        (b'{"\xff": 1}', "not JSON"),
+        ({"a": ENTRY, "b": ENTRY}, "a and b overlap"),
+        ({"b": part(2, 12), "a": part(4, 0)}, "a and b overlap"),
+        ({"a": part(2, 0), "b": part(2, 16)}, "no tensor covers the 8 bytes before b"),
+        ({"a": part(4, 8)}, "no tensor covers the 8 bytes before a"),
+        ({"a": part(4, 0)}, "end at"),
+        (json.dumps({"a": ENTRY})[:-1].encode() + b', "a": ' + json.dumps(ENTRY).encode() + b"}", "a twice"),
+        (b'{"a": {"dtype": "F32", "dtype": "F16", "shape": [6], "data_offsets": [0, 24]}}', "dtype twice"),
+        ({"x" * 100_000 + "\x1b[2J": {**ENTRY, "shape": []}}, "^.{1,400}$"),
         ({}, "24|ends? at"),
     ],
+    ids=range(34),
 )
 def test_headers_that_contradict_the_file_are_refused(tmp_path, header, said):
     with pytest.raises(WeightsError, match=said):
         read_safetensors(with_header(tmp_path / "x.safetensors", header))
+
+
+@pytest.mark.parametrize("stated", [0, 1, 1 << 20, 1 << 62, (1 << 64) - 1])
+def test_a_header_whose_length_is_wrong_is_refused(tmp_path, stated):
+    path = write(tmp_path / "x.safetensors")
+    path.write_bytes(stated.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(WeightsError, match=r"x\.safetensors"):
+        read_safetensors(path)
+
+
+def test_a_header_above_the_limit_is_not_parsed(tmp_path):
+    path = with_header(tmp_path / "x.safetensors", b'{"a": ' + b" " * tensors._LARGEST_HEADER_BYTES + b"0}")
+    with pytest.raises(WeightsError, match="more than 16,000,000"):
+        read_safetensors(path)
+
+
+def test_the_order_and_the_metadata_of_a_header_do_not_matter(tmp_path):
+    entries = {
+        "b": part(2, 12),
+        "none": part(0, 12),
+        "a": part(3, 0),
+        "c": part(1, 20),
+        "__metadata__": {"format": "pt"},
+    }
+    values = np.arange(6, dtype=np.float32)
+    found = read_safetensors(with_header(tmp_path / "x.safetensors", entries, values.tobytes()))
+    assert list(found) == ["b", "none", "a", "c"]
+    assert {name: tensor.read().tolist() for name, tensor in found.items()} == {
+        **{"a": [0, 1, 2], "b": [3, 4], "c": [5]},
+        "none": [],
+    }
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 3), (2, 3), (-1, 1), (1, 0), (3, 3), (0, 1 << 40)])
+def test_rows_beyond_the_end_are_never_another_tensors(tmp_path, start, stop):
+    found = read_safetensors(write(tmp_path / "x.safetensors", {"a": mx.zeros((2, 3)), "secret": mx.ones((40, 3))}))[
+        "a"
+    ]
+    for tensor in (found, found.map(lambda rows: rows), found.first_rows(2)):
+        with pytest.raises(WeightsError, match="with 2 rows"):
+            tensor.read_rows(start, stop)
+    with pytest.raises(WeightsError, match="with 1 rows"):
+        found.first_rows(1).read_rows(0, 2)
+    with pytest.raises(WeightsError, match="with 2 rows"):
+        found.first_rows(3).read()
+
+
+OTHERS = {
+    "float64": np.array([[1.5, -2.25], [1e-300, 3e38]]),
+    "int64": np.array([1, -2]),
+    "int32": np.array([1, -2], np.int32),
+    "uint16": np.array([1, 65535], np.uint16),
+    "int8": np.array([1, -2], np.int8),
+    "bool": np.array([True, False]),
+    "scalar": np.array(7, np.int64),
+}
+
+
+def test_every_type_is_read(tmp_path):
+    save_file(OTHERS, tmp_path / "x.safetensors")
+    found = read_safetensors(tmp_path / "x.safetensors")
+    for name, array in OTHERS.items():
+        expected = array.astype(np.float32) if name == "float64" else array
+        assert np.array_equal(np.array(found[name].read()), expected), name
+        assert found[name].read().dtype == found[name].dtype
+    assert found["float64"].dtype == mx.float32
+    assert mx.array_equal(found["float64"].read_rows(1, 2), found["float64"].read()[1:])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.array([1.0, np.nan]), "NaN or infinity"),
+        (np.array([1.0, -np.inf]), "NaN or infinity"),
+        (np.array([1.0, 1e39]), "beyond the range of float32"),
+        (np.array([1.0, np.inf], np.float32), "NaN or infinity"),
+        (np.array([1.0, np.nan], np.float16), "NaN or infinity"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_values_that_are_not_finite_are_refused_when_read(tmp_path, values, said):
+    save_file({"w": values}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=f"w .*{said}"):
+        read_safetensors(tmp_path / "x.safetensors")["w"].read()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "to"),
+    [
+        (65520.0, mx.float32, mx.float16),
+        (1e5, mx.bfloat16, mx.float16),
+        (3.4e38, mx.float32, mx.bfloat16),
+        (-3.4e38, mx.float32, mx.bfloat16),
+    ],
+)
+def test_a_cast_that_overflows_is_refused(value, dtype, to):
+    with pytest.raises(WeightsError, match=f"w has values beyond the range of {str(to).split('.')[-1]}"):
+        checked_cast("w", mx.array([0.0, value], dtype), to)
+    assert mx.all(mx.isfinite(checked_cast("w", mx.array([0.0, 0.6 * value], dtype), to))).item()
+
+
+def test_what_was_computed_is_checked_in_any_type():
+    with pytest.raises(WeightsError, match="beyond the range of float32"):
+        checked_cast("w", mx.array([1e38]) * 10, mx.float32, computed=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("transformer.position_ids", mx.int64, True),
+        ("transformer.layers.0.attn.bias", mx.bool_, True),
+        ("transformer.layers.0.attn.pos_embedding.inv_freq", mx.float32, True),
+        ("transformer.causal_mask", mx.float16, True),
+        ("transformer.freqs_cis", mx.complex64, True),
+        ("transformer.norm.weight", mx.int64, False),
+        ("transformer.norm.weight", mx.float32, False),
+        ("lm_head.scales", mx.uint8, False),
+        ("transformer.layers.0.attn.qkv_proj.bias", mx.float32, False),
+    ],
+)
+def test_what_a_buffer_is(name, dtype, expected):
+    assert is_buffer(name, dtype) == expected
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -54,6 +54,15 @@ def test_the_end_of_the_text_ends_it(model_that_says, tokenizer):
     assert all(chunk.finish_reason is None for chunk in chunks[:-1])
 
 
+def test_each_of_several_ids_ends_a_text(model_that_says, tokenizer):
+    model = model_that_says("there was a fox")
+    middle = tokenizer.encode("there was", bos=False)[-1]
+    model.config = model.config.with_eos(middle)
+    text, reason, chunks = run(model, tokenizer)
+    assert (reason, chunks[-1].token) == ("stop", middle)
+    assert " there was a fox".startswith(text)
+
+
 @pytest.mark.parametrize(
     ("stop", "expected"),
     [

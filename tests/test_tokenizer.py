@@ -150,20 +150,193 @@ def test_damaged_files_are_refused(tmp_path, name, content):
         Tokenizer(tmp_path / name)
 
 
-def test_byte_level_vocabularies_decode_too(tmp_path):
-    from tokenizers import Tokenizer as Library, decoders, models, pre_tokenizers, trainers
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory):
+    """A byte-level tokenizer.json with added tokens, as that of GPT-2: no BOS in front."""
+    from tokenizers import AddedToken, Tokenizer as Package, decoders, models, pre_tokenizers, trainers
 
-    library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    package = Package(models.BPE())
+    package.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    package.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    library.train_from_iterator(["once upon a time"], trainer)
-    library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    package.train_from_iterator(["once upon a time", "a fox met a wolf"] * 5, trainer)
+    package.add_tokens([AddedToken(name, special=False) for name in ("<tool call>", "naïve→x", "fox")])
+    folder = tmp_path_factory.mktemp("byte_level")
+    package.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}')
+    return folder / "tokenizer.json"
+
+
+def test_byte_level_vocabularies_decode_too(byte_level):
+    tokenizer = Tokenizer(byte_level)
     assert tokenizer.decode(tokenizer.encode("once upon a 日本 🎉")) == "once upon a 日本 🎉"
+
+
+def test_an_added_token_is_text_and_not_made_of_the_byte_alphabet(tmp_path, byte_level):
+    """The last one is a character of that alphabet, which the `tokenizers` package itself decodes to a byte."""
+    from tokenizers import AddedToken, Tokenizer as Package
+
+    package = Package.from_file(str(byte_level))
+    package.add_tokens([AddedToken("é", special=False)])
+    package.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_bytes(byte_level.with_name("tokenizer_config.json").read_bytes())
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    text = "a <tool call> b naïve→x fox é"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    decoder = tokenizer.stream_decoder()
+    assert "".join(decoder.push(token) for token in ids) + decoder.finish() == text
+
+
+def random_texts(seed, count):
+    chance = random.Random(seed)
+    pool = [
+        *range(32, 127),
+        *range(0xA0, 0x250),
+        0x301,
+        0x308,
+        0x4E00,
+        0x65E5,
+        0x1F600,
+        0x200D,
+        0x3000,
+        *[32] * 60,
+        10,
+        9,
+    ]
+    names = ["<s>", "</s>", "<unk>", "<|endoftext|>", "<tool call>", "naïve→x", "<0x41>", "▁", "     ", "<|user|>"]
+    for _ in range(count):
+        length = chance.randrange(24)
+        yield "".join(
+            chance.choice(names) if chance.random() < 0.05 else chr(chance.choice(pool)) for _ in range(length)
+        )
+
+
+def assert_others_agree(folder, ours, texts):
+    """`tokenizers` and stock mlx-lm (which asks `transformers`) give the same ids, also for names of control tokens."""
+    from mlx_lm.tokenizer_utils import load as load_stock
+    from tokenizers import Tokenizer as Package
+
+    (folder / "config.json").write_text('{"model_type": "openelm"}')
+    package, stock = Package.from_file(str(folder / "tokenizer.json")), load_stock(folder)
+    for text in texts:
+        marked = ours.encode(text, control_tokens=True)
+        assert marked == package.encode(text).ids == stock.encode(text), repr(text)
+        plain = ours.encode(text)
+        assert plain == stock.encode(text, split_special_tokens=True), repr(text)
+        assert ours.decode(plain) == stock.decode(plain, skip_special_tokens=True), repr(text)
+    assert set(stock.eos_token_ids) == {ours.eos_token_id}
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
+def test_other_programs_give_the_same_ids(tmp_path, tokenizer, byte_level, kind, count):
+    written = tokenizer if kind == "sentencepiece" else Tokenizer(byte_level)
+    write_tokenizer(written, tmp_path)
+    assert_others_agree(tmp_path, written, random_texts(count, count))
+    again = Tokenizer(tmp_path / "tokenizer.json")
+    assert all(again.encode(text) == written.encode(text) for text in random_texts(count + 1, count))
+
+
+def test_normalizers_that_blow_a_text_up_are_refused(tmp_path, byte_level):
+    values = json.loads(byte_level.read_text())
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
+    values["normalizer"] = {"type": "Sequence", "normalizers": [step] * 10}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(TokenizerError, match="1,000 times longer"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "<unk>"}},
+        {"model": {"type": "Unigram", "vocab": [["x", 0.0], ["</s>", 0.0]], "unk_id": None}},
+        {"added_tokens": [{"id": "0", "content": "</s>", "special": True}]},
+        {"added_tokens": [{"id": 1, "content": "</s>", "special": 1}]},
+        {"added_tokens": {}},
+        {"added_tokens": 5},
+        {"model": []},
+    ],
+)
+def test_a_file_that_cannot_encode_is_refused(tmp_path, byte_level, change):
+    values = {**json.loads(byte_level.read_text()), **change}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path / "tokenizer.json").encode("b")
+
+
+def test_no_text_is_cut_padded_or_split_by_chance(tmp_path, byte_level):
+    """A file keeps the state of the tokenizer that saved it; `transformers` does not use it either."""
+    values = json.loads(byte_level.read_text())
+    values["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    values["padding"] = {
+        "strategy": {"Fixed": 50},
+        **{
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<|endoftext|>",
+        },
+    }
+    values["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer_config.json").write_bytes(byte_level.with_name("tokenizer_config.json").read_bytes())
+    found, expected = Tokenizer(tmp_path / "tokenizer.json"), Tokenizer(byte_level)
+    (tmp_path / "out").mkdir()
+    write_tokenizer(found, tmp_path / "out")
+    for tokenizer in (found, Tokenizer(tmp_path / "out" / "tokenizer.json")):
+        for text in ("once upon a time a fox met a wolf", "a"):
+            assert tokenizer.encode(text) == expected.encode(text)
+
+
+def test_an_added_token_with_the_id_of_another_is_refused(tmp_path, byte_level):
+    """The package would give it an id of its own choice."""
+    values = json.loads(byte_level.read_text())
+    values["added_tokens"][-1]["id"] += 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(TokenizerError, match="says that 'fox' has the id"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_pattern_that_backtracks_without_end_is_an_error(tmp_path, byte_level):
+    """The package gives up and panics, which Python sees as a BaseException."""
+    values = json.loads(byte_level.read_text())
+    values["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(TokenizerError, match="cannot encode this text"):
+        tokenizer.encode("a" * 5000 + "b")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_names_with_a_lone_surrogate_are_refused(tmp_path, byte_level, tokenizer, name):
+    source = byte_level if name.endswith("json") else tokenizer.path
+    (tmp_path / name).write_bytes(source.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: eos_token contains a lone surrogate"):
+        Tokenizer(tmp_path / name)
+
+
+def test_a_folder_s_name_need_not_be_utf8(tmp_path, tokenizer):
+    import os
+
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    path = os.path.join(os.fsdecode(folder), "tokenizer.model")
+    with open(path, "wb") as file:
+        file.write(tokenizer.path.read_bytes())
+    assert Tokenizer(path).encode("a fox") == tokenizer.encode("a fox")
 
 
 def test_a_prompt_gets_the_chat_template_if_there_is_one(tokenizer, chat_tokenizer):

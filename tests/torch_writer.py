@@ -12,6 +12,10 @@ STORAGES = {
     "bfloat16": "BFloat16Storage",
     "float64": "DoubleStorage",
     "int64": "LongStorage",
+    "int32": "IntStorage",
+    "uint8": "ByteStorage",
+    "bool": "BoolStorage",
+    "complex64": "ComplexFloatStorage",
 }
 
 

@@ -15,6 +15,7 @@ from ..config import OpenELMConfig
 from ..generation.engine import PREFILL_CHUNK, DecodeBatch, as_prompt
 from ..generation.sampling import SamplingConfig
 from ..loading import assemble
+from ..machine.compiler import use_private_folder
 from ..machine.device import pays_to_compile
 from ..model.openelm import OpenELM, parameter_shapes
 from ..quantization import Quantization
@@ -76,6 +77,8 @@ class Peer:
 
     def __init__(self, network: OpenELM):
         from mlx_lm.models.openelm import Model, ModelArgs
+
+        use_private_folder()  # mlx-lm compiles functions too
 
         self._model = Model(ModelArgs.from_dict(network.config.to_dict()))
         packed = {

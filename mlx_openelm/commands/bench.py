@@ -15,8 +15,10 @@ import typer
 
 from ..errors import BenchError
 from ..files.output import output_file
+from .interrupts import INTERRUPTED
 from .options import Adapter, Force, Json, Revision, examples
-from .terminal import INTERRUPTED, print_json, say
+from .streams import clean, console, is_terminal
+from .terminal import print_json, say, write
 
 if TYPE_CHECKING:
     from ..benchmark.measure import Result
@@ -128,9 +130,9 @@ def bench(
         if as_json:
             print_json(report.to_dict())
         elif as_csv:
-            typer.echo(report.to_csv(), nl=False)
+            write(report.to_csv(), end="")
         elif as_markdown:
-            typer.echo(report.to_markdown(), nl=False)
+            write(report.to_markdown(), end="")
         else:
             _print_table(report)
         if figures is not None:
@@ -208,17 +210,16 @@ def _kind(name: str) -> CacheConfig:
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Shows the current measurement when stderr is a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda text: None
         return
-    from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status("measuring memory bandwidth") as status:
-        yield status.update
+    with console(stderr=True).status("measuring memory bandwidth") as status:
+        yield lambda text: status.update(Text(clean(text)))
 
 
 def _print_table(report: BenchReport) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..benchmark.report import HEADINGS
@@ -230,12 +231,12 @@ def _print_table(report: BenchReport) -> None:
         f"{machine['chip']}, {machine['device']}, {report.bandwidth / 1e9:,.1f} GB/s, MLX {machine['versions']['mlx']}"
     )
     what = ", ".join(f"{HEADINGS[column]} {value}" for column, value in shared.items())
-    table = Table(title=f"{where}\n{what}", title_justify="left")
+    table = Table(title=clean(f"{where}\n{what}"), title_justify="left")
     compared = any(len(result.figures) > 1 for result in report.results)
     hidden = {*shared, *([] if compared else [HEADINGS.index("")])}
     shown = [c for c in range(len(HEADINGS)) if c not in hidden and any(row[c] for row in rows)]
     for column in shown:
         table.add_column(HEADINGS[column], justify="left" if column in (0, 1, 5, 6) else "right", no_wrap=column == 8)
     for row in rows:
-        table.add_row(*(row[column] for column in shown))
-    Console().print(table)
+        table.add_row(*(clean(row[column]) for column in shown))
+    console().print(table)

@@ -1,8 +1,8 @@
 """`openelm-mlx chat`."""
 
+import re
 import signal
 import sys
-from contextlib import suppress
 from typing import Any
 
 import typer
@@ -15,6 +15,7 @@ from ..generation.sampling import SamplingConfig
 from ..hub import BUILT_IN_MODEL
 from ..loading import dtype_named, load
 from .generate import open_prompt_cache, print_stats
+from .interrupts import INTERRUPTED
 from .options import (
     Adapter,
     Dtype,
@@ -38,7 +39,8 @@ from .options import (
     TopP,
     examples,
 )
-from .terminal import say
+from .streams import is_terminal, read_stdin, styled
+from .terminal import fail, say, write, write_error
 
 EXAMPLES = examples('openelm-mlx chat -m OpenELM-1_1B-Instruct --system "Answer in one sentence."')
 MAX_TOKENS = 1024
@@ -83,17 +85,19 @@ def chat(
 
 
 def _talk(conversation: Chat) -> None:
-    interactive = sys.stdin.isatty()
+    interactive = is_terminal(sys.stdin)
+    prompt = _prompt() if interactive else ""
     if interactive:
-        with suppress(ImportError):
-            import readline  # noqa: F401, gives input() its line editing
         say("Type a message; /reset clears the conversation, /quit exits.")
     while True:
         try:
-            line = _read_line(interactive).strip()
-        except (EOFError, KeyboardInterrupt):
-            typer.echo()
+            line = _read_line(prompt).strip()
+        except EOFError:
+            write("")
             return
+        except KeyboardInterrupt:
+            write("")
+            fail("interrupted", INTERRUPTED)
         except UnicodeError:
             say("error: line skipped: not valid UTF-8")
             continue
@@ -101,35 +105,62 @@ def _talk(conversation: Chat) -> None:
             return
         if line == "/reset":
             conversation.reset()
-            continue
-        if not line:
-            continue
-        stats = None
-        try:
-            for chunk in conversation.reply(line):
-                typer.echo(chunk.text, nl=False)
-                stats = chunk.stats
-        except KeyboardInterrupt:
-            pass
-        except OpenELMError as error:
-            say(f"error: {error}")
-            continue
-        typer.echo()
+        elif line:
+            _answer(conversation, line)
+
+
+def _answer(conversation: Chat, line: str) -> None:
+    """Print the answer to a message; what makes it fail is reported and ends only this turn."""
+    stats, failure = None, ""
+    try:
+        for chunk in conversation.reply(line):
+            write(chunk.text, end="")
+            stats = chunk.stats
+    except KeyboardInterrupt:
+        pass
+    except (OpenELMError, RuntimeError) as error:  # the backend's errors, such as of allocation, are RuntimeErrors
+        failure = str(error)
+    except MemoryError:
+        failure = "not enough memory for this turn"
+    if stats is not None or not failure:
+        write("")
+    if failure:
+        say(f"error: {failure}")
+    else:
         print_stats(stats)
 
 
-def _read_line(interactive: bool) -> str:
-    """Read one message. Invalid UTF-8 is an error whatever the locale.
+def _prompt() -> str:
+    """The prompt of a terminal, with line editing where Python has it.
+
+    GNU readline has to be told which characters take no space, or it misplaces long lines; libedit would print the
+    marks, so its prompt is plain.
+    """
+    bold = styled("> ", "bold", stream=sys.stdout)
+    try:
+        import readline
+    except ImportError:
+        return bold
+    if "libedit" in (readline.__doc__ or "") or getattr(readline, "backend", "readline") == "editline":
+        return "> "
+    return re.sub("(\x1b[^m]*m)", "\x01\\1\x02", bold)
+
+
+def _read_line(prompt: str) -> str:
+    """Read one message: from a terminal if there is a prompt. Invalid UTF-8 is an error whatever the locale.
 
     Raises:
         EOFError: at the end of the input.
+        PromptError: if stdin cannot be read.
         UnicodeError: if the line is not valid UTF-8.
     """
-    if interactive:
-        line = input(typer.style("> ", bold=True))
+    if prompt and is_terminal(sys.stdout):
+        line = input(prompt)
         line.encode()
         return line
-    raw = sys.stdin.buffer.readline()
+    if prompt:  # stdout goes elsewhere and gets the answers alone
+        write_error("> ", end="")
+    raw = read_stdin(whole=False)
     if not raw:
         raise EOFError
     return raw.decode()

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Revision, TokenizerOption, examples
-from .terminal import INTERRUPTED, byte_bar, fail, mib, print_json, say
+from .interrupts import INTERRUPTED
+from .options import ChatTemplate, Json, Revision, TokenizerOption, examples
+from .terminal import byte_bar, fail, mib, print_json, say, write
 
 EXAMPLES = examples(
     "openelm-mlx convert apple/OpenELM-1_1B-Instruct --quantize 4",
@@ -65,6 +66,7 @@ def convert(
         ),
     ] = None,
     tokenizer: TokenizerOption = None,
+    chat_template: ChatTemplate = None,
     keep_padding: Annotated[
         bool, typer.Option("--keep-padding", help="Keep the padding rows of CoreNet's vocabulary.")
     ] = False,
@@ -94,6 +96,7 @@ def convert(
             "--dtype": dtype != "auto",
             "--config": config,
             "--tokenizer": tokenizer,
+            "--chat-template": chat_template,
             "--keep-padding": keep_padding,
             "--revision": revision,
             "--alpha": alpha,
@@ -122,6 +125,7 @@ def convert(
                 dtype=dtype,
                 config=config,
                 tokenizer=tokenizer,
+                chat_template=chat_template,
                 keep_padding=keep_padding,
                 force=force,
                 revision=revision,
@@ -138,16 +142,16 @@ def convert(
         return
     quantization = result.quantization
     kind = f"{quantization.bits}-bit {quantization.mode}" if quantization else result.dtype
-    typer.echo(
+    write(
         f"{result.folder}: {result.num_parameters:,} parameters in {kind}, "
         f"{result.bits_per_weight:.2f} bits per weight, "
         f"{mib(result.output_bytes)} (source: {mib(result.source_bytes)})"
     )
     if result.not_quantized:
-        typer.echo(f"not quantized (width is not a multiple of the group size): {', '.join(result.not_quantized)}")
-    typer.echo(f"tokenizer: {result.tokenizer or 'none'}")
+        write(f"not quantized (width is not a multiple of the group size): {', '.join(result.not_quantized)}")
+    write(f"tokenizer: {result.tokenizer or 'none'}")
     if result.adapter:
-        typer.echo(f"adapter: {result.adapter}")
+        write(f"adapter: {result.adapter}")
 
 
 def _convert_adapter(
@@ -165,4 +169,4 @@ def _convert_adapter(
     if as_json:
         print_json({**asdict(result), "folder": str(result.folder)})
         return
-    typer.echo(f"{result.folder}: {result.method} on {result.num_matrices} matrices, {result.form} format")
+    write(f"{result.folder}: {result.method} on {result.num_matrices} matrices, {result.form} format")

@@ -19,7 +19,8 @@ from ..model.design import (
     parse_multipliers as multipliers,
 )
 from .options import Force, Json, examples
-from .terminal import print_json, say
+from .streams import console
+from .terminal import print_json, say, write
 
 HEAD_DIM = 64  # with --layers
 EXAMPLES = examples(
@@ -101,7 +102,6 @@ def design_command(
 
 def _show(found: Design, uniform: bool) -> None:
     """Print the chosen model layer by layer with totals, then one line for the uniform model's identical layers."""
-    from rich.console import Console
     from rich.table import Table
 
     config = found.uniform if uniform else found.layerwise
@@ -127,12 +127,12 @@ def _show(found: Design, uniform: bool) -> None:
         table.add_section()
         add("uniform", [values[0] for values in columns(found.uniform)])
         add_totals("total", found.uniform)
-    Console().print(table)
+    console().print(table)
     shared = f"{config.num_gqa_groups} query heads per key/value head"
-    typer.echo("KV bytes: 16-bit keys and values of one token. All layers of the uniform model are identical.")
-    typer.echo(f"layers       {config.num_transformer_layers}")
-    typer.echo(f"width        {config.model_dim:,}, head width {config.head_dim}, {shared}")
-    typer.echo(f"vocabulary   {config.vocab_size:,}, tied to the output")
-    typer.echo(f"parameters   {config.num_parameters:,}, including the embedding")
+    write("KV bytes: 16-bit keys and values of one token. All layers of the uniform model are identical.")
+    write(f"layers       {config.num_transformer_layers}")
+    write(f"width        {config.model_dim:,}, head width {config.head_dim}, {shared}")
+    write(f"vocabulary   {config.vocab_size:,}, tied to the output")
+    write(f"parameters   {config.num_parameters:,}, including the embedding")
     if not uniform:
-        typer.echo(f"uniform      {found.uniform.num_parameters:,}, including the embedding")
+        write(f"uniform      {found.uniform.num_parameters:,}, including the embedding")

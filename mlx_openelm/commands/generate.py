@@ -24,6 +24,7 @@ from ..hub import BUILT_IN_MODEL
 from ..loading import dtype_named, load, load_source
 from ..model.openelm import OpenELM
 from ..tokenizer.tokenizer import Tokenizer
+from .interrupts import INTERRUPTED, uninterrupted
 from .options import (
     Adapter,
     Dtype,
@@ -48,7 +49,8 @@ from .options import (
     TopP,
     examples,
 )
-from .terminal import INTERRUPTED, mib, print_json, say
+from .streams import console, is_terminal, read_stdin, styled
+from .terminal import fail, mib, print_json, say, write, write_error, write_styled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -156,13 +158,13 @@ def generate(
             cache=cache,
             drafter=_drafter(draft_model, num_draft_tokens, prompt_lookup, dtype, tokens),
         )
-        if sys.stdout.isatty() and not as_json and not chat:
-            typer.secho(text, dim=True, nl=False)
+        if is_terminal(sys.stdout) and not as_json and not chat:
+            write_styled(text, "dim")
         try:
             for chunk in chunks:
                 result.add(chunk)
                 if not as_json:
-                    typer.echo(chunk.text, nl=False)
+                    write(chunk.text, end="")
         except KeyboardInterrupt:
             interrupted = True
             result.finish_reason = "interrupted"
@@ -170,10 +172,10 @@ def generate(
         if as_json:
             print_json(result.to_dict())
         else:
-            typer.echo()
+            write("")
             print_stats(result.stats)
     if interrupted:
-        raise typer.Exit(INTERRUPTED)
+        fail("interrupted", INTERRUPTED)
 
 
 @contextmanager
@@ -187,25 +189,28 @@ def open_prompt_cache(network: OpenELM, output: OutputFile | None, config: Cache
         yield cache
     finally:
         if cache.tokens:
-            write_prompt_cache(cache, output)
+            with uninterrupted():
+                write_prompt_cache(cache, output)
 
 
 def print_stats(stats: Stats | None) -> None:
     """Print statistics of a generation when stderr is a terminal."""
-    if stats is None or not sys.stderr.isatty():
+    if stats is None or not is_terminal(sys.stderr):
         return
     reused = f" ({stats.reused_tokens} cached)" if stats.reused_tokens else ""
     drafted = (
         f" ({stats.acceptance:.0%} of {stats.drafted_tokens} draft tokens accepted)" if stats.drafted_tokens else ""
     )
     seed = f"; seed {stats.seed}" if stats.seed is not None else ""
-    typer.secho(
-        f"{stats.prompt_tokens} prompt tokens{reused}, {stats.generated_tokens} generated; "
-        f"prefill {stats.prefill_tokens_per_second:,.1f} tokens/s, "
-        f"decoding {stats.decode_tokens_per_second:,.1f} tokens/s{drafted}; "
-        f"peak memory {mib(stats.peak_memory_bytes)}{seed}",
-        dim=True,
-        err=True,
+    write_error(
+        styled(
+            f"{stats.prompt_tokens} prompt tokens{reused}, {stats.generated_tokens} generated; "
+            f"prefill {stats.prefill_tokens_per_second:,.1f} tokens/s, "
+            f"decoding {stats.decode_tokens_per_second:,.1f} tokens/s{drafted}; "
+            f"peak memory {mib(stats.peak_memory_bytes)}{seed}",
+            "dim",
+            stream=sys.stderr,
+        )
     )
 
 
@@ -267,7 +272,7 @@ def _answer_file(
     ids = [prompt.tokens for prompt in prompts]
     check_batch(network, ids, batch_size=batch_size, max_tokens=options["max_tokens"], cache=options["cache"])
     if output is None:
-        answers = Answers(prompts, typer.echo)
+        answers = Answers(prompts, write)
     else:
         described = {"sampling": asdict(options["sampling"]), "cache": asdict(options["cache"])}
         settings = {**about, **options, **described, "model": model_fingerprint(network)}
@@ -293,18 +298,17 @@ def _answer_file(
 @contextmanager
 def _answer_bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr; call the result with the number of tokens of each finished answer."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda num_tokens: None
         return
     import time
 
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     started = time.perf_counter()
     tokens = 0
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total, completed=done)
 
         def moved(num_tokens: int) -> None:
@@ -318,6 +322,6 @@ def _answer_bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
 
 def _read_stdin() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return read_stdin().decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(f"stdin is not valid UTF-8 at byte {error.start:,}") from error

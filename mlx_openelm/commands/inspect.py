@@ -7,7 +7,8 @@ import typer
 
 from ..hub import BUILT_IN_MODEL
 from .options import Adapter, Json, Revision, examples
-from .terminal import mib, print_json
+from .streams import clean, console
+from .terminal import mib, print_json, write
 
 EXAMPLES = examples("openelm-mlx info OpenELM-1_1B", "openelm-mlx info corenet.pt --config 270M --json")
 
@@ -32,10 +33,9 @@ def info(
     if as_json:
         print_json({**found.to_dict(), **({"adapter": asdict(on_top)} if on_top else {})})
         return
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=found.name, show_footer=True, title_justify="left")
+    table = Table(title=clean(found.name), show_footer=True, title_justify="left")
     totals = {
         "layer": "total",
         "query heads": str(sum(layer.query_heads for layer in found.layers)),
@@ -57,20 +57,20 @@ def info(
             f"{layer.nbytes / 2**20:,.2f}",
             f"{layer.kv_bytes_per_token:,}",
         )
-    Console().print(table)
+    console().print(table)
     tied = "tied to the output" if found.tied_embeddings else "separate output matrix"
     gated = "gated" if found.gated_ffn else "plain"
-    typer.echo(f"parameters   {found.parameters:,}, including the embedding ({tied})")
-    typer.echo(f"width        {found.model_dim:,}, head width {found.head_dim}, {gated} FFN")
-    typer.echo(f"vocabulary   {found.vocab_size:,}")
-    typer.echo(f"context      {found.max_context_length:,} tokens; KV cache at that length (16-bit model):")
+    write(f"parameters   {found.parameters:,}, including the embedding ({tied})")
+    write(f"width        {found.model_dim:,}, head width {found.head_dim}, {gated} FFN")
+    write(f"vocabulary   {found.vocab_size:,}")
+    write(f"context      {found.max_context_length:,} tokens; KV cache at that length (16-bit model):")
     for kind, nbytes in found.kv_cache_bytes.items():
-        typer.echo(f"             {mib(nbytes):>11} {kind}")
-    typer.echo(f"on disk      {mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight")
-    typer.echo(f"tensors      {', '.join(f'{count} {kind}' for kind, count in found.weights.items())}")
+        write(f"             {mib(nbytes):>11} {kind}")
+    write(f"on disk      {mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight")
+    write(f"tensors      {', '.join(f'{count} {kind}' for kind, count in found.weights.items())}")
     if on_top is not None:
-        typer.echo(f"adapter      {on_top.method} on {', '.join(f'{n} {name}' for name, n in on_top.matrices.items())}")
-        typer.echo(f"             {on_top.parameters:,} parameters, rank {on_top.rank}, scale {on_top.scale:g}")
+        write(f"adapter      {on_top.method} on {', '.join(f'{n} {name}' for name, n in on_top.matrices.items())}")
+        write(f"             {on_top.parameters:,} parameters, rank {on_top.rank}, scale {on_top.scale:g}")
 
 
 def doctor(as_json: Json = False) -> None:
@@ -82,17 +82,19 @@ def doctor(as_json: Json = False) -> None:
         print_json(report.to_dict())
         return
     wired = "system default" if report.wired_limit_bytes in (None, 0) else mib(report.wired_limit_bytes)
+    limit = f", up to {mib(report.memory_limit_bytes)} for a model" if report.memory_limit_bytes is not None else ""
+    gflops = report.float32_matmul_gflops
     lines = {
         **report.versions,
         "python": report.python,
         "system": report.system,
         "device": report.device,
-        "memory": f"{mib(report.memory_bytes)}, up to {mib(report.memory_limit_bytes)} for a model",
+        "memory": f"{mib(report.memory_bytes)}{limit}",
         "wired limit": wired if report.device.endswith("(Metal)") else "Metal only",
-        "float32 matmul": f"{report.float32_matmul_gflops:,.1f} GFLOP/s",
+        "float32 matmul": "not measured" if gflops is None else f"{gflops:,.1f} GFLOP/s",
         "BLAS": report.blas or "system default",
     }
     for name, value in lines.items():
-        typer.echo(f"{name:<16} {value}")
+        write(f"{name:<16} {value}")
     for advice in report.advice:
-        typer.echo(f"\n* {advice}")
+        write(f"\n* {advice}")

@@ -4,12 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Option
 
 from ..hub import BUILT_IN_MODEL
 from .options import Json, Model, Revision, TokenizerOption, examples
-from .terminal import byte_bar, mib, print_json, say
+from .terminal import byte_bar, mib, print_json, say, write
 
 EXAMPLES = examples(
     "openelm-mlx merge -m OpenELM-270M --adapter arc --output OpenELM-270M-arc",
@@ -68,16 +67,16 @@ def merge(
     if as_json:
         print_json({**asdict(result), "folder": str(result.folder)})
         return
-    typer.echo(f"{result.folder}: {result.num_merged} matrices merged, {mib(result.output_bytes)}")
+    write(f"{result.folder}: {result.num_merged} matrices merged, {mib(result.output_bytes)}")
     if result.unties:
-        typer.echo("the output matrix is no longer tied to the embedding: the adapter changes only the input side")
+        write("the output matrix is no longer tied to the embedding: the adapter changes only the input side")
     if result.dequantized:
-        typer.echo(
+        write(
             "the result is not quantized, because quantization can erase small changes; "
             "use --quantize to quantize it anyway and report the cost"
         )
     if result.divergence is not None:
-        typer.echo(
+        write(
             f"quantizing the result costs {result.divergence:.4f} nats per token (KL divergence from the model with "
             f"its adapter, on text it generates); the adapter itself changes it by {result.adapter_divergence:.4f}"
         )

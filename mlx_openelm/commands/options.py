@@ -46,6 +46,10 @@ TokenizerOption = Annotated[
         metavar="FILE_OR_REPO",
     ),
 ]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(help="Chat template: openelm (CoreNet's), or a file; default: the source's.", metavar="NAME_OR_FILE"),
+]
 Adapter = Annotated[
     str | None,
     typer.Option("--adapter", "-a", help="Adapter folder (tune, mlx-lm or PEFT) or CoreNet .pt file.", metavar="A"),

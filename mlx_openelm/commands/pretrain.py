@@ -15,6 +15,7 @@ from .options import Force, examples
 from .processes import join_processes
 from .progress import TrainingView, resumable
 from .recipe_options import recipe_options
+from .terminal import write
 
 EXAMPLES = examples(
     'openelm-mlx pretrain --config recipe.yaml --data "stories/*.txt" --output runs/stories',
@@ -38,7 +39,7 @@ def plot(
     output = output or (run if is_folder(run) else run.parent) / "metrics.png"
     with output_file(output, overwrite=force) as picture:
         plot_run(run, picture)
-    typer.echo(output)
+    write(str(output))
 
 
 @recipe_options(PretrainRecipe)

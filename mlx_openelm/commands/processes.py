@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .streams import clean
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -45,7 +47,7 @@ def _watched(patience_seconds: float) -> Iterator[None]:
         f"openelm-mlx: process {os.environ.get('MLX_RANK', '?')} has been waiting {patience_seconds:g} seconds "
         f"for the other processes; expected at {', '.join(hosts)}"
     )
-    words = [sys.executable, "-c", _WATCH, str(os.getpid()), str(patience_seconds), message]
+    words = [sys.executable, "-c", _WATCH, str(os.getpid()), str(patience_seconds), clean(message)]
     with subprocess.Popen(words, stdin=subprocess.DEVNULL) as watch:
         try:
             yield

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ..files.names import resolved
 from ..training.checkpoints import checkpoint_folders
 from ..training.run import TrainingCallback
-from .terminal import INTERRUPTED, byte_bar, fail, mib, say
+from .interrupts import INTERRUPTED
+from .streams import clean, console, is_terminal
+from .terminal import byte_bar, fail, mib, say
 
 if TYPE_CHECKING:
     from ..training.loop import Metrics
@@ -41,13 +43,12 @@ class TrainingView(TrainingCallback):
         """Start the bar of training steps."""
         self._open.close()
         self._bar, self._steps = None, num_steps
-        if not sys.stderr.isatty():
+        if not is_terminal(sys.stderr):
             return
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = self._open.enter_context(Progress(*columns, console=Console(stderr=True)))
+        self._bar = self._open.enter_context(Progress(*columns, console=console(stderr=True)))
         self._task = self._bar.add_task("", total=num_steps)
 
     def on_step(self, metrics: Metrics) -> None:
@@ -64,9 +65,9 @@ class TrainingView(TrainingCallback):
             return
         self.on_step(metrics)
         line = f"step {metrics.step:,}: {_text(metrics, self.unit)}"
-        self._bar.console.print(line, markup=False, highlight=False)
+        self._bar.console.print(line)
         if metrics.sample:
-            self._bar.console.print(metrics.sample, style="dim", markup=False)
+            self._bar.console.print(clean(metrics.sample), style="dim")
 
     def on_message(self, message: str) -> None:
         """Print a message."""

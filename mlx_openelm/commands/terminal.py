@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import typer
-
-INTERRUPTED = 130  # the exit status after Ctrl-C
+from .streams import clean, console, is_terminal, lose, styled
 
 _as_flags: Callable[[str], str] = str  # rewrites library messages to name flags instead of parameters
 
@@ -27,12 +25,33 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def say(message: str) -> None:
     """Print one line on stderr."""
-    typer.echo(f"openelm-mlx: {' '.join(_as_flags(message).split())}", err=True)
+    write_error(clean(f"openelm-mlx: {' '.join(_as_flags(message).split())}"))
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Print text on stdout at once: cleaned on a terminal, as it is elsewhere."""
+    sys.stdout.write((clean(text) if is_terminal(sys.stdout) else text) + end)
+    sys.stdout.flush()
+
+
+def write_styled(text: str, *styles: str) -> None:
+    """Print text on stdout in a style, without a new line."""
+    sys.stdout.write(styled(text, *styles, stream=sys.stdout))
+    sys.stdout.flush()
+
+
+def write_error(text: str, end: str = "\n") -> None:
+    """Print lines on stderr that are clean already; where they cannot be written, they are lost."""
+    try:
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        lose(2)
 
 
 def print_json(values: Any) -> None:
     """Print values on stdout as JSON."""
-    typer.echo(json.dumps(values, indent=2, ensure_ascii=False, default=str))
+    write(json.dumps(values, indent=2, ensure_ascii=False, default=str))
 
 
 def mib(nbytes: float) -> str:
@@ -43,13 +62,12 @@ def mib(nbytes: float) -> str:
 @contextmanager
 def byte_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr in bytes, updated by calling (done, total); no bar when stderr is not a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda done, total: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

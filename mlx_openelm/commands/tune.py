@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Option
 
 from ..training.tune_recipe import TuneRecipe
@@ -15,7 +14,8 @@ from .options import Json, examples
 from .processes import join_processes
 from .progress import TrainingView, resumable
 from .recipe_options import recipe_options, tune_recipe
-from .terminal import mib, print_json, say
+from .streams import clean, has_styles, styled
+from .terminal import mib, print_json, say, write, write_error
 
 if TYPE_CHECKING:
     from ..data.dataset import Example, ExampleSet
@@ -113,7 +113,7 @@ def _describe(tuning: Tuning, num_processes: int) -> None:
     held_out = f"{counts['validation_examples']:,} for validation"
     say(f"{_described(tuning.train)}, {held_out}; first example, with the trained tokens marked:")
     for side in tuning.train.examples[0].sequences:
-        typer.echo(_marked(side, tuning.tokenizer), err=True)
+        write_error(_marked(side, tuning.tokenizer))
     total = tuning.model.config.num_parameters
     kind = f"{recipe.method}, rank {recipe.rank}, scale {recipe.adapter.scale:g}" if recipe.adapter else "full"
     of_all = f"of {total:,} parameters" if recipe.method == "full" else f"parameters; the model has {total:,}"
@@ -139,11 +139,11 @@ def _described(found: ExampleSet) -> str:
 def _marked(example: Example, tokenizer: Tokenizer) -> str:
     from ..data.dataset import marked
 
-    if sys.stderr.isatty():
-        styles: dict[bool, dict[str, Any]] = {True: {"fg": "green", "bold": True}, False: {"dim": True}}
-        stretches = [typer.style(text, **styles[answer]) for text, answer in marked(example, tokenizer)]
+    if has_styles(sys.stderr):
+        styles = {True: ("green", "bold"), False: ("dim",)}
+        stretches = [styled(text, *styles[answer], stream=sys.stderr) for text, answer in marked(example, tokenizer)]
     else:
-        stretches = [f"[[{text}]]" if answer else text for text, answer in marked(example, tokenizer)]
+        stretches = [clean(f"[[{text}]]" if answer else text) for text, answer in marked(example, tokenizer)]
     return "".join(stretches)
 
 
@@ -162,14 +162,14 @@ def _report(result: TrainingResult, tuning: Tuning, as_json: bool) -> None:
         )
         return
     if result.stopped_early and result.metrics is not None:
-        typer.echo(f"stopped after step {result.metrics.step:,}: the validation loss stopped improving")
+        write(f"stopped after step {result.metrics.step:,}: the validation loss stopped improving")
     if result.metrics is None:
-        typer.echo(f"{output}: nothing left to train")
+        write(f"{output}: nothing left to train")
     if loss is not None:
         compared = f", {before:.4f} before tuning" if before is not None else ""
-        typer.echo(f"{output}: adapter from step {result.step:,} with the best validation loss: {loss:.4f}{compared}")
+        write(f"{output}: adapter from step {result.step:,} with the best validation loss: {loss:.4f}{compared}")
         if before is not None and loss >= before:
             say("warning: the validation loss did not improve; try a lower --learning-rate")
     else:
-        typer.echo(f"{output}: adapter from step {result.step:,}")
-    typer.echo(f"try it: openelm-mlx generate -m {tuning.recipe.model} --adapter {output} --prompt ...")
+        write(f"{output}: adapter from step {result.step:,}")
+    write(f"try it: openelm-mlx generate -m {tuning.recipe.model} --adapter {output} --prompt ...")

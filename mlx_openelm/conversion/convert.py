@@ -16,7 +16,8 @@ from ..model.adapters import about_base, check_adapter, write_adapter
 from ..model.openelm import parameter_shapes
 from ..quantization import PackedTensor, Quantization, pack
 from ..tensors import LazyTensor, checked_cast
-from ..tokenizer.files import write_tokenizer
+from ..tokenizer.chat_template import OPENELM
+from ..tokenizer.files import JSON_FILE, tokenizer_files
 from .open import TORCH_SUFFIXES, open_model
 from .source import Source, Tensor
 from .write.folder import write_model
@@ -61,6 +62,7 @@ def convert(
     dtype: str = "auto",
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    chat_template: str | Path | None = None,
     keep_padding: bool = False,
     force: bool = False,
     revision: str | None = None,
@@ -83,6 +85,7 @@ def convert(
         dtype: `auto` (keeps a 16-bit type, converts float32 to bfloat16), `float16`, `bfloat16` or `float32`.
         config: a preset (`270M`, `450M`, `1.1B`, `3B`), a CoreNet YAML file or a `config.json`.
         tokenizer: file, folder or hub id; `"none"` writes the model without a tokenizer.
+        chat_template: `openelm`, or a file with a Jinja template, in place of the source's own template.
         keep_padding: keep the padding rows of CoreNet's vocabulary.
         force: replace a model folder at `output`.
         revision: branch, tag or commit on the hub.
@@ -105,8 +108,10 @@ def convert(
             alpha=alpha,
             keep_padding=keep_padding,
             take_adapter=True,
+            chat_template=chat_template,
         )
-        place.protect(*sources, config, found.folder, text.path if text else None)
+        template_file = None if chat_template == OPENELM else chat_template
+        place.protect(*sources, config, template_file, found.folder, text.path if text else None)
         if adapter is not None:
             adapter = replace(adapter, base=about_base(folder.name, found.config))
             check_adapter(adapter, parameter_shapes(found.config))
@@ -116,17 +121,32 @@ def convert(
             name: _converted(name, found.tensors[name], target_dtype, wanted, dequantize)
             for name in parameter_shapes(found.config)  # the same order, and so the same file, from every source
         }
+        files = tokenizer_files(text) if text is not None else {}
         result = _summary(folder, found, tensors, target_dtype, tokenizer_origin)
+        if files and JSON_FILE not in files:
+            warning = f"{JSON_FILE} is not written, because it would give other ids: some programs need it"
+            result = replace(result, warnings=(*result.warnings, warning))
         if adapter is not None:
             result = replace(result, adapter=folder / ADAPTER_FOLDER)
         command = _command(
-            sources, quantize, group_size, mode, dequantize, dtype, config, tokenizer, keep_padding, revision, alpha
+            sources,
+            quantize,
+            group_size,
+            mode,
+            dequantize,
+            dtype,
+            config,
+            tokenizer,
+            chat_template,
+            keep_padding,
+            revision,
+            alpha,
         )
 
         def add_files(staging: Path) -> None:
             (staging / "README.md").write_text(model_card(result, found, command), encoding="utf-8")
-            if text is not None:
-                write_tokenizer(text, staging)
+            for name, content in files.items():
+                (staging / name).write_bytes(content)
             if adapter is not None:
                 (staging / ADAPTER_FOLDER).mkdir()
                 write_adapter(staging / ADAPTER_FOLDER, adapter)
@@ -189,19 +209,13 @@ def _converted(name: str, tensor: Tensor, dtype: mx.Dtype, wanted: Quantization 
     """A tensor as it will be written: checked, cast to `dtype`, and quantized where requested and possible."""
     if isinstance(tensor, PackedTensor):
         if not dequantize and wanted in (None, tensor.quantization):
-            return PackedTensor(
-                {part: _cast(name, lazy, dtype) for part, lazy in tensor.parts.items()}, tensor.quantization
-            )
+            return tensor.cast(name.removesuffix(".weight"), dtype)
         tensor = tensor.dequantize()
     tensor = _cast(name, tensor, dtype)
     return pack(tensor, wanted) if wanted is not None and wanted.fits(tensor.shape) else tensor
 
 
 def _cast(name: str, tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
-    """The tensor cast to `dtype`; the integer parts of quantized matrices stay unchanged."""
-    if tensor.dtype in (mx.uint32, mx.uint8):
-        return tensor
-
     return tensor.map(lambda array: checked_cast(name, array, dtype), dtype)
 
 
@@ -239,6 +253,7 @@ def _command(
     dtype: str,
     config: str | Path | None,
     tokenizer: str | Path | None,
+    chat_template: str | Path | None,
     keep_padding: bool,
     revision: str | None,
     alpha: float | None,
@@ -252,6 +267,7 @@ def _command(
     words += [] if dtype == "auto" else ["--dtype", dtype]
     words += [] if config is None else ["--config", Path(config).name]
     words += [] if tokenizer is None else ["--tokenizer", _without_folder(tokenizer)]
+    words += [] if chat_template is None else ["--chat-template", _without_folder(chat_template)]
     words += ["--keep-padding"] if keep_padding else []
     words += [] if revision is None else ["--revision", revision]
     words += [] if alpha is None else ["--alpha", f"{alpha:g}"]

@@ -1,6 +1,7 @@
 """Opening OpenELM weights in any supported format, which is detected from the files."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from ..errors import ConfigError, SourceError
 from ..files.paths import exists, is_file, is_folder, user_path
 from ..hub import model_folder
 from ..model.adapters import SavedAdapter
+from ..tokenizer.chat_template import named_template
 from ..tokenizer.files import find_tokenizer, has_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
 from .average import averaged_source
@@ -67,6 +69,7 @@ def open_model(
     alpha: float | None = None,
     keep_padding: bool = False,
     take_adapter: bool = False,
+    chat_template: str | Path | None = None,
 ) -> OpenedModel:
     """Open a model in any supported format, and its tokenizer; several sources are averaged.
 
@@ -76,6 +79,7 @@ def open_model(
         revision: branch, tag or commit on the hub, for the model and for a `tokenizer` that is a hub id.
         alpha: alpha of the adapter in a fine-tuning checkpoint.
         keep_padding: keep the padding rows of CoreNet's vocabulary.
+        chat_template: `openelm` or a file, in place of the model's own.
         take_adapter: also accept fine-tuning checkpoints, which hold a model and an adapter.
     Raises:
         OpenELMError: a subclass, if something is missing, damaged or contradictory.
@@ -84,7 +88,11 @@ def open_model(
         source, adapter = _open_with_adapter(sources, config, revision, alpha)
     else:
         source, adapter = open_source(sources, config=config, revision=revision), None
+    if chat_template is not None:
+        source = replace(source, chat_template=named_template(chat_template))
     text, origin = _tokenizer_of(source, tokenizer, revision)
+    if text is not None:
+        source = replace(source, config=source.config.with_eos(text.eos_token_id))
     if source.named_vocab_size and not keep_padding:
         source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
     if adapter is not None:
@@ -119,6 +127,6 @@ def _tokenizer_of(
         None if requested is None else str(requested),
         source.folder,
         source.config.vocab_size,
-        chat=source.is_chat,
+        chat_template=source.chat_template,
         revision=revision if requested is not None else None,
     )

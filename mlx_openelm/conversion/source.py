@@ -8,16 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from ..config import OpenELMConfig
-from ..errors import ConfigError, WeightsError, shorten
+from ..errors import ConfigError, QuantizationError, WeightsError, readable, shorten
 from ..model.openelm import parameter_shapes
 from ..quantization import PackedTensor, join_packed
-from ..tensors import LazyTensor
+from ..tensors import LazyTensor, dtype_name, is_buffer
 
 Tensor = LazyTensor | PackedTensor
 
-_VOCABULARY = ("transformer.token_embeddings.weight", "lm_head.weight")
+_EMBEDDING, _OUTPUT = _VOCABULARY = ("transformer.token_embeddings.weight", "lm_head.weight")
 LARGEST_PADDING = 512  # rows; CoreNet pads a vocabulary to a multiple of 128
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of PyTorch
+_PREFIXES = ("base_model.model.", "model.")  # of PEFT, and of classes that hold the network
+_ROOTS = ("transformer.", "lm_head.", "classifier.", "token_embeddings.", "layers.", "norm.")
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Source:
     """A model whose tensors are still on disk.
 
     Raises:
-        WeightsError: if tensors are missing, unexpected or not of the shape that the configuration requires.
+        WeightsError: if tensors are missing, unexpected, or not of the shape or type that the configuration requires.
     """
 
     config: OpenELMConfig
@@ -33,7 +38,7 @@ class Source:
     name: str  # for messages and the model card
     folder: Path | None = None  # may contain a tokenizer
     named_vocab_size: int | None = None  # rows that are tokens, if more rows may follow as padding
-    is_chat: bool = False
+    chat_template: str | None = None  # of a model that was tuned on conversations
     is_converted: bool = False  # written by this package: a missing tokenizer was left out on purpose
 
     def __post_init__(self) -> None:
@@ -69,7 +74,9 @@ def make_source(
     has_padding: bool = False,
     **about: Any,
 ) -> Source:
-    """A source from tensors as stored in a file; the parts of each quantized matrix are joined.
+    """A source from tensors as stored in a file.
+
+    The parts of each quantized matrix are joined. Buffers are left out, and a copy of a tied embedding is too.
 
     Args:
         quantization: the `quantization` entry of a `config.json`.
@@ -78,18 +85,51 @@ def make_source(
     Raises:
         WeightsError, ConfigError, QuantizationError: if the tensors, configuration and quantization do not match.
     """
-    embedding = tensors.get(_VOCABULARY[0])
-    if has_padding and embedding is not None and embedding.shape[0] > config.vocab_size:
+    embedding = tensors.get(_EMBEDDING)
+    if has_padding and embedding is not None and embedding.num_rows > config.vocab_size:
         about["named_vocab_size"] = config.vocab_size
-        config = replace(config, vocab_size=embedding.shape[0])
-    return Source(config, join_packed(tensors, parameter_shapes(config), quantization), **about)
+        config = replace(config, vocab_size=embedding.num_rows)
+    weights = {name: tensor for name, tensor in tensors.items() if not is_buffer(name, tensor.dtype)}
+    try:
+        _check_depth(weights, config.num_transformer_layers)
+        found = join_packed(weights, parameter_shapes(config), quantization)
+        if config.share_input_output_layers and _OUTPUT in found and _EMBEDDING in found:
+            _check_copy(found.pop(_OUTPUT), found[_EMBEDDING])
+        return Source(config, found, **about)
+    except (ConfigError, QuantizationError, WeightsError) as error:
+        raise type(error)(f"{readable(about['name'])}: {error}") from error
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without what PyTorch's wrappers, PEFT and other classes put in front of it."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    plain = name
+    while plain.startswith(_PREFIXES):
+        plain = plain.removeprefix(next(prefix for prefix in _PREFIXES if plain.startswith(prefix)))
+    return plain if plain.startswith(_ROOTS) else name
+
+
+def plain_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors under their names in the Hugging Face checkpoints; `transformer.` is added where it was left out.
+
+    Raises:
+        WeightsError: if two tensors get the same name.
+    """
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        plain = plain_name(name)
+        plain = f"transformer.{plain}" if plain.startswith(("token_embeddings.", "layers.", "norm.")) else plain
+        if plain in found:
+            raise WeightsError(f"there are two tensors for {readable(plain)}; one is called {readable(name)}")
+        found[plain] = tensor
+    return found
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Make sure that `found` has exactly the expected tensors, in the expected shapes.
+    """Make sure that `found` has exactly the expected tensors, in the expected shapes, of floating-point numbers.
 
     Raises:
-        WeightsError: naming the tensors that are missing or unexpected, or one of the wrong shape, with both shapes.
+        WeightsError: naming the tensors that are missing or unexpected, or one of a wrong shape or type.
     """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -99,8 +139,43 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
         ]
         raise WeightsError(f"weights do not match the configuration; {'; '.join(parts)}")
     for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise WeightsError(f"{name} has shape {found[name].shape}; the configuration requires {shape}")
+        tensor = found[name]
+        if isinstance(tensor, LazyTensor) and not mx.issubdtype(tensor.dtype, mx.floating):
+            raise WeightsError(f"{name} has type {dtype_name(tensor.dtype)}; weights must be floating-point numbers")
+        if tensor.shape != shape:
+            raise WeightsError(f"{name} has shape {tensor.shape}; the configuration requires {shape}")
+
+
+def _check_depth(found: Mapping[str, LazyTensor], num_layers: int) -> None:
+    """Make sure that each layer has tensors, before the shapes of all parameters are computed.
+
+    Raises:
+        WeightsError: naming the layers that have none.
+    """
+    layers = {parts[2] for parts in (name.split(".") for name in found) if parts[:2] == ["transformer", "layers"]}
+    if len(layers) < num_layers:
+        first = next(layer for layer in range(num_layers) if str(layer) not in layers)
+        raise WeightsError(
+            f"weights do not match the configuration; missing: transformer.layers.{first} (num_transformer_layers is "
+            f"{num_layers:,}, and the weights have {len(layers):,} layers)"
+        )
+
+
+def _check_copy(output: Tensor, embedding: Tensor) -> None:
+    """Make sure that the output matrix of a model with tied embeddings has the values of the embedding.
+
+    Raises:
+        WeightsError: if it has others, so that it is unclear which are meant.
+    """
+    one, other = (tensor.dequantize() if isinstance(tensor, PackedTensor) else tensor for tensor in (output, embedding))
+    if one.shape != other.shape or not all(
+        mx.array_equal(one.read_rows(*rows).astype(mx.float32), other.read_rows(*rows).astype(mx.float32)).item()
+        for rows in one.blocks()
+    ):
+        raise WeightsError(
+            f"{_OUTPUT} differs from {_EMBEDDING}, but share_input_output_layers is true in the configuration; set it "
+            "to false to use both, or remove one"
+        )
 
 
 def _first_rows(tensor: Tensor, rows: int) -> Tensor:

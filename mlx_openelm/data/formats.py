@@ -25,10 +25,10 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A text as ids: BOS first, and EOS last unless it was cut."""
+    """A text as ids: BOS first if the tokenizer adds it, and EOS last unless it was cut."""
 
     tokens: np.ndarray  # int32 (T,)
-    completion_mask: np.ndarray  # bool (T,): tokens of an answer, and the EOS after it; never BOS
+    completion_mask: np.ndarray  # bool (T,): tokens of an answer, and the EOS after it; never the first token
 
     @property
     def sequences(self) -> tuple["Example", ...]:
@@ -113,7 +113,8 @@ def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Exa
     before = tokenizer.encode(prompt)
     after = encode_continuation(completion, tokenizer) if prompt else tokenizer.encode(completion, bos=False)
     tokens = np.array([*before, *after, tokenizer.eos_token_id], np.int32)
-    return Example(tokens, (np.arange(len(tokens)) >= len(before)) & bool(completion.strip()))
+    mask = np.arange(len(tokens)) >= max(1, len(before))  # nothing comes before the first token
+    return Example(tokens, mask & bool(completion.strip()))
 
 
 def encode_continuation(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -134,7 +135,10 @@ def encode_continuation(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_conversation(messages: Messages, tokenizer: Tokenizer, first: int = 0) -> Example:
-    """A conversation in the model's chat template; the mask covers the assistant's messages and their EOS.
+    """A conversation in the model's chat template; the mask covers the assistant's messages and the EOS after them.
+
+    An answer is what the template adds to the conversation before it with the assistant's turn begun. What follows its
+    EOS, like a line break, is not learned, and not kept at the end.
 
     Args:
         first: index of the first message that can be in the mask.
@@ -145,16 +149,25 @@ def encode_conversation(messages: Messages, tokenizer: Tokenizer, first: int = 0
     if not tokenizer.has_chat_template:
         raise DataError(
             "this is a base model without a chat template; "
-            "use an Instruct model, or data with the fields prompt and completion"
+            "set `chat_template`, use an Instruct model, or data with the fields prompt and completion"
         )
     tokens = np.array(tokenizer.encode_chat(messages, add_generation_prompt=False), np.int32)
-    ends = np.flatnonzero(tokens == tokenizer.eos_token_id)  # of each message; no text encodes to EOS
     mask = np.zeros(len(tokens), bool)
-    for number, (message, end) in enumerate(zip(messages, ends, strict=True)):
+    for number, message in enumerate(messages):
         if number >= first and message["role"] == "assistant" and message["content"].strip():
             before = np.array(tokenizer.encode_chat(messages[:number]), np.int32)
-            mask[_num_shared(before, tokens) : end + 1] = True
-    return Example(tokens[: ends[-1] + 1], mask[: ends[-1] + 1])
+            after = np.array(tokenizer.encode_chat(messages[: number + 1], add_generation_prompt=False), np.int32)
+            start, stop = _num_shared(before, tokens), _num_shared(after, tokens)
+            mask[start : _end_of_turn(tokens, start, stop, tokenizer.eos_token_id)] = True
+    mask[:1] = False  # nothing comes before the first token
+    length = _end_of_turn(tokens, 0, len(tokens), tokenizer.eos_token_id)
+    return Example(tokens[:length], mask[:length])
+
+
+def _end_of_turn(tokens: np.ndarray, start: int, stop: int, eos: int) -> int:
+    """The index after the last EOS from `start` on and before `stop`; `stop` if there is none."""
+    ends = np.flatnonzero(tokens[start:stop] == eos)
+    return start + int(ends[-1]) + 1 if len(ends) else stop
 
 
 def _num_shared(one: np.ndarray, other: np.ndarray) -> int:

@@ -3,6 +3,7 @@
 Nothing here knows about text: no tokenizer, no stop strings. A single prompt is a batch of one row.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,8 @@ import numpy as np
 from ..cache.config import CacheConfig, kv_cache_bytes
 from ..cache.kv_cache import KVCache, StepCache
 from ..cache.layouts import Buffers, FullKV
-from ..errors import MemoryLimitError, PromptError
+from ..errors import MemoryLimitError, PromptError, WeightsError
+from ..machine.compiler import compile_function
 from ..machine.device import memory_limit_bytes, pays_to_compile
 from ..model.openelm import OpenELM
 from .sampling import Sampler, SamplingConfig, State
@@ -28,10 +30,21 @@ Progress = Callable[[int, int], None]  # prompt tokens done, and their total
 
 @dataclass(frozen=True)
 class Step:
-    """One generated token."""
+    """One generated token.
+
+    Raises:
+        WeightsError: if its probability is not a number, so that the token means nothing.
+    """
 
     token: int
     logprob: float  # natural logarithm of its probability under the model, before sampling changed anything
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.logprob):
+            raise WeightsError(
+                "the model's logits are not finite, or the same for all tokens: its weights or its adapter are "
+                "damaged, or their values overflow the type that it computes in; try `dtype=float32`"
+            )
 
 
 def generate_tokens(
@@ -194,7 +207,7 @@ class DecodeStep:
         run = self._runs.get(cache.layout)
         if run is None:
             run = partial(self._run, cache.layout)
-            run = self._runs[cache.layout] = mx.compile(run) if self._compiled else run
+            run = self._runs[cache.layout] = compile_function(run) if self._compiled else run
         num_tokens = tokens.shape[1]
         self._model.transformer.warn_past_context(cache, num_tokens)
         offset = mx.array(cache.offset, mx.int32)
@@ -238,7 +251,10 @@ def first_choice(
 ) -> tuple[mx.array, mx.array, State]:
     """Prefill a prompt (L,) and choose the token after it: token (), log-probability () and the next state."""
     hidden = prefill(model, prompt, cache, on_prefill)
-    token, logprob, state = sampler.choose(model.logits(hidden)[0, -1], state)
+    logits = model.logits(hidden)[0, -1]
+    token, logprob, state = sampler.choose(logits, state)
+    # A norm whose squares overflow gives zeros, and these the same logit for all tokens.
+    logprob = mx.where(logits.max() > logits.min(), logprob, math.nan)
     mx.async_eval(token, logprob)
     if on_prefill is not None:
         on_prefill(prompt.size, prompt.size)

@@ -12,9 +12,10 @@ from mlx.utils import tree_flatten
 
 from ..cache.config import CacheConfig
 from ..cache.kv_cache import KVCache
-from ..errors import CacheError
+from ..errors import CacheError, WeightsError
 from ..files.output import OutputFile, output_file
 from ..model.openelm import OpenELM
+from ..tensors import read_with_metadata
 
 _FORMAT = "openelm-mlx prompt cache 1"
 _SPREAD = 2654435761  # near 2**32 over the golden ratio, so that neighbours get very different factors
@@ -95,11 +96,9 @@ class PromptCache:
         Raises:
             CacheError: if the file is not a prompt cache, is damaged, or has another model or configuration.
         """
-        arrays: Any
-        about: Any
         try:
-            arrays, about = mx.load(str(path), format="safetensors", return_metadata=True)
-        except (OSError, RuntimeError, ValueError) as error:
+            stored, about = read_with_metadata(Path(path))
+        except WeightsError as error:
             raise CacheError(f"{path} is not a prompt cache: {error}") from error
         if about.get("format") != _FORMAT:
             raise CacheError(f"{path} is not a prompt cache, or was written by another version of this package")
@@ -118,10 +117,11 @@ class PromptCache:
         cache._fingerprint = own
         cache.tokens = tokens
         try:
+            arrays = {name: tensor.read() for name, tensor in stored.items()}
             cache.kv.from_arrays(arrays, len(tokens), quantized is True)
             _check_arrays(cache.kv, model)
-        except (KeyError, ValueError, CacheError) as error:
-            raise CacheError(f"{path} is damaged: {error}") from error
+        except (KeyError, IndexError, ValueError, CacheError, WeightsError) as error:
+            raise CacheError(f"{path} is damaged: {str(error).partition(':')[0]}") from error
         return cache
 
 

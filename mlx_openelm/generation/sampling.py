@@ -11,6 +11,7 @@ from ..errors import SamplingError
 _TEMPERATURES = (1e-5, 1e5)
 _PENALTIES = (0.01, 100)
 _LARGEST_CONTEXT = 65_536
+_LEAST_TOP_P = 1e-30  # smaller values are 0 in float32, and would drop the most likely token too
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def restrict(scores: mx.array, config: SamplingConfig) -> mx.array:
         order = mx.argsort(-scores)
         probabilities = mx.softmax(scores)[order]
         before = mx.cumsum(probabilities) - probabilities  # of all more likely tokens
-        scores = mx.put_along_axis(scores, order, mx.where(before < config.top_p, scores[order], -mx.inf), axis=0)
+        top_p = max(config.top_p, _LEAST_TOP_P)
+        scores = mx.put_along_axis(scores, order, mx.where(before < top_p, scores[order], -mx.inf), axis=0)
     if config.min_p > 0:
         probabilities = mx.softmax(scores)
         scores = mx.where(probabilities < config.min_p * mx.max(probabilities), -mx.inf, scores)

@@ -194,7 +194,7 @@ class TextStream:
         reused: int = 0,
         seed: int | None = None,
     ):
-        self._eos = model.config.eos_token_id
+        self._eos = frozenset(model.config.eos_token_ids)
         self._decoder = tokenizer.stream_decoder()
         self._stop = StopStrings(stop)
         self._max_tokens = max_tokens
@@ -214,7 +214,7 @@ class TextStream:
     def push(self, step: Step) -> GenerationChunk:
         """The chunk for one more token."""
         stats = self._tick()
-        ended = step.token == self._eos
+        ended = step.token in self._eos
         text = self._stop.push("" if ended else self._decoder.push(step.token))
         is_last = self._generated == self._max_tokens
         finish_reason = "stop" if ended or self._stop.found else "length" if is_last else None

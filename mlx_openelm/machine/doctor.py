@@ -1,5 +1,6 @@
 """What this machine offers MLX, what is slow about it, and what to do."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -9,11 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from ..packages import installed_version
+from ..packages import installed_version, missing_package
 from ..version import __version__
-from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu, physical_memory_bytes
 
 _PACKAGES = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "huggingface-hub", "typer")
 _SLOW_GFLOPS = 20  # a vectorised BLAS exceeds this on any core of the last ten years; reference BLAS is far below
@@ -28,9 +26,9 @@ class Diagnosis:
     system: str
     device: str
     memory_bytes: int
-    memory_limit_bytes: int
+    memory_limit_bytes: int | None  # None where MLX cannot be loaded, as for the speed
     wired_limit_bytes: int | None  # Metal only; None if the system does not report it
-    float32_matmul_gflops: float
+    float32_matmul_gflops: float | None
     blas: str | None  # library for matrix products on the CPU; Linux only
     advice: tuple[str, ...]
 
@@ -40,15 +38,29 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Examine the machine; this takes about a second, to time a matrix product."""
+    """Examine the machine; this takes about a second, to time a matrix product. Works where MLX cannot be loaded, too.
+
+    Raises:
+        ImportError: if a module of this package is damaged.
+    """
+    versions = {"openelm-mlx": __version__, **{name: installed_version(name) or "missing" for name in _PACKAGES}}
+    common: dict[str, Any] = {
+        "versions": versions,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        return _without_mlx(common, error)
+    from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu
+
     gflops = _matmul_gflops()
     blas = blas_in_use() if sys.platform.startswith("linux") and on_cpu() else None
     return Diagnosis(
-        versions={"openelm-mlx": __version__, **{name: installed_version(name) or "missing" for name in _PACKAGES}},
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        **common,
         device=device_name(),
-        memory_bytes=physical_memory_bytes(),
         memory_limit_bytes=memory_limit_bytes(),
         wired_limit_bytes=_wired_limit(),
         float32_matmul_gflops=gflops,
@@ -57,7 +69,24 @@ def examine() -> Diagnosis:
     )
 
 
+def _without_mlx(common: dict[str, Any], error: ImportError) -> Diagnosis:
+    advice = missing_package(error)
+    if advice is None:
+        raise error
+    return Diagnosis(
+        **common,
+        device="none: MLX cannot be loaded",
+        memory_limit_bytes=None,
+        wired_limit_bytes=None,
+        float32_matmul_gflops=None,
+        blas=None,
+        advice=(advice,),
+    )
+
+
 def _advice(gflops: float, blas: str | None) -> list[str]:
+    from .device import on_cpu
+
     advice: list[str] = []
     if not on_cpu():
         return advice
@@ -80,6 +109,8 @@ def _advice(gflops: float, blas: str | None) -> list[str]:
 
 
 def _matmul_gflops(size: int = 512) -> float:
+    import mlx.core as mx
+
     a = mx.random.normal((size, size), key=mx.random.key(0))
     mx.eval(a, a @ a)
     best = float("inf")
@@ -96,6 +127,8 @@ def _openblas() -> str | None:
 
 
 def _wired_limit() -> int | None:
+    import mlx.core as mx
+
     if not mx.metal.is_available():
         return None
     try:

@@ -14,12 +14,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import OpenELMConfig
-from ..errors import AdapterError, OpenELMError, shorten
+from ..errors import AdapterError, OpenELMError, quoted, readable, shorten
 from ..files.fields import Fields
 from ..files.json_file import read_json_object
 from ..files.paths import exists
 from ..quantization import matrix_shape
-from ..tensors import read_safetensors, save_arrays
+from ..tensors import checked_cast, dtype_name, read_safetensors, save_arrays
+from ..tokenizer.chat_template import TEMPLATE_FILE
 from ..version import __version__
 from .lora import (
     ADAPTER_METHODS,
@@ -35,7 +36,7 @@ from .openelm import OpenELM
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapters.safetensors"
 TUNING_METHODS = (*ADAPTER_METHODS, "full")
-_LARGEST_NUMBER = 1_000_000  # far beyond any scale
+LARGEST_NUMBER = 1_000_000  # far beyond any scale
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class SavedAdapter:
         tensors: `PATH.lora_a` (inputs, rank), `PATH.lora_b` (rank, outputs) and, for DoRA, `PATH.m` (outputs,).
         alpha, rank_stabilized: what the scale was computed from, if known.
         base: name and widths of the model that the adapter was made for, if known.
+        chat_template: of the tuned model, if it is not that of the base.
+
+    Raises:
+        AdapterError: if a number or a tensor cannot be right, whatever the format.
     """
 
     method: str
@@ -57,6 +62,25 @@ class SavedAdapter:
     alpha: float | None = None
     rank_stabilized: bool = False
     base: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if not abs(self.scale) <= LARGEST_NUMBER:
+            raise AdapterError(f"scale must be a number up to {LARGEST_NUMBER:,}; got {quoted(self.scale)}")
+        if not 0 <= self.dropout < 1:
+            raise AdapterError(f"dropout must be at least 0 and below 1; got {quoted(self.dropout)}")
+        if self.alpha is not None and not abs(self.alpha) <= LARGEST_NUMBER:
+            raise AdapterError(f"alpha must be a number up to {LARGEST_NUMBER:,}; got {quoted(self.alpha)}")
+        for name, tensor in self.tensors.items():
+            if not mx.issubdtype(tensor.dtype, mx.floating):
+                kind = dtype_name(tensor.dtype)
+                raise AdapterError(f"{readable(name)} has type {kind}; an adapter has floating-point numbers")
+            if self.method == "full" or not name.endswith((".lora_a", ".lora_b")):
+                continue
+            if tensor.ndim != 2:
+                raise AdapterError(f"{readable(name)} must be a matrix; it has the shape {tensor.shape}")
+            if not tensor.size:
+                raise AdapterError(f"{readable(name)} of shape {tensor.shape} is empty")
 
     @property
     def ranks(self) -> dict[str, tuple[int, bool]]:
@@ -69,7 +93,12 @@ class SavedAdapter:
 
 
 def save_adapter(
-    folder: Path, tensors: Mapping[str, mx.array], method: str, config: AdapterConfig | None, base: Mapping[str, Any]
+    folder: Path,
+    tensors: Mapping[str, mx.array],
+    method: str,
+    config: AdapterConfig | None,
+    base: Mapping[str, Any],
+    chat_template: str | None = None,
 ) -> None:
     """Write an adapter into an existing folder.
 
@@ -77,8 +106,9 @@ def save_adapter(
         tensors: see `SavedAdapter`.
         config: the adapter's settings; `None` if the method is `full`.
         base: the description of its model from `about_base`.
+        chat_template: of the tuned model, if it is not that of the base.
     """
-    saved = SavedAdapter(method, 1.0, dict(tensors), base=dict(base))
+    saved = SavedAdapter(method, 1.0, dict(tensors), base=dict(base), chat_template=chat_template)
     if config is not None:
         saved = replace(
             saved,
@@ -113,6 +143,13 @@ def write_adapter(folder: Path, adapter: SavedAdapter) -> None:
     values["openelm_mlx_version"] = __version__
     save_arrays(folder / TENSOR_FILE, adapter.tensors, {"format": "mlx"})
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_template(folder, adapter)
+
+
+def write_template(folder: Path, adapter: SavedAdapter) -> None:
+    """Write the adapter's chat template, if it has one, where `transformers` looks for it."""
+    if adapter.chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(adapter.chat_template, encoding="utf-8")
 
 
 def about_base(name: str, config: OpenELMConfig) -> dict[str, Any]:
@@ -130,7 +167,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     values = read_adapter_config(folder)
     method = values.text("fine_tune_type", "lora", choices=TUNING_METHODS)
     lora = values.table("lora_parameters")
-    limits = -_LARGEST_NUMBER, _LARGEST_NUMBER
+    limits = -LARGEST_NUMBER, LARGEST_NUMBER
     scale = lora.number("scale", 1.0, *limits) if method == "full" else lora.number("scale", ..., *limits)
     dropout = lora.number("dropout", 0.0, 0, 1)
     alpha = values.number("alpha", None, *limits)
@@ -138,10 +175,10 @@ def read_adapter(folder: Path) -> SavedAdapter:
     # "rank_stabilised" was written until 2026-11-25
     rank_stabilized = values.flag("rank_stabilized", values.flag("rank_stabilised", False))
     tensors = read_tensors(folder / TENSOR_FILE)
-    for name, tensor in tensors.items():
-        if name.endswith((".lora_a", ".lora_b")) and tensor.ndim != 2:
-            raise AdapterError(f"{folder / TENSOR_FILE}: {name} must be a matrix; it has the shape {tensor.shape}")
-    return SavedAdapter(method, scale, tensors, dropout, alpha, rank_stabilized, dict(base))
+    try:
+        return SavedAdapter(method, scale, tensors, dropout, alpha, rank_stabilized, dict(base))
+    except AdapterError as error:
+        raise AdapterError(f"{folder / TENSOR_FILE}: {error}") from error
 
 
 def read_adapter_config(folder: Path) -> Fields:
@@ -172,11 +209,12 @@ def apply_adapter(model: OpenELM, adapter: SavedAdapter) -> None:
 
     Raises:
         AdapterError: if it was made for another model; the message gives the shapes of both.
+        WeightsError: if its values overflow the dtype that the model computes in.
     """
     dtype = model.transformer.norm.weight.dtype
     if adapter.method == "full":
         _check_full(model, adapter)
-        model.update(tree_unflatten([(name, a.astype(dtype)) for name, a in adapter.tensors.items()]))
+        model.update(tree_unflatten([(name, checked_cast(name, a, dtype)) for name, a in adapter.tensors.items()]))
         return
     ranks = adapter.ranks
     layers = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -185,7 +223,7 @@ def apply_adapter(model: OpenELM, adapter: SavedAdapter) -> None:
     wrap(model, ranks, adapter.scale, adapter.dropout)
     for path, module in adapters(model):
         for name in ("lora_a", "lora_b"):
-            module[name] = adapter.tensors[f"{path}.{name}"].astype(dtype)
+            module[name] = checked_cast(f"{path}.{name}", adapter.tensors[f"{path}.{name}"], dtype)
         if ranks[path][1]:
             module[MAGNITUDE] = adapter.tensors[f"{path}.{MAGNITUDE}"].astype(mx.float32)
     mx.eval(model.parameters())

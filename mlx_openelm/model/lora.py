@@ -273,8 +273,9 @@ def set_dropout_keys(module: nn.Module, key: mx.array | None = None) -> None:
 
 
 def _over_length(magnitude: mx.array, squared: mx.array) -> mx.array:
-    """Learned norm over current norm; 1 for a row of zeros, which has no direction."""
-    return mx.where(squared > 0, magnitude / mx.sqrt(mx.maximum(squared, 1e-30)), 1.0)
+    """Learned norm over current norm; 1 for a row of zeros, which has no direction, and NaN if the norm overflows."""
+    ratio = mx.where(squared > 0, magnitude / mx.sqrt(mx.maximum(squared, 1e-30)), 1.0)
+    return mx.where(squared < math.inf, ratio, math.nan)
 
 
 def _times(y: mx.array, ratio: mx.array) -> mx.array:

@@ -5,30 +5,29 @@ third-party copies are accepted only if their vocabulary is the known one.
 """
 
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import OpenELMError, TokenizerError
+from ..errors import HubUnreachableError, OpenELMError, TokenizerError
 from ..files.paths import exists, is_file, user_path
-from ..hub import cached_file, download_file, model_folder
+from ..hub import cached_file, download_file, model_folder, progress_lines
+from .settings import JSON_FILE, SETTINGS_FILE, settings_beside
 from .tokenizer import Tokenizer
 
-FILE_NAMES = ("tokenizer.model", "tokenizer.json")
+FILE_NAMES = ("tokenizer.model", JSON_FILE)
 LLAMA_REPO = "meta-llama/Llama-2-7b-hf"
 PUBLIC_COPIES = ("NousResearch/Llama-2-7b-hf", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "huggyllama/llama-7b")
 LLAMA_VOCAB_SIZE = 32000
 LLAMA_VOCAB_HASH = "b43c657d6772da32c3e0971ab610fc3d6a7e45089582758d1bc5160e5cdbe588"
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+# What a tokenizer_config.json says that stays true in another folder; code and classes do not.
+_KEPT_SETTINGS = (
+    *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens", "model_max_length", "padding_side", "truncation_side"),
 )
-_PROBE = "Zwölf  Boxkämpfer\tjagen 3.14 quick-witted foxes,\n(don't they?) — 日本 🎉 <s> </s>"
 
 
 def has_tokenizer(folder: Path | None) -> bool:
@@ -37,7 +36,12 @@ def has_tokenizer(folder: Path | None) -> bool:
 
 
 def find_tokenizer(
-    requested: str | Path | None, folder: Path | None, vocab_size: int, *, chat: bool, revision: str | None = None
+    requested: str | Path | None,
+    folder: Path | None,
+    vocab_size: int,
+    *,
+    chat_template: str | None = None,
+    revision: str | None = None,
 ) -> tuple[Tokenizer, str]:
     """Find a model's tokenizer; returns it and its origin, in words.
 
@@ -45,7 +49,7 @@ def find_tokenizer(
         requested: file, folder or hub id; if given, nothing else is tried.
         folder: the model's own folder.
         vocab_size: rows of the embedding; the tokenizer must not have more tokens.
-        chat: whether the model was tuned on conversations.
+        chat_template: the model's, if it was tuned on conversations.
         revision: branch, tag or commit of `requested`.
     Raises:
         TokenizerError: if no tokenizer is found, with each place and the reason, or if it has too many tokens.
@@ -53,24 +57,25 @@ def find_tokenizer(
     if requested is not None:
         path = user_path(requested)
         place = path.parent if is_file(path) else model_folder(requested, revision)
-        tokenizer = Tokenizer(path, chat=chat) if is_file(path) else _from_folder(place, chat)
+        tokenizer = Tokenizer(path, vocab_size=vocab_size) if is_file(path) else _from_folder(place, vocab_size)
         origin = path.name if exists(path) else str(requested)
     elif has_tokenizer(folder):
         assert folder is not None
-        tokenizer, origin = _from_folder(folder, chat), "the model's own"
+        tokenizer, origin = _from_folder(folder, vocab_size), "the model's own"
     else:
-        tokenizer, origin = _llama_tokenizer(folder, vocab_size, chat)
+        tokenizer, origin = _llama_tokenizer(folder, vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
             f"{tokenizer.path} has {tokenizer.vocab_size:,} tokens, but the model has only {vocab_size:,} embeddings"
         )
+    tokenizer.chat_template = chat_template
     return tokenizer, origin
 
 
-def _from_folder(folder: Path, chat: bool) -> Tokenizer:
+def _from_folder(folder: Path, vocab_size: int) -> Tokenizer:
     for name in FILE_NAMES:
         if exists(folder / name):
-            return Tokenizer(folder / name, chat=chat)
+            return Tokenizer(folder / name, vocab_size=vocab_size)
     raise TokenizerError(f"{folder} contains neither {FILE_NAMES[0]} nor {FILE_NAMES[1]}")
 
 
@@ -78,14 +83,15 @@ def _from_folder(folder: Path, chat: bool) -> Tokenizer:
 class _Search:
     """Places tried for Llama's tokenizer, and why each was rejected."""
 
-    chat: bool
     failures: list[str] = field(default_factory=list)
+    hub_answers: bool = True  # the first refusal of the hub itself is enough for all its repositories
 
     def attempt(self, place: str, fetch: Callable[[], Path]) -> Tokenizer | None:
         try:
-            tokenizer = Tokenizer(fetch(), chat=self.chat)
+            tokenizer = Tokenizer(fetch())
         except OpenELMError as error:
             self.failures.append(f"{place} ({str(error).removeprefix(f'{place} ')})")
+            self.hub_answers = not isinstance(error, HubUnreachableError)
             return None
         if tokenizer.vocab_hash() != LLAMA_VOCAB_HASH:
             self.failures.append(f"{place} (its vocabulary is not Llama's)")
@@ -93,8 +99,8 @@ class _Search:
         return tokenizer
 
 
-def _llama_tokenizer(folder: Path | None, vocab_size: int, chat: bool) -> tuple[Tokenizer, str]:
-    search = _Search(chat, [f"{folder or 'the checkpoint'} (contains none)"])
+def _llama_tokenizer(folder: Path | None, vocab_size: int) -> tuple[Tokenizer, str]:
+    search = _Search([f"{folder or 'the checkpoint'} (contains none)"])
     if vocab_size < LLAMA_VOCAB_SIZE:
         search.failures.append(f"Llama's ({LLAMA_VOCAB_SIZE:,} tokens; the model has only {vocab_size:,})")
         raise _nowhere(search)
@@ -107,10 +113,13 @@ def _llama_tokenizer(folder: Path | None, vocab_size: int, chat: bool) -> tuple[
                 return tokenizer, f"{repo}, from the Hugging Face cache"
     if len(search.failures) == 1:
         search.failures.append("the Hugging Face cache (contains none)")
-    for repo in repos:
-        tokenizer = search.attempt(repo, lambda repo=repo: download_file(repo, FILE_NAMES[0]))  # type: ignore[misc]
-        if tokenizer is not None:
-            return tokenizer, repo
+    with progress_lines():
+        for repo in repos:
+            tokenizer = search.attempt(repo, lambda repo=repo: download_file(repo, FILE_NAMES[0]))  # type: ignore[misc]
+            if tokenizer is not None:
+                return tokenizer, repo
+            if not search.hub_answers:
+                break
     raise _nowhere(search)
 
 
@@ -123,106 +132,58 @@ def _nowhere(search: _Search) -> TokenizerError:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer as `convert` does: its original file, and the files that other programs look for beside it.
+    """Write a tokenizer as `convert` does: its original file, and the files that other programs look for beside it."""
+    for name, content in tokenizer_files(tokenizer).items():
+        (folder / name).write_bytes(content)
 
-    A `tokenizer.json` is derived from a SentencePiece BPE model if it produces the same ids.
+
+@lru_cache(maxsize=1)
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The content of each file of a tokenizer, by name.
+
+    `tokenizer.model` is there if it knows all tokens, `tokenizer.json` unless a SentencePiece model does something that
+    it cannot express; one of them always is.
     """
-    shutil.copyfile(tokenizer.path, folder / tokenizer.path.with_stem("tokenizer").name)
-    if tokenizer.path.suffix != ".json":
-        path = folder / FILE_NAMES[1]
-        path.write_text(json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False, indent=1), encoding="utf-8")
-        if Tokenizer(path).encode(_PROBE) != tokenizer.encode(_PROBE):
-            path.unlink()  # not BPE, or not normalised to NFC; tokenizer.model suffices
+    files: dict[str, bytes] = {}
+    derived = tokenizer.tokenizer_json()
+    if tokenizer.is_sentencepiece:
+        files[FILE_NAMES[0]] = tokenizer.path.read_bytes()
+    if derived is not None:
+        files[FILE_NAMES[1]] = derived.encode()
+    files[SETTINGS_FILE] = (json.dumps(_settings(tokenizer), indent=2) + "\n").encode()
+    return files
+
+
+def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The `tokenizer_config.json` of a tokenizer: what its own says about tokens, and what this package knows."""
     pieces = tokenizer.pieces()
-    settings: dict[str, Any] = {
+    known = set(pieces)
+    before = {name: value for name, value in settings_beside(tokenizer.path).items() if name in _KEPT_SETTINGS}
+    before = {name: value for name, value in before.items() if not _names_unknown(name, value, known)}
+    settings = {
+        "unk_token": next(
+            (entry["content"] for entry in tokenizer.added_tokens.values() if entry["content"] == "<unk>"), None
+        ),
+        **before,
         "tokenizer_class": "PreTrainedTokenizerFast",  # the class that uses tokenizer.json unchanged
-        "bos_token": pieces[tokenizer.bos_token_id],
+        "bos_token": None if tokenizer.bos_token_id is None else pieces[tokenizer.bos_token_id],
         "eos_token": pieces[tokenizer.eos_token_id],
-        "unk_token": "<unk>" if "<unk>" in pieces else None,
-        "add_bos_token": True,
+        "add_bos_token": tokenizer.adds_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(token): _entry(entry) for token, entry in tokenizer.added_tokens.items()},
+        "chat_template": tokenizer.chat_template,
     }
-    if tokenizer.has_chat_template:
-        settings["chat_template"] = CHAT_TEMPLATE
-    text = json.dumps({name: value for name, value in settings.items() if value is not None}, indent=2)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    return {name: value for name, value in settings.items() if value is not None}
 
 
-def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A SentencePiece BPE model in the format of the `tokenizers` package."""
-    pieces = tokenizer.pieces()
-    ids = {piece: token for token, piece in enumerate(pieces)}
-    bos = pieces[tokenizer.bos_token_id]
-    special = dict.fromkeys(["<unk>", bos, pieces[tokenizer.eos_token_id]])
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": ids[piece],
-                "content": piece,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for piece in special
-            if piece in ids
-        ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "NFC"},
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": bos, "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_token_id], "tokens": [bos]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>" if "<unk>" in ids else None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": "<0x00>" in ids,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": _merges(pieces, ids),
-        },
-    }
+def _names_unknown(name: str, value: Any, known: set[str]) -> bool:
+    """Whether a setting names a token that the tokenizer does not have."""
+    if not name.endswith(("_token", "_tokens")):
+        return False
+    entries = value if isinstance(value, list) else [value]
+    return not all((entry.get("content") if isinstance(entry, dict) else entry) in known for entry in entries)
 
 
-def _merges(pieces: list[str], ids: dict[str, int]) -> list[list[str]]:
-    """Pairs that BPE merges, most frequent first: SentencePiece numbers its pieces in the order of their merges."""
-    merges = []
-    for piece in pieces:
-        if len(piece) < 2 or (piece.startswith("<") and piece.endswith(">")):
-            continue
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [(ids[left], ids[right], left, right) for left, right in pairs if left in ids and right in ids]
-        merges += [[left, right] for _, _, left, right in sorted(known)]
-    return merges
+def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != "id"}

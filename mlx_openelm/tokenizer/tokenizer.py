@@ -6,58 +6,88 @@ OpenELM uses Llama's vocabulary: SentencePiece BPE with byte fallback. It comes 
 
 import codecs
 import hashlib
-import json
-import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ..errors import TokenizerError
-
-CHAT_ROLES = ("system", "user", "assistant")
-_SPACE = "▁"  # how both libraries write a space within a piece
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_UNKNOWN = " \u2047 "  # what SentencePiece prints for text that its vocabulary cannot express
+from ..errors import TokenizerError, quoted
+from ..files.paths import exists, is_file
+from .chat_template import (
+    CHAT_ROLES,
+    OPENELM,
+    OPENELM_TEMPLATE,
+    check_messages,
+    is_openelm,
+    openelm_segments,
+    render_template,
+)
+from .libraries import SPACE, Library, SentencePiece, Tokenizers
+from .sentencepiece_json import same_ids, tokenizer_json
+from .settings import ADDED_TOKENS_FILE, JSON_FILE, SETTINGS_FILE, added_tokens_beside, settings_beside
 
 
 class Tokenizer:
     """Text to ids and back.
 
-    Text is normalised to NFC. `<s>` and `</s>` in a text are plain text and never become control tokens.
+    With a `tokenizer.model`, text is normalised to NFC, as in CoreNet; a `tokenizer.json` says itself how. The names of
+    control tokens in a text, like `</s>`, are plain text and never become control tokens.
 
     Attributes:
         path: the file that it was read from.
-        has_chat_template: whether the model was tuned on conversations.
+        chat_template: a Jinja template, if the model was tuned on conversations; `openelm` sets CoreNet's.
         vocab_size: number of ids.
-        bos_token_id, eos_token_id: ids of the tokens that begin and end a text.
+        bos_token_id, eos_token_id: ids of the tokens that begin and end a text; `bos_token_id` may be `None`.
+        adds_bos: whether texts begin with BOS.
     """
 
-    def __init__(self, path: str | Path, *, chat: bool = False):
-        """Read a `tokenizer.model` or a `tokenizer.json`.
+    def __init__(self, path: str | Path, *, chat_template: str | None = None, vocab_size: int | None = None):
+        """Read a `tokenizer.model` or a `tokenizer.json`, and the settings and added tokens in the files beside it.
 
+        Args:
+            path: the file.
+            chat_template: see above.
+            vocab_size: rows of the model's embedding; tokens added beyond them are left out.
         Raises:
-            TokenizerError: if the file cannot be read, or has no tokens that begin and end a text.
+            TokenizerError: if a file cannot be read, or there is no token that ends a text.
         """
         self.path = Path(path)
-        self.has_chat_template = chat
-        if not self.path.is_file():
+        self.chat_template = chat_template
+        if not is_file(self.path):
             raise TokenizerError(f"{path} is not a file; expected a tokenizer.model or a tokenizer.json")
-        self._library: _Library = (_Tokenizers if self.path.suffix == ".json" else _SentencePiece)(self.path)
+        self._library = _open(self.path, vocab_size)
         self.vocab_size = self._library.vocab_size
+        self.adds_bos = self._library.adds_bos
         self.bos_token_id = self._library.bos_token_id
-        self.eos_token_id = self._library.eos_token_id
-        if min(self.bos_token_id, self.eos_token_id) < 0:
+        if self._library.eos_token_id is None or (self.adds_bos and self.bos_token_id is None):
             raise TokenizerError(f"{path} has no BOS and EOS tokens (<s> and </s>)")
-        self._adds_space = self._library.piece(next(iter(self._library.encode("a")), 0)).startswith(_SPACE)
+        self.eos_token_id: int = self._library.eos_token_id
+        self._adds_space = self._library.piece(next(iter(self._library.encode("a")), 0)).startswith(SPACE)
 
     def __repr__(self) -> str:
         kind = "with" if self.has_chat_template else "no"
         return f"Tokenizer({str(self.path)!r}, {self.vocab_size:,} tokens, {kind} chat template)"
 
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Ids of a text, after BOS if `bos` is true.
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template, or `None` for a base model."""
+        return self._chat_template
 
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self._chat_template = OPENELM_TEMPLATE if template == OPENELM else template
+        self._is_openelm = self._chat_template is not None and is_openelm(self._chat_template)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model was tuned on conversations."""
+        return self._chat_template is not None
+
+    def encode(self, text: str, *, bos: bool = True, control_tokens: bool = False) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            bos: whether to put BOS in front, if the tokenizer adds it.
+            control_tokens: whether the names of control tokens in the text are these tokens, as in other programs.
         Raises:
             TokenizerError: if the text contains a lone surrogate, which UTF-8 cannot encode.
         """
@@ -65,8 +95,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text contains a lone surrogate at character {error.start:,}") from error
-        ids = self._library.encode(unicodedata.normalize("NFC", text))
-        return [self.bos_token_id, *ids] if bos else ids
+        ids = self._library.encode_marked(text) if control_tokens else self._library.encode(text)
+        return [self.bos_token_id, *ids] if bos and self.adds_bos and self.bos_token_id is not None else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without control tokens and without the space that `encode` puts in front."""
@@ -111,32 +141,59 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True, bos: bool = True
     ) -> list[int]:
-        """Ids of a conversation, with EOS after each turn.
+        """Ids of a conversation in the chat template.
 
-        The text between control tokens is encoded segment by segment, as when the models were tuned.
+        In CoreNet's template, the text between control tokens is encoded segment by segment, as when the models were
+        tuned. Another template is rendered, and the names of control tokens in the result become these tokens.
 
         Args:
             messages: mappings with `role` (system, user or assistant) and `content`.
             add_generation_prompt: whether to end where the assistant's answer begins.
-            bos: whether to begin with BOS.
+            bos: whether to keep the BOS that the template begins with.
         Raises:
             TokenizerError: if the model has no chat template or a message is malformed.
         """
-        ids = [self.bos_token_id] if bos else []
-        stretches = _stretches(self._checked(messages), add_generation_prompt)
-        for number, text in enumerate(stretches):
+        self._check(messages)
+        if not self._is_openelm:
+            ids = self.encode(self._rendered(messages, add_generation_prompt), bos=False, control_tokens=True)
+            return ids if bos or ids[:1] != [self.bos_token_id] else ids[1:]
+        ids = [self.bos_token_id] if bos and self.bos_token_id is not None else []
+        for number, text in enumerate(openelm_segments(messages, add_generation_prompt)):
             ids += [self.eos_token_id] if number else []
             ids += self.encode(text, bos=False)
         return ids
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """Text of a conversation, for people; `encode_chat` does not use it.
+        """Text of a conversation, for people; without BOS in CoreNet's template.
 
         Raises:
             TokenizerError: as for `encode_chat`.
         """
-        eos = self._library.piece(self.eos_token_id)
-        return eos.join(_stretches(self._checked(messages), add_generation_prompt))
+        self._check(messages)
+        if not self._is_openelm:
+            return self._rendered(messages, add_generation_prompt)
+        return self._library.piece(self.eos_token_id).join(openelm_segments(messages, add_generation_prompt))
+
+    @property
+    def added_tokens(self) -> Mapping[int, Mapping[str, Any]]:
+        """Control tokens and added tokens by id, in the form of `added_tokens_decoder` in `tokenizer_config.json`."""
+        return self._library.added_tokens
+
+    @property
+    def is_sentencepiece(self) -> bool:
+        """Whether `path` is a `tokenizer.model` that knows all tokens."""
+        return isinstance(self._library, SentencePiece)
+
+    def tokenizer_json(self) -> str | None:
+        """The content of a `tokenizer.json` that gives the same ids; `None` if none is known.
+
+        It is the file's own, or derived from a SentencePiece BPE model. BOS is added there too.
+        """
+        if isinstance(self._library, SentencePiece):
+            content = tokenizer_json(self._library)
+            return content if same_ids(self._library, Tokenizers(self.path, {}, content)) else None
+        assert isinstance(self._library, Tokenizers)
+        return self._library.content_with_bos()
 
     def pieces(self) -> list[str]:
         """The vocabulary in the order of its ids."""
@@ -146,15 +203,20 @@ class Tokenizer:
         """SHA-256 of the vocabulary in the order of its ids; the same for both file types."""
         return hashlib.sha256("\0".join(self.pieces()).encode()).hexdigest()
 
-    def _checked(self, messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+    def _check(self, messages: Sequence[Mapping[str, str]]) -> None:
         if not self.has_chat_template:
             raise TokenizerError("this is a base model without a chat template; it can only continue text")
-        for message in messages:
-            if message.get("role") not in CHAT_ROLES:
-                raise TokenizerError(f"unknown role {message.get('role')!r} (choose from {', '.join(CHAT_ROLES)})")
-            if not isinstance(message.get("content"), str):
-                raise TokenizerError(f"the content of a message must be text (role {message['role']})")
-        return messages
+        check_messages(messages, CHAT_ROLES if self._is_openelm else None)
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        assert self._chat_template is not None
+        return render_template(
+            self._chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self._library.piece(self.bos_token_id) if self.bos_token_id is not None else "",
+            eos_token=self._library.piece(self.eos_token_id),
+        )
 
 
 class StreamDecoder:
@@ -173,110 +235,31 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _stretches(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> list[str]:
-    """The conversation's text, split at EOS, in the template of CoreNet's recipe for instruction tuning."""
-    stretches = [""]
-    for message in messages:
-        stretches[-1] += f"<|{message['role']}|>\n{message['content']}"
-        stretches.append("\n")
-    if add_generation_prompt:
-        stretches[-1] += "<|assistant|>\n"
-    return stretches
-
-
-class _Library(Protocol):
-    """What a tokenizer package must provide."""
-
-    vocab_size: int
-    bos_token_id: int  # -1: none
-    eos_token_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-    def piece(self, token: int) -> str: ...
-    def is_control(self, token: int) -> bool: ...
-    def bytes_of(self, token: int) -> bytes: ...
-
-
-class _SentencePiece:
-    def __init__(self, path: Path):
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._processor = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise TokenizerError(f"{path} is not a SentencePiece model") from error
-        self.vocab_size = self._processor.vocab_size()
-        self.bos_token_id = self._processor.bos_id()
-        self.eos_token_id = self._processor.eos_id()
-
-    def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
-
-    def piece(self, token: int) -> str:
-        return self._processor.id_to_piece(token)
-
-    def is_control(self, token: int) -> bool:
-        return self._processor.is_control(token)
-
-    def bytes_of(self, token: int) -> bytes:
-        piece = self._processor.id_to_piece(token)
-        if self._processor.is_byte(token):
-            return bytes([int(piece[3:5], 16)])
-        return (_UNKNOWN if self._processor.is_unknown(token) else piece.replace(_SPACE, " ")).encode()
-
-
-class _Tokenizers:
-    def __init__(self, path: Path):
-        from tokenizers import Tokenizer as Library
-
-        try:
-            self._tokenizer = Library.from_file(str(path))
-        except Exception as error:  # the package raises nothing more specific
-            raise TokenizerError(f"{path} is not a tokenizer.json: {str(error)[:200]}") from error
-        self._tokenizer.encode_special_tokens = True  # `<s>` in a text stays text
-        settings = json.loads(self._tokenizer.to_str())
-        self._byte_level = _byte_alphabet() if "ByteLevel" in json.dumps(settings.get("decoder")) else None
-        self._special = {entry["id"] for entry in settings.get("added_tokens", ()) if entry["special"]}
-        self._unknown = settings["model"].get("unk_token")
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        config = _read_settings(path.with_name("tokenizer_config.json"))
-        self.bos_token_id = self._id_of(config.get("bos_token"), "<s>")
-        self.eos_token_id = self._id_of(config.get("eos_token"), "</s>")
-
-    def _id_of(self, entry: Any, default: str) -> int:
-        name = entry.get("content") if isinstance(entry, dict) else entry
-        token = self._tokenizer.token_to_id(name if isinstance(name, str) else default)
-        return -1 if token is None else token
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def piece(self, token: int) -> str:
-        return self._tokenizer.id_to_token(token) or ""
-
-    def is_control(self, token: int) -> bool:
-        return token in self._special and self.piece(token) != self._unknown
-
-    def bytes_of(self, token: int) -> bytes:
-        piece = self.piece(token)
-        if self._byte_level is not None:
-            return bytes(self._byte_level[character] for character in piece if character in self._byte_level)
-        byte = _BYTE.fullmatch(piece)
-        if byte:
-            return bytes([int(byte[1], 16)])
-        return (_UNKNOWN if piece == self._unknown else piece.replace(_SPACE, " ")).encode()
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Bytes by the character that represents them in a byte-level vocabulary: printable bytes represent themselves."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unseen = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + number): byte for number, byte in enumerate(unseen)}
+def _open(path: Path, vocab_size: int | None) -> Library:
+    """The file in the package that reads it; for a `tokenizer.model` to which tokens were added, as a JSON text."""
+    settings = settings_beside(path)
+    if path.suffix == ".json":
+        return Tokenizers(path, settings, vocab_size=vocab_size)
+    library = SentencePiece(path, settings)
+    added = {
+        token: entry
+        for token, entry in added_tokens_beside(path, settings).items()
+        if not library.has(token, entry["content"]) and (vocab_size is None or token < vocab_size)
+    }
+    if not added:
+        return library
+    for token, entry in added.items():
+        if token < library.vocab_size and library.piece(token) != entry["content"]:
+            raise TokenizerError(
+                f"{path.with_name(ADDED_TOKENS_FILE)} or {SETTINGS_FILE} gives the id {token} to "
+                f"{quoted(entry['content'])}, but {path.name} to {quoted(library.piece(token))}"
+            )
+    other = path.with_name(JSON_FILE)
+    if exists(other):
+        return Tokenizers(other, settings, vocab_size=vocab_size)
+    extended = Tokenizers(path, settings, tokenizer_json(library, added))
+    if not same_ids(library, extended):
+        raise TokenizerError(
+            f"{path} has added tokens, and its own are not SentencePiece BPE; pass a tokenizer.json as tokenizer"
+        )
+    return extended

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..data.batch import Batch
+from ..machine.compiler import compile_function
 from ..model.lora import MAGNITUDE, invalidate_scales, set_dropout_keys
 from ..model.openelm import ForwardContext, OpenELM, segment_mask
 from .loss import Objective
@@ -39,7 +40,7 @@ def gradients_of(model: OpenELM, objective: Objective, dtype: mx.Dtype, gradient
     """
     if gradient_checkpointing:
         return LayerwiseBackward(model, objective, dtype)
-    return mx.compile(partial(_at_once, model, objective, dtype))
+    return compile_function(partial(_at_once, model, objective, dtype))
 
 
 def batch_losses(
@@ -63,11 +64,11 @@ class LayerwiseBackward:
         self._objective = objective
         self._dtype = dtype
         self._layers = range(len(model.transformer.layers))
-        self._embed = mx.compile(partial(self._embedded, dtype))
-        self._forward = [mx.compile(partial(self._run_layer, layer)) for layer in self._layers]
-        self._backward = [mx.compile(partial(self._layer_gradients, layer)) for layer in self._layers]
-        self._head = mx.compile(self._head_gradients)
-        self._embedding_gradients = mx.compile(mx.grad(self._embedding_product))
+        self._embed = compile_function(partial(self._embedded, dtype))
+        self._forward = [compile_function(partial(self._run_layer, layer)) for layer in self._layers]
+        self._backward = [compile_function(partial(self._layer_gradients, layer)) for layer in self._layers]
+        self._head = compile_function(self._head_gradients)
+        self._embedding_gradients = compile_function(mx.grad(self._embedding_product))
 
     def __call__(self, parameters: Tensors, batch: Batch) -> tuple[mx.array, Tensors]:
         """Sums and gradients, already evaluated; see `gradients_of`."""

@@ -241,7 +241,7 @@ def prepare_pretraining(
     if recipe.train_tokenizer:
         tokenizer = Tokenizer(vocabulary)
     else:
-        tokenizer, _ = find_tokenizer(recipe.tokenizer or None, None, recipe.model.vocab_size, chat=False)
+        tokenizer, _ = find_tokenizer(recipe.tokenizer or None, None, recipe.model.vocab_size)
     corpus = together(group, lambda: find_corpus() if is_first else None)  # the others read it from disk
     return tokenizer, corpus or find_corpus()
 

@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 
 from ..data.batch import Batch, TokenBatch, make_batch
 from ..errors import TrainingError
+from ..machine.compiler import compile_function
 from ..machine.device import DTYPES
 from ..model.lora import set_dropout_keys
 from ..model.openelm import OpenELM
@@ -84,8 +85,8 @@ class Trainer:
         self._prepare = prepare
         dtype = DTYPES[recipe.dtype]
         self._gradients = gradients_of(model, objective, dtype, recipe.gradient_checkpointing)
-        self._losses = mx.compile(partial(batch_losses, model, objective, dtype))
-        self._update = mx.compile(partial(_update, recipe))
+        self._losses = compile_function(partial(batch_losses, model, objective, dtype))
+        self._update = compile_function(partial(_update, recipe))
         model.train()
 
     def take_step(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ import filecmp
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,12 +25,14 @@ from ..files.lock import LockedFolder
 from ..files.output import OutputFile, move_away, output_file
 from ..files.paths import exists
 from ..loading import dtype_named, load
+from ..machine.compiler import compile_function
 from ..machine.device import DTYPES, memory_limit_bytes
 from ..model.adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
 from ..model.lora import MAGNITUDE, AdapterConfig, adapter_parameters, adapter_paths, add_adapter, last_layers
 from ..model.openelm import OpenELM
 from ..quantization import matrix_shape
 from ..tensors import as_bytes
+from ..tokenizer.chat_template import TEMPLATE_FILE, named_template
 from ..tokenizer.tokenizer import Tokenizer
 from .checkpoints import best_checkpoint, run_lock
 from .dpo import DPO, reference_logprobs
@@ -114,6 +116,8 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     if not recipe.data:
         raise DataError("no data given; set `data` to a file or a folder")
     model, tokenizer = load(recipe.model, dtype=dtype_named(recipe.dtype), tokenizer=recipe.tokenizer or None)
+    if recipe.chat_template:
+        tokenizer.chat_template = named_template(recipe.chat_template)
     context = model.config.max_context_length
     if recipe.max_length > context:
         raise ConfigError(f"max_length must be at most {context}, the model's context length; got {recipe.max_length}")
@@ -169,15 +173,17 @@ def tuning_steps(
     """
     group = group or mx.distributed.init()
     trainer = make_trainer(tuning, group)
+    template = tuning.tokenizer.chat_template if tuning.recipe.chat_template else None
+    names = (TENSOR_FILE, CONFIG_FILE, *([TEMPLATE_FILE] if template is not None else []))
 
     def write(folder: Path, parameters: Tensors) -> None:
-        save_adapter(folder, parameters, tuning.recipe.method, tuning.recipe.adapter, tuning.base)
+        save_adapter(folder, parameters, tuning.recipe.method, tuning.recipe.adapter, tuning.base, template)
 
     with run_lock(output, group) as run, ExitStack() as claims:
         published = {}
         if group.rank() == 0:
-            _move_foreign_away(run.path, on_message)
-            for name in (TENSOR_FILE, CONFIG_FILE):
+            _move_foreign_away(run.path, names, on_message)
+            for name in names:
                 published[name] = claims.enter_context(output_file(run.path / name, overwrite=True))
         try:
             yield from train(
@@ -204,7 +210,7 @@ def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> T
     if recipe.objective == "dpo":
         dtype = DTYPES[recipe.dtype]
         before = {name: p if name.endswith(f".{MAGNITUDE}") else p.astype(dtype) for name, p in parameters.items()}
-        reference = mx.compile(partial(reference_logprobs, tuning.model, dtype, before))
+        reference = compile_function(partial(reference_logprobs, tuning.model, dtype, before))
 
         def prepare(batch: Batch) -> Batch:
             found: Batch = {**batch, "reference": reference(batch)}
@@ -228,13 +234,17 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _move_foreign_away(run: Path, on_message: Callable[[str], None]) -> None:
+def _move_foreign_away(run: Path, names: Sequence[str], on_message: Callable[[str], None]) -> None:
     """Rename files in place of the final adapter, unless they are copies of those in the best checkpoint."""
     best = best_checkpoint(run)
-    for path in (run / TENSOR_FILE, run / CONFIG_FILE):
-        if best is not None and exists(path) and not filecmp.cmp(path, best / path.name, shallow=False):
+    for path in (run / name for name in names):
+        if best is not None and exists(path) and not _same(path, best / path.name):
             place = move_away(path, f"{path.stem}-old{path.suffix}")
             on_message(f"{path} was modified after the run; moved it to {place.name}")
+
+
+def _same(path: Path, other: Path) -> bool:
+    return other.exists() and filecmp.cmp(path, other, shallow=False)
 
 
 def _publish(outputs: Mapping[str, OutputFile], run: Path) -> None:

@@ -39,6 +39,13 @@ class TuneRecipe(Recipe):
     tokenizer: str | Path = setting(
         "", "Tokenizer file, folder or hub id; default: the model's.", _DATA, is_path=True, can_change=True
     )
+    chat_template: str | Path = setting(
+        "",
+        "Chat template: openelm (CoreNet's), or a file; default: the model's.",
+        _DATA,
+        is_path=True,
+        can_change=True,
+    )
     data: str | Path = setting(
         "", "Data file, or folder with train and valid files.", _DATA, is_path=True, can_change=True
     )

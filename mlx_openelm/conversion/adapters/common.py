@@ -9,8 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import AdapterError, quoted
-from ...files.fields import LARGEST_NUMBER
-from ...model.adapters import SavedAdapter
+from ...model.adapters import LARGEST_NUMBER, SavedAdapter
 from ...model.lora import EMBEDDING, EMBEDDING_TARGET
 from ..source import LARGEST_PADDING
 
@@ -54,13 +53,18 @@ def with_one_scale(tensors: Mapping[str, mx.array], scales: Mapping[str, float])
         scales: scale of each path; not zero.
     Returns:
         The tensors, with any difference in scale multiplied into `lora_b` (in float32), and the common scale.
+    Raises:
+        AdapterError: if a product overflows.
     """
     values = list(scales.values())
     common = max(dict.fromkeys(values), key=values.count)
     scaled = dict(tensors)
     for path, scale in scales.items():
         if not math.isclose(scale, common):
-            scaled[f"{path}.lora_b"] = tensors[f"{path}.lora_b"].astype(mx.float32) * (scale / common)
+            product = tensors[f"{path}.lora_b"].astype(mx.float32) * (scale / common)
+            if not mx.all(mx.isfinite(product)).item():
+                raise AdapterError(f"{path}.lora_b has values beyond the range of float32 with its scale of {scale:g}")
+            scaled[f"{path}.lora_b"] = product
     return scaled, common
 
 
@@ -76,8 +80,10 @@ def check_number(name: str, value: Any) -> float:
     """The value as a float.
 
     Raises:
-        AdapterError: if it is not a positive finite number.
+        AdapterError: if it is not a positive number, or far beyond any setting.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST_NUMBER:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise AdapterError(f"{name} must be a positive number; got {quoted(value)}")
+    if not value <= LARGEST_NUMBER:
+        raise AdapterError(f"{name} must be a positive number up to {LARGEST_NUMBER:,}; got {quoted(value)}")
     return float(value)

@@ -10,6 +10,7 @@ from ...files.output import output_folder
 from ...files.paths import check_links, exists, is_file, user_path
 from ...model.adapters import TENSOR_FILE, SavedAdapter, read_adapter, write_adapter
 from ...model.lora import EMBEDDING, EMBEDDING_TARGET
+from ...tokenizer.chat_template import read_chat_template
 from ..open import TORCH_SUFFIXES
 from . import peft
 from .common import with_vocabulary
@@ -50,9 +51,9 @@ def open_adapter(path: str | Path, *, vocab_size: int | None = None) -> SavedAda
         return adapter if vocab_size is None else with_vocabulary(adapter, vocab_size)
     check_links(path)
     if exists(path / TENSOR_FILE):
-        return read_adapter(path)
+        return replace(read_adapter(path), chat_template=read_chat_template(path))
     if peft.is_peft(path):
-        return peft.read_peft(path)
+        return replace(peft.read_peft(path), chat_template=read_chat_template(path))
     raise AdapterError(f"{path} holds no adapter: neither {TENSOR_FILE} nor {peft.TENSOR_FILE} exists")
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...errors import AdapterError, OpenELMError, quoted
+from ...errors import AdapterError, OpenELMError, quoted, readable, shorten
 from ...files.paths import exists
-from ...model.adapters import CONFIG_FILE, SavedAdapter, read_adapter_config, read_tensors
-from ...model.lora import EMBEDDING, MAGNITUDE
+from ...model.adapters import CONFIG_FILE, SavedAdapter, read_adapter_config, read_tensors, write_template
+from ...model.lora import EMBEDDING, EMBEDDING_TARGET, MAGNITUDE
 from ...tensors import save_arrays
 from ..read.torch_file import read_torch_file
+from ..source import plain_name
 from .common import check_number, check_pairs, check_path, with_one_scale
 from .patterns import Pattern
 
@@ -27,12 +28,11 @@ TENSOR_FILE, OLD_TENSOR_FILE = "adapter_model.safetensors", "adapter_model.bin"
 _MOST_PATTERNS = 1000
 _PREFIX = "base_model.model."
 _PARTS = {
-    "lora_A.weight": "lora_a",
-    "lora_B.weight": "lora_b",
+    "lora_A": "lora_a",
+    "lora_B": "lora_b",
     "lora_embedding_A": "lora_a",
     "lora_embedding_B": "lora_b",
     "lora_magnitude_vector": MAGNITUDE,
-    "lora_magnitude_vector.weight": MAGNITUDE,
 }
 
 _USED_KEYS = {
@@ -69,7 +69,7 @@ _IGNORED_KEYS = {
 _REFUSED_KEYS = {  # refused if set, with the reason
     "alora_invocation_tokens": "the adapter applies only after certain tokens",
     "arrow_config": "it mixes several adapters",
-    "bias": "biases were trained, but OpenELM has none",
+    "bias": "unknown choice of biases",
     "ensure_weight_tying": "the adapter of the embedding is applied to a tied output too",
     "fan_in_fan_out": "the matrices of OpenELM are (output, input)",
     "init_lora_weights": "training started from a changed base; PEFT can save the adapter as plain LoRA "
@@ -84,7 +84,8 @@ _REFUSED_KEYS = {  # refused if set, with the reason
     "use_bdlora": "a method other than LoRA and DoRA",
     "use_qalora": "a method other than LoRA and DoRA",
 }
-_HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica")}
+# With any choice of biases the adapter has none, because OpenELM has none; a tensor with one is refused.
+_HARMLESS = {"bias": ("none", "all", "lora_only"), "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica")}
 
 
 def is_peft(folder: Path) -> bool:
@@ -162,6 +163,7 @@ def write_peft(folder: Path, adapter: SavedAdapter) -> None:
         tensors[f"{_PREFIX}{path}.{names[part]}"] = tensor.T
     save_arrays(folder / TENSOR_FILE, tensors, {"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_template(folder, adapter)
 
 
 def _check_keys(values: Mapping[str, Any]) -> None:
@@ -188,20 +190,37 @@ def _read_stored(folder: Path) -> Mapping[str, mx.array]:
 
 def _rename(stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The adapter's tensors, with the names and layout of this package."""
-    tensors = {}
+    tensors: dict[str, mx.array] = {}
+    adapter_names = set()
     for name, tensor in stored.items():
-        ending = next((ending for ending in _PARTS if name.endswith(f".{ending}")), None)
-        if ending is None or not name.startswith(_PREFIX):
-            raise AdapterError(f"{name} is not a tensor of an adapter")
-        path = name.removeprefix(_PREFIX).removesuffix(f".{ending}")
+        path, part, adapter_name = _place(name)
+        adapter_names.add(adapter_name)
         check_path(path)
-        if (path == EMBEDDING) != ("embedding" in ending) and _PARTS[ending] != MAGNITUDE:
-            raise AdapterError(f"{name} does not match the layer type of {path}")
-        tensors[f"{path}.{_PARTS[ending]}"] = tensor.T
+        if (path == EMBEDDING) != ("embedding" in part) and _PARTS[part] != MAGNITUDE:
+            raise AdapterError(f"{readable(name)} does not match the layer type of {path}")
+        own = f"{path}.{_PARTS[part]}"
+        if own in tensors and len(adapter_names) == 1:
+            raise AdapterError(f"there are two tensors for {own}; one is called {readable(name)}")
+        tensors[own] = tensor.T
+    if len(adapter_names) > 1:
+        raise AdapterError(f"there are several adapters: {shorten(sorted(adapter_names))}; only one is supported")
     if not tensors:
         raise AdapterError("the adapter has no tensors")
     check_pairs(tensors)
     return tensors
+
+
+def _place(name: str) -> tuple[str, str, str]:
+    """Path of the matrix, part and adapter name, which PEFT leaves out of the names of tensors in most files."""
+    *path, last = plain_name(name).removesuffix(".weight").split(".")
+    adapter_name = ""
+    if last not in _PARTS and path and path[-1] in _PARTS:
+        adapter_name, last = last, path.pop()
+    if path and path[0] in ("layers", EMBEDDING_TARGET):  # trained without the output of the model
+        path.insert(0, "transformer")
+    if last not in _PARTS or not path or path[0] not in ("transformer", "lm_head"):
+        raise AdapterError(f"{readable(name)} is not a tensor of an adapter")
+    return ".".join(path), last, adapter_name
 
 
 def _scales(values: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:

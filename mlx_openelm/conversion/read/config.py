@@ -14,9 +14,13 @@ from ...errors import ConfigError, quoted, shorten
 from ...files.json_file import read_json_object
 from ...files.paths import check_links, exists, is_folder, user_path
 from ...files.yaml_file import read_yaml_object
+from ...model.openelm import NORM_EPS
 
 # Keys of Hugging Face configurations that cannot change what the network computes.
 _IGNORED_KEYS = {
+    "_attn_implementation": "how another library computes attention",
+    "_attn_implementation_autoset": "how another library computes attention",
+    "_commit_hash": "origin of the file",
     "_name_or_path": "origin of the file",
     "architectures": "a class of another library",
     "auto_map": "remote code, which is never run",
@@ -24,20 +28,65 @@ _IGNORED_KEYS = {
     "chunk_size_feed_forward": "how another library splits its work",
     "dtype": "each tensor has its own type",
     "eos_token": "belongs to the tokenizer",
+    "finetuning_task": "a note",
+    "id2label": "names for the classes of another task",
     "initializer_range": "only for new weights, which follow CoreNet's rule",
+    "is_decoder": "OpenELM is a decoder",
+    "label2id": "names for the classes of another task",
     "license": "a note",
+    "max_position_embeddings": "a limit, for which max_context_length is used",
+    "model_max_length": "a limit, for which max_context_length is used",
+    "name_or_path": "origin of the file",
     "openelm_mlx_version": "the version that wrote the file",
     "output_attentions": "what another library returns",
     "output_hidden_states": "what another library returns",
     "pad_token_id": "not used for padding",
     "padding_index": "not used for padding",
+    "padding_side": "belongs to the tokenizer",
+    "problem_type": "the loss of another task",
     "quantization": "read with the weights",
     "quantization_config": "a copy of `quantization` for other libraries",
     "return_dict": "what another library returns",
+    "sep_token_id": "not used for padding",
+    "tf_legacy_loss": "the loss of another library",
+    "tokenizer_class": "a class of another library",
     "torch_dtype": "each tensor has its own type",
+    "torchscript": "how another library compiles",
     "transformers_version": "another library's version",
+    "unk_token_id": "belongs to the tokenizer",
+    "unsloth_fixed": "a note of another library",
+    "unsloth_version": "another library's version",
+    "use_bfloat16": "each tensor has its own type",
     "use_cache": "how another library generates",
+    **dict.fromkeys(
+        (
+            *("bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample"),
+            *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
+            *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens"),
+            *("min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beam_groups", "num_beams"),
+            *("num_return_sequences", "output_scores", "prefix", "remove_invalid_values", "renormalize_logits"),
+            *("repetition_penalty", "return_dict_in_generate", "suppress_tokens", "task_specific_params"),
+            *("temperature", "top_k", "top_p", "typical_p"),
+        ),
+        "how another library generates",
+    ),
 }
+# Other names for what this package knows, and what they must agree with.
+_OTHER_NAMES = {
+    "hidden_size": "model_dim",
+    "num_hidden_layers": "num_transformer_layers",
+    "rope_theta": "rope_freq_constant",
+}
+# Accepted with this value only; it is what every OpenELM does.
+_ONLY_VALUES: dict[str, Any] = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_encoder_decoder": False,
+    "pretraining_tp": 1,
+    "rms_norm_eps": NORM_EPS,
+    "tie_encoder_decoder": False,
+}
+_UNSET: tuple[Any, ...] = (None, [], {})  # what other libraries write for settings that are not in use
 
 
 def read_config(name: str | Path) -> OpenELMConfig:
@@ -99,14 +148,16 @@ def _from_model_name(values: Mapping[str, Any]) -> OpenELMConfig:
 
 
 def _from_hugging_face(values: Mapping[str, Any]) -> OpenELMConfig:
-    for name, only in FIXED_SETTINGS.items():
+    values = _without_default_rope(values)
+    for name, only in {**FIXED_SETTINGS, **_ONLY_VALUES}.items():
         if name in values and values[name] != only:
             raise ConfigError(f"{name} must be {only!r} for OpenELM; got {quoted(values[name])}")
     read: dict[str, Any] = {}
     for field in fields(OpenELMConfig):
         if values.get(field.name) is not None:
             read[field.name] = _read(field.name, values[field.name], _KINDS[field.name])
-    _refuse_unknown({*values} - {*_KINDS, *_IGNORED_KEYS, *FIXED_SETTINGS, "tie_word_embeddings"})
+    known = {*_KINDS, *_IGNORED_KEYS, *FIXED_SETTINGS, *_ONLY_VALUES, *_OTHER_NAMES, "tie_word_embeddings"}
+    _refuse_unknown({name for name, value in values.items() if value not in _UNSET} - known)
     missing = {"num_transformer_layers", "model_dim", "head_dim", "ffn_multipliers"} - set(read)
     if missing:
         raise ConfigError(f"missing settings: {shorten(sorted(missing))}")
@@ -117,7 +168,25 @@ def _from_hugging_face(values: Mapping[str, Any]) -> OpenELMConfig:
     config = OpenELMConfig(**read)
     if values.get("tie_word_embeddings", config.share_input_output_layers) != config.share_input_output_layers:
         raise ConfigError("tie_word_embeddings and share_input_output_layers disagree")
+    for other, name in _OTHER_NAMES.items():
+        own = getattr(config, name)
+        if values.get(other) is not None and values[other] != own:
+            raise ConfigError(f"{other} is {quoted(values[other])}, but {name} is {quoted(own)}")
     return config
+
+
+def _without_default_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without a description of rotary embeddings that says they are not scaled."""
+    plain = dict(values)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = plain.get(name)
+        if isinstance(rope, dict) and {*rope} <= {"rope_type", "type", "rope_theta"}:
+            if rope.get("rope_type", rope.get("type", "default")) != "default":
+                continue
+            del plain[name]
+            if rope.get("rope_theta") is not None:
+                plain.setdefault("rope_theta", rope["rope_theta"])
+    return plain
 
 
 def _add_heads(read: dict[str, Any]) -> None:
@@ -158,7 +227,7 @@ _KINDS: dict[str, Any] = {
     "rope_freq_constant": float,
     "rope_max_length": int,
     "bos_token_id": int,
-    "eos_token_id": int,
+    "eos_token_id": [int],
 }
 
 

@@ -8,6 +8,7 @@ from ...errors import AdapterError, ConfigError
 from ...files.json_file import read_json_object
 from ...files.paths import exists
 from ...tensors import LazyTensor, read_safetensors
+from ...tokenizer.chat_template import template_by_name
 from ..source import Source, make_source
 from .config import read_config_file
 from .torch_file import read_torch_file
@@ -57,7 +58,7 @@ def checkpoint_source(path: Path, tensors: Mapping[str, LazyTensor], config: Ope
         has_padding=True,
         name=path.name,
         folder=path.parent,
-        is_chat="instruct" in path.name.lower(),
+        chat_template=template_by_name(path.stem),
     )
 
 
@@ -75,7 +76,7 @@ def read_apple_mlx(folder: Path, config: OpenELMConfig | None = None) -> Source:
         has_padding=True,
         name=folder.resolve().name,
         folder=folder,
-        is_chat="instruct" in folder.resolve().name.lower(),
+        chat_template=template_by_name(folder.resolve().name),
     )
 
 

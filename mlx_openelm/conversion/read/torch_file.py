@@ -16,31 +16,39 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...errors import TorchFileError
+from ...errors import TorchFileError, readable
 from ...files.paths import open_regular
-from ...tensors import LazyTensor, from_numpy
+from ...tensors import LazyTensor, from_numpy, is_buffer
+from ..source import plain_name
 from .torch_pickle import TensorRecord, read_pickle
 
-_PREFIXES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # from PyTorch's wrappers
 _MODEL_KEYS = ("model_state_dict", "state_dict", "model", "module", "ema_model_state_dict", "ema")
-_FLOATS = {
-    "float32": (4, mx.float32),
-    "float16": (2, mx.float16),
-    "bfloat16": (2, mx.bfloat16),
-    "float64": (8, mx.float32),
+# As read, and as stored (bfloat16 as its bits).
+_DTYPES = {
+    "float64": (mx.float32, "<f8"),
+    "float32": (mx.float32, "<f4"),
+    "float16": (mx.float16, "<f2"),
+    "bfloat16": (mx.bfloat16, "<u2"),
+    "complex128": (mx.complex64, "<c16"),
+    "complex64": (mx.complex64, "<c8"),
+    "int64": (mx.int64, "<i8"),
+    "int32": (mx.int32, "<i4"),
+    "int16": (mx.int16, "<i2"),
+    "int8": (mx.int8, "i1"),
+    "uint8": (mx.uint8, "u1"),
+    "bool": (mx.bool_, "?"),
 }
-_NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8"}  # bfloat16 as raw bits
 _LOCAL_HEADER_BYTES = 30
 _CHUNK_BYTES = 1 << 20
 _LARGEST_DEPTH = 8  # of nested dictionaries to search for the model
 
 
 def read_torch_file(path: Path) -> dict[str, LazyTensor]:
-    """Read the floating-point tensors of a model from a file written by `torch.save`, without running any of its code.
+    """Read the weights of a model from a file written by `torch.save`, without running any of its code.
 
     The model is the saved object itself or part of a training checkpoint: a dictionary under a common key
     (`model_state_dict`, `state_dict`, `model` ...), else the dictionary with the most tensors. Name prefixes added by
-    PyTorch's wrappers are dropped. Integer buffers are left out; float64 is read as float32.
+    PyTorch's wrappers are dropped. Buffers are left out; float64 is read as float32.
 
     Returns:
         Tensors by name; their values are read later.
@@ -52,11 +60,11 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
         records = _find_model(read_pickle(_pickle(archive)))
         tensors = {}
         for name, record in records.items():
-            if record.storage.dtype not in _FLOATS:
+            plain = plain_name(name)
+            if is_buffer(plain, _DTYPES[record.storage.dtype][0]):
                 continue
-            plain = _without_prefixes(name)
             if plain in tensors:
-                raise TorchFileError(f"contains {plain} twice")
+                raise TorchFileError(f"contains {readable(plain)} twice")
             tensors[plain] = _lazy(archive, name, record)
     except TorchFileError as error:
         raise TorchFileError(f"{path}: {error}") from error
@@ -186,15 +194,12 @@ def _tables(value: Any) -> Iterator[tuple[tuple[str, ...], dict[str, TensorRecor
         waiting += [((*place, key), inner) for key, inner in table.items() if isinstance(key, str)]
 
 
-def _without_prefixes(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _PREFIXES)
-
-
 def _lazy(archive: _Archive, name: str, record: TensorRecord) -> LazyTensor:
     entry = f"data/{record.storage.key}"
     if entry not in archive.entries:
         raise TorchFileError(f"damaged: the values of {name} are missing")
-    size, dtype = _FLOATS[record.storage.dtype]
+    dtype, stored = _DTYPES[record.storage.dtype]
+    size = np.dtype(stored).itemsize
     available = archive.entries[entry][1] // size
     numel = prod(record.shape)
     if numel:
@@ -206,7 +211,8 @@ def _lazy(archive: _Archive, name: str, record: TensorRecord) -> LazyTensor:
 
 def _read_rows(archive: _Archive, name: str, entry: str, record: TensorRecord, start: int, stop: int) -> mx.array:
     """Read rows `start` to `stop` (excluded) of a tensor, and only the part of its record that contains them."""
-    size, dtype = _FLOATS[record.storage.dtype]
+    dtype, stored = _DTYPES[record.storage.dtype]
+    size = np.dtype(stored).itemsize
     shape = (stop - start, *record.shape[1:]) if record.shape else ()
     if prod(shape) == 0:
         return mx.zeros(shape, dtype)
@@ -216,7 +222,7 @@ def _read_rows(archive: _Archive, name: str, entry: str, record: TensorRecord, s
         archive.check(entry)
         with open_regular(archive.path) as file:
             file.seek(archive.entries[entry][0] + first * size)
-            values = np.fromfile(file, _NUMPY[record.storage.dtype], span)
+            values = np.fromfile(file, stored, span)
     except TorchFileError as error:
         raise TorchFileError(f"{archive.path}: {error}") from error
     except OSError as error:
@@ -225,4 +231,4 @@ def _read_rows(archive: _Archive, name: str, entry: str, record: TensorRecord, s
         raise TorchFileError(f"{archive.path} was truncated while it was read")
     strides = tuple(stride * size for stride in record.strides)
     strided = np.lib.stride_tricks.as_strided(values, shape, strides, writeable=False)
-    return from_numpy(np.ascontiguousarray(strided, np.float32 if size == 8 else None).reshape(shape), dtype, name)
+    return from_numpy(np.ascontiguousarray(strided).reshape(shape), dtype, name)

@@ -56,6 +56,8 @@ _STORAGES = {
     "torch.CharStorage": "int8",
     "torch.ByteStorage": "uint8",
     "torch.BoolStorage": "bool",
+    "torch.ComplexFloatStorage": "complex64",
+    "torch.ComplexDoubleStorage": "complex128",
     "torch.storage.UntypedStorage": "uint8",
 }
 _DICTIONARIES = {"collections.OrderedDict", "collections.defaultdict"}

@@ -21,7 +21,7 @@ def model_card(conversion: Conversion, source: Source, command: str) -> str:
     tokenizer = conversion.tokenizer or "none"
     heads = f"{min(config.num_query_heads)} to {max(config.num_query_heads)}"
     widths = f"{min(config.ffn_dims)} to {max(config.ffn_dims)}"
-    use = "chat" if source.is_chat else 'generate --prompt "Once upon a time there was"'
+    use = "chat" if source.chat_template is not None else 'generate --prompt "Once upon a time there was"'
     return f"""---
 library_name: mlx
 pipeline_tag: text-generation
