@@ -17,7 +17,7 @@ from ..files.json_file import read_json_object
 from ..files.lock import LockedFolder, lock_folder
 from ..files.names import resolved
 from ..files.output import output_file, output_folder, remove_folder, write_file
-from ..files.paths import check_regular, exists, is_folder
+from ..files.paths import exists, is_folder, open_regular
 from ..tensors import save_arrays
 from .optimizer import Moments, Tensors
 
@@ -206,21 +206,25 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = read_state(folder)
         name = next((name for name in PARAMETER_FILES if exists(folder / name)), PARAMETER_FILES[0])
-        for file in (name, "optimizer.safetensors"):
-            check_regular(folder / file, TrainingError)
-        parameters: Any = mx.load(str(folder / name))
-        saved: Any = mx.load(str(folder / "optimizer.safetensors"))
+        parameters, saved = _arrays(folder / name), _arrays(folder / "optimizer.safetensors")
         moments = Moments(
             {name: saved[f"first.{name}"] for name in parameters},
             {name: saved[f"second.{name}"] for name in parameters},
             saved["steps"],
         )
-        mx.eval(parameters, moments)
         if folder != checkpoint_folder(folder.parent.parent, state["step"]):
             raise TrainingError(f"its state.json says step {state['step']}")
     except Exception as error:  # damaged files raise errors of many kinds
         raise TrainingError(f"{folder} is damaged: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(parameters, moments, state)
+
+
+def _arrays(path: Path) -> Tensors:
+    """All arrays of a safetensors file; MLX itself could neither refuse a FIFO nor open every name."""
+    with open_regular(path) as file:
+        arrays: Any = mx.load(file, format="safetensors")
+        mx.eval(arrays)
+    return arrays  # type: ignore[no-any-return]
 
 
 def check_parameters(checkpoint: Checkpoint, wanted: Tensors, folder: Path) -> None:
