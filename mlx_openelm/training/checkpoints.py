@@ -224,7 +224,7 @@ def _arrays(path: Path) -> Tensors:
     with open_regular(path) as file:
         arrays: Any = mx.load(file, format="safetensors")
         mx.eval(arrays)
-    return arrays  # type: ignore[no-any-return]
+    return arrays
 
 
 def check_parameters(checkpoint: Checkpoint, wanted: Tensors, folder: Path) -> None:
