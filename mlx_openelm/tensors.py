@@ -41,7 +41,7 @@ _STORED_DTYPES = {
 }
 _WRITTEN_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
 _EXPONENT_BITS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # NaN or infinity if all are set
-_LARGEST_HEADER_BYTES = 16_000_000  # over a thousand layers; the largest published model has 60,000 bytes
+_LARGEST_HEADER_BYTES = 4_000_000  # about 2,000 quantized layers; in memory it takes up to twenty times as much
 _BLOCK_BYTES = 1 << 20  # fits into CPU caches; buffers of this size are reused instead of freed
 
 
@@ -172,21 +172,22 @@ def checked_cast(name: str, array: mx.array, dtype: mx.Dtype, computed: bool = F
     Raises:
         WeightsError: naming the tensor, if values overflow `dtype`.
     """
-    is_narrower = _LIMITS[dtype] < _LIMITS[array.dtype]
-    if (is_narrower or computed) and array.size and not _within(array, _LIMITS[dtype]):
+    limit = _LIMITS.get(dtype, math.inf)
+    is_narrower = limit < _LIMITS.get(array.dtype, math.inf)
+    if (is_narrower or computed) and array.size and not _within(array, limit):
         wider = {mx.float16: "; use bfloat16", mx.bfloat16: "; use float32"}.get(dtype, "")
         raise WeightsError(f"{readable(name)} has values beyond the range of {dtype_name(dtype)}{wider}")
     return array.astype(dtype)
 
 
 # The smallest numbers that are rounded to infinity.
-_LIMITS = {mx.float16: 65520.0, mx.bfloat16: (2 - 2**-8) * 2.0**127, mx.float32: math.inf}
+_LIMITS = {mx.float16: 65520.0, mx.bfloat16: (2 - 2**-8) * 2.0**127}
 
 
 def _within(array: mx.array, limit: float) -> bool:
     """Whether all values are numbers below a limit; NumPy is ten times as fast as MLX on a CPU."""
     values: Any = np.asarray(array if array.dtype != mx.bfloat16 else array.astype(mx.float32))
-    return bool(-limit < values.min() and values.max() < limit)
+    return -limit < float(values.min()) and float(values.max()) < limit
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

@@ -164,17 +164,52 @@ def test_validation_goes_through_all_that_is_held_out(tmp_path, tokenizer):
     assert len(list(validation_rows(corpus, 32, 3))) == 3
 
 
-@pytest.mark.parametrize("damage", ["empty tokens", "short tokens", "empty offsets", "offsets", "pickle"])
-def test_a_damaged_corpus_is_one_line_that_says_what_to_remove(tmp_path, tokenizer, damage):
-    source = write(tmp_path / "a.txt", ["one two", "three four"] * 20)
-    corpus = prepare_corpus([source], tokenizer, Filters(), tmp_path / "cache")
-    places = next((tmp_path / "cache").glob("*/0-train.offsets.npy"))
-    ids = places.with_name("0-train.tokens")
-    if damage.endswith("tokens"):
-        ids.write_bytes(ids.read_bytes()[: 0 if "empty" in damage else 20])
-    elif damage == "offsets":
-        np.save(places, corpus.train[0].offsets[::-1].copy())
-    else:
-        places.write_bytes(b"" if damage == "empty offsets" else b"\x80\x04K\x01.")
-    with pytest.raises(DataError, match="0-train is damaged; remove the folder"):
-        prepare_corpus([source], tokenizer, Filters(), tmp_path / "cache")
+def offsets_descend(tokens, offsets):
+    np.save(offsets, np.load(offsets)[::-1].copy())
+
+
+def offsets_are_floats(tokens, offsets):
+    np.save(offsets, np.load(offsets).astype(np.float64))
+
+
+def offsets_are_text(tokens, offsets):
+    offsets.write_text("[0, 1, 2]")
+
+
+def offsets_are_an_archive(tokens, offsets):
+    np.savez(offsets.with_suffix(".npz"), np.load(offsets))
+    offsets.with_suffix(".npz").replace(offsets)
+
+
+def tokens_end_too_soon(tokens, offsets):
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+
+
+def tokens_are_too_many(tokens, offsets):
+    tokens.write_bytes(tokens.read_bytes() + b"\0")
+
+
+def tokens_are_missing(tokens, offsets):
+    tokens.unlink()
+
+
+def an_id_is_beyond_the_vocabulary(tokens, offsets):
+    ids = np.fromfile(tokens, np.uint16)
+    ids[len(ids) // 2 :] = 400
+    ids.tofile(tokens)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [offsets_descend, offsets_are_floats, offsets_are_text, offsets_are_an_archive, tokens_end_too_soon,
+     tokens_are_too_many, tokens_are_missing, an_id_is_beyond_the_vocabulary],
+)  # fmt: skip
+@pytest.mark.parametrize("packing", ["stream", "rows"])
+def test_damaged_token_files_are_refused(tmp_path, tokenizer, corpus, damage, packing):
+    (tokens,) = (tmp_path / "cache").glob("*/0-train.tokens")
+    damage(tokens, tokens.with_suffix(".offsets.npy"))
+    with pytest.raises(DataError, match=r"is damaged \(.*\); delete this folder"):
+        again = prepare_corpus([TextSource(str(tmp_path / "a.txt"))], tokenizer, Filters(), tmp_path / "cache")
+        batches = CorpusBatches(again, 50, 16, packing, 0)
+        for step in range(4):
+            batches.step(step)

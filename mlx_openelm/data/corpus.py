@@ -39,28 +39,32 @@ class Filters:
 
 
 class TokenizedDataset:
-    """Documents as ids on disk, each from BOS to EOS."""
+    """Documents as ids on disk, each from BOS to EOS.
 
-    def __init__(self, stem: Path, dtype: np.dtype):
-        """Open the two files of a data set.
+    Raises:
+        DataError: if the files are damaged, as far as their sizes and offsets tell; ids are checked when they are read.
+    """
 
-        Raises:
-            DataError: if they are damaged.
-        """
-        places, ids = stem.with_suffix(".offsets.npy"), stem.with_suffix(".tokens")
-        for path in (places, ids):
-            check_regular(path, DataError)
+    def __init__(self, stem: Path, dtype: np.dtype, vocab_size: int):
+        self._stem = stem
+        self._vocab_size = vocab_size
         try:
-            self.offsets = np.load(places, mmap_mode="r")  # (documents + 1,)
-            size = int(self.offsets[-1])
-            is_sound = self.offsets.ndim == 1 and self.offsets.dtype.kind in "iu" and self.offsets[0] == 0
-            if not is_sound or np.any(self.offsets[1:] < self.offsets[:-1]):
-                raise ValueError("wrong offsets")
-            if ids.stat().st_size != size * dtype.itemsize:
-                raise ValueError("wrong size")
-        except Exception as error:  # NumPy raises errors of many kinds for a damaged file
-            raise DataError(f"{stem} is damaged; remove the folder {stem.parent}, which will be made again") from error
-        self.tokens = np.memmap(ids, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
+            for suffix in (".offsets.npy", ".tokens"):
+                check_regular(stem.with_suffix(suffix), DataError)
+            # (documents + 1,)
+            self.offsets = np.lib.format.open_memmap(stem.with_suffix(".offsets.npy"), "r")
+            size = stem.with_suffix(".tokens").stat().st_size // dtype.itemsize
+            self.tokens = (
+                np.memmap(stem.with_suffix(".tokens"), dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
+            )
+        except Exception as error:  # NumPy evaluates the header, which raises errors of many kinds
+            raise self._damaged(" ".join(str(error).split())[:100]) from error
+        offsets = self.offsets
+        is_list = offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) > 0
+        if not is_list or offsets[0] != 0 or np.diff(offsets).min(initial=0) < 0:
+            raise self._damaged("its offsets do not ascend from 0")
+        if int(offsets[-1]) * dtype.itemsize != stem.with_suffix(".tokens").stat().st_size:
+            raise self._damaged(f"{stem.name}.tokens has another size than its offsets say")
 
     @property
     def num_documents(self) -> int:
@@ -71,6 +75,19 @@ class TokenizedDataset:
     def num_tokens(self) -> int:
         """Number of tokens in all documents."""
         return len(self.tokens)
+
+    def checked(self, ids: np.ndarray) -> np.ndarray:
+        """The same ids, which must be in the vocabulary.
+
+        Raises:
+            DataError: if one is not.
+        """
+        if ids.max(initial=0) >= self._vocab_size:
+            raise self._damaged(f"it contains the id {ids.max()}, but the vocabulary has {self._vocab_size:,} tokens")
+        return ids
+
+    def _damaged(self, reason: str) -> DataError:
+        return DataError(f"{self._stem.parent} is damaged ({reason}); delete this folder, and it is made again")
 
     def document(self, number: int) -> np.ndarray:
         """Ids of one document, (T,)."""
@@ -125,7 +142,10 @@ def prepare_corpus(
                         done += path.stat().st_size
                         on_progress(done, total)
     opened = {
-        split: tuple(TokenizedDataset(folder / f"{number}-{split}", dtype) for number in range(len(sources)))
+        split: tuple(
+            TokenizedDataset(folder / f"{number}-{split}", dtype, tokenizer.vocab_size)
+            for number in range(len(sources))
+        )
         for split in _SPLITS
     }
     for source, tokens in zip(sources, opened["train"], strict=True):
@@ -257,7 +277,8 @@ def _spread(number: int) -> float:
 def _row(file: TokenizedDataset, number: int, length: int, packing: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if packing == "rows":
         epoch, place = divmod(number, file.num_documents)
-        document = file.document(int(_order(file, seed, epoch)[0][place]))[: length + 1].astype(np.int32)
+        document = file.document(int(_order(file, seed, epoch)[0][place]))[: length + 1]
+        document = file.checked(document).astype(np.int32)
         padding = length + 1 - len(document)
         segments = np.zeros(length + 1, np.int32)
         segments[len(document) :] = -1
@@ -296,7 +317,7 @@ def _cut(
                 break
             place = 0
         ids = file.document(int(documents[place]))[skip : skip + length + 1 - filled]
-        tokens[filled : filled + len(ids)] = ids
+        tokens[filled : filled + len(ids)] = file.checked(ids)
         segments[filled : filled + len(ids)] = segment
         filled += len(ids)
         segment += 1
