@@ -79,7 +79,9 @@ def merge(
             text.chat_template = found.chat_template
 
         def add_files(staging: Path) -> None:
-            (staging / "README.md").write_text(_card(source, adapter, found, quantization), encoding="utf-8")
+            (staging / "README.md").write_text(
+                _card(source, adapter, found, quantization), encoding="utf-8", errors="replace"
+            )
             if text is not None:
                 write_tokenizer(text, staging)
 

@@ -636,3 +636,11 @@ def test_the_list_of_files_is_json_that_people_can_read(tmp_path):
     values = json.loads((tmp_path / "a" / MANIFEST).read_text())
     assert sorted(values["files"]) == ["adapter/weights", "config.json"]
     assert UNFINISHED not in os.listdir(tmp_path / "a")
+
+
+@pytest.mark.parametrize("length", [1, 250, 251, 255])
+def test_a_name_with_an_ending_is_never_too_long(tmp_path, length):
+    found = names.with_ending(tmp_path / ("b" * length), ".part")
+    assert found.name == "b" * length + ".part" if length <= 250 else found.name.startswith("bbb")
+    found.write_text("")
+    assert found != names.with_ending(tmp_path / ("b" * (length - 1) + "c"), ".part")

@@ -66,6 +66,10 @@ class TestJson:
         text = '{"model_max_length": 1000000000000000019884624838656, "eps": 1e-45, "a": 1, "a": 1}'
         assert parse_json(text, "a", ConfigError)["model_max_length"] == 1000000000000000019884624838656
 
+    def test_names_of_files_are_kept_whatever_their_bytes(self):
+        name = os.fsdecode(b"model-\xff")
+        assert parse_json(json.dumps({"model": name}), "a", ConfigError) == {"model": name}
+
     def test_a_file_that_is_too_large_or_not_text_is_refused(self, tmp_path):
         (tmp_path / "a.json").write_text('{"a": "' + "x" * 1000 + '"}')
         with pytest.raises(AdapterError, match="larger than 1,000 bytes"):

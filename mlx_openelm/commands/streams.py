@@ -18,8 +18,7 @@ _HANDLER = "openelm-mlx"  # name of an error handler of codecs
 _CODES = {"bold": "1", "dim": "2", "green": "32"}
 # All control characters but tabs and newlines; line separators; what reorders text; halves of surrogate pairs.
 _UNSAFE = re.compile(
-    "\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029"
-    "\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    "\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 

@@ -144,7 +144,7 @@ def convert(
         )
 
         def add_files(staging: Path) -> None:
-            (staging / "README.md").write_text(model_card(result, found, command), encoding="utf-8")
+            (staging / "README.md").write_text(model_card(result, found, command), encoding="utf-8", errors="replace")
             for name, content in files.items():
                 (staging / name).write_bytes(content)
             if adapter is not None:

@@ -126,7 +126,7 @@ def _is_unicode(text: str) -> bool:
     if text.isascii():
         return True
     try:
-        text.encode()
+        text.encode(errors="surrogateescape")  # names of files may hold bytes that are not UTF-8
     except UnicodeEncodeError:
         return False
     return True

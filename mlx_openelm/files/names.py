@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 
+_LONGEST_ALLOWED = 255  # bytes of a name
 _LONGEST_NAME = 150  # bytes of a target's name to repeat in temporary names; file systems allow 255 in total
 
 
@@ -61,6 +62,12 @@ def reported(name: Path, within: Path | None = None) -> Iterator[None]:
 def lock_name(target: Path) -> Path:
     """The lock file of a target."""
     return target.with_name(f".{_stem(target)}.openelm-mlx.lock")
+
+
+def with_ending(target: Path, ending: str) -> Path:
+    """A target's path with an ending appended to its name, which is cut if it would become too long."""
+    whole = target.name + ending
+    return target.with_name(whole if len(os.fsencode(whole)) <= _LONGEST_ALLOWED else _stem(target) + ending)
 
 
 def aside_name(target: Path, kind: str) -> Path:

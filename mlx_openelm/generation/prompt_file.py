@@ -12,6 +12,7 @@ from typing import Any
 from ..data.record_files import RECORD_ENDINGS, read_records
 from ..data.text_files import BrokenLines
 from ..errors import DataError, OutputError, TokenizerError
+from ..files.names import with_ending
 from ..files.output import OutputFile, output_file
 from ..tokenizer.tokenizer import Tokenizer
 from .text import Generation
@@ -135,7 +136,7 @@ class AnswerFile(Answers):
         self._run = sha256(about.encode()).hexdigest()
         self._output = output
         with ExitStack() as held:
-            self._part = held.enter_context(output_file(f"{output.path}.part", overwrite=True))
+            self._part = held.enter_context(output_file(with_ending(output.path, ".part"), overwrite=True))
             self._lines = self._answers_of(self._part)
             kept = [self._line(number, answer) for number, answer in self._lines.items()]
             self._part.write("".join(f"{line}\n" for line in (self._heading, *kept)))

@@ -169,7 +169,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     lora = values.table("lora_parameters")
     limits = -LARGEST_NUMBER, LARGEST_NUMBER
     scale = lora.number("scale", 1.0, *limits) if method == "full" else lora.number("scale", ..., *limits)
-    dropout = lora.number("dropout", 0.0, 0, 1)
+    dropout = lora.number("dropout", 0.0, *limits)
     alpha = values.number("alpha", None, *limits)
     base = values.table("base")
     # "rank_stabilised" was written until 2026-11-25

@@ -215,7 +215,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             {name: saved[f"second.{name}"] for name in parameters},
             saved["steps"],
         )
-        mx.eval(parameters, moments)
         if folder != checkpoint_folder(folder.parent.parent, state["step"]):
             raise TrainingError(f"its state.json says step {state['step']}")
     except Exception as error:  # damaged files raise errors of many kinds
