@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ConfigError, OpenELMError
+from ..files.json_file import parse_json
+from ..files.paths import read_text
 from .streams import clean
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ def _watched(patience_seconds: float) -> Iterator[None]:
 def _hosts() -> list[str]:
     """Addresses of all processes, from the host file that MLX reads."""
     try:
-        ranks = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
+        path = Path(os.environ["MLX_HOSTFILE"])
+        ranks = parse_json(read_text(path, ConfigError), str(path), ConfigError)
         return [", ".join(map(str, addresses)) for addresses in ranks]
-    except (KeyError, OSError, ValueError, TypeError):
+    except (KeyError, TypeError, OpenELMError):
         return []

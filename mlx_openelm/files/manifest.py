@@ -14,7 +14,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from ..errors import OpenELMError, OutputError
 from ..version import __version__
+from .json_file import read_json_object
 
 MANIFEST = ".openelm-mlx.json"
 UNFINISHED = ".openelm-mlx.unfinished"
@@ -32,10 +34,9 @@ def write_manifest(folder: Path) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        if os.lstat(folder / MANIFEST).st_size > _LONGEST_MANIFEST:
-            return {}
-        return dict(json.loads((folder / MANIFEST).read_bytes())["files"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        values = read_json_object(folder / MANIFEST, OutputError, optional=True, max_bytes=_LONGEST_MANIFEST)
+        return dict(values.table("files"))
+    except OpenELMError:  # whatever stands there, this package did not write it
         return {}
 
 

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from ..cache.config import CacheConfig
 from ..cache.kv_cache import KVCache
 from ..errors import CacheError, WeightsError
+from ..files.json_file import parse_json
 from ..files.output import OutputFile, output_file
 from ..model.openelm import OpenELM
 from ..tensors import read_with_metadata
@@ -106,8 +107,10 @@ class PromptCache:
         if about.get("model") != own:
             raise CacheError(f"{path} was made with another model, adapter or dtype; delete it or choose another file")
         try:
-            saved = CacheConfig(**json.loads(about["config"]))
-            tokens, quantized = json.loads(about["tokens"]), json.loads(about["quantized"])
+            settings, tokens, quantized = (
+                parse_json(about[name], name, CacheError) for name in ("config", "tokens", "quantized")
+            )
+            saved = CacheConfig(**settings)
             _check_tokens(tokens, model.config.vocab_size)
         except (KeyError, ValueError, TypeError, RecursionError, CacheError) as error:
             raise CacheError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
