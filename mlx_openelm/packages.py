@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .errors import MissingPackageError
@@ -25,6 +24,8 @@ def optional_package(name: str, what: str, extra: str) -> Any:
 
 def installed_version(name: str) -> str | None:
     """The version of a package by its distribution name; `None` if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
     try:
         return version(name)
     except PackageNotFoundError:

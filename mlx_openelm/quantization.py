@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import ConfigError, QuantizationError, WeightsError, quoted, readable
-from .tensors import LazyTensor, checked_cast, dtype_name
+from .tensors import LazyTensor, checked_cast, dtype_name, is_below
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
@@ -283,9 +283,10 @@ def _read_checked(
             raise WeightsError(f"{readable(label)} contains NaN: the checkpoint is damaged")
         return array
     if mode == "affine":
-        if part == "scales":
-            lowest = packed.parts["biases"].read_rows(start, stop).astype(mx.float32)
-            largest = array.astype(mx.float32) * (2**packed.quantization.bits - 1) + lowest
+        steps = 2**packed.quantization.bits - 1 if part == "scales" else 1
+        if not is_below(array, float(mx.finfo(dtype or array.dtype).max) / 2 / steps):
+            parts = [packed.parts[key].read_rows(start, stop).astype(mx.float32) for key in ("scales", "biases")]
+            largest = parts[0] * (2**packed.quantization.bits - 1) + parts[1]
             checked_cast(name, largest, dtype or array.dtype, computed=True)
         return checked_cast(label, array, dtype or array.dtype)
     if mode == "nvfp4":

@@ -160,6 +160,7 @@ def test_the_tree_in_the_design_is_complete_and_gives_a_reason_for_what_is_long(
 
 
 TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
+    "test_hub.py": ["hub_client.py"],
     "test_cli.py": ["cli.py", "__main__.py", "errors.py", "version.py", "packages.py", "commands/"],
     "test_bench.py": ["benchmark/measure.py", "benchmark/models.py", "benchmark/report.py", "machine/hardware.py"],
     "test_convert.py": ["conversion/average.py", "conversion/open.py", "conversion/source.py", "conversion/write/"],

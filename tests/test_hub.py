@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from mlx_openelm import hub
+from mlx_openelm import hub, hub_client
 from mlx_openelm.errors import HubUnreachableError, PathError, SourceError, TokenizerError
 from mlx_openelm.tokenizer import files as tokenizer_files
 
@@ -231,13 +231,13 @@ def no_port(server, monkeypatch):
 
 def silent(server, monkeypatch):
     """It accepts a connection and says nothing."""
-    monkeypatch.setattr(hub, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(hub_client, "_TIMEOUT", 0.2)
     server.fault = lambda request: time.sleep(30) or True
 
 
 def trickling(server, monkeypatch):
     """It sends a byte now and then, so that no time limit for a single read is exceeded."""
-    monkeypatch.setattr(hub, "_FIRST_CONTACT", 0.5)
+    monkeypatch.setattr(hub_client, "_FIRST_CONTACT", 0.5)
 
     def trickle(request):
         request.send_response(200)
@@ -360,7 +360,7 @@ def test_a_hub_that_fails_later_is_left_after_a_few_retries(fault, server, monke
 
 
 def test_what_takes_long_is_reported_by_a_line_now_and_then(server, monkeypatch):
-    monkeypatch.setattr(hub, "_SILENCE", 0.1)
+    monkeypatch.setattr(hub_client, "_SILENCE", 0.1)
     server.fault = lambda request: "tree" in request.path and bool(time.sleep(0.5))
     with pytest.warns(UserWarning, match=r"still waiting for 127.0.0.1:\d+ after \d+ seconds"):
         assert hub.model_folder(REPO).is_dir()

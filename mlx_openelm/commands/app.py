@@ -12,10 +12,8 @@ import typer
 import typer.core
 
 from ..errors import OpenELMError
-from ..packages import missing_package
 from ..version import __version__
 from .interrupts import is_interrupt
-from .stand_ins import stand_ins
 from .streams import StdoutError, finish_streams, lose, no_styles, prepare_streams
 from .terminal import fail, say, speak_flags, write
 
@@ -59,6 +57,9 @@ def _command(name: str) -> Any:
     try:
         module = import_module(f"mlx_openelm.commands.{module_name}")
     except ImportError as error:
+        from ..packages import missing_package
+        from .stand_ins import stand_ins
+
         if is_interrupt(error) or missing_package(error) is None:
             raise
         missing = error  # there is still help to show
@@ -179,6 +180,8 @@ def _run(arguments: list[str]) -> int:
     except _ClickError as error:
         fail(error.format_message())
     except ImportError as error:
+        from ..packages import missing_package
+
         if is_interrupt(error) or (message := missing_package(error)) is None:
             raise
         fail(message)

@@ -91,7 +91,7 @@ def open_model(
     if chat_template is not None:
         source = replace(source, chat_template=named_template(chat_template))
     text, origin = _tokenizer_of(source, tokenizer, revision)
-    if text is not None:
+    if text is not None and text.eos_token_id not in source.config.eos_token_ids:
         source = replace(source, config=source.config.with_eos(text.eos_token_id))
     if source.named_vocab_size and not keep_padding:
         source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)

@@ -5,8 +5,10 @@ H query heads, K key/value heads, D head_dim, M model_dim, F this layer's FFN wi
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -285,7 +287,8 @@ def activate(name: str, x: mx.array) -> mx.array:
     return mx.maximum(x, 0)
 
 
-def parameter_shapes(config: OpenELMConfig) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=4)
+def parameter_shapes(config: OpenELMConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter by name; nothing is allocated."""
     parameters = tree_flatten(OpenELM(config).parameters(), destination={})
-    return {name: array.shape for name, array in dict(parameters).items()}
+    return MappingProxyType({name: array.shape for name, array in dict(parameters).items()})

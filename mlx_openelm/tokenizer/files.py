@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import HubUnreachableError, OpenELMError, TokenizerError
 from ..files.paths import exists, is_file, user_path
-from ..hub import cached_file, download_file, model_folder, progress_lines
+from ..hub import cached_file, download_file, model_folder
 from .settings import JSON_FILE, SETTINGS_FILE, settings_beside
 from .tokenizer import Tokenizer
 
@@ -113,6 +113,8 @@ def _llama_tokenizer(folder: Path | None, vocab_size: int) -> tuple[Tokenizer, s
                 return tokenizer, f"{repo}, from the Hugging Face cache"
     if len(search.failures) == 1:
         search.failures.append("the Hugging Face cache (contains none)")
+    from ..hub_client import progress_lines
+
     with progress_lines():
         for repo in repos:
             tokenizer = search.attempt(repo, lambda repo=repo: download_file(repo, FILE_NAMES[0]))  # type: ignore[misc]

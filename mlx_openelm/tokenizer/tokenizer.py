@@ -22,7 +22,6 @@ from .chat_template import (
     render_template,
 )
 from .libraries import SPACE, Library, SentencePiece, Tokenizers
-from .sentencepiece_json import same_ids, tokenizer_json
 from .settings import ADDED_TOKENS_FILE, JSON_FILE, SETTINGS_FILE, added_tokens_beside, settings_beside
 
 
@@ -190,6 +189,8 @@ class Tokenizer:
         It is the file's own, or derived from a SentencePiece BPE model. BOS is added there too.
         """
         if isinstance(self._library, SentencePiece):
+            from .sentencepiece_json import same_ids, tokenizer_json  # seldom needed
+
             content = tokenizer_json(self._library)
             return content if same_ids(self._library, Tokenizers(self.path, {}, content)) else None
         assert isinstance(self._library, Tokenizers)
@@ -254,6 +255,8 @@ def _open(path: Path, vocab_size: int | None) -> Library:
                 f"{path.with_name(ADDED_TOKENS_FILE)} or {SETTINGS_FILE} gives the id {token} to "
                 f"{quoted(entry['content'])}, but {path.name} to {quoted(library.piece(token))}"
             )
+    from .sentencepiece_json import same_ids, tokenizer_json
+
     other = path.with_name(JSON_FILE)
     if exists(other):
         return Tokenizers(other, settings, vocab_size=vocab_size)
