@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
+_main_thread = 0
 _pressed = False  # whether Ctrl-C was pressed
 
 
@@ -28,8 +29,11 @@ def watch_hooks() -> None:
 
 def watch_signal() -> None:
     """Note every Ctrl-C; where it is ignored, as in a shell's background jobs, it stays ignored."""
+    import _thread
     import signal
 
+    global _main_thread
+    _main_thread = _thread.get_ident()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _on_interrupt)
 
@@ -108,7 +112,9 @@ def _on_unraisable(found: sys.UnraisableHookArgs) -> None:
     """Raise a Ctrl-C again that came where Python cannot raise errors, such as in a finalizer."""
     if issubclass(found.exc_type, KeyboardInterrupt):
         import _thread
+        import signal
 
-        _thread.start_new_thread(_thread.interrupt_main, ())
+        # As a signal, so that it ends a system call too, and from another thread, so that this one can go on first.
+        _thread.start_new_thread(signal.pthread_kill, (_main_thread, signal.SIGINT))
     else:
         sys.__unraisablehook__(found)
