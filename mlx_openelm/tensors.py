@@ -186,13 +186,11 @@ _LIMITS = {mx.float16: 65520.0, mx.bfloat16: (2 - 2**-8) * 2.0**127}
 
 def is_below(array: mx.array, limit: float) -> bool:
     """Whether all values are numbers whose magnitude is below a limit; NumPy is ten times as fast as MLX on a CPU."""
-    if not array.size:
-        return True
     if array.dtype == mx.bfloat16:  # the order of the bits is that of the magnitudes, and NaN is above infinity
-        bits = int((np.asarray(array.view(mx.uint16)) & 0x7FFF).max())
-        return float(np.array(bits << 16, np.uint32).view(np.float32)) < limit
+        bits = (np.asarray(array.view(mx.uint16)) & 0x7FFF).max(initial=0).astype(np.uint32)
+        return float((bits << 16).view(np.float32)) < limit
     values: Any = np.asarray(array)
-    return -limit < float(values.min()) and float(values.max()) < limit
+    return -limit < float(values.min(initial=0)) and float(values.max(initial=0)) < limit
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
