@@ -1,5 +1,6 @@
 """Damaged copies of files: changes of bytes, of JSON and YAML values, of safetensors headers, of lines."""
 
+import copy
 import json
 import math
 import random
@@ -67,7 +68,7 @@ def mutated_value(value, rng: random.Random):
     for _ in range(rng.choice([1, 1, 1, 2])):
         paths = [path for path in places(value) if path]
         if not paths:
-            return rng.choice(WEIRD)
+            return copy.deepcopy(rng.choice(WEIRD))
         # A few places near the top rather than one of a thousand pieces of a vocabulary.
         *above, key = rng.choice(paths if rng.random() < 0.3 else [path for path in paths if len(path) < 3])
         parent = at(value, above)
@@ -88,9 +89,9 @@ def mutated_value(value, rng: random.Random):
             case 5 if isinstance(parent[key], list):
                 parent[key] = rng.choice([parent[key][:-1], parent[key] * 2, parent[key][::-1], [parent[key]]])
             case 6 if isinstance(parent, list):
-                parent.insert(key, rng.choice(WEIRD))
+                parent.insert(key, copy.deepcopy(rng.choice(WEIRD)))
             case _:
-                parent[key] = rng.choice(WEIRD)
+                parent[key] = copy.deepcopy(rng.choice(WEIRD))
     return value
 
 
