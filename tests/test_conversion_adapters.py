@@ -464,6 +464,8 @@ class TestPeft:
             ("alpha_pattern", {"qkv_proj": -1}, "lora_alpha must be a positive number; got -1"),
             ("alpha_pattern", [3], "must be an object"),
             ("use_dora", True, "no DoRA magnitudes"),
+            ("use_dora", 1, "use_dora must be true or false"),
+            ("use_rslora", -1, "use_rslora must be true or false"),
         ],
     )
     def test_what_would_compute_something_else_is_refused(self, tmp_path, key, value, error):

@@ -35,6 +35,24 @@ def test_zstandard(tmp_path):
     assert list(read_documents(tmp_path / "a.jsonl.zst")) == ["x", "y"]
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_an_incomplete_zstandard_file_is_refused(tmp_path, frames):
+    """The package's own reader takes it for a shorter text."""
+    zstandard = pytest.importorskip("zstandard")
+    texts = [f"line {number} of a text that is not short" for number in range(300)]
+    whole = b"".join(zstandard.compress(lines(*texts).encode()) for _ in range(frames))
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(whole)
+    assert list(read_documents(path)) == texts * frames
+    for cut in (1, 3, 5, len(whole) // 2 + 1, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match="within a compressed frame"):
+            list(read_documents(path))
+    path.write_bytes(whole + b"more")
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_documents(path))
+
+
 def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow

@@ -15,7 +15,7 @@ from ..errors import DataError, quoted
 from ..files.paths import check_regular, is_file, open_regular
 from ..packages import optional_package
 from .json_records import MAX_BROKEN, BrokenLines, json_objects
-from .limits import BYTES_OF_ROW, PARQUET_ROWS, Unpacked, UnpackedLimit, text_lines
+from .limits import BYTES_OF_ROW, PARQUET_ROWS, Unpacked, UnpackedLimit, ZstandardFrames, text_lines
 
 SEPARATOR = "<|endoftext|>"  # a separate line between the documents of a .txt file
 _NUMBERED = re.compile(r"\{file_id(:0(\d{1,2})d)?\}")
@@ -97,8 +97,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
         elif path.suffix == ".zst":
             zstandard = optional_package("zstandard", "Zstandard files need", "train")
             broken += (zstandard.ZstdError,)
-            unpack = zstandard.ZstdDecompressor().stream_reader
-            with open_regular(path) as file, unpack(file, read_across_frames=True) as raw:
+            with open_regular(path) as file, ZstandardFrames(file, zstandard) as raw:
                 yield _unpacked(raw, path)
         else:
             with io.TextIOWrapper(open_regular(path), encoding=_UTF8) as plain:

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import AdapterError, OpenELMError, quoted, readable, shorten
+from ...files.fields import Fields
 from ...files.paths import exists
 from ...model.adapters import CONFIG_FILE, SavedAdapter, read_adapter_config, read_tensors, write_template
 from ...model.lora import EMBEDDING, EMBEDDING_TARGET, MAGNITUDE
@@ -114,12 +115,12 @@ def read_peft(folder: Path) -> SavedAdapter:
         raise AdapterError(f"{folder}: {error}") from error
     is_uniform = not values.get("rank_pattern") and not values.get("alpha_pattern")
     return SavedAdapter(
-        "dora" if values.get("use_dora") else "lora",
+        "dora" if values.flag("use_dora", False) else "lora",
         scale,
         tensors,
         float(dropout),
         float(values["lora_alpha"]) if is_uniform else None,
-        bool(values.get("use_rslora")) if is_uniform else False,
+        values.flag("use_rslora", False) if is_uniform else False,
     )
 
 
@@ -223,16 +224,17 @@ def _place(name: str) -> tuple[str, str, str]:
     return ".".join(path), last, adapter_name
 
 
-def _scales(values: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+def _scales(values: Fields, ranks: Mapping[str, int]) -> dict[str, float]:
     """Factor of the product of both matrices, for each path."""
     scales = {}
+    is_stabilized = values.flag("use_rslora", False)
     patterns = {name: _patterns(name, values.get(name)) for name in ("rank_pattern", "alpha_pattern")}
     for path, found in ranks.items():
         rank = check_number("r", _setting(patterns["rank_pattern"], path, values.get("r")))
         alpha = check_number("lora_alpha", _setting(patterns["alpha_pattern"], path, values.get("lora_alpha")))
         if rank != found:
             raise AdapterError(f"{path} has rank {found}, but {CONFIG_FILE} says {rank:g}")
-        scales[path] = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+        scales[path] = alpha / (math.sqrt(rank) if is_stabilized else rank)
     return scales
 
 
@@ -250,10 +252,10 @@ def _setting(patterns: list[tuple[Pattern, Any]], path: str, default: Any) -> An
     return next((value for pattern, value in patterns if pattern.matches_path(path)), default)
 
 
-def _check_method(values: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> None:
+def _check_method(values: Fields, tensors: Mapping[str, mx.array]) -> None:
     paths = {name.rpartition(".")[0] for name in tensors}
     without = [path for path in paths if f"{path}.{MAGNITUDE}" not in tensors]
-    if not values.get("use_dora"):
+    if not values.flag("use_dora", False):
         if len(without) < len(paths):
             raise AdapterError("there are DoRA magnitudes, but use_dora is false")
         return
