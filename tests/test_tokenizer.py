@@ -261,6 +261,10 @@ def test_normalizers_that_blow_a_text_up_are_refused(tmp_path, byte_level):
         {"added_tokens": [{"id": 1, "content": "</s>", "special": 1}]},
         {"added_tokens": {}},
         {"added_tokens": 5},
+        {"normalizer": {"type": "Sequence", "normalizers": 5}},
+        {"normalizer": {"type": "Sequence", "normalizers": ["x"]}},
+        {"normalizer": 5},
+        {"decoder": 5},
         {"model": []},
     ],
 )

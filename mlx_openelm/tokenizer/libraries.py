@@ -170,8 +170,8 @@ class Tokenizers:
         }
         if deterministic != {"padding": None, "truncation": None, "added_tokens": [], **written}:
             self._content = json.dumps(deterministic, ensure_ascii=False)
-        _check_growth(written.get("normalizer"), path)
         self._tokenizer = self._parse()
+        _check_growth(written.get("normalizer"), path)  # whose types the package has checked
         self._tokenizer.encode_special_tokens = True  # `<s>` in a text stays text
         for token, entry in added.items():
             found = self._token_id(entry["content"])
