@@ -30,7 +30,7 @@ MESSAGES = [
 
 
 def rendered(template, messages=(), **values):
-    about = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>", **values}
+    about = {"add_generation_prompt": True, "tokens": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, **values}
     return render_template(template, messages, **about)
 
 
@@ -95,7 +95,11 @@ class TestRendering:
     def test_as_transformers_does(self, tmp_path, tokenizer):
         from transformers import AutoTokenizer
 
-        for template in (OPENELM_TEMPLATE, CHATML, "{{ bos_token }}{{ messages[0]['content'] | trim }}{{ eos_token }}"):
+        for template in (
+            OPENELM_TEMPLATE,
+            CHATML,
+            "{{ bos_token }}{{ messages[0]['content'] | trim }}{{ unk_token }}{{ eos_token }}",
+        ):
             write_tokenizer(Tokenizer(tokenizer.path, chat_template=template), tmp_path)
             (tmp_path / "config.json").write_text('{"model_type": "openelm"}')
             other = AutoTokenizer.from_pretrained(tmp_path)

@@ -54,6 +54,8 @@ class TestEndOfText:
             ([84], None, (84, 2)),  # the tokenizer's own is 2
             (2, [2, 84], (2, 84)),
             (84, 85, (84, 85, 2)),
+            (None, 84, (84, 2)),
+            (None, None, (2,)),
         ],
     )
     def test_all_of_them_are_kept(self, tmp_path, tiny_folder, config, generation, expected):
@@ -67,6 +69,18 @@ class TestEndOfText:
             assert load(place)[0].config.eos_token_ids == expected
         written = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
         assert (tuple(written) if isinstance(written, list) else (written,)) == expected
+
+    def test_without_any_the_tokenizer_s_counts_alone(self, tmp_path, tiny_folder):
+        """The default of a configuration, 2, may be any character of another vocabulary."""
+        folder = shutil.copytree(tiny_folder, tmp_path / "source")
+        values = json.loads((folder / "config.json").read_text())
+        values.pop("eos_token_id", None)
+        (folder / "config.json").write_text(json.dumps(values))
+        name = Tokenizer(folder / "tokenizer.model").pieces()[398]
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+        convert(folder, tmp_path / "out")
+        for place in (folder, tmp_path / "out"):
+            assert load(place)[0].config.eos_token_ids == (398,)
 
     @pytest.mark.parametrize("value", ["2", [2, "x"], [2.0], {}, True, 40000, [-1]])
     def test_a_damaged_entry_is_refused(self, tmp_path, tiny_folder, value):

@@ -38,6 +38,7 @@ class Source:
     name: str  # for messages and the model card
     folder: Path | None = None  # may contain a tokenizer
     named_vocab_size: int | None = None  # rows that are tokens, if more rows may follow as padding
+    names_eos: bool = False  # whether the configuration says which ids end a text; else the tokenizer alone does
     chat_template: str | None = None  # of a model that was tuned on conversations
     is_converted: bool = False  # written by this package: a missing tokenizer was left out on purpose
 

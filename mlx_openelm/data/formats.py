@@ -20,6 +20,7 @@ _FIELDS = {
 FORMATS = tuple(_FIELDS)
 FIELD_NAMES = frozenset(name for required, optional in _FIELDS.values() for name in (*required, *optional))
 
+_LOOSE_TOKENS = 2  # at the end of a conversation that more messages may change, such as a line break
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -158,6 +159,11 @@ def encode_conversation(messages: Messages, tokenizer: Tokenizer, first: int = 0
             before = np.array(tokenizer.encode_chat(messages[:number]), np.int32)
             after = np.array(tokenizer.encode_chat(messages[: number + 1], add_generation_prompt=False), np.int32)
             start, stop = _num_shared(before, tokens), _num_shared(after, tokens)
+            if stop < len(after) - _LOOSE_TOKENS or start > stop:
+                raise DataError(
+                    "the chat template writes earlier messages in another way once more follow, so that the answers to "
+                    "learn cannot be told from the rest; set another `chat_template`, or use the last answers alone"
+                )
             mask[start : _end_of_turn(tokens, start, stop, tokenizer.eos_token_id)] = True
     mask[:1] = False  # nothing comes before the first token
     length = _end_of_turn(tokens, 0, len(tokens), tokenizer.eos_token_id)

@@ -81,13 +81,16 @@ def json_objects(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[tupl
         records = _list_within(values[0]) if isinstance(values[0], dict) else values[0]
     if not isinstance(records, list):
         raise DataError(f"{path} contains no list of objects")
+    num_read = 0
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise DataError(f"{path}, record {number}: not a JSON object")
         if _is_unicode(record, text):
+            num_read += 1
             yield number, record
         else:
             broken.skip(number, _LONE_SURROGATE)
+    broken.check(num_read)
 
 
 def _from_lines(

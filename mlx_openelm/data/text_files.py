@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError, quoted
-from ..files.paths import check_regular, is_file, open_regular
+from ..files.paths import check_regular, exists, is_file, open_regular
 from ..packages import optional_package
 from .json_records import MAX_BROKEN, BrokenLines, json_objects
 from .limits import BYTES_OF_ROW, PARQUET_ROWS, Unpacked, UnpackedLimit, ZstandardFrames, text_lines
@@ -53,7 +53,11 @@ class TextSource:
                 _NUMBERED.sub(lambda found, number=number: f"{number:0{found[2] or 1}d}", self.path)  # type: ignore[misc]
                 for number in range(self.first, self.last + 1)
             ]
-        found = [Path(match) for name in names for match in sorted(glob.glob(name, recursive=True)) or [name]]
+        found = [
+            Path(match)
+            for name in names
+            for match in ([name] if exists(Path(name)) else sorted(glob.glob(name, recursive=True)) or [name])
+        ]
         for path in found:
             if not is_file(path):
                 raise DataError(f"{path} does not exist")
@@ -77,8 +81,11 @@ def read_documents(path: Path, text_key: str = "text", max_broken: int = MAX_BRO
             elif row[text_key] is not None:
                 raise DataError(f"{path}: column {text_key!r} must be text; got {quoted(row[text_key])}")
         return
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    is_json = any(suffix in (".jsonl", ".ndjson", ".json") for suffix in suffixes[-2:])
+    if not is_json and any(suffix in (".csv", ".tsv", ".parquet", ".arrow") for suffix in suffixes[-2:]):
+        raise DataError(f"{path} cannot be read as texts; convert it to .txt, .jsonl or .parquet")
     with open_text(path) as file:
-        is_json = ".jsonl" in path.suffixes or path.suffix == ".json"
         yield from _json_texts(file, path, text_key, BrokenLines(path, max_broken)) if is_json else _plain(file, path)
 
 

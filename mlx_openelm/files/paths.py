@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -112,11 +113,13 @@ def read_text(path: Path, error: type[OpenELMError], max_bytes: int = LARGEST_TE
         raise error(f"{path} cannot be read: it is not UTF-8 text (byte {reason.start:,})") from reason
 
 
-def check_links(folder: Path) -> Path:
+def check_links(folder: Path, names: Collection[str] = ()) -> Path:
     """Check that no file of a model folder is a link that leaves it; returns the folder.
 
     The folder itself may be a link, and the files of a snapshot in the hub's cache may be links to its blobs.
 
+    Args:
+        names: files that are read besides those with the usual endings.
     Raises:
         PathError: if a file that might be read leads elsewhere, or the folder cannot be listed.
     """
@@ -126,7 +129,11 @@ def check_links(folder: Path) -> Path:
         if snapshots.name == "snapshots" and repository.name.startswith("models--"):
             allowed.append(repository / "blobs")
         with os.scandir(folder) as entries:
-            links = [entry.path for entry in entries if entry.is_symlink() and entry.name.endswith(_LINKED_SUFFIXES)]
+            links = [
+                entry.path
+                for entry in entries
+                if entry.is_symlink() and (entry.name.endswith(_LINKED_SUFFIXES) or entry.name in names)
+            ]
         for link in links:
             target = Path(os.path.realpath(link))
             if not any(target.is_relative_to(place) for place in allowed):

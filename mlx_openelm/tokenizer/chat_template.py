@@ -109,10 +109,12 @@ def check_messages(messages: Messages, roles: Sequence[str] | None) -> None:
 
 
 def render_template(
-    template: str, messages: Messages, *, add_generation_prompt: bool, bos_token: str, eos_token: str
+    template: str, messages: Messages, *, add_generation_prompt: bool, tokens: Mapping[str, str]
 ) -> str:
     """Render a Jinja template as `transformers` does, without running code of the template.
 
+    Args:
+        tokens: variables like `bos_token`, with the names of the tokens.
     Raises:
         TokenizerError: if the template is not valid, refuses the messages, or writes too much.
     """
@@ -123,8 +125,7 @@ def render_template(
         for part in compiled.generate(
             messages=[dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
-            bos_token=bos_token,
-            eos_token=eos_token,
+            **tokens,
             tools=None,
             documents=None,
             range=_limited_range(),

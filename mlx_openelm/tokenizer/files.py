@@ -7,7 +7,6 @@ third-party copies are accepted only if their vocabulary is the known one.
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-@lru_cache(maxsize=1)
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The content of each file of a tokenizer, by name.
 
@@ -147,7 +145,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     it cannot express; one of them always is.
     """
     files: dict[str, bytes] = {}
-    derived = tokenizer.tokenizer_json()
+    derived = tokenizer.tokenizer_json
     if tokenizer.is_sentencepiece:
         files[FILE_NAMES[0]] = tokenizer.path.read_bytes()
     if derived is not None:

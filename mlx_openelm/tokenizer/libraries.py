@@ -186,6 +186,17 @@ class Tokenizers:
         self.bos_token_id = self._id_of("bos_token", "<s>")
         self.eos_token_id = self._id_of("eos_token", "</s>")
         self.adds_bos = self._finds_bos()
+        self._check_decoder()
+
+    def _check_decoder(self) -> None:
+        """Refuse a decoder that needs more than one token at a time, such as that of word pieces."""
+        ids = [token for token in self.encode("hello world") if not self.is_control(token)]
+        expected = self._checked(lambda: self._tokenizer.decode(ids), "cannot decode a text")
+        found = b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
+        if found.strip() != expected.strip() and _UNKNOWN not in found:
+            raise TokenizerError(
+                f"{self._path} has a decoder that is not supported: {quoted(expected)} would read {quoted(found)}"
+            )
 
     def encode(self, text: str) -> list[int]:
         """See `Library`."""
@@ -216,13 +227,13 @@ class Tokenizers:
         return (_UNKNOWN if piece == self._unknown else piece.replace(SPACE, " ")).encode()
 
     def content_with_bos(self) -> str:
-        """The file's content, changed where it adds BOS and the settings say that there is none, or the reverse."""
-        if self.bos_token_id is None or self.adds_bos == self._file_adds_bos():
+        """The file's content, changed if it adds something else to a text than BOS, or BOS against the settings."""
+        added = self._checked(lambda: self._tokenizer.encode("").ids, "cannot encode an empty text")
+        if added == ([self.bos_token_id] if self.adds_bos else []):
             return self._content
         written = json.loads(self._content)
-        written["post_processor"] = (
-            bos_first(self.bos_token_id, self.piece(self.bos_token_id)) if self.adds_bos else None
-        )
+        token = self.bos_token_id if self.adds_bos else None
+        written["post_processor"] = None if token is None else bos_first(token, self.piece(token))
         return json.dumps(written, ensure_ascii=False)
 
     @cached_property
@@ -290,13 +301,15 @@ def bos_first(token: int, name: str) -> dict[str, Any]:
 
 def _check_growth(normalizer: Any, path: Path) -> None:
     """Refuse normalizers that blow a text up, one after the other."""
-    growth = 1.0
+    growth = 1.0  # of a text of one character
     for step in _normalizers(normalizer):
         content = step.get("content")
         if step.get("type") == "Replace" and isinstance(content, str):
             pattern = step.get("pattern")
             literal = pattern.get("String") if isinstance(pattern, dict) else None
             growth *= max(1.0, len(content) / max(1, len(literal) if isinstance(literal, str) else 0))
+        if step.get("type") == "Prepend" and isinstance(step.get("prepend"), str):
+            growth += len(step["prepend"])
         if growth > _LARGEST_GROWTH:
             raise TokenizerError(
                 f"{path}: its normalizers can make a text more than {_LARGEST_GROWTH:,} times longer; refused"

@@ -87,7 +87,7 @@ def _merges(source: SentencePiece, ids: Mapping[str, int]) -> list[list[str]]:
 def same_ids(one: Library, other: Library) -> bool:
     """Whether two tokenizers give the same ids for texts made of their own pieces, of spaces and of rare characters."""
     chance = random.Random(0)
-    characters = "  \t\n.,0159aeinoT<>|/s_é\u0301ß日本🎉\u200d"
+    characters = "  \t\n.,0159aeinoT<>|/s_é\u0301ß日本🎉\u200dﬁ①Ａ²…ﾊ\u00a0\u3000\u1e9e"
     pieces = [one.piece(token).replace(SPACE, " ") for token in range(one.vocab_size)]
     for _ in range(_TRIED_TEXTS):
         parts = [*chance.choices(pieces, k=4), *chance.choices(characters, k=4)]

@@ -66,6 +66,12 @@ def _control_names(settings: Mapping[str, Any]) -> set[str]:
     return {name for name in names if isinstance(name, str)}
 
 
+def token_name(entry: Any) -> str | None:
+    """The name of a token in the settings: a text, or an object with a content."""
+    content = entry.get("content") if isinstance(entry, dict) else entry
+    return content if isinstance(content, str) else None
+
+
 def added_token(content: str, *, special: bool) -> dict[str, Any]:
     """An added token in the form that both `tokenizer.json` and `tokenizer_config.json` use."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

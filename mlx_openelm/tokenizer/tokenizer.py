@@ -7,6 +7,7 @@ OpenELM uses Llama's vocabulary: SentencePiece BPE with byte fallback. It comes 
 import codecs
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .chat_template import (
     render_template,
 )
 from .libraries import SPACE, Library, SentencePiece, Tokenizers
-from .settings import ADDED_TOKENS_FILE, JSON_FILE, SETTINGS_FILE, added_tokens_beside, settings_beside
+from .settings import ADDED_TOKENS_FILE, JSON_FILE, SETTINGS_FILE, added_tokens_beside, settings_beside, token_name
 
 
 class Tokenizer:
@@ -183,6 +184,7 @@ class Tokenizer:
         """Whether `path` is a `tokenizer.model` that knows all tokens."""
         return isinstance(self._library, SentencePiece)
 
+    @cached_property
     def tokenizer_json(self) -> str | None:
         """The content of a `tokenizer.json` that gives the same ids; `None` if none is known.
 
@@ -209,14 +211,23 @@ class Tokenizer:
             raise TokenizerError("this is a base model without a chat template; it can only continue text")
         check_messages(messages, CHAT_ROLES if self._is_openelm else None)
 
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Names of control tokens for a template: those in the settings, and what is known without them."""
+        settings = {name: token_name(value) for name, value in settings_beside(self.path).items()}
+        names = {name: value for name, value in settings.items() if name.endswith("_token") and value is not None}
+        if any(entry["content"] == "<unk>" for entry in self.added_tokens.values()):
+            names.setdefault("unk_token", "<unk>")
+        bos = {} if self.bos_token_id is None else {"bos_token": self._library.piece(self.bos_token_id)}
+        return {**names, **bos, "eos_token": self._library.piece(self.eos_token_id)}
+
     def _rendered(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         assert self._chat_template is not None
         return render_template(
             self._chat_template,
             messages,
             add_generation_prompt=add_generation_prompt,
-            bos_token=self._library.piece(self.bos_token_id) if self.bos_token_id is not None else "",
-            eos_token=self._library.piece(self.eos_token_id),
+            tokens=self._names,
         )
 
 

@@ -263,10 +263,12 @@ def pretraining_steps(
         TrainingError: if the run cannot start or continue; the last good checkpoint is kept.
     """
     trainer = fresh_trainer(recipe, corpus, group)
+    bos = recipe.model.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    config = replace(recipe.model, bos_token_id=bos, eos_token_id=tokenizer.eos_token_id)
 
     def write(folder: Path, parameters: Tensors) -> None:
         save_arrays(folder / "model.safetensors", parameters, {"format": "mlx"})
-        (folder / "config.json").write_text(json.dumps(recipe.model.to_dict(), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         write_tokenizer(tokenizer, folder)
 
     yield from train(trainer, tokenizer, run, write, resume=resume, on_step=on_step, on_message=on_message)

@@ -89,6 +89,7 @@ class TuneRecipe(Recipe):
         "Spaces to indent the lines of the instruction template; Apple's code uses 16.",
         _EXAMPLES,
         at_least=0,
+        at_most=1000,
     )
     epochs: float = setting(
         1.0, "Passes over the training data, if no steps are given.", "Optimizer", above=0, can_change=True

@@ -1,11 +1,12 @@
 """Folders in the Hugging Face layout, from Apple, the MLX community or `convert`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ...config import OpenELMConfig
 from ...errors import ConfigError, SourceError, WeightsError, quoted, readable
 from ...files.json_file import read_json_object
-from ...files.paths import exists
+from ...files.paths import check_links, exists
 from ...tensors import LazyTensor, read_safetensors
 from ...tokenizer.chat_template import OPENELM_TEMPLATE, is_openelm, read_chat_template, template_by_name
 from ..source import Source, make_source, plain_names
@@ -34,12 +35,16 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
         raise ConfigError(f"{path}: quantization must be an object; got {quoted(quantization)}")
     is_converted = "openelm_mlx_version" in written
     config = config or read_config_file(path)
+    eos = written.get("eos_token_id"), _generation_eos(folder / "generation_config.json")
+    if eos[1]:
+        config = config.with_eos(*eos[1]) if eos[0] is not None else replace(config, eos_token_id=tuple(eos[1]))
     return make_source(
-        config.with_eos(*_generation_eos(folder / "generation_config.json")),
+        config,
         _read_weights(folder),
         quantization,
         name=folder.resolve().name,
         folder=folder,
+        names_eos=eos != (None, []),
         chat_template=_chat_template(folder, is_converted),
         is_converted=is_converted,
     )
@@ -112,6 +117,7 @@ def _shards(folder: Path, stem: str, suffix: str) -> list[Path]:
     missing = [path.name for path in paths if not exists(path)]
     if missing:
         raise WeightsError(f"{folder} is incomplete: {missing[0]} is missing; download it again")
+    check_links(folder, [path.name for path in paths])
     return paths
 
 
