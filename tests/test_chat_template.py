@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from mlx_openelm import Tokenizer, convert, generate, load, merge, tune
 from mlx_openelm.data.formats import encode_conversation
 from mlx_openelm.errors import OpenELMError, TokenizerError
+from mlx_openelm.tokenizer import chat_template
 from mlx_openelm.tokenizer.chat_template import (
     OPENELM_TEMPLATE,
     is_openelm,
@@ -30,7 +32,11 @@ MESSAGES = [
 
 
 def rendered(template, messages=(), **values):
-    about = {"add_generation_prompt": True, "tokens": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, **values}
+    about = {
+        "add_generation_prompt": True,
+        "tokens": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        **values,
+    }
     return render_template(template, messages, **about)
 
 
@@ -133,12 +139,31 @@ class TestRendering:
             ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 100,000"),
             ("{{ 'x' * 999999999 }}", "too large"),
             ("{% for i in range(2000) %}{{ 'x' * 100000 }}{% endfor %}", "writes more than"),
+            (
+                "{% set n = namespace(x='x' * 9999) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+                "too large",
+            ),
+            ("{% set n = namespace(x=9) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}", "too large"),
+            ("{{ '%3000000000d' % 1 }}", "too large"),
+            ("{{ 'a' | center(3000000000) }}", "too large"),
+            ("{{ 'a' | indent(3000000000) }}", "too large"),
+            ("{{ 'a'.ljust(3000000000) }}", "too large"),
+            ("{{ ('a' * 100000).replace('a', 'b' * 100000) }}", "too large"),
+            ("{{ '{:3000000000}'.format(1) }}", "too large"),
+            ("{{ lipsum(n=200000) }}", "undefined"),
         ],
     )
     def test_a_template_that_asks_for_too_much_is_refused_in_one_line(self, template, reason):
         with pytest.raises(TokenizerError, match=reason) as caught:
             rendered(template)
         assert "\n" not in str(caught.value)
+
+    def test_loops_that_take_too_long_end(self, monkeypatch):
+        monkeypatch.setattr(chat_template, "_LONGEST_SECONDS", 0.2)
+        loops = "{% for a in s %}{% for b in s %}{% for c in s %}{% endfor %}{% endfor %}{% endfor %}"
+        with pytest.raises(TokenizerError, match="takes longer than"):
+            rendered("{% set s = 'x' * 3000 %}" + loops)
+        assert sys.gettrace() is None or "watch" not in repr(sys.gettrace())
 
     def test_nested_parentheses_end_in_an_error(self):
         with pytest.raises(TokenizerError, match="not valid"):

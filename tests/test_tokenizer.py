@@ -265,6 +265,8 @@ def test_normalizers_that_blow_a_text_up_are_refused(tmp_path, byte_level):
         {"normalizer": {"type": "Sequence", "normalizers": ["x"]}},
         {"normalizer": 5},
         {"decoder": 5},
+        {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
+        {"model": {"type": "BPE", "vocab": {"b": 0, "</s>": 1}, "merges": [], "end_of_word_suffix": "x" * 1000}},
         {"model": []},
     ],
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache, update_wrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +16,8 @@ from ..files.json_file import read_json_object
 from ..files.paths import exists, read_text, user_path
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from jinja2 import Template
 
 OPENELM = "openelm"  # the name of CoreNet's template, on the command line too
@@ -27,9 +31,13 @@ OPENELM_TEMPLATE = (
 CHAT_ROLES = ("system", "user", "assistant")
 TEMPLATE_FILE = "chat_template.jinja"
 _OTHER_FILE = "chat_template.json"  # where processors of several media keep it
-_LARGEST_FILE = 1 << 20  # bytes
+_LARGEST_FILE = 1 << 17  # bytes; the largest known one has 30,000
 _LARGEST_TEXT = 1 << 24  # characters of a rendered conversation
 _LARGEST_RANGE = 100_000  # numbers that one rendering may loop over
+_LONGEST_SECONDS = 5  # of one rendering, which takes a few thousandths
+_GROWING = ("center", "ljust", "rjust", "zfill", "replace", "expandtabs", "format", "format_map", "join")
+_WIDE = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")  # a field of 10,000 characters or more
+_WIDE_FIELD = re.compile(r"\{[^{}]*(\d{5}|\{)")  # the same for `format`
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -121,7 +129,16 @@ def render_template(
     compiled = _compiled(template)
     parts: list[str] = []
     size = 0
+    before = sys.gettrace()
+    deadline = time.monotonic() + _LONGEST_SECONDS
+
+    def watch(frame: FrameType, event: str, argument: Any) -> Any:
+        if time.monotonic() > deadline:
+            _refuse(f"it takes longer than {_LONGEST_SECONDS} seconds")
+        return watch if frame.f_code.co_filename == "<template>" else None
+
     try:
+        sys.settrace(watch)
         for part in compiled.generate(
             messages=[dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
@@ -138,6 +155,8 @@ def render_template(
         raise
     except Exception as error:  # whatever the template's expressions raise
         raise TokenizerError(f"the chat template cannot render this conversation: {_one_line(error)}") from error
+    finally:
+        sys.settrace(before)
     return "".join(parts)
 
 
@@ -160,16 +179,31 @@ def _compiled(template: str) -> Template:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**"})
+        intercepted_binops = frozenset({"*", "**", "+", "%"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**" or any(isinstance(value, str | bytes | list | tuple) for value in (left, right)):
-                sizes = [len(v) if isinstance(v, str | bytes | list | tuple) else abs(v) for v in (left, right)]
-                if operator == "**" or sizes[0] * sizes[1] > _LARGEST_TEXT:
-                    _refuse("the result would be too large")
+            sizes = [_size(value) for value in (left, right)]
+            is_long = operator == "*" and sizes[0] * sizes[1] > _LARGEST_TEXT
+            is_long |= operator == "+" and sum(sizes) > _LARGEST_TEXT
+            is_long |= operator == "%" and isinstance(left, str) and _WIDE.search(left) is not None
+            if operator == "**" or is_long:
+                _refuse("the result would be too large")
             return super().call_binop(context, operator, left, right)
 
+        def call(self, context: Any, function: Any, /, *args: Any, **named: Any) -> Any:
+            owner = getattr(function, "__self__", None)
+            if isinstance(owner, str | bytes) and getattr(function, "__name__", "") in _GROWING:
+                _check_growth(owner, args)
+            return super().call(context, function, *args, **named)
+
+        def wrap_str_format(self, value: Any) -> Any:
+            wrapper = super().wrap_str_format(value)
+            return None if wrapper is None else _limited(wrapper, value.__self__)
+
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), loopcontrols])
+    for name in ("center", "indent", "wordwrap", "replace"):
+        environment.filters[name] = _limited(environment.filters[name])
+    environment.globals.pop("lipsum", None)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now
@@ -177,6 +211,32 @@ def _compiled(template: str) -> Template:
         return environment.from_string(template)
     except (TemplateError, RecursionError, ValueError) as error:
         raise TokenizerError(f"the chat template is not valid: {_one_line(error)}") from error
+
+
+def _size(value: Any) -> int:
+    """How large a value of a template is: the length of a text or list, otherwise a number's own size."""
+    if isinstance(value, str | bytes | list | tuple):
+        return len(value)
+    return abs(value) if isinstance(value, int) else 1
+
+
+def _check_growth(text: str | bytes, args: Iterable[Any]) -> None:
+    """Refuse to fill a text up, or to replace parts of it, beyond the limit."""
+    factors = [_size(value) for value in args if isinstance(value, int | str | bytes)]
+    if max(len(text), 1) * max([*factors, 1]) > _LARGEST_TEXT or _WIDE_FIELD.search(str(text)):
+        _refuse("the result would be too large")
+
+
+def _limited(function: Any, *before: Any) -> Any:
+    """A function that may fill a text up, with a limit; the text is the first of `before` and its arguments."""
+
+    def limited(*args: Any, **named: Any) -> Any:
+        values = (*before, *args, *named.values())
+        text, *others = [value for value in values if isinstance(value, str | int)] or [""]
+        _check_growth(str(text), others)
+        return function(*args, **named)
+
+    return update_wrapper(limited, function)
 
 
 def _generation_tag() -> type:

@@ -14,6 +14,7 @@ _OTHER_SETTINGS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 JSON_FILE = "tokenizer.json"
 LARGEST_VOCABULARY = 1 << 24
+_LONGEST_AFFIX = 64  # characters; each word of a text gets it
 LARGEST_FILE = 1 << 28  # bytes; the largest known one has 34 million
 
 
@@ -110,6 +111,9 @@ def tokenizer_values(content: str, path: Path) -> dict[str, Any]:
         raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise TokenizerError(f"{path} is not a tokenizer.json: it must be an object with a model")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if len(str(values["model"].get(name) or "")) > _LONGEST_AFFIX:
+            raise TokenizerError(f"{path}: {name} is longer than {_LONGEST_AFFIX} characters")
     return _check_added(values, path)
 
 
