@@ -200,3 +200,20 @@ def test_masks_are_as_long_as_their_tokens_and_end_with_eos(chat_tokenizer):
     example = encode_conversation(messages[:3], chat_tokenizer)
     assert len(example.tokens) == len(example.completion_mask)
     assert not example.completion_mask[-1]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "N={{ messages | length }};{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}",
+        "{% for m in messages %}{{ m['content'] if loop.last or m['role'] == 'user' else '' }}</s>{% endfor %}",
+    ],
+)
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, template):
+    """What it adds for an answer could not be told from the rest, and a user's text would be learned."""
+    from mlx_openelm import Tokenizer
+
+    ours = Tokenizer(tokenizer.path, chat_template=template)
+    turns = [say(USER, "Hi"), say(ASSISTANT, "Hello there."), say(USER, "Bye"), say(ASSISTANT, "So long, my fox.")]
+    with pytest.raises(DataError, match="writes earlier messages in another way"):
+        encode_conversation(turns, ours)

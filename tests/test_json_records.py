@@ -96,3 +96,9 @@ def test_a_lone_surrogate_is_skipped_and_counted():
     assert (found, count) == ([{"text": "x"}], 1)
     with pytest.raises(DataError, match="line 2: contains a lone surrogate"):
         read("\n".join(lines), limit=0)
+
+
+def test_an_array_of_mostly_broken_records_is_refused():
+    records = [{"text": "\ud800"}] * 10 + [{"text": "sound"}]
+    with pytest.raises(DataError, match="10 of 11"):
+        read(json.dumps(records), limit=10)

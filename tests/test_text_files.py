@@ -156,3 +156,22 @@ def test_text_in_another_encoding_is_named(tmp_path, encoding):
 def test_only_the_number_of_a_pattern_is_filled_in(tmp_path, pattern):
     with pytest.raises(DataError, match="does not exist"):
         TextSource(str(tmp_path / pattern), last=2).files()
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.tsv", "a.csv.gz", "a.arrow"])
+def test_tables_are_no_texts(tmp_path, name):
+    (tmp_path / name).write_text("text\nfox\n")
+    with pytest.raises(DataError, match="cannot be read as texts"):
+        list(read_documents(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json"])
+def test_json_is_known_by_its_ending(tmp_path, name):
+    (tmp_path / name).write_text(lines("x", "y"))
+    assert list(read_documents(tmp_path / name)) == ["x", "y"]
+
+
+def test_a_file_whose_name_has_brackets(tmp_path):
+    for name in ("c[1].txt", "c1.txt"):
+        (tmp_path / name).write_text(name)
+    assert TextSource(str(tmp_path / "c[1].txt")).files() == [tmp_path / "c[1].txt"]

@@ -90,7 +90,8 @@ def json_objects(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[tupl
             yield number, record
         else:
             broken.skip(number, _LONE_SURROGATE)
-    broken.check(num_read)
+    if num_read:  # with none, the caller says so with the first reason
+        broken.check(num_read)
 
 
 def _from_lines(
