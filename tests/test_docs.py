@@ -182,7 +182,7 @@ TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
     "test_package.py": ["__init__.py", "training/run.py"],
     "test_pretrain.py": ["training/loop.py"],
     "test_tune.py": ["training/tune_recipe.py"],
-    "test_memory.py": ["machine/device.py"],
+    "test_memory.py": ["machine/device.py", "machine/system.py"],
 }
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .system import physical_memory_bytes
+
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _LARGEST_TEAM = 8  # cores; more would only wait for memory
 _COMPILED_ON_CPU = 2048  # tokens from which compiling pays off
@@ -79,11 +81,6 @@ def memory_limit_bytes() -> int:
         if total:
             return int(total)
     return int(physical_memory_bytes() * _CPU_SHARE)
-
-
-def physical_memory_bytes() -> int:
-    """Memory of the machine, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_bytes() -> int:

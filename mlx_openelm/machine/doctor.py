@@ -1,6 +1,5 @@
 """What this machine offers MLX, what is slow about it, and what to do."""
 
-import os
 import platform
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..packages import installed_version, missing_package
 from ..version import __version__
+from .system import physical_memory_bytes
 
 _PACKAGES = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "huggingface-hub", "typer")
 _SLOW_GFLOPS = 20  # a vectorised BLAS exceeds this on any core of the last ten years; reference BLAS is far below
@@ -48,7 +48,7 @@ def examine() -> Diagnosis:
         "versions": versions,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": physical_memory_bytes(),
     }
     try:
         import mlx.core  # noqa: F401
