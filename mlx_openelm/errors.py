@@ -121,7 +121,7 @@ class MemoryLimitError(OpenELMError):
 
 def shorten(names: Iterable[str], limit: int = 4) -> str:
     """Names joined for a message: the first `limit`, then the number of others."""
-    names = [name if len(name) <= 120 else quoted(name) for name in names]
+    names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(readable, names[:limit])) + more
 
@@ -131,11 +131,16 @@ def readable(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME and name.isprintable() else quoted(name)
 
 
+def one_line(reason: object, limit: int = 200) -> str:
+    """The text of another library's error for a message: white space joined and cut short; its type if it has none."""
+    return " ".join(str(reason).split())[:limit] or type(reason).__name__
+
+
 def quoted(value: object) -> str:
     """A value from a file for a message: its `repr`, cut short whatever its size and depth."""
     return _SHORT.repr(value)
 
 
-_LONGEST_NAME = 200
+_LONGEST_NAME = 120
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import HubUnreachableError, OpenELMError, SourceError
+from .errors import HubUnreachableError, OpenELMError, SourceError, one_line
 from .files.paths import check_links
 
 # The files to download from a repository; images and code are not needed, and PyTorch's weights only without others.
@@ -121,12 +121,8 @@ def _host() -> str:
 
 def _unreachable(repo_id: str, reason: object) -> HubUnreachableError:
     status = getattr(getattr(reason, "response", None), "status_code", None)
-    what = f"the answer was status {status}" if status else _one_line(reason)
+    what = f"the answer was status {status}" if status else one_line(reason)
     return HubUnreachableError(f"{repo_id} is not in the Hugging Face cache, and {_host()} cannot be reached: {what}")
-
-
-def _one_line(reason: object) -> str:
-    return " ".join(str(reason).split())[:200] or type(reason).__name__
 
 
 class _Progress:
@@ -247,4 +243,4 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     except EntryNotFoundError as error:
         raise SourceError(f"{repo_id} has no such file") from error
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
-        raise SourceError(f"{repo_id} cannot be downloaded: {_one_line(error)}") from error
+        raise SourceError(f"{repo_id} cannot be downloaded: {one_line(error)}") from error

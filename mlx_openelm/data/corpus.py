@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 from ..files.output import output_folder
 from ..files.paths import check_regular, exists, open_regular
 from ..tokenizer.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ class TokenizedDataset:
                 np.memmap(stem.with_suffix(".tokens"), dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
             )
         except Exception as error:  # NumPy evaluates the header, which raises errors of many kinds
-            raise self._damaged(" ".join(str(error).split())[:100]) from error
+            raise self._damaged(one_line(error, 100)) from error
         offsets = self.offsets
         is_list = offsets.dtype == np.int64 and offsets.ndim == 1 and len(offsets) > 0
         if not is_list or offsets[0] != 0 or np.diff(offsets).min(initial=0) < 0:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import OpenELMError, quoted
+from ..errors import OpenELMError, one_line, quoted
 from .fields import DEEPEST, Fields, check_values
 from .paths import read_text
 
@@ -52,7 +52,7 @@ def parse_yaml(text: str, where: str, error: type[OpenELMError]) -> Any:
         problem = str(reason.problem or reason.context).replace("could not determine a constructor for", "unsupported")
         raise error(f"{where} is not valid YAML: {problem[:200]}{line}") from reason
     except yaml.YAMLError as reason:  # characters that YAML does not allow
-        raise error(f"{where} is not valid YAML: {' '.join(str(reason).split())[:200]}") from reason
+        raise error(f"{where} is not valid YAML: {one_line(reason)}") from reason
     return check_values(values, where, error)
 
 

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from ..cache.config import CacheConfig
 from ..cache.kv_cache import KVCache
-from ..errors import CacheError, WeightsError
+from ..errors import CacheError, WeightsError, one_line
 from ..files.json_file import parse_json
 from ..files.output import OutputFile, output_file
 from ..model.openelm import OpenELM
@@ -113,7 +113,7 @@ class PromptCache:
             saved = CacheConfig(**settings)
             _check_tokens(tokens, model.config.vocab_size)
         except (KeyError, ValueError, TypeError, RecursionError, CacheError) as error:
-            raise CacheError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+            raise CacheError(f"{path} is damaged: {one_line(error)}") from error
         if config is not None and config != saved:
             raise CacheError(f"{path} has another KV cache ({saved.label}, not {config.label}); choose another file")
         cache = cls(model, saved)

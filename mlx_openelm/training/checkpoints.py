@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..errors import OpenELMError, TrainingError, quoted
+from ..errors import OpenELMError, TrainingError, one_line, quoted
 from ..files.fields import Fields
 from ..files.json_file import read_json_object
 from ..files.lock import LockedFolder, lock_folder
@@ -218,7 +218,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         if folder != checkpoint_folder(folder.parent.parent, state["step"]):
             raise TrainingError(f"its state.json says step {state['step']}")
     except Exception as error:  # damaged files raise errors of many kinds
-        raise TrainingError(f"{folder} is damaged: {' '.join(str(error).split())[:200]}") from error
+        raise TrainingError(f"{folder} is damaged: {one_line(error)}") from error
     return Checkpoint(parameters, moments, state)
 
 
