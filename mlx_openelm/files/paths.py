@@ -94,11 +94,11 @@ def check_regular(path: Path, error: type[OpenELMError]) -> None:
         raise error(f"{_shown(path)} cannot be read: {_reason(reason)}") from reason
 
 
-def read_text(path: Path, error: type[OpenELMError], max_bytes: int = LARGEST_TEXT_BYTES) -> str:
-    """The text of a regular file in UTF-8, with or without a byte order mark.
+def read_bytes(path: Path, error: type[OpenELMError], max_bytes: int = LARGEST_TEXT_BYTES) -> bytes:
+    """The content of a regular file.
 
     Raises:
-        OpenELMError: as `error`, if it cannot be read, is larger than `max_bytes`, or is not UTF-8.
+        OpenELMError: as `error`, if it cannot be read or is larger than `max_bytes`.
     """
     try:
         with open_regular(path) as file:
@@ -107,6 +107,16 @@ def read_text(path: Path, error: type[OpenELMError], max_bytes: int = LARGEST_TE
         raise error(f"{_shown(path)} cannot be read: {_reason(reason)}") from reason
     if len(content) > max_bytes:
         raise error(f"{path} cannot be read: it is larger than {max_bytes:,} bytes")
+    return content
+
+
+def read_text(path: Path, error: type[OpenELMError], max_bytes: int = LARGEST_TEXT_BYTES) -> str:
+    """The text of a regular file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        OpenELMError: as `error`, if it cannot be read, is larger than `max_bytes`, or is not UTF-8.
+    """
+    content = read_bytes(path, error, max_bytes)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as reason:

@@ -11,9 +11,10 @@ from functools import lru_cache, update_wrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import TokenizerError, quoted
+from ..errors import TokenizerError, one_line, quoted
 from ..files.json_file import read_json_object
 from ..files.paths import exists, read_text, user_path
+from .settings import SETTINGS_FILE
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -54,7 +55,7 @@ def read_chat_template(folder: Path) -> str | None:
     path = folder / TEMPLATE_FILE
     if exists(path):
         return read_text(path, TokenizerError, _LARGEST_FILE)
-    for name in ("tokenizer_config.json", _OTHER_FILE):
+    for name in (SETTINGS_FILE, _OTHER_FILE):
         found = read_json_object(folder / name, TokenizerError, optional=True).get("chat_template")
         if found is not None:
             return _default_of(found, folder / name)
@@ -154,7 +155,7 @@ def render_template(
     except TokenizerError:
         raise
     except Exception as error:  # whatever the template's expressions raise
-        raise TokenizerError(f"the chat template cannot render this conversation: {_one_line(error)}") from error
+        raise TokenizerError(f"the chat template cannot render this conversation: {one_line(error)}") from error
     finally:
         sys.settrace(before)
     return "".join(parts)
@@ -210,7 +211,7 @@ def _compiled(template: str) -> Template:
     try:
         return environment.from_string(template)
     except (TemplateError, RecursionError, ValueError) as error:
-        raise TokenizerError(f"the chat template is not valid: {_one_line(error)}") from error
+        raise TokenizerError(f"the chat template is not valid: {one_line(error)}") from error
 
 
 def _size(value: Any) -> int:
@@ -283,8 +284,3 @@ def _now(form: str) -> str:
     from datetime import datetime
 
     return datetime.now().strftime(form)
-
-
-def _one_line(error: Exception) -> str:
-    text = re.sub(r"\s+", " ", str(error)) or type(error).__name__
-    return text[:200]

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import HubUnreachableError, OpenELMError, TokenizerError
 from ..files.paths import exists, is_file, user_path
 from ..hub import cached_file, download_file, model_folder
-from .settings import JSON_FILE, SETTINGS_FILE, settings_beside
+from .settings import JSON_FILE, SETTINGS_FILE, token_name, unknown_name
 from .tokenizer import Tokenizer
 
 FILE_NAMES = ("tokenizer.model", JSON_FILE)
@@ -156,18 +156,15 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
     """The `tokenizer_config.json` of a tokenizer: what its own says about tokens, and what this package knows."""
-    pieces = tokenizer.pieces()
-    known = set(pieces)
-    before = {name: value for name, value in settings_beside(tokenizer.path).items() if name in _KEPT_SETTINGS}
-    before = {name: value for name, value in before.items() if not _names_unknown(name, value, known)}
+    known = set(tokenizer.pieces())
+    kept = {name: value for name, value in tokenizer.settings.items() if name in _KEPT_SETTINGS}
+    names = tokenizer.token_names
     settings = {
-        "unk_token": next(
-            (entry["content"] for entry in tokenizer.added_tokens.values() if entry["content"] == "<unk>"), None
-        ),
-        **before,
+        "unk_token": unknown_name(tokenizer.added_tokens),
+        **{name: value for name, value in kept.items() if not _names_unknown(name, value, known)},
         "tokenizer_class": "PreTrainedTokenizerFast",  # the class that uses tokenizer.json unchanged
-        "bos_token": None if tokenizer.bos_token_id is None else pieces[tokenizer.bos_token_id],
-        "eos_token": pieces[tokenizer.eos_token_id],
+        "bos_token": None if tokenizer.bos_token_id is None else names["bos_token"],
+        "eos_token": names["eos_token"],
         "add_bos_token": tokenizer.adds_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
@@ -182,7 +179,7 @@ def _names_unknown(name: str, value: Any, known: set[str]) -> bool:
     if not name.endswith(("_token", "_tokens")):
         return False
     entries = value if isinstance(value, list) else [value]
-    return not all((entry.get("content") if isinstance(entry, dict) else entry) in known for entry in entries)
+    return not all(token_name(entry) in known for entry in entries)
 
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
-from ..errors import TokenizerError, quoted
-from ..files.paths import read_text
-from .settings import LARGEST_FILE, LARGEST_VOCABULARY, SETTINGS_FILE, added_token, read_bytes, tokenizer_values
+from ..errors import TokenizerError, one_line, quoted
+from ..files.paths import read_bytes, read_text
+from .settings import LARGEST_FILE, LARGEST_VOCABULARY, SETTINGS_FILE, added_token, token_name, tokenizer_values
 
 SPACE = "▁"  # how both packages write a space within a piece
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -64,8 +64,8 @@ class SentencePiece:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._processor = SentencePieceProcessor(model_proto=read_bytes(path))
-        except (OSError, RuntimeError, ValueError, TypeError) as error:
+            self._processor = SentencePieceProcessor(model_proto=read_bytes(path, TokenizerError, LARGEST_FILE))
+        except (RuntimeError, ValueError, TypeError) as error:
             raise TokenizerError(f"{path} is not a SentencePiece model") from error
         self.vocab_size = self._processor.vocab_size()
         self.bos_token_id = self._id_of(settings.get("bos_token"), self._processor.bos_id())
@@ -78,11 +78,8 @@ class SentencePiece:
         return {token: added_token(self.piece(token), special=True) for token in control}
 
     def _id_of(self, entry: Any, default: int) -> int | None:
-        content = entry.get("content") if isinstance(entry, dict) else entry
-        try:
-            token = self._processor.piece_to_id(content) if isinstance(content, str) else default
-        except (UnicodeEncodeError, TypeError):  # a lone surrogate
-            token = default
+        name = token_name(entry)
+        token = default if name is None else self._processor.piece_to_id(name)
         token = default if token == self._processor.unk_id() else token
         return token if token >= 0 else None
 
@@ -93,9 +90,8 @@ class SentencePiece:
     def encode_marked(self, text: str) -> list[int]:
         """See `Library`."""
         ids = {entry["content"]: token for token, entry in self.added_tokens.items()}
-        parts = re.split(
-            f"({'|'.join(map(re.escape, sorted(ids, key=len, reverse=True)))})", unicodedata.normalize("NFC", text)
-        )
+        names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        parts = re.split(f"({names})", unicodedata.normalize("NFC", text))
         return [token for part in parts if part for token in ([ids[part]] if part in ids else self.encode(part))]
 
     def piece(self, token: int) -> str:
@@ -228,8 +224,7 @@ class Tokenizers:
 
     def content_with_bos(self) -> str:
         """The file's content, changed if it adds something else to a text than BOS, or BOS against the settings."""
-        added = self._checked(lambda: self._tokenizer.encode("").ids, "cannot encode an empty text")
-        if added == ([self.bos_token_id] if self.adds_bos else []):
+        if self._added_to_texts() == ([self.bos_token_id] if self.adds_bos else []):
             return self._content
         written = json.loads(self._content)
         token = self.bos_token_id if self.adds_bos else None
@@ -255,15 +250,14 @@ class Tokenizers:
         except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
             raise
         except BaseException as error:
-            reason = " ".join(str(error).split())[:200]
-            raise TokenizerError(f"{self._path} {failure}: {reason}") from error
+            raise TokenizerError(f"{self._path} {failure}: {one_line(error)}") from error
 
     def _id_of(self, name: str, default: str) -> int | None:
         if name in self._settings and self._settings[name] is None:
             return None
         entry = self._settings.get(name, default)
-        content = entry.get("content") if isinstance(entry, dict) else entry
-        if not isinstance(content, str):
+        content = token_name(entry)
+        if content is None:
             raise TokenizerError(f"{self._path.with_name(SETTINGS_FILE)}: {name} must be text; got {quoted(entry)}")
         return self._token_id(content)
 
@@ -278,11 +272,16 @@ class Tokenizers:
         if self.bos_token_id is None:
             return False
         said = self._settings.get("add_bos_token")
-        return said if isinstance(said, bool) else self._file_adds_bos()
+        return said if isinstance(said, bool) else self._added_to_texts()[:1] == [self.bos_token_id]
 
-    def _file_adds_bos(self) -> bool:
-        ids = self._checked(lambda: self._tokenizer.encode("").ids, "cannot encode an empty text")
-        return ids[:1] == [self.bos_token_id]
+    def _added_to_texts(self) -> list[int]:
+        """What the file's post-processor adds to every text."""
+        return self._checked(lambda: self._tokenizer.encode("").ids, "cannot encode an empty text")
+
+
+def adds_space(library: Library) -> bool:
+    """Whether a tokenizer puts a space in front of each text."""
+    return library.piece(next(iter(library.encode("a")), 0)).startswith(SPACE)
 
 
 def bos_first(token: int, name: str) -> dict[str, Any]:

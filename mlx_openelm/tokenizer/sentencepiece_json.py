@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from .libraries import SPACE, Library, SentencePiece, bos_first
+from .libraries import SPACE, Library, SentencePiece, adds_space, bos_first
 
 _TRIED_TEXTS = 300
 
@@ -22,7 +22,7 @@ def tokenizer_json(source: SentencePiece, added_tokens: Mapping[int, Mapping[str
     pieces = [source.piece(token) for token in range(source.vocab_size)]
     ids = {piece: token for token, piece in enumerate(pieces)}
     added = dict(sorted({**source.added_tokens, **added_tokens}.items()))
-    adds_space = source.piece(next(iter(source.encode("a")), 0)).startswith(SPACE)
+    has_space = adds_space(source)
     unknown = next((piece for token, piece in enumerate(pieces) if source.is_unknown(token)), None)
     bos = None if source.bos_token_id is None else pieces[source.bos_token_id]
     values = {
@@ -34,7 +34,7 @@ def tokenizer_json(source: SentencePiece, added_tokens: Mapping[int, Mapping[str
             "type": "Sequence",
             "normalizers": [
                 {"type": "NFC"},
-                *([{"type": "Prepend", "prepend": SPACE}] if adds_space else []),
+                *([{"type": "Prepend", "prepend": SPACE}] if has_space else []),
                 {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
             ],
         },
@@ -46,7 +46,7 @@ def tokenizer_json(source: SentencePiece, added_tokens: Mapping[int, Mapping[str
                 {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
-                *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if adds_space else []),
+                *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_space else []),
             ],
         },
         "model": {

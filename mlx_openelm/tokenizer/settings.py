@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import TokenizerError, quoted
 from ..files.json_file import read_json_object
-from ..files.paths import exists, open_regular, read_text
+from ..files.paths import exists, read_text
 
 SETTINGS_FILE = "tokenizer_config.json"
 _OTHER_SETTINGS_FILE = "special_tokens_map.json"
@@ -63,14 +63,18 @@ def _control_names(settings: Mapping[str, Any]) -> set[str]:
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(name)
         entries += more if isinstance(more, list) else more.values() if isinstance(more, dict) else ()
-    names = (entry.get("content") if isinstance(entry, dict) else entry for entry in entries)
-    return {name for name in names if isinstance(name, str)}
+    return {name for name in map(token_name, entries) if name is not None}
 
 
 def token_name(entry: Any) -> str | None:
     """The name of a token in the settings: a text, or an object with a content."""
     content = entry.get("content") if isinstance(entry, dict) else entry
     return content if isinstance(content, str) else None
+
+
+def unknown_name(added_tokens: Mapping[int, Mapping[str, Any]]) -> str | None:
+    """The usual name of the token for unknown text, if the tokenizer has one of that name."""
+    return "<unk>" if any(entry["content"] == "<unk>" for entry in added_tokens.values()) else None
 
 
 def added_token(content: str, *, special: bool) -> dict[str, Any]:
@@ -85,22 +89,6 @@ def _id(token: Any, path: Path) -> int:
     if type(token) is not int or not 0 <= token < LARGEST_VOCABULARY:
         raise TokenizerError(f"{path}: {quoted(token)} is not the id of a token")
     return token
-
-
-def read_bytes(path: Path) -> bytes:
-    """The content of a tokenizer's file.
-
-    Raises:
-        TokenizerError: if it cannot be read, or is too large to be one.
-    """
-    try:
-        with open_regular(path) as file:
-            content = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
-    if len(content) > LARGEST_FILE:
-        raise TokenizerError(f"{path} is larger than {LARGEST_FILE:,} bytes, too large for a tokenizer")
-    return content
 
 
 def tokenizer_values(content: str, path: Path) -> dict[str, Any]:

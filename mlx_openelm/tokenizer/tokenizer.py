@@ -22,8 +22,16 @@ from .chat_template import (
     openelm_segments,
     render_template,
 )
-from .libraries import SPACE, Library, SentencePiece, Tokenizers
-from .settings import ADDED_TOKENS_FILE, JSON_FILE, SETTINGS_FILE, added_tokens_beside, settings_beside, token_name
+from .libraries import Library, SentencePiece, Tokenizers, adds_space
+from .settings import (
+    ADDED_TOKENS_FILE,
+    JSON_FILE,
+    SETTINGS_FILE,
+    added_tokens_beside,
+    settings_beside,
+    token_name,
+    unknown_name,
+)
 
 
 class Tokenizer:
@@ -38,6 +46,7 @@ class Tokenizer:
         vocab_size: number of ids.
         bos_token_id, eos_token_id: ids of the tokens that begin and end a text; `bos_token_id` may be `None`.
         adds_bos: whether texts begin with BOS.
+        settings: what `tokenizer_config.json` and `special_tokens_map.json` beside the file say.
     """
 
     def __init__(self, path: str | Path, *, chat_template: str | None = None, vocab_size: int | None = None):
@@ -54,14 +63,15 @@ class Tokenizer:
         self.chat_template = chat_template
         if not is_file(self.path):
             raise TokenizerError(f"{path} is not a file; expected a tokenizer.model or a tokenizer.json")
-        self._library = _open(self.path, vocab_size)
+        self.settings = settings_beside(self.path)
+        self._library = _open(self.path, self.settings, vocab_size)
         self.vocab_size = self._library.vocab_size
         self.adds_bos = self._library.adds_bos
         self.bos_token_id = self._library.bos_token_id
         if self._library.eos_token_id is None or (self.adds_bos and self.bos_token_id is None):
             raise TokenizerError(f"{path} has no BOS and EOS tokens (<s> and </s>)")
         self.eos_token_id: int = self._library.eos_token_id
-        self._adds_space = self._library.piece(next(iter(self._library.encode("a")), 0)).startswith(SPACE)
+        self._adds_space = adds_space(self._library)
 
     def __repr__(self) -> str:
         kind = "with" if self.has_chat_template else "no"
@@ -179,6 +189,17 @@ class Tokenizer:
         """Control tokens and added tokens by id, in the form of `added_tokens_decoder` in `tokenizer_config.json`."""
         return self._library.added_tokens
 
+    @cached_property
+    def token_names(self) -> dict[str, str]:
+        """Names of control tokens by their role, such as `eos_token`: those in the settings, and what is known."""
+        said = {role: token_name(entry) for role, entry in self.settings.items() if role.endswith("_token")}
+        names = {role: name for role, name in said.items() if name is not None}
+        if unknown := unknown_name(self.added_tokens):
+            names.setdefault("unk_token", unknown)
+        if self.bos_token_id is not None:
+            names["bos_token"] = self._library.piece(self.bos_token_id)
+        return {**names, "eos_token": self._library.piece(self.eos_token_id)}
+
     @property
     def is_sentencepiece(self) -> bool:
         """Whether `path` is a `tokenizer.model` that knows all tokens."""
@@ -211,23 +232,13 @@ class Tokenizer:
             raise TokenizerError("this is a base model without a chat template; it can only continue text")
         check_messages(messages, CHAT_ROLES if self._is_openelm else None)
 
-    @cached_property
-    def _names(self) -> dict[str, str]:
-        """Names of control tokens for a template: those in the settings, and what is known without them."""
-        settings = {name: token_name(value) for name, value in settings_beside(self.path).items()}
-        names = {name: value for name, value in settings.items() if name.endswith("_token") and value is not None}
-        if any(entry["content"] == "<unk>" for entry in self.added_tokens.values()):
-            names.setdefault("unk_token", "<unk>")
-        bos = {} if self.bos_token_id is None else {"bos_token": self._library.piece(self.bos_token_id)}
-        return {**names, **bos, "eos_token": self._library.piece(self.eos_token_id)}
-
     def _rendered(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         assert self._chat_template is not None
         return render_template(
             self._chat_template,
             messages,
             add_generation_prompt=add_generation_prompt,
-            tokens=self._names,
+            tokens=self.token_names,
         )
 
 
@@ -247,9 +258,8 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _open(path: Path, vocab_size: int | None) -> Library:
+def _open(path: Path, settings: Mapping[str, Any], vocab_size: int | None) -> Library:
     """The file in the package that reads it; for a `tokenizer.model` to which tokens were added, as a JSON text."""
-    settings = settings_beside(path)
     if path.suffix == ".json":
         return Tokenizers(path, settings, vocab_size=vocab_size)
     library = SentencePiece(path, settings)
@@ -266,11 +276,11 @@ def _open(path: Path, vocab_size: int | None) -> Library:
                 f"{path.with_name(ADDED_TOKENS_FILE)} or {SETTINGS_FILE} gives the id {token} to "
                 f"{quoted(entry['content'])}, but {path.name} to {quoted(library.piece(token))}"
             )
-    from .sentencepiece_json import same_ids, tokenizer_json
-
     other = path.with_name(JSON_FILE)
     if exists(other):
         return Tokenizers(other, settings, vocab_size=vocab_size)
+    from .sentencepiece_json import same_ids, tokenizer_json
+
     extended = Tokenizers(path, settings, tokenizer_json(library, added))
     if not same_ids(library, extended):
         raise TokenizerError(
