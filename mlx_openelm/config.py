@@ -125,9 +125,9 @@ class OpenELMConfig:
         """The ids that end a text, at least one."""
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
-    def with_eos(self, *tokens: int) -> "OpenELMConfig":
-        """The configuration with more ids that end a text."""
-        return replace(self, eos_token_id=(*self.eos_token_ids, *tokens))
+    def with_eos(self, *tokens: int, only: bool = False) -> "OpenELMConfig":
+        """The configuration with more ids that end a text; if `only` is true, with these alone."""
+        return replace(self, eos_token_id=(*(() if only else self.eos_token_ids), *tokens))
 
     @cached_property
     def ffn_dims(self) -> tuple[int, ...]:

@@ -92,8 +92,7 @@ def open_model(
         source = replace(source, chat_template=named_template(chat_template))
     text, origin = _tokenizer_of(source, tokenizer, revision)
     if text is not None and text.eos_token_id not in source.config.eos_token_ids:
-        known = source.config.eos_token_ids if source.names_eos else ()
-        source = replace(source, config=replace(source.config, eos_token_id=(*known, text.eos_token_id)))
+        source = replace(source, config=source.config.with_eos(text.eos_token_id, only=not source.names_eos))
     if source.named_vocab_size and not keep_padding:
         source = source.with_vocabulary(text.vocab_size if text else source.named_vocab_size)
     if adapter is not None:

@@ -111,8 +111,17 @@ def read_config_file(path: Path) -> OpenELMConfig:
     """
     is_yaml = path.suffix in (".yaml", ".yml")
     values: Mapping[str, Any] = read_yaml_object(path, ConfigError) if is_yaml else read_json_object(path, ConfigError)
+    return config_of(values, path, is_corenet=is_yaml)
+
+
+def config_of(values: Mapping[str, Any], path: Path, *, is_corenet: bool = False) -> OpenELMConfig:
+    """The configuration in values that were read from `path`.
+
+    Raises:
+        ConfigError: with the file's name, for the reasons of `config_from_dict`.
+    """
     try:
-        return config_from_dict(_corenet_section(values) if is_yaml else values)
+        return config_from_dict(_corenet_section(values) if is_corenet else values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -1,6 +1,5 @@
 """Folders in the Hugging Face layout, from Apple, the MLX community or `convert`."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from ...config import OpenELMConfig
@@ -10,7 +9,7 @@ from ...files.paths import check_links, exists
 from ...tensors import LazyTensor, read_safetensors
 from ...tokenizer.chat_template import OPENELM_TEMPLATE, is_openelm, read_chat_template, template_by_name
 from ..source import Source, make_source, plain_names
-from .config import read_config_file
+from .config import config_of
 
 _LARGEST_INDEX = 1 << 25  # bytes
 
@@ -34,17 +33,18 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
     if quantization is not None and not isinstance(quantization, dict):
         raise ConfigError(f"{path}: quantization must be an object; got {quoted(quantization)}")
     is_converted = "openelm_mlx_version" in written
-    config = config or read_config_file(path)
-    eos = written.get("eos_token_id"), _generation_eos(folder / "generation_config.json")
-    if eos[1]:
-        config = config.with_eos(*eos[1]) if eos[0] is not None else replace(config, eos_token_id=tuple(eos[1]))
+    config = config or config_of(written, path)
+    names_eos = written.get("eos_token_id") is not None
+    more_eos = _generation_eos(folder / "generation_config.json")
+    if more_eos:
+        config = config.with_eos(*more_eos, only=not names_eos)
     return make_source(
         config,
         _read_weights(folder),
         quantization,
         name=folder.resolve().name,
         folder=folder,
-        names_eos=eos != (None, []),
+        names_eos=names_eos or bool(more_eos),
         chat_template=_chat_template(folder, is_converted),
         is_converted=is_converted,
     )
