@@ -77,7 +77,7 @@ def test_while_the_line_is_printed(model):
 
 
 def test_where_python_cannot_raise_it(model):
-    """In a finalizer, Python prints the exception and goes on."""
+    """Python prints an exception that a finalizer raises, and continues."""
     code = "import os, signal\nclass Last:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n"
     code += "        [n for n in range(9)]\n"
     code += "import mlx_openelm.commands.app as app\ndef run(words):\n    Last()\n    import time\n    time.sleep(20)\n"

@@ -114,7 +114,7 @@ def _on_unraisable(found: sys.UnraisableHookArgs) -> None:
         import _thread
         import signal
 
-        # As a signal, so that it ends a system call too, and from another thread, so that this one can go on first.
+        # A real signal also interrupts a system call; another thread sends it, so that this one can leave the hook.
         _thread.start_new_thread(signal.pthread_kill, (_main_thread, signal.SIGINT))
     else:
         sys.__unraisablehook__(found)

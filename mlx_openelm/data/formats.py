@@ -171,7 +171,7 @@ def encode_conversation(messages: Messages, tokenizer: Tokenizer, first: int = 0
 
 
 def _end_of_turn(tokens: np.ndarray, start: int, stop: int, eos: int) -> int:
-    """The index after the last EOS from `start` on and before `stop`; `stop` if there is none."""
+    """The index just after the last EOS in `tokens[start:stop]`, or `stop` without one."""
     ends = np.flatnonzero(tokens[start:stop] == eos)
     return start + int(ends[-1]) + 1 if len(ends) else stop
 

@@ -33,7 +33,7 @@ _replaced: list[str | None] = []  # the value of TMPDIR in os.environ when it wa
 
 
 def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`mx.compile(function)`, with kernels in a private folder; where there is none, the function itself."""
+    """Compile a function, with its kernels in a private folder; without such a folder, return it uncompiled."""
     return mx.compile(function) if use_private_folder() else function
 
 

@@ -135,7 +135,7 @@ class Trainer:
         return {**means, "gradient_norm": norm.item(), "count": int(count)}
 
     def validation(self) -> dict[str, float]:
-        """The objective's metrics, averaged over the validation set; NaN if there is none."""
+        """The objective's metrics, averaged over the validation set, or NaN without one."""
         total = mx.zeros((len(self.objective.names) + 1,))
         for rows in self.data.validation(self.group.rank(), self.group.size()):
             total = total + self._losses(self.parameters, self._prepare(make_batch(rows)))[0]

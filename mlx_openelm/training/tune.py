@@ -244,7 +244,7 @@ def _move_foreign_away(run: Path, names: Sequence[str], on_message: Callable[[st
 
 
 def _same(path: Path, other: Path) -> bool:
-    return other.exists() and filecmp.cmp(path, other, shallow=False)
+    return exists(other) and filecmp.cmp(path, other, shallow=False)
 
 
 def _publish(outputs: Mapping[str, OutputFile], run: Path) -> None:
