@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import WeightsError, quoted, readable
+from .files.json_file import DuplicateError, unique_names
 from .files.paths import open_regular
 from .machine.device import compute_streams
 
@@ -225,9 +226,9 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
             raise damaged(f"the header has {header_bytes:,} bytes, which is more than {_LARGEST_HEADER_BYTES:,}")
         raw = file.read(header_bytes)
     try:
-        entries = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
-    except _DuplicateError as error:
-        raise damaged(f"the header contains {error} twice") from error
+        entries = json.loads(raw.decode(), object_pairs_hook=unique_names)
+    except DuplicateError as error:
+        raise damaged(f"the header contains {readable(str(error))} twice") from error
     except (ValueError, RecursionError) as error:
         raise damaged("the header is not JSON") from error
     if not isinstance(entries, dict):
@@ -263,19 +264,6 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
     if end != file_bytes:
         raise damaged(f"the file has {file_bytes:,} bytes, but its tensors end at {end:,}")
     return header, metadata
-
-
-class _DuplicateError(ValueError):
-    """A JSON object with a key twice."""
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _DuplicateError(readable(key))
-        found[key] = value
-    return found
 
 
 def write_safetensors(

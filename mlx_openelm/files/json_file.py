@@ -9,6 +9,7 @@ one line with the name of the file.
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -67,28 +68,36 @@ def parse_json_object(text: str, where: str, error: type[OpenELMError]) -> Field
 def parse_json(text: str, where: str, error: type[OpenELMError]) -> Any:
     """The JSON value in a text."""
     try:
-        values = json.loads(text, object_pairs_hook=_without_duplicates)
+        values = json.loads(text, object_pairs_hook=partial(unique_names, allow_equal=True))
     except RecursionError as reason:
         raise error(f"{where} is nested too deeply") from reason
     except json.JSONDecodeError as reason:
         line = f"line {reason.lineno}, " if "\n" in text.strip() else ""
         raise error(f"{where} is not valid JSON: {reason.msg} ({line}column {reason.colno})") from reason
-    except _DuplicateError as reason:
-        raise error(f"{where} is not valid JSON: {reason}") from reason
+    except DuplicateError as reason:
+        raise error(f"{where} is not valid JSON: {str(reason)[:60]!r} occurs twice with different values") from reason
     except ValueError as reason:
         raise error(f"{where} is not valid JSON: a number has thousands of digits") from reason
     return check_values(values, where, error)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict of pairs, for which a name with two different values is an error."""
+class DuplicateError(ValueError):
+    """A JSON object with a name twice; its text is the name."""
+
+
+def unique_names(pairs: list[tuple[str, Any]], allow_equal: bool = False) -> dict[str, Any]:
+    """A dict of pairs, for `object_pairs_hook`.
+
+    Args:
+        allow_equal: accept a name that occurs twice with equal values.
+    Raises:
+        DuplicateError: if a name occurs twice.
+    """
     values = dict(pairs)
     if len(values) < len(pairs):
+        seen: set[str] = set()
         for name, value in pairs:
-            if values[name] != value:
-                raise _DuplicateError(f"{name[:60]!r} occurs twice with different values")
+            if (name in seen and not allow_equal) or values[name] != value:
+                raise DuplicateError(name)
+            seen.add(name)
     return values
-
-
-class _DuplicateError(ValueError):
-    pass
