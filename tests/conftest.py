@@ -98,26 +98,28 @@ def write_folder(folder, model, tokenizer=None, dtype=mx.float32):
     return folder
 
 
-@pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory):
-    """A SentencePiece model built like Llama's: BPE with byte fallback and no normalisation of its own."""
+def train_sentencepiece(folder, text, **options):
+    """Trains a SentencePiece model on a text; returns its path. By default it is like Llama's: BPE, byte fallback."""
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "text.txt").write_text(_SENTENCES * 3)
+    (folder / "text.txt").write_text(text)
+    defaults = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text.txt"),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=400,
-        model_type="bpe",
         byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
         num_threads=1,
         minloglevel=2,
+        **{**defaults, **options},
     )
     return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory):
+    """A SentencePiece model built like Llama's: BPE with byte fallback and no normalisation of its own."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return train_sentencepiece(folder, _SENTENCES * 3, vocab_size=400, split_digits=True)
 
 
 @pytest.fixture(scope="session")

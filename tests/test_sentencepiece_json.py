@@ -1,8 +1,8 @@
 import json
 
 import pytest
-import sentencepiece
 
+from conftest import train_sentencepiece
 from mlx_openelm import Tokenizer
 from mlx_openelm.tokenizer.libraries import SentencePiece, Tokenizers
 from mlx_openelm.tokenizer.sentencepiece_json import same_ids, tokenizer_json
@@ -16,19 +16,7 @@ def trained(tmp_path_factory):
 
     def train(**options):
         folder = tmp_path_factory.mktemp("trained")
-        (folder / "text.txt").write_text(TEXT * 50)
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(folder / "text.txt"),
-            model_prefix=str(folder / "m"),
-            **{"model_type": "bpe", "normalization_rule_name": "identity", **options},
-            vocab_size=330,
-            byte_fallback=True,
-            remove_extra_whitespaces=False,
-            num_threads=1,
-            minloglevel=2,
-            hard_vocab_limit=False,
-        )
-        return folder / "m.model"
+        return train_sentencepiece(folder, TEXT * 50, vocab_size=330, hard_vocab_limit=False, **options)
 
     return train
 

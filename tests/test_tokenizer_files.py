@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from conftest import train_sentencepiece
 from mlx_openelm import Tokenizer, convert, load
 from mlx_openelm.errors import SourceError, TokenizerError
 from mlx_openelm.tokenizer import files as tokenizer_files
@@ -36,20 +37,11 @@ def llama(monkeypatch, tokenizer):
 
 @pytest.fixture(scope="module")
 def unigram(tmp_path_factory, tokenizer_path):
-    """A SentencePiece model that is not BPE."""
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tokenizer_path.with_name("text.txt")),
-        model_prefix=str(tmp_path_factory.getbasetemp() / "unigram"),
-        vocab_size=330,
-        model_type="unigram",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return tmp_path_factory.getbasetemp() / "unigram.model"
+    """A SentencePiece model that is not BPE, and normalises texts."""
+    folder = tmp_path_factory.mktemp("unigram")
+    text = tokenizer_path.with_name("text.txt").read_text()
+    changed = {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    return train_sentencepiece(folder, text, vocab_size=330, hard_vocab_limit=False, **changed)
 
 
 def test_what_was_asked_for_comes_first(tmp_path, tokenizer_path):
