@@ -166,8 +166,8 @@ class Tokenizers:
         }
         if deterministic != {"padding": None, "truncation": None, "added_tokens": [], **written}:
             self._content = json.dumps(deterministic, ensure_ascii=False)
+        _check_growth(written.get("normalizer"), path)  # before the package normalises the names of added tokens
         self._tokenizer = self._parse()
-        _check_growth(written.get("normalizer"), path)  # whose types the package has checked
         self._tokenizer.encode_special_tokens = True  # `<s>` in a text stays text
         for token, entry in added.items():
             found = self._token_id(entry["content"])
@@ -299,7 +299,7 @@ def bos_first(token: int, name: str) -> dict[str, Any]:
 
 
 def _check_growth(normalizer: Any, path: Path) -> None:
-    """Refuse normalizers that blow a text up, one after the other."""
+    """Refuse normalizers that blow a text up, one after the other; what is malformed is left to the package."""
     growth = 1.0  # of a text of one character
     for step in _normalizers(normalizer):
         content = step.get("content")
@@ -318,7 +318,8 @@ def _check_growth(normalizer: Any, path: Path) -> None:
 def _normalizers(normalizer: Any) -> Iterable[dict[str, Any]]:
     if isinstance(normalizer, dict):
         if normalizer.get("type") == "Sequence":
-            for step in normalizer.get("normalizers") or ():
+            steps = normalizer.get("normalizers")
+            for step in steps if isinstance(steps, list) else ():
                 yield from _normalizers(step)
         else:
             yield normalizer
