@@ -20,6 +20,7 @@ from mlx_openelm.conversion.convert import convert
 from mlx_openelm.conversion.open import open_source
 from mlx_openelm.data.batch import TokenBatch, make_batch, target_mask
 from mlx_openelm.errors import AdapterError, ConfigError
+from mlx_openelm.machine.device import replaced_choices
 from mlx_openelm.merging import write_merged
 from mlx_openelm.model.adapters import about_base, save_adapter
 from mlx_openelm.model.lora import (
@@ -258,12 +259,10 @@ def test_a_row_of_zeros_stays_one(tmp_path, where):
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
-def test_vectors_of_stock_quantized_embeddings_are_not_rounded(bases, mode, monkeypatch):
+def test_vectors_of_stock_quantized_embeddings_are_not_rounded(bases, mode):
     """As on a GPU, where MLX's own layers are used: they give bfloat16 in these modes."""
-    import mlx_openelm.loading as loading
-
-    monkeypatch.setattr(loading, "on_cpu", lambda: False)
-    model = load_model(bases[mode], dtype=mx.float32)
+    with replaced_choices(backend="metal"):
+        model = load_model(bases[mode], dtype=mx.float32)
     add_adapter(model, replace(METHODS["dora"], targets=(EMBEDDING_TARGET,)))
     (_, adapter), *_ = adapters(model)
     adapter.lora_b = adapter.lora_b + 0.123456789

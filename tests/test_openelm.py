@@ -12,7 +12,7 @@ from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model
 from mlx_openelm import ContextLengthWarning, generate_tokens, load_model, read_config
 from mlx_openelm.conversion.open import open_source
 from mlx_openelm.loading import load_source
-from mlx_openelm.model import openelm as model_module, rope
+from mlx_openelm.machine.device import replaced_choices
 from mlx_openelm.model.openelm import ATTENTION_BLOCK
 
 TOLERANCE = 2e-5  # float32 against PyTorch's float32, on logits of size 1 to 10
@@ -130,15 +130,14 @@ def test_attention_in_training_is_that_of_inference(tiny_config, segments):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_ways_of_gpus_and_of_the_cpu_agree(tiny_model, monkeypatch, compiled):
+def test_the_ways_of_gpus_and_of_the_cpu_agree(tiny_model, compiled):
     """Heads are normed and rotated apart or together, by MLX's operations or by a table: whichever is faster there."""
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
     options = {"max_tokens": 20, "compiled": compiled}
     logits, steps = tiny_model(tokens), list(generate_tokens(tiny_model, tokens[0], **options))
-    for module in (model_module, rope):
-        monkeypatch.setattr(module, "on_cpu", lambda: False)
-    assert_close(tiny_model(tokens), logits, 1e-5)
-    others = list(generate_tokens(tiny_model, tokens[0], **options))
+    with replaced_choices(backend="metal", fused_kernels=False):
+        assert_close(tiny_model(tokens), logits, 1e-5)
+        others = list(generate_tokens(tiny_model, tokens[0], **options))
     assert [step.token for step in others] == [step.token for step in steps]
     assert np.allclose([step.logprob for step in others], [step.logprob for step in steps], atol=1e-4)
 

@@ -5,23 +5,102 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
+from ..errors import ConfigError
 from .system import physical_memory_bytes
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _LARGEST_TEAM = 8  # cores; more would only wait for memory
 _COMPILED_ON_CPU = 2048  # tokens from which compiling pays off
 _COMPILED_ON_GPU = 32
+_LARGEST_BLOCK = 65_536  # queries
 _CPU_SHARE = 0.9  # of physical memory; the rest is for the system
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to compute, where devices differ. `choices()` returns those for the device in use.
+
+    Those marked as open cannot be decided by reading; `openelm-mlx doctor --self-test` measures both ways.
+    """
+
+    backend: str  # cpu, metal or cuda
+    fused_kernels: bool  # open: decode with the kernels of `model/kernels.py`, which save launches
+    indexed_writes: bool  # write keys and values by index, which is one launch on a GPU, not as a slice
+    tokens_first: bool  # open: read a step's tokens before the next step is queued, so that it updates in place
+    exact_slices: bool  # decode uncompiled, over exactly the slots in use: fused attention takes no mask on CUDA
+    attention_block: int  # queries at once in training
+
+
+_DEFAULTS = {
+    "cpu": Choices("cpu", False, False, False, False, 128),
+    "metal": Choices("metal", True, True, False, False, 512),
+    "cuda": Choices("cuda", True, True, False, True, 512),
+}
+_VARIABLE = "OPENELM_MLX_CHOICES"  # such as "tokens_first=1,fused_kernels=0"
+_CPU = mx.Device(mx.cpu)
+_replaced: list[dict[str, Any]] = []  # of contexts within contexts, each with the changes of those around it
+
+
+def choices() -> Choices:
+    """The choices for the device in use, with what `replaced_choices` or the environment changed.
+
+    Raises:
+        ConfigError: if the environment variable OPENELM_MLX_CHOICES names no choice, or a value that it cannot have.
+    """
+    changes = _replaced[-1] if _replaced else _from_environment()
+    if not changes:
+        return _DEFAULTS[_backend()]
+    return replace(_DEFAULTS[changes.get("backend") or _backend()], **changes)
+
+
+@contextmanager
+def replaced_choices(**changes: Any) -> Iterator[None]:
+    """Compute with other choices within this context; another `backend` brings all choices of that one.
+
+    Nothing moves to another device: the graph becomes what that device would get.
+    """
+    _replaced.append({**_from_environment(), **(_replaced[-1] if _replaced else {}), **changes})
+    try:
+        yield
+    finally:
+        _replaced.pop()
+
+
+def _backend() -> str:
+    if mx.default_device() == _CPU:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+@cache
+def _from_environment() -> dict[str, Any]:
+    known = {field.name: field.type for field in fields(Choices) if field.name != "backend"}
+    values: dict[str, Any] = {}
+    for part in filter(None, os.environ.get(_VARIABLE, "").split(",")):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in known:
+            raise ConfigError(f"{_VARIABLE}: unknown choice {name!r} (choose from {', '.join(known)})")
+        if known[name] is bool:
+            if value not in ("0", "1"):
+                raise ConfigError(f"{_VARIABLE}: {name} must be 0 or 1; got {value!r}")
+            values[name] = value == "1"
+        else:
+            if not (value.isdecimal() and 1 <= int(value) <= _LARGEST_BLOCK):
+                raise ConfigError(f"{_VARIABLE}: {name} must be a number from 1 to {_LARGEST_BLOCK:,}; got {value!r}")
+            values[name] = int(value)
+    return values
 
 
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU."""
-    return mx.default_device() == mx.Device(mx.cpu)
+    return choices().backend == "cpu"
 
 
 def device_name() -> str:
@@ -37,12 +116,15 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     return mx.float32 if on_cpu() else stored
 
 
-@cache
 def compute_streams() -> tuple[mx.Stream, ...]:
     """Streams that run in parallel: on the CPU, where each stream has a thread, one per core up to 8; else one."""
     default = mx.default_stream(mx.default_device())
-    team = min(os.cpu_count() or 1, _LARGEST_TEAM) if on_cpu() else 1
-    return default, *(mx.new_stream(mx.cpu) for _ in range(team - 1))
+    return (default, *_more_cpu_streams()) if on_cpu() else (default,)
+
+
+@cache
+def _more_cpu_streams() -> tuple[mx.Stream, ...]:
+    return tuple(mx.new_stream(mx.cpu) for _ in range(min(os.cpu_count() or 1, _LARGEST_TEAM) - 1))
 
 
 def pays_to_compile(num_tokens: int) -> bool:
