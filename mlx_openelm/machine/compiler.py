@@ -13,7 +13,8 @@ import stat
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,22 @@ _NOT_QUOTABLE = set('"$`\\\n')  # MLX passes the folder to a shell, between doub
 _lock = threading.Lock()
 _chosen: list[Path | None] = []  # the folder of this process, once it is known
 _replaced: list[str | None] = []  # the value of TMPDIR in os.environ when it was replaced
+_plain: list[None] = []  # one entry for each context of `uncompiled`
 
 
 def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function, with its kernels in a private folder; without such a folder, return it uncompiled."""
-    return mx.compile(function) if use_private_folder() else function
+    return mx.compile(function) if not _plain and use_private_folder() else function
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within this context, `compile_function` returns functions as they are, for a result to compare with."""
+    _plain.append(None)
+    try:
+        yield
+    finally:
+        _plain.pop()
 
 
 def use_private_folder() -> bool:

@@ -1,0 +1,61 @@
+"""Memory over a long generation: it grows by keys and values alone."""
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+
+import mlx.core as mx
+
+from ..cache.config import CacheConfig
+from ..generation.engine import generate_tokens
+from ..model.openelm import ContextLengthWarning
+from .check import FAILED, PASSED, Check, Outcome
+from .golden import read_golden
+from .session import Session
+
+_SAMPLES = 20
+_ALLOWED = 1 << 20  # bytes; a token's keys and values of this model take 5,632, and a graph that grows keeps them all
+_MIB = 2**20
+_KINDS = {
+    "full KV": CacheConfig(),
+    "8-bit KV": CacheConfig(bits=8),
+    "4-bit KV": CacheConfig(bits=4),
+    "full KV window": CacheConfig(window=128),
+    "KV window with room": CacheConfig(window=1 << 16),
+}
+
+
+def checks() -> Iterator[Check]:
+    """Checks of memory, by kind of KV cache."""
+    for name, config in _KINDS.items():
+        yield Check(f"memory, {name}", partial(_growth, config))
+
+
+def _growth(config: CacheConfig, session: Session) -> Outcome:
+    """Memory without keys and values, from the first tenth of the text on."""
+    network = session.built_in(session.dtype)
+    cache = network.make_cache(config)
+    count = session.extent.memory_tokens
+    mx.clear_cache()
+    active, reserved = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ContextLengthWarning)
+        steps = generate_tokens(network, read_golden().tokens, max_tokens=count, cache=cache)
+        for number, _ in enumerate(steps, 1):
+            if number % max(1, count // _SAMPLES) == 0:
+                mx.synchronize()
+                active.append(mx.get_active_memory() - cache.nbytes)
+                reserved.append(mx.get_cache_memory())
+    first, *rest = active[1:]
+    growth = max(0, max(rest) - first)
+    return Outcome(
+        PASSED if growth <= _ALLOWED else FAILED,
+        f"grows by {growth / _MIB:,.2f} MiB over {count:,} tokens; MLX keeps {max(reserved) / _MIB:,.0f} MiB for reuse",
+        f"{_ALLOWED / _MIB:,.2f} MiB",
+        {
+            "growth_bytes": growth,
+            "kv_bytes": cache.nbytes,
+            "active_bytes_without_kv": active,
+            "reusable_bytes": reserved,
+        },
+    )
