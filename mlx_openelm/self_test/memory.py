@@ -7,14 +7,16 @@ from functools import partial
 import mlx.core as mx
 
 from ..cache.config import CacheConfig
+from ..config import OpenELMConfig
 from ..generation.engine import generate_tokens
 from ..model.openelm import ContextLengthWarning
 from .check import FAILED, PASSED, Check, Outcome
-from .golden import read_golden
+from .samples import sample_network
 from .session import Session
 
 _SAMPLES = 20
-_ALLOWED = 1 << 20  # bytes; a token's keys and values of this model take 5,632, and a graph that grows keeps them all
+_ALLOWED = 1 << 18  # bytes; a graph that grows keeps the keys of every token, over a kilobyte each
+_NETWORK = OpenELMConfig.layerwise(4, 256, 64, num_gqa_groups=2, vocab_size=1024)
 _MIB = 2**20
 _KINDS = {
     "full KV": CacheConfig(),
@@ -33,14 +35,14 @@ def checks() -> Iterator[Check]:
 
 def _growth(config: CacheConfig, session: Session) -> Outcome:
     """Memory without keys and values, from the first tenth of the text on."""
-    network = session.built_in(session.dtype)
+    network = sample_network(_NETWORK, session.dtype)
     cache = network.make_cache(config)
     count = session.extent.memory_tokens
     mx.clear_cache()
     active, reserved = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ContextLengthWarning)
-        steps = generate_tokens(network, read_golden().tokens, max_tokens=count, cache=cache)
+        steps = generate_tokens(network, [1, 2, 3], max_tokens=count, cache=cache)
         for number, _ in enumerate(steps, 1):
             if number % max(1, count // _SAMPLES) == 0:
                 mx.synchronize()

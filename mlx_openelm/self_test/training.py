@@ -25,7 +25,7 @@ _ROWS, _LENGTH = 2, 64
 _STEPS = 2
 _LOOSER = 10  # gradients are sums over many tokens that partly cancel out
 # A large epsilon makes AdamW's update proportional to the gradient; otherwise rounding may turn the smallest around.
-_RECIPE = {"eps": 1.0, "learning_rate": 1.0, "warmup": 0.0, "steps": 10, "batch_size": _ROWS}
+_RECIPE = {"eps": 1.0, "learning_rate": 1.0, "warmup_share": 0.0, "steps": 10, "batch_size": _ROWS}
 
 _Make = Callable[[Session, mx.Dtype], tuple[OpenELM, Tensors]]  # a network and the parameters to train
 
