@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -26,6 +25,7 @@ from weightless import our_cache, our_network, peer_model, peer_step_alone, peer
 from mlx_openelm import CacheConfig, OpenELMConfig, SamplingConfig
 from mlx_openelm.generation import engine
 from mlx_openelm.generation.sampling import Sampler
+from mlx_openelm.kernels.fused import forget_kernels
 from mlx_openelm.machine.device import choices, replaced_choices
 
 SIZES = ("270M", "450M", "1.1B", "3B")
@@ -103,17 +103,12 @@ def peer_step(case: Case) -> Step:
 @contextmanager
 def _kernels() -> Iterator[None]:
     """Let this package's kernels be created anew, by stand-ins, and not be tried out: they compute nothing here."""
-    try:
-        fused_kernels = import_module("mlx_openelm.kernels.fused")
-    except ModuleNotFoundError:
-        yield
-        return
-    fused_kernels.forget_kernels()
+    forget_kernels()
     try:
         with mock.patch.object(engine, "kernels_work", return_value=choices().fused_kernels):
             yield
     finally:
-        fused_kernels.forget_kernels()
+        forget_kernels()
 
 
 class _Compiler:
