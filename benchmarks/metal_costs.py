@@ -247,13 +247,12 @@ def _quantize(step: Step, node: Node, inputs: list[Layout]) -> Cost:
     return cost
 
 
-def _update(launches: int) -> Rule:
-    """Rules for kernels that write a part of a buffer in place, if nothing else needs it any more."""
+def _update(launches: int, position: int) -> Rule:
+    """A rule for a kernel that writes its input at a position into a part of a buffer, if nothing else needs that."""
 
     def rule(step: Step, node: Node, inputs: list[Layout]) -> Cost:
         buffer, *rest = inputs
-        read = sum(x.nbytes for x in rest)
-        cost = Cost(launches, 0, read, read)
+        cost = Cost(launches, 0, sum(x.nbytes for x in rest), inputs[position].nbytes)
         if step.uses[node.inputs[0]] > 1 or not buffer.is_dense:
             cost.copy(buffer)
         elif node.inputs[0] not in step.made:
@@ -345,13 +344,13 @@ COSTS: dict[str, tuple[Rule, str]] = {
         "QuantizedMatmul::eval_gpu, ensure_row_contiguous_matrix, qvm_split_k",
     ),
     "Quantize": (_quantize, f"one, and copies: {_METAL}quantized.cpp, fast::Quantize::eval_gpu"),
-    "SliceUpdate": (_update(1), f"one, {_BUFFER}: {_METAL}indexing.cpp, SliceUpdate::eval_gpu"),
+    "SliceUpdate": (_update(1, 1), f"one, {_BUFFER}: {_METAL}indexing.cpp, SliceUpdate::eval_gpu"),
     "DynamicSliceUpdate": (
-        _update(2),
+        _update(2, 1),
         f"the offset and the copy, {_BUFFER}: {_GPU}primitives.cpp, DynamicSliceUpdate::eval_gpu; {_METAL}slicing.cpp, "
         "compute_dynamic_offset",
     ),
-    "ScatterAxis": (_update(1), f"one, {_BUFFER}: {_METAL}indexing.cpp, ScatterAxis::eval_gpu"),
+    "ScatterAxis": (_update(1, 2), f"one, {_BUFFER}: {_METAL}indexing.cpp, ScatterAxis::eval_gpu"),
     "Gather": (_gather, f"one: {_METAL}indexing.cpp, Gather::eval_gpu"),
     "GatherAxis": (_gather, f"one: {_METAL}indexing.cpp, GatherAxis::eval_gpu"),
     "Concatenate": (_concatenate, f"one for each input: {_METAL}slicing.cpp, concatenate_gpu"),

@@ -25,6 +25,7 @@ _BINARY = """Add Divide Equal Greater GreaterEqual Less LessEqual LogicalAnd Log
 Multiply NotEqual Power Subtract ArcTan2"""
 _BITWISE = ("BitwiseAnd", "BitwiseOr", "BitwiseXor", "LeftShift", "RightShift")
 ELEMENTWISE = frozenset([*_UNARY.split(), *_BINARY.split(), *_BITWISE, "Select"])
+_BY_NUMBER = {"BitwiseBinary": _BITWISE, "Reduce": ("And", "Or", "Sum", "Prod", "Min", "Max")}  # exported by number
 _FUSABLE = ELEMENTWISE | {"Broadcast"}
 _LARGEST_DEPTH, _MOST_INPUTS = 11, 24  # of a fused kernel: mlx/compile.cpp, max_compile_depth and max_compile_arrays
 
@@ -210,7 +211,7 @@ def _graph(parts: list[dict[str, Any]], recorder: Recorder) -> Graph:
                 graph.values.update({name: Value(shape, dtype) for name, shape, dtype in part["outputs"]})
                 name = part["name"]
                 node = Node(
-                    _BITWISE[int(part["arguments"][0])] if name == "BitwiseBinary" else name,
+                    _BY_NUMBER[name][int(part["arguments"][0])] if name in _BY_NUMBER else name,
                     [name for name, *_ in part["inputs"]],
                     [name for name, *_ in part["outputs"]],
                     part["arguments"],
