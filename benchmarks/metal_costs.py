@@ -5,64 +5,17 @@ views, because many kernels copy inputs that are not contiguous.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from step_graph import ELEMENTWISE, Graph, Node, Value
+from memory_layout import Layout, Strides, contiguous, reshaped
+from step_graph import ELEMENTWISE, Graph, Node
 
-Strides = tuple[int, ...]
 _TWO_PASSES_WITH_GROUPS = 4096  # keys from which attention takes two kernels, if queries share keys
 _TWO_PASSES_LARGE = 1024  # the same on the larger chips
 _SPLIT_K_TILES = 1024, 2048  # tiles of 16 x 16 up to which a product is split along K; the second on larger chips
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the numbers of an array lie."""
-
-    value: Value
-    strides: Strides
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its numbers in memory; a number that is broadcast counts once."""
-        sizes = (size for size, stride in zip(self.shape, self.strides, strict=True) if stride or size == 1)
-        return math.prod(sizes) * self.value.dtype.size
-
-    @property
-    def is_row_contiguous(self) -> bool:
-        return all(
-            size == 1 or stride == expected
-            for size, stride, expected in zip(self.shape, self.strides, contiguous(self.shape), strict=True)
-        )
-
-    @property
-    def is_dense(self) -> bool:
-        """No holes and no broadcast axes, in whatever order."""
-        expected = 1
-        for stride, size in sorted(zip(self.strides, self.shape, strict=True)):
-            if size != 1:
-                if stride != expected:
-                    return False
-                expected *= size
-        return True
-
-
-def contiguous(shape: Sequence[int]) -> Strides:
-    """Strides of an array in row order."""
-    strides = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return tuple(strides)
 
 
 @dataclass
@@ -94,11 +47,14 @@ class Step:
     """What is known while the nodes of a graph are counted in order."""
 
     graph: Graph
-    large_chip: bool  # Max and Ultra
+    large_chip: bool = False  # Max and Ultra
     layouts: dict[str, Layout] = field(default_factory=dict)
-    updated: set[str] = field(default_factory=set)  # arrays that this step made, so that they may be overwritten
     total: Cost = field(default_factory=Cost)
     by_name: dict[str, Cost] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.made = {name for node in self.graph.nodes for name in node.outputs}
+        self.uses = Counter(name for node in self.graph.nodes for name in {*node.inputs})
 
     def layout(self, name: str) -> Layout:
         """Of an array; inputs and constants lie in row order."""
@@ -183,44 +139,13 @@ def _same(step: Step, node: Node, x: Layout, _: int) -> Strides:
 def _reshape(step: Step, node: Node, inputs: list[Layout]) -> Cost:
     (name,) = node.outputs
     value = step.graph.values[name]
-    strides = _reshaped(inputs[0], value.shape)
+    strides = reshaped(inputs[0], value.shape)
     cost = Cost()
     if strides is None:
         strides = contiguous(value.shape)
         cost.copy(inputs[0])
     step.layouts[name] = Layout(value, strides)
     return cost
-
-
-def _reshaped(x: Layout, shape: tuple[int, ...]) -> Strides | None:
-    """Strides of a view in another shape; None if it needs a copy."""
-    if x.is_row_contiguous:
-        return contiguous(shape)
-    if not x.shape:
-        return (0,) * len(shape)
-    sizes: list[int] = []
-    steps: list[int] = []
-    for size, stride in zip(x.shape, x.strides, strict=True):
-        if size == 1:
-            continue
-        if sizes and steps[-1] == stride * size:
-            sizes[-1] *= size
-            steps[-1] = stride
-        else:
-            sizes.append(size)
-            steps.append(stride)
-    strides: list[int] = []
-    axis = 0
-    for size in shape:
-        if axis < len(sizes) and sizes[axis] % size == 0:
-            sizes[axis] //= size
-            strides.append(sizes[axis] * steps[axis])
-            axis += sizes[axis] == 1
-        elif size == 1:
-            strides.append(strides[-1])
-        else:
-            return None
-    return tuple(strides)
 
 
 def _elementwise(step: Step, node: Node, inputs: list[Layout]) -> Cost:
@@ -253,7 +178,7 @@ def _rope(step: Step, node: Node, inputs: list[Layout]) -> Cost:
     cost = Cost()
     three = len(shape) == 3 or math.prod(shape[:-3]) == 1
     swapped = len(shape) == 4 and strides[:3] == (math.prod(shape[1:]), shape[3], shape[1] * shape[3])
-    if node.arguments[0]["dims"] < shape[-1] or not (x.is_row_contiguous or three or swapped):
+    if _options(node)["dims"] < shape[-1] or not (x.is_row_contiguous or three or swapped):
         cost.copy(x)
     cost.add(_run(step, node, inputs))
     return cost
@@ -322,20 +247,17 @@ def _quantize(step: Step, node: Node, inputs: list[Layout]) -> Cost:
     return cost
 
 
-def _update(launches: int) -> Rule:
-    """Rules for kernels that write a part of a buffer in place, if nothing else needs it any more."""
+def _update(launches: int, position: int) -> Rule:
+    """A rule for a kernel that writes its input at a position into a part of a buffer, if nothing else needs that."""
 
     def rule(step: Step, node: Node, inputs: list[Layout]) -> Cost:
         buffer, *rest = inputs
-        read = sum(x.nbytes for x in rest)
-        cost = Cost(launches, 0, read, read)
-        others = [one for one in step.graph.nodes if node.inputs[0] in one.inputs and one is not node]
-        if others or not buffer.is_dense:
+        cost = Cost(launches, 0, sum(x.nbytes for x in rest), inputs[position].nbytes)
+        if step.uses[node.inputs[0]] > 1 or not buffer.is_dense:
             cost.copy(buffer)
-        elif node.inputs[0] not in step.updated:
+        elif node.inputs[0] not in step.made:
             cost.launches_in_flight += 1
             cost.bytes_in_flight += 2 * buffer.nbytes
-        step.updated.update(node.outputs)
         return cost
 
     return rule
@@ -359,7 +281,7 @@ def _contiguous(step: Step, node: Node, inputs: list[Layout]) -> Cost:
 
 
 def _custom(step: Step, node: Node, inputs: list[Layout]) -> Cost:
-    options: dict[str, Any] = node.arguments[0]
+    options = _options(node)
     cost = Cost(launches=len(node.outputs) if options["filled"] else 0)
     for x in inputs:
         if options["copies"] and not x.is_row_contiguous:
@@ -368,66 +290,69 @@ def _custom(step: Step, node: Node, inputs: list[Layout]) -> Cost:
     return cost
 
 
+def _options(node: Node) -> dict[str, Any]:
+    assert node.options is not None, f"{node.name} does not come from a stand-in"
+    return node.options
+
+
+_COMMON, _GPU, _METAL = (f"mlx/backend/{folder}/" for folder in ("common", "gpu", "metal"))
+_BUFFER = "and a copy of the buffer if that is still in use"
+
 COSTS: dict[str, tuple[Rule, str]] = {
-    "Transpose": (_view(_transposed), "a view: mlx/backend/common/common.cpp, Transpose::eval"),
-    "Broadcast": (_view(_broadcast), "a view: mlx/backend/common/common.cpp, Broadcast::eval"),
-    "BroadcastAxes": (_view(_broadcast), "a view: mlx/backend/common/common.cpp, BroadcastAxes::eval"),
-    "ExpandDims": (_view(_expanded), "a view: mlx/backend/common/common.cpp, ExpandDims::eval"),
-    "Squeeze": (_view(_squeezed), "a view: mlx/backend/common/common.cpp, Squeeze::eval"),
-    "Split": (_view(_same), "views: mlx/backend/common/common.cpp, Split::eval"),
-    "Slice": (_view(_sliced), "a view: mlx/backend/gpu/slicing.cpp, slice_gpu"),
-    "Depends": (_view(_same), "a view: mlx/backend/common/common.cpp, Depends::eval"),
-    "Copy": (_view(_same), "a view: mlx/backend/common/common.cpp, Copy::eval"),
-    "StopGradient": (_view(_same), "a view: mlx/backend/common/common.cpp, StopGradient::eval"),
-    "Reshape": (
-        _reshape,
-        "a view, or a copy: mlx/backend/common/common.cpp, prepare_reshape; gpu/copy.cpp, reshape_gpu",
+    "Transpose": (_view(_transposed), f"a view: {_COMMON}common.cpp, Transpose::eval"),
+    "Broadcast": (_view(_broadcast), f"a view: {_COMMON}common.cpp, Broadcast::eval"),
+    "ExpandDims": (_view(_expanded), f"a view: {_COMMON}common.cpp, ExpandDims::eval"),
+    "Squeeze": (_view(_squeezed), f"a view: {_COMMON}common.cpp, Squeeze::eval"),
+    "Split": (_view(_same), f"views: {_COMMON}common.cpp, Split::eval"),
+    "Slice": (_view(_sliced), f"a view: {_GPU}slicing.cpp, slice_gpu; {_COMMON}slicing.cpp, slice"),
+    "Depends": (_view(_same), f"a view: {_COMMON}common.cpp, Depends::eval"),
+    "Reshape": (_reshape, f"a view, or a copy: {_COMMON}common.cpp, prepare_reshape; {_GPU}copy.cpp, reshape_gpu"),
+    "Flatten": (_reshape, f"as Reshape: {_GPU}primitives.cpp, Flatten::eval_gpu"),
+    "Unflatten": (_reshape, f"as Reshape: {_GPU}primitives.cpp, Unflatten::eval_gpu"),
+    "Contiguous": (_contiguous, f"a view, or a copy: {_GPU}primitives.cpp, Contiguous::eval_gpu"),
+    "elementwise": (
+        _elementwise,
+        f"one: {_METAL}unary.cpp, binary.cpp, ternary.cpp; {_GPU}primitives.cpp, AsType::eval_gpu",
     ),
-    "Flatten": (_reshape, "as Reshape: mlx/backend/gpu/primitives.cpp, Flatten::eval_gpu"),
-    "Unflatten": (_reshape, "as Reshape: mlx/backend/gpu/primitives.cpp, Unflatten::eval_gpu"),
-    "Contiguous": (_contiguous, "a view, or a copy: mlx/backend/gpu/primitives.cpp, Contiguous::eval_gpu"),
-    "elementwise": (_elementwise, "mlx/backend/metal/unary.cpp, binary.cpp, ternary.cpp; AsType: gpu/primitives.cpp"),
-    "Compiled": (_elementwise, "mlx/backend/metal/compiled.cpp, Compiled::eval_gpu; what is fused: mlx/compile.cpp"),
-    "Full": (_plain, "mlx/backend/gpu/primitives.cpp, Full::eval_gpu"),
-    "Arange": (_plain, "mlx/backend/metal/primitives.cpp, Arange::eval_gpu"),
-    "ArgReduce": (_plain, "mlx/backend/metal/primitives.cpp, ArgReduce::eval_gpu"),
-    "RMSNorm": (
-        _rows,
-        "copies rows that do not follow one another: mlx/backend/metal/normalization.cpp, RMSNorm::eval_gpu",
+    "Compiled": (
+        _elementwise,
+        f"one, whose result lies as its inputs do: {_METAL}compiled.cpp, Compiled::eval_gpu; {_COMMON}compiled.cpp, "
+        "compiled_allocate_outputs; what is fused: mlx/compile.cpp, compile_fuse",
     ),
-    "Softmax": (_rows, "mlx/backend/metal/softmax.cpp, Softmax::eval_gpu"),
-    "LogSumExp": (_rows, "mlx/backend/metal/logsumexp.cpp, LogSumExp::eval_gpu"),
-    "RoPE": (_rope, "mlx/backend/metal/rope.cpp, RoPE::eval_gpu"),
+    "Full": (_plain, f"one: {_GPU}primitives.cpp, Full::eval_gpu"),
+    "Arange": (_plain, f"one: {_METAL}primitives.cpp, Arange::eval_gpu"),
+    "ArgReduce": (_plain, f"one: {_METAL}primitives.cpp, ArgReduce::eval_gpu"),
+    "RMSNorm": (_rows, f"one, and a copy if rows have gaps: {_METAL}normalization.cpp, RMSNorm::eval_gpu"),
+    "Softmax": (_rows, f"one, and a copy if rows have gaps: {_METAL}softmax.cpp, Softmax::eval_gpu"),
+    "LogSumExp": (_rows, f"one, and a copy if rows have gaps: {_METAL}logsumexp.cpp, LogSumExp::eval_gpu"),
+    "RoPE": (
+        _rope,
+        f"one, and a copy of what is neither in row order nor transposed: {_METAL}rope.cpp, RoPE::eval_gpu",
+    ),
     "ScaledDotProductAttention": (
         _attention,
-        "one or two passes, and copies: mlx/backend/metal/scaled_dot_product_attention.cpp, eval_gpu",
+        f"one or two passes, and copies: {_METAL}scaled_dot_product_attention.cpp, ScaledDotProductAttention::eval_gpu",
     ),
-    "Matmul": (_matmul, "one, or two if split along K: mlx/backend/metal/matmul.cpp, Matmul::eval_gpu, steel_matmul"),
+    "Matmul": (
+        _matmul,
+        f"one, or two if split along K: {_METAL}matmul.cpp, Matmul::eval_gpu, steel_matmul_regular_axpby, "
+        "steel_gemm_splitk_axpby (chips before M5)",
+    ),
     "QuantizedMatmul": (
         _quantized_matmul,
-        "one, or two if split along K: mlx/backend/metal/quantized.cpp, QuantizedMatmul::eval_gpu, qvm_split_k",
+        f"one, or two if split along K, and copies of matrices whose rows have gaps: {_METAL}quantized.cpp, "
+        "QuantizedMatmul::eval_gpu, ensure_row_contiguous_matrix, qvm_split_k",
     ),
-    "Quantize": (_quantize, "mlx/backend/metal/quantized.cpp, fast::Quantize::eval_gpu"),
-    "AffineQuantize": (_quantize, "mlx/backend/metal/quantized.cpp, fast::Quantize::eval_gpu"),
-    "SliceUpdate": (
-        _update(1),
-        "one, and a copy if not in place: mlx/backend/metal/indexing.cpp, SliceUpdate::eval_gpu",
-    ),
+    "Quantize": (_quantize, f"one, and copies: {_METAL}quantized.cpp, fast::Quantize::eval_gpu"),
+    "SliceUpdate": (_update(1, 1), f"one, {_BUFFER}: {_METAL}indexing.cpp, SliceUpdate::eval_gpu"),
     "DynamicSliceUpdate": (
-        _update(2),
-        "offset and copy: mlx/backend/gpu/primitives.cpp, DynamicSliceUpdate::eval_gpu; metal/slicing.cpp, "
+        _update(2, 1),
+        f"the offset and the copy, {_BUFFER}: {_GPU}primitives.cpp, DynamicSliceUpdate::eval_gpu; {_METAL}slicing.cpp, "
         "compute_dynamic_offset",
     ),
-    "ScatterAxis": (
-        _update(1),
-        "one, and a copy if not in place: mlx/backend/metal/indexing.cpp, ScatterAxis::eval_gpu",
-    ),
-    "Scatter": (_update(1), "one, and a copy if not in place: mlx/backend/metal/indexing.cpp, Scatter::eval_gpu"),
-    "Gather": (_gather, "mlx/backend/metal/indexing.cpp, Gather::eval_gpu"),
-    "GatherAxis": (_gather, "mlx/backend/metal/indexing.cpp, GatherAxis::eval_gpu"),
-    "Concatenate": (_concatenate, "one for each input: mlx/backend/metal/slicing.cpp, concatenate_gpu"),
-    "CustomKernel": (
-        _custom,
-        "copies what is not in row order: mlx/backend/metal/custom_kernel.cpp, CustomKernel::eval_gpu",
-    ),
+    "ScatterAxis": (_update(1, 2), f"one, {_BUFFER}: {_METAL}indexing.cpp, ScatterAxis::eval_gpu"),
+    "Gather": (_gather, f"one: {_METAL}indexing.cpp, Gather::eval_gpu"),
+    "GatherAxis": (_gather, f"one: {_METAL}indexing.cpp, GatherAxis::eval_gpu"),
+    "Concatenate": (_concatenate, f"one for each input: {_METAL}slicing.cpp, concatenate_gpu"),
+    "CustomKernel": (_custom, f"one, and copies of inputs: {_METAL}custom_kernel.cpp, CustomKernel::eval_gpu"),
 }

@@ -1,8 +1,8 @@
 """The graph of a step as a Metal GPU would get it, built on any machine and never evaluated.
 
 Without Metal, MLX replaces `mx.fast.rms_norm` and its kin by plain operations while the graph is built, and custom
-kernels cannot be called at all. Within `as_on_metal` all of them are stand-ins: an array that depends on the inputs, and
-a marker by which the exported graph tells which kernel it stands for.
+kernels cannot be called at all. Within `as_on_metal` all of them are stand-ins: arrays that depend on the inputs
+and on a marker by which the exported graph tells which kernel they come from.
 """
 
 import io
@@ -18,13 +18,14 @@ from unittest import mock
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-_UNARY = """Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType Ceil Cos Conjugate Cosh Remainder Erf ErfInv Exp Floor
-Log Log1p LogicalNot Negative Round Sigmoid Sign Sin Sinh Square Sqrt Tan Tanh Expm1 Real Imag BitwiseInvert Rsqrt Log2
-Log10"""
-_BINARY = """Add Divide Equal Greater GreaterEqual Less LessEqual LogicalAnd LogicalOr LogAddExp Maximum Minimum Multiply
-NotEqual Power Subtract ArcTan2"""
+_UNARY = """Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType Ceil Cos Conjugate Cosh Remainder Erf ErfInv Exp
+Floor Log Log1p LogicalNot Negative Round Sigmoid Sign Sin Sinh Square Sqrt Tan Tanh Expm1 Real Imag BitwiseInvert Rsqrt
+Log2 Log10"""
+_BINARY = """Add Divide Equal Greater GreaterEqual Less LessEqual LogicalAnd LogicalOr LogAddExp Maximum Minimum
+Multiply NotEqual Power Subtract ArcTan2"""
 _BITWISE = ("BitwiseAnd", "BitwiseOr", "BitwiseXor", "LeftShift", "RightShift")
 ELEMENTWISE = frozenset([*_UNARY.split(), *_BINARY.split(), *_BITWISE, "Select"])
+_BY_NUMBER = {"BitwiseBinary": _BITWISE, "Reduce": ("And", "Or", "Sum", "Prod", "Min", "Max")}  # exported by number
 _FUSABLE = ELEMENTWISE | {"Broadcast"}
 _LARGEST_DEPTH, _MOST_INPUTS = 11, 24  # of a fused kernel: mlx/compile.cpp, max_compile_depth and max_compile_arrays
 
@@ -45,7 +46,13 @@ class Node:
     name: str
     inputs: list[str]
     outputs: list[str]
-    arguments: list[Any] = field(default_factory=list)  # as MLX exports them, or of the call of a kernel
+    arguments: list[Any] = field(default_factory=list)  # as MLX exports them
+    options: dict[str, Any] | None = None  # of the call of a kernel, if this comes from a stand-in
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether this is a kernel that a stand-in stands for."""
+        return self.options is not None
 
 
 @dataclass
@@ -99,7 +106,10 @@ class Recorder:
     def attention(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **options: Any
     ) -> mx.array:
-        """As `mx.fast.scaled_dot_product_attention`."""
+        """As `mx.fast.scaled_dot_product_attention`, for a few queries of a width for which there is a kernel."""
+        assert q.shape[3] in (64, 96, 128, 256), f"no kernel for heads of width {q.shape[3]}"
+        assert q.shape[2] <= 8, "this counts steps of a few tokens"
+        assert q.shape[2] * q.shape[1] // k.shape[1] <= 32, "too many queries share keys"
         inputs = [q, k, v]
         if isinstance(mask, mx.array):  # as mlx/fast.cpp does it before the primitive is made
             inputs.append(mx.broadcast_to(mask, (*q.shape[:3], k.shape[2])))
@@ -118,6 +128,10 @@ class Recorder:
         """As `mx.dequantize` in affine mode."""
         shape = (*w.shape[:-1], w.shape[-1] * 32 // bits)
         return self.call(Kernel("Quantize", {}), [w, scales, biases], [shape], [scales.dtype])[0]
+
+    def contiguous(self, a: mx.array, *_: Any, **__: Any) -> mx.array:
+        """As `mx.contiguous`, which MLX does not export."""
+        return self.call(Kernel("Contiguous", {}), [a], [a.shape], [a.dtype])[0]
 
     def custom_kernel(
         self, name: str = "", *_: Any, ensure_row_contiguous: bool = True, **__: Any
@@ -149,17 +163,18 @@ def blank(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 def as_on_metal() -> Iterator[Recorder]:
     """Build graphs with stand-ins for the kernels of Metal."""
     recorder = Recorder()
-    kernels = {
-        "rms_norm": recorder.rms_norm,
-        "rope": recorder.rope,
-        "scaled_dot_product_attention": recorder.attention,
-        "metal_kernel": recorder.custom_kernel,
-    }
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (mx.fast, "rms_norm", recorder.rms_norm),
+        (mx.fast, "rope", recorder.rope),
+        (mx.fast, "scaled_dot_product_attention", recorder.attention),
+        (mx.fast, "metal_kernel", recorder.custom_kernel),
+        (mx, "quantize", recorder.quantize),
+        (mx, "dequantize", recorder.dequantize),
+        (mx, "contiguous", recorder.contiguous),
+    ]
     with ExitStack() as stack:
-        for name, stand_in in kernels.items():
-            stack.enter_context(mock.patch.object(mx.fast, name, stand_in))
-        stack.enter_context(mock.patch.object(mx, "quantize", recorder.quantize))
-        stack.enter_context(mock.patch.object(mx, "dequantize", recorder.dequantize))
+        for place, name, stand_in in stand_ins:
+            stack.enter_context(mock.patch.object(place, name, stand_in))
         yield recorder
 
 
@@ -169,7 +184,8 @@ def traced(function: Callable[..., Any], arguments: Any, recorder: Recorder) -> 
 
     def flat(*arrays: mx.array) -> Any:
         nested = tree_unflatten([(path, array) for (path, _), array in zip(leaves, arrays, strict=True)])
-        return [array for _, array in tree_flatten(function(*nested))]  # type: ignore[union-attr]
+        results: Any = tree_flatten(function(*nested))
+        return [array for _, array in results]
 
     parts: list[dict[str, Any]] = []
     mx.export_function(parts.append, flat, *(array for _, array in leaves))
@@ -195,7 +211,7 @@ def _graph(parts: list[dict[str, Any]], recorder: Recorder) -> Graph:
                 graph.values.update({name: Value(shape, dtype) for name, shape, dtype in part["outputs"]})
                 name = part["name"]
                 node = Node(
-                    _BITWISE[int(part["arguments"][0])] if name == "BitwiseBinary" else name,
+                    _BY_NUMBER[name][int(part["arguments"][0])] if name in _BY_NUMBER else name,
                     [name for name, *_ in part["inputs"]],
                     [name for name, *_ in part["outputs"]],
                     part["arguments"],
@@ -209,7 +225,7 @@ def _unmasked(node: Node, markers: dict[str, Kernel]) -> Node:
     if node.name != "Depends" or node.inputs[-1] not in markers:
         return node
     kernel = markers[node.inputs[-1]]
-    return Node(kernel.name, node.inputs[kernel.num_outputs : -1], node.outputs, [kernel.options])
+    return Node(kernel.name, node.inputs[kernel.num_outputs : -1], node.outputs, options=kernel.options)
 
 
 def fused(graph: Graph) -> Graph:
