@@ -34,7 +34,7 @@ _COMMANDS = {  # name: module in `commands`, function, and the constant with its
     "merge": ("merge", "merge", "EXAMPLES"),
     "plot": ("pretrain", "plot", "PLOT_EXAMPLES"),
     "info": ("inspect", "info", "EXAMPLES"),
-    "doctor": ("inspect", "doctor", None),
+    "doctor": ("inspect", "doctor", "DOCTOR_EXAMPLES"),
 }
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 _MARKUP: dict[str, Any] = {"rich_markup_mode": None} if no_styles() else {}  # without Rich, help has no styles
@@ -154,7 +154,7 @@ def run(arguments: list[str]) -> int:
     """Run the command line with these arguments; a user's mistake is one line on stderr.
 
     Returns:
-        The exit status: 0, 2 for a mistake, 130 after Ctrl-C, 1 if the reader of stdout has gone.
+        The exit status: 0, 2 for a mistake, 130 after Ctrl-C, 1 if the reader of stdout has gone or a self-test failed.
     """
     try:
         return _run(arguments)

@@ -1,15 +1,21 @@
 """`openelm-mlx info` and `openelm-mlx doctor`."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import ConfigError
 from ..hub import BUILT_IN_MODEL
-from .options import Adapter, Json, Revision, examples
+from .options import Adapter, Force, Json, Revision, examples
+from .self_test import FILE, run_self_test
 from .streams import clean, console
 from .terminal import mib, print_json, write
 
+DOCTOR_EXAMPLES = examples(
+    "openelm-mlx doctor", "openelm-mlx doctor --self-test", "openelm-mlx doctor --self-test --only speed --force"
+)
 EXAMPLES = examples("openelm-mlx info OpenELM-1_1B", "openelm-mlx info corenet.pt --config 270M --json")
 
 
@@ -73,8 +79,31 @@ def info(
         write(f"             {on_top.parameters:,} parameters, rank {on_top.rank}, scale {on_top.scale:g}")
 
 
-def doctor(as_json: Json = False) -> None:
-    """Show versions, device and memory, and advice on making this machine faster."""
+def doctor(
+    self_test: Annotated[
+        bool,
+        typer.Option(
+            "--self-test",
+            help="Check on this device what the package computes, and measure its speed, in about five minutes.",
+        ),
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only the checks of --self-test with this text in their name; repeatable.", metavar="TEXT"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help=f"JSON file for --self-test; default: {FILE}.", metavar="FILE"),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Show versions, device and memory, and advice on making this machine faster; or test what it computes."""
+    if self_test:
+        run_self_test(only or [], output or FILE, force, as_json)
+        return
+    if only or output or force:
+        raise ConfigError("--only, --output and --force require --self-test")
     from ..machine.doctor import examine
 
     report = examine()

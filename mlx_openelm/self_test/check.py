@@ -32,7 +32,7 @@ class Check:
     is_optional: bool = False  # whether it is skipped once the time is used up
 
 
-class Skip(Exception):  # noqa: N818, nothing is wrong
+class Skip(Exception):
     """A check does not apply to this machine; the text says why."""
 
 
@@ -46,11 +46,17 @@ class Comparison:
 
     @classmethod
     def of(cls, what: str, found: mx.array, expected: mx.array | np.ndarray, allowed: float) -> "Comparison":
-        """Compare two arrays of one shape."""
+        """Compare two arrays of one shape.
+
+        Raises:
+            ValueError: if their shapes differ, or there is nothing to compare with.
+        """
         one, other = as_numpy(found), as_numpy(expected)
         if one.shape != other.shape:
             raise ValueError(f"{what}: found the shape {one.shape}, expected {other.shape}")
-        scale = float(np.abs(other).max()) or 1.0
+        scale = float(np.abs(other).max())
+        if not 0 < scale < np.inf:
+            raise ValueError(f"{what}: the largest expected value is {scale}")
         difference = float(np.abs(one - other).max()) / scale
         return cls(what, difference if np.isfinite(difference) else float("inf"), allowed)
 

@@ -34,7 +34,11 @@ def _products(quantization: Quantization, session: Session) -> Outcome:
             arrays, packed = packed_arrays(config, quantization, dtype)
             plain = {name: array for name, array in arrays.items() if name.rpartition(".")[0] not in packed}
             for path, kind in packed.items():
-                parts = {part: arrays[f"{path}.{part}"] for part in ("weight", "scales", "biases") if f"{path}.{part}" in arrays}
+                parts = {
+                    part: arrays[f"{path}.{part}"]
+                    for part in ("weight", "scales", "biases")
+                    if f"{path}.{part}" in arrays
+                }
                 plain[f"{path}.weight"] = kind.dequantize(parts, mx.float32)
             reference = assemble(config, plain, {}, mx.float32)
             expected = [as_numpy(reference(sample_tokens(*shape))) for shape in _SHAPES]

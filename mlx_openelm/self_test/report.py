@@ -44,7 +44,12 @@ class Report:
     rows: tuple[Row, ...]
     machine: dict[str, Any]
     running: str | None = None  # name of the check that runs now; where it ends the process, the file tells which
-    is_complete: bool = False
+    is_interrupted: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all checks are done."""
+        return self.running is None
 
     @property
     def counts(self) -> dict[str, int]:

@@ -24,25 +24,25 @@ def run_checks(
     """Run all checks; a check that raises has failed, and the others go on.
 
     Args:
-        on_report: called before each check, and at the end, with what is known so far.
+        on_report: called before each check with what is known so far.
 
     Returns:
-        The report. After Ctrl-C it is not complete.
+        The report, also after Ctrl-C.
     """
     machine = about_machine(session.diagnosis)
     rows: list[Row] = []
+    running: str | None = None
     try:
         for check in checks:
-            on_report(Report(tuple(rows), machine, check.name))
+            running = check.name
+            on_report(Report(tuple(rows), machine, running))
             started = time.perf_counter()
             outcome = _outcome(check, session)
             rows.append(Row(check.name, outcome, time.perf_counter() - started))
             mx.clear_cache()
     except KeyboardInterrupt:
-        return Report(tuple(rows), machine)
-    report = Report(tuple(rows), machine, is_complete=True)
-    on_report(report)
-    return report
+        return Report(tuple(rows), machine, running, is_interrupted=True)
+    return Report(tuple(rows), machine)
 
 
 def _outcome(check: Check, session: Session) -> Outcome:

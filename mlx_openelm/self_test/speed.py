@@ -5,8 +5,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import mlx.core as mx
-
 from ..benchmark.bench import bench_cases
 from ..benchmark.measure import Case
 from ..benchmark.models import random_network
@@ -46,9 +44,7 @@ def _speed(size: str, quantization: Quantization | None, session: Session) -> Ou
     )
 
 
-def random_of_size(
-    size: str, quantization: Quantization | None, case: Case, rounds: int, session: Session
-) -> OpenELM:
+def random_of_size(size: str, quantization: Quantization | None, case: Case, rounds: int, session: Session) -> OpenELM:
     """A random network of a published size.
 
     Args:
@@ -75,8 +71,3 @@ def _expected_seconds(config: OpenELMConfig, nbytes: float, case: Case, rounds: 
     decoding = case.max_tokens * nbytes / session.bandwidth
     creation = config.num_parameters / (_CREATED_PER_SECOND / (10 if session.is_on_cpu else 1))
     return creation + 2 * rounds * (prompt + decoding)
-
-
-def measured_dtype(session: Session) -> mx.Dtype:
-    """The type that networks are measured in."""
-    return session.dtype

@@ -31,5 +31,7 @@ def selected(checks: list[Check], words: list[str]) -> list[Check]:
     """
     for word in words:
         if not any(word in check.name for check in checks):
-            raise ConfigError(f"`only`: no check has {word!r} in its name (all names: {', '.join(c.name for c in checks)})")
+            raise ConfigError(
+                f"`only`: no check has {word!r} in its name (all names: {', '.join(c.name for c in checks)})"
+            )
     return [check for check in checks if not words or any(word in check.name for word in words)]

@@ -1,0 +1,99 @@
+"""What `openelm-mlx doctor` prints of a self-test, and the file that it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ..files.output import output_file
+from .interrupts import INTERRUPTED, uninterrupted
+from .terminal import say, write
+
+if TYPE_CHECKING:
+    from ..self_test.report import Report, Row
+
+FILE = Path("openelm-mlx-self-test.json")
+_HEADINGS = ("check", "found", "allowed", "status", "seconds")
+_WIDTHS = (40, 64, 10, 8, 7)
+_FAILED = 1  # exit status
+
+
+def run_self_test(only: Sequence[str], output: Path, force: bool, as_json: bool) -> None:
+    """Run the checks with one of these words in their names, or all; print a table and write the file."""
+    from ..self_test.runner import run_checks
+    from ..self_test.session import Extent, Session
+    from ..self_test.suite import all_checks, selected
+
+    extent = Extent.of_device()
+    checks = selected(all_checks(extent), only)
+    with output_file(output, overwrite=force) as file:
+        table = _Table(silent=as_json)
+
+        def show(report: Report) -> None:
+            table.show(report)
+            with uninterrupted():
+                file.write(report.to_json())  # before each check, because an error of a GPU may end the process
+
+        report = run_checks(checks, Session(extent), show)
+        show(report)
+    if as_json:
+        write(report.to_json(), end="")
+    else:
+        _print_end(report, output)
+    if not report.is_complete:
+        say(f"interrupted; {output} contains the {len(report.rows)} checks so far")
+        raise typer.Exit(INTERRUPTED)
+    if report.has_failed:
+        raise typer.Exit(_FAILED)
+
+
+class _Table:
+    """Prints the name of a check when it begins and the rest of its row when it ends."""
+
+    def __init__(self, silent: bool):
+        self._silent = silent
+        self._done = 0
+        self._begun: str | None = None
+        if not silent:
+            _print_cells(_HEADINGS, 0)
+
+    def show(self, report: Report) -> None:
+        """Print what is new in a report."""
+        if self._silent:
+            return
+        for row in report.rows[self._done :]:
+            _print_cells(_cells(row), 1)
+            self._done, self._begun = self._done + 1, None
+        if report.running != self._begun and report.running is not None:
+            self._begun = report.running
+            write(f"{report.running:<{_WIDTHS[0]}}", end="")
+        if report.is_interrupted:
+            write("")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    outcome = row.outcome
+    return row.name, outcome.found, outcome.allowed, outcome.status, f"{row.seconds:.1f}"
+
+
+def _print_cells(cells: Sequence[str], first: int) -> None:
+    """Print the cells of a row from the first one on; numbers at the right."""
+    padded = [f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)]
+    padded[-1] = cells[-1].rjust(_WIDTHS[-1])
+    write(("  " if first else "") + "  ".join(padded[first:]))
+
+
+def _print_end(report: Report, output: Path) -> None:
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(report.counts.items()))
+    write(f"\n{counts or 'no checks'} in {sum(row.seconds for row in report.rows):,.0f} s")
+    for advice in report.advice:
+        write(f"* {advice}")
+    if report.has_failed:
+        write("* something is wrong on this machine: please report it")
+    write(
+        f"\n{output} contains all figures and no personal data: versions, chip, memory, and what is above.\n"
+        "Please attach it to an issue of the project, also if everything passed."
+    )
