@@ -87,12 +87,17 @@ def _print_cells(cells: Sequence[str], first: int) -> None:
 
 
 def _print_end(report: Report, output: Path) -> None:
+    from ..self_test.check import FAILED
+
     counts = ", ".join(f"{count} {status}" for status, count in sorted(report.counts.items()))
     write(f"\n{counts or 'no checks'} in {sum(row.seconds for row in report.rows):,.0f} s")
     for advice in report.advice:
         write(f"* {advice}")
-    if report.has_failed:
-        write("* something is wrong on this machine: please report it")
+    failed = [row.name for row in report.rows if row.outcome.status == FAILED]
+    if failed:
+        write(
+            f"* what this package computes on this machine may be wrong; please report it. Failed: {', '.join(failed)}"
+        )
     write(
         f"\n{output} contains all figures and no personal data: versions, chip, memory, and what is above.\n"
         "Please attach it to an issue of the project, also if everything passed."

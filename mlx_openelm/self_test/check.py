@@ -9,6 +9,7 @@ import numpy as np
 
 from .session import Session
 
+Numbers = mx.array | np.ndarray
 PASSED, FAILED, SKIPPED, MEASURED = "passed", "failed", "skipped", "measured"
 
 
@@ -45,7 +46,9 @@ class Comparison:
     allowed: float
 
     @classmethod
-    def of(cls, what: str, found: mx.array, expected: mx.array | np.ndarray, allowed: float) -> "Comparison":
+    def of(
+        cls, what: str, found: mx.array | np.ndarray, expected: mx.array | np.ndarray, allowed: float
+    ) -> "Comparison":
         """Compare two arrays of one shape.
 
         Raises:
@@ -66,7 +69,7 @@ class Comparison:
         return self.difference / self.allowed
 
 
-def as_numpy(array: mx.array | np.ndarray) -> np.ndarray:
+def as_numpy(array: Numbers) -> np.ndarray:
     """An array of any type as float32 on the host."""
     return np.array(array.astype(mx.float32) if isinstance(array, mx.array) else array, np.float32)
 

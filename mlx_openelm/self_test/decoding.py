@@ -34,11 +34,12 @@ def checks() -> Iterator[Check]:
     yield Check("compiled decoding as plain", partial(_on_samples, _compiled))
     yield Check("cached tokens as whole", partial(_on_samples, _cached))
     for name, cache in _KINDS.items():
-        yield Check(f"{name}, one by one as at once", partial(_on_samples, partial(_one_by_one, cache)))
+        run = partial(_on_samples, partial(_one_by_one, cache), quantized_kv=cache.bits is not None)
+        yield Check(f"{name}, one by one as at once", run)
     yield Check("batched rows as single", partial(_on_samples, _batched))
 
 
-def _on_samples(compare: _Compare, session: Session) -> Outcome:
+def _on_samples(compare: _Compare, session: Session, quantized_kv: bool = False) -> Outcome:
     """Pairs of results of several networks, which must be the same."""
     comparisons = []
     for size in session.extent.sampled_sizes:
@@ -47,7 +48,8 @@ def _on_samples(compare: _Compare, session: Session) -> Outcome:
             name = f"widths of {size}, {dtype_name(dtype)}"
             for what, found, expected in compare(session, network):
                 label = f"{name}, {what}" if what else name
-                comparisons.append(Comparison.of(label, found, expected, session.tolerance(dtype)))
+                allowed = session.tolerance(dtype, quantized_kv=quantized_kv)
+                comparisons.append(Comparison.of(label, found, expected, allowed))
     return judged(comparisons)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -49,7 +50,8 @@ def _stored_logits(name: str, session: Session) -> Outcome:
 
 def _greedy_text(session: Session) -> Outcome:
     golden = read_golden()
-    expected = golden.greedy[: session.extent.greedy_tokens].tolist()
+    stored: Any = golden.greedy.tolist()
+    expected: list[int] = stored[: session.extent.greedy_tokens]
     network = session.built_in(mx.float32)
     found = [step.token for step in generate_tokens(network, golden.tokens, max_tokens=len(expected))]
     same = next((n for n, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]), len(expected))

@@ -6,7 +6,7 @@ from functools import partial
 import mlx.core as mx
 
 from ..loading import assemble
-from ..quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES, Quantization
+from ..quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_MODES, PARTS, Quantization
 from ..tensors import dtype_name
 from .check import Check, Comparison, Outcome, as_numpy, judged
 from .reference import on_reference
@@ -34,11 +34,8 @@ def _products(quantization: Quantization, session: Session) -> Outcome:
             arrays, packed = packed_arrays(config, quantization, dtype)
             plain = {name: array for name, array in arrays.items() if name.rpartition(".")[0] not in packed}
             for path, kind in packed.items():
-                parts = {
-                    part: arrays[f"{path}.{part}"]
-                    for part in ("weight", "scales", "biases")
-                    if f"{path}.{part}" in arrays
-                }
+                names = {part: f"{path}.{part}" for part in PARTS}
+                parts = {part: arrays[name] for part, name in names.items() if name in arrays}
                 plain[f"{path}.weight"] = kind.dequantize(parts, mx.float32)
             reference = assemble(config, plain, {}, mx.float32)
             expected = [as_numpy(reference(sample_tokens(*shape))) for shape in _SHAPES]

@@ -1,5 +1,7 @@
 """All checks, in the order in which they run: what is cheap and fundamental first, large networks last."""
 
+from collections.abc import Sequence
+
 from ..errors import ConfigError
 from . import decoding, fused, logits, memory, open_choices, quantized, speed, training
 from .check import Check
@@ -23,7 +25,7 @@ def all_checks(extent: Extent) -> list[Check]:
     ]
 
 
-def selected(checks: list[Check], words: list[str]) -> list[Check]:
+def selected(checks: list[Check], words: Sequence[str]) -> list[Check]:
     """The checks with one of these words in their name; all checks without words.
 
     Raises:
@@ -31,7 +33,6 @@ def selected(checks: list[Check], words: list[str]) -> list[Check]:
     """
     for word in words:
         if not any(word in check.name for check in checks):
-            raise ConfigError(
-                f"`only`: no check has {word!r} in its name (all names: {', '.join(c.name for c in checks)})"
-            )
+            names = ", ".join(check.name for check in checks)
+            raise ConfigError(f"`only`: no check has {word!r} in its name (choose from {names})")
     return [check for check in checks if not words or any(word in check.name for word in words)]

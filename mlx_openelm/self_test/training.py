@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +27,7 @@ _STEPS = 2
 _LOOSER = 2  # than for logits: gradients are sums over many tokens that partly cancel out
 _LEAST_ALLOWED = 1e-3
 # A large epsilon makes AdamW's update proportional to the gradient; otherwise rounding may turn the smallest around.
-_RECIPE = {"eps": 1.0, "learning_rate": 1.0, "warmup_share": 0.0, "steps": 10, "batch_size": _ROWS}
+_RECIPE: dict[str, Any] = {"eps": 1.0, "learning_rate": 1.0, "warmup_share": 0.0, "steps": 10, "batch_size": _ROWS}
 
 _Make = Callable[[Session, mx.Dtype], tuple[OpenELM, Tensors]]  # a network and the parameters to train
 
