@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 
 import mlx.core as mx
 
 from ..benchmark.measure import Case, Figures, measure
 from ..benchmark.models import Ours, Run
-from ..cache.config import CacheConfig
+from ..cache.config import CacheConfig, kv_cache_bytes
 from ..generation.engine import generate_tokens
 from ..kernels.dialects import DIALECTS
-from ..machine.device import choices, replaced_choices, wired_memory
+from ..machine.device import choices, reads_tokens_first, replaced_choices, wired_memory
 from ..model.openelm import OpenELM
 from ..tensors import dtype_name
 from .check import FAILED, MEASURED, PASSED, Check, Comparison, Outcome, Skip, judged
@@ -31,11 +32,11 @@ def equality_checks() -> Iterator[Check]:
         yield Check(f"{name}, both ways the same", partial(_equal, name))
 
 
-def speed_checks(sizes: tuple[str, ...]) -> Iterator[Check]:
+def speed_checks(sizes: tuple[str, ...], contexts: tuple[int, ...]) -> Iterator[Check]:
     """Both ways of each choice, timed in turn."""
-    for size in sizes:
-        for name in OPEN_CHOICES:
-            yield Check(f"{name} on and off, {size}", partial(_timed, name, size), is_optional=True)
+    for size, context, name in product(sizes, contexts, OPEN_CHOICES):
+        what = f"{name} on and off, {size} after {context:,}"
+        yield Check(what, partial(_timed, name, size, context), is_optional=True)
 
 
 def _check_applies(name: str) -> None:
@@ -90,21 +91,25 @@ class _Way:
             return self._ours.run(prompts, max_tokens, cache)
 
 
-def _timed(name: str, size: str, session: Session) -> Outcome:
+def _timed(name: str, size: str, context: int, session: Session) -> Outcome:
     _check_applies(name)
     extent = session.extent
-    case = Case(extent.context_tokens, extent.measured_tokens)
+    case = Case(context, extent.measured_tokens)
     network = random_of_size(size, None, case, 2 * (extent.rounds + 1), session)
     ways = [_Way(network, name, value) for value in (True, False)]
     with wired_memory():
         result = measure(network, ways, case, model=size, bandwidth=session.bandwidth, rounds=extent.rounds)
     on, off = (_speed(result.figures[way.name]) for way in ways)
     is_on = getattr(choices(), name)
+    if is_on is None:
+        is_on = reads_tokens_first(kv_cache_bytes(network.config, context, session.dtype))
     ratio = on / off if is_on else off / on
     advice = ""
     if ratio * _FASTER < 1:
         better = f"OPENELM_MLX_CHOICES={name}={not is_on:d}"
-        advice = f"{size} is {1 / ratio:.2f} times as fast here with {better} in the environment"
+        advice = (
+            f"{size} after {context:,} tokens is {1 / ratio:.2f} times as fast here with {better} in the environment"
+        )
     return Outcome(
         MEASURED,
         f"on {on:,.1f}, off {off:,.1f} tokens/s; the default is {'on' if is_on else 'off'}",

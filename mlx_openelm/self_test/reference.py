@@ -17,7 +17,7 @@ def on_reference() -> Iterator[None]:
 
     Evaluate results within the context. A graph that is evaluated later computes where it was built.
     """
-    plain: dict[str, Any] = {field.name: False for field in fields(Choices) if field.type is bool}
+    plain: dict[str, Any] = {field.name: False for field in fields(Choices) if field.type in (bool, bool | None)}
     before = mx.default_device()
     mx.synchronize()
     mx.set_default_device(mx.cpu)

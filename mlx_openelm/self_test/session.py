@@ -36,7 +36,7 @@ class Extent:
     compared_sizes: tuple[str, ...] = ("270M", "1.1B")  # to measure with both ways of a choice
     prompt_tokens: int = 512
     measured_tokens: int = 64
-    context_tokens: int = 1536  # before the tokens that are measured with both ways of a choice
+    contexts: tuple[int, ...] = (128, 1536)  # tokens before those that are measured with both ways of a choice
     rounds: int = 2
 
     @classmethod
@@ -50,7 +50,7 @@ class Extent:
             compared_sizes=("270M",),
             prompt_tokens=32,
             measured_tokens=12,
-            context_tokens=64,
+            contexts=(64,),
             rounds=1,
         )
 

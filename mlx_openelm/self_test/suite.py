@@ -10,7 +10,6 @@ from .session import Extent
 
 def all_checks(extent: Extent) -> list[Check]:
     """The checks of a whole self-test."""
-    compared = extent.compared_sizes
     return [
         *logits.checks(),
         *fused.checks(),
@@ -20,7 +19,7 @@ def all_checks(extent: Extent) -> list[Check]:
         *training.checks(),
         *memory.checks(),
         *speed.checks(extent.sizes[:1]),
-        *open_choices.speed_checks(compared),
+        *open_choices.speed_checks(extent.compared_sizes, extent.contexts),
         *speed.checks(extent.sizes[1:]),
     ]
 
