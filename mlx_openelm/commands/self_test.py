@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FILE = Path("openelm-mlx-self-test.json")
 _HEADINGS = ("check", "found", "allowed", "status", "seconds")
-_WIDTHS = (40, 64, 10, 8, 7)
+_WIDTHS = (44, 64, 10, 8, 7)
 _FAILED = 1  # exit status
 
 
