@@ -224,7 +224,7 @@ class TestCommand:
         words = ["doctor", "--self-test", "--only", "stored logits, float32", "-o", tmp_path / "found.json"]
         status, out, err = run(*words)
         assert (status, err) == (0, "")
-        assert re.search(r"stored logits, float32 +differs by [\d.e-]+ \(float32\) +1.0e-04 +passed", out)
+        assert re.search(r"stored logits, float32 +differs by [\d.e+-]+ \(float32\) +1.0e-04 +passed", out)
         assert json.loads((tmp_path / "found.json").read_text())["counts"] == {"passed": 1}
         assert "--force" in refused(*words)
         assert run(*words, "--force")[0] == 0

@@ -64,6 +64,6 @@ def packed_arrays(
     return arrays, packed
 
 
-def sample_tokens(rows: int, length: int, vocab_size: int = _VOCABULARY) -> mx.array:
+def sample_tokens(rows: int, length: int) -> mx.array:
     """Random ids (rows, length), the same in every call."""
-    return mx.array(np.random.default_rng(length).integers(3, vocab_size, (rows, length)).astype(np.int32))
+    return mx.array(np.random.default_rng(length).integers(3, _VOCABULARY, (rows, length)).astype(np.int32))
