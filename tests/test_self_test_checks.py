@@ -49,16 +49,15 @@ def tiny(monkeypatch, tiny_config):
     monkeypatch.setattr(memory, "_ALLOWED", 1 << 13)
 
 
-def found(*names):
+def found(*names, extent=EXTENT):
     """Outcomes of the checks with these words in their names, by name."""
-    session = Session(EXTENT)
-    report = run_checks(suite.selected(suite.all_checks(EXTENT), names), session)
+    report = run_checks(suite.selected(suite.all_checks(extent), names), Session(extent))
     return {row.name: row.outcome for row in report.rows}
 
 
-def status(*names):
+def status(*names, extent=EXTENT):
     """The one status of these checks."""
-    (one,) = {outcome.status for outcome in found(*names).values()}
+    (one,) = {outcome.status for outcome in found(*names, extent=extent).values()}
     return one
 
 
@@ -192,28 +191,31 @@ def test_a_fault_is_found_by_the_check_for_it(name, monkeypatch):
     assert all("Error" not in outcome.found for outcome in outcomes.values()), outcomes
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    if sys.platform != "linux":
+        pytest.skip("coroutines are Linux's")
+    return HostKernels(tmp_path_factory.mktemp("kernels"))
+
+
 @pytest.mark.usefixtures("tiny")
 class TestFusedKernels:
-    """With the choices of a Mac, and kernels that run on the CPU."""
+    """With the choices of a Mac, and kernels that run on the CPU, which takes them only uncompiled."""
 
-    @pytest.fixture(scope="class")
-    def built(self, tmp_path_factory):
-        if sys.platform != "linux":
-            pytest.skip("coroutines are Linux's")
-        return HostKernels(tmp_path_factory.mktemp("kernels"))
+    SHORT = replace(EXTENT, steps=2, greedy_tokens=2)
 
     @pytest.fixture(autouse=True)
     def mac(self, built, monkeypatch):
         monkeypatch.setattr(mx.fast, "metal_kernel", built)
         monkeypatch.setattr(Session, "dtypes", (mx.float32,))
         kernels.forget_kernels()
-        with replaced_choices(backend="metal"):
+        with replaced_choices(backend="metal"), compiler.uncompiled():
             yield
         kernels.forget_kernels()
 
     def test_that_are_right_pass(self):
         assert status("fused kernels") == "passed"
-        assert status("fused_kernels, both") == "passed"
+        assert status("fused_kernels, both", extent=self.SHORT) == "passed"
 
     def test_that_do_not_compile_are_found(self, monkeypatch):
         def refuse(**options):
@@ -227,7 +229,7 @@ class TestFusedKernels:
     def test_that_are_wrong_only_within_a_network_are_found_with_what_to_set(self, monkeypatch):
         monkeypatch.setattr(fused_attention, "normalize_and_rotate", scaled(kernels.normalize_and_rotate, 1.5))
         assert status("fused kernels") == "passed"
-        (outcome,) = found("fused_kernels, both").values()
+        (outcome,) = found("fused_kernels, both", extent=self.SHORT).values()
         assert outcome.status == "failed"
         assert "OPENELM_MLX_CHOICES=fused_kernels=0" in outcome.advice
 

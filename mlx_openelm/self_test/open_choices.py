@@ -21,7 +21,7 @@ from .session import Session
 from .speed import random_of_size
 
 OPEN_CHOICES = ("tokens_first", "fused_kernels")  # those that `Choices` marks as open
-_PROMPT, _LENGTH = 40, 56
+_PROMPT = 40  # tokens
 _KINDS = (CacheConfig(), CacheConfig(bits=4))
 _FASTER = 1.03  # a smaller advantage may be chance
 
@@ -53,7 +53,7 @@ def _equal(name: str, session: Session) -> Outcome:
             about = f"widths of {size}, {dtype_name(dtype)}"
             for config in _KINDS:
                 for rows in (1, 2):
-                    on, off = (_logits(network, name, value, config, rows) for value in (True, False))
+                    on, off = (_logits(session, network, name, value, config, rows) for value in (True, False))
                     what = f"{about}, {config.label} KV, {rows} at once"
                     allowed = session.tolerance(dtype, quantized_kv=config.bits is not None)
                     comparisons.append(Comparison.of(what, on, off, allowed))
@@ -64,10 +64,10 @@ def _equal(name: str, session: Session) -> Outcome:
     return found
 
 
-def _logits(network: OpenELM, name: str, value: bool, config: CacheConfig, rows: int) -> mx.array:
-    tokens = sample_tokens(rows, _LENGTH)
+def _logits(session: Session, network: OpenELM, name: str, value: bool, config: CacheConfig, rows: int) -> mx.array:
+    tokens = sample_tokens(rows, _PROMPT + session.extent.steps)
     with replaced_choices(**{name: value}):
-        return stepwise_logits(network, tokens, config, compiled=True, steps=_LENGTH - _PROMPT)
+        return stepwise_logits(network, tokens, config, compiled=True, steps=session.extent.steps)
 
 
 def _text(session: Session, name: str, value: bool) -> list[int]:
