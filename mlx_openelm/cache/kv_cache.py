@@ -291,23 +291,24 @@ class StepCache:
         return read if read is not None else self.layout.attend_masked(buffers, queries, self._mask_of(queries))
 
     def _mask_of(self, queries: mx.array) -> mx.array:
-        """The mask for these queries (B, H, L, D); a GPU's attention would copy a broadcast one in every layer."""
+        """Which slots each query (B, H, L, D) may attend to, bool, to broadcast to (B, H, L, S)."""
+        if self._row_offsets is None:
+            return self._seen
         B, H, L, _ = queries.shape
-        if on_cpu() or self._row_offsets is None:
-            return self._mask
-        if H not in self._masks:
-            self._masks[H] = mx.contiguous(mx.broadcast_to(self._mask, (B, H, L, self._mask.shape[-1])))
-        return self._masks[H]
+        heads = 1 if on_cpu() else H  # a GPU's attention copies a mask that is broadcast over heads, in every layer
+        if heads not in self._masks:
+            slots = _numbered(self.buffers[0][0].shape[2])
+            own = slots >= self._row_offsets[:, None, None, None]
+            self._masks[heads] = self._seen & mx.broadcast_to(own, (B, heads, L, slots.size))
+        return self._masks[heads]
 
     @cached_property
-    def _mask(self) -> mx.array:
-        """Which slots each token may attend to, bool, to broadcast to (B, H, L, S)."""
+    def _seen(self) -> mx.array:
+        """Which slots hold a token that is not newer, (S,) or (L, S)."""
         slots = _numbered(self.buffers[0][0].shape[2])
         if self._num_tokens == 1:
-            seen = slots <= self._offset
-        else:
-            seen = slots <= self._offset + _numbered(self._num_tokens)[:, None]  # (L, S)
-        return seen if self._row_offsets is None else seen & (slots >= self._row_offsets[:, None, None, None])
+            return slots <= self._offset
+        return slots <= self._offset + _numbered(self._num_tokens)[:, None]
 
 
 @lru_cache(maxsize=16)

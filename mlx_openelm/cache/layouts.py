@@ -170,14 +170,14 @@ class RotatingKV(FullKV):
     def write(self, buffers: Buffers, slot: mx.array, keys: mx.array, values: mx.array) -> Buffers:
         """Buffers with the keys and values of one new token; `slot` is the number of tokens before it."""
         assert keys.shape[2] == 1, "a window takes several tokens by `extend`"
-        unrotated = mx.slice_update(buffers[2], keys, mx.minimum(slot, self.sinks), axes=(2,))
+        (unrotated,) = _written(buffers[2:], mx.minimum(slot, self.sinks), (keys,))
         if buffers[0].shape[2] < self.size:
             return *_written(buffers[:2], slot, (keys, values)), unrotated
         in_ring = mx.where(slot < self.size, slot, self.sinks + (slot - self.sinks) % self.ring)
         kept_keys, kept_values = _written(buffers[:2], in_ring, (keys, values))
         if self.sinks:
             rotated = self._rotated_sinks(unrotated, mx.maximum(slot - (self.size - 1), 0))
-            kept_keys = mx.slice_update(kept_keys, rotated, mx.array(0), axes=(2,))
+            kept_keys[..., : self.sinks, :] = rotated
         return kept_keys, kept_values, unrotated
 
     def extend(
@@ -271,10 +271,10 @@ class RotatingKV(FullKV):
 
     def _rotated_sinks(self, unrotated: mx.array, shift: mx.array) -> mx.array:
         """The sinks' keys as if each were `shift` positions further on."""
-        B, K, _, D = unrotated.shape
-        alone = unrotated[..., : self.sinks, :].reshape(B, K * self.sinks, 1, D)  # so that all get the same angle
+        B, K, count, D = unrotated.shape
+        alone = unrotated.reshape(B, K * count, 1, D)  # so that all get the same angle; the last slot is cut off later
         rotated = mx.fast.rope(alone, D, traditional=False, base=self.rope_base, scale=1.0, offset=shift)
-        return rotated.reshape(B, K, self.sinks, D)
+        return rotated.reshape(B, K, count, D)[..., : self.sinks, :]
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None = None) -> mx.array:

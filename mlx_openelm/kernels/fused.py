@@ -178,7 +178,7 @@ def _checked(backend: str, dtype: mx.Dtype, head_dim: int, model_dim: int) -> bo
     if problem is not None:
         warnings.warn(
             f"the fused kernels do not work on this device ({problem}); MLX's own operations are used, which are "
-            "somewhat slower; please report this with the output of `openelm-mlx doctor --self-test`",
+            "somewhat slower; please report this, with the self-test of `openelm-mlx doctor`",
             stacklevel=3,
         )
     return problem is None

@@ -275,7 +275,10 @@ class FeedForward(nn.Module):
         hidden = self.proj_1(x)  # (B, L, 2F) or (B, L, F)
         if not self.gated:
             return self.proj_2(activate(self.activation, hidden))
-        gate, hidden = mx.split(hidden, 2, axis=-1)
+        if hidden.shape[:-1] == (1,):  # one token: halves that lie apart, so that Metal need not copy their product
+            gate, hidden = mx.split(hidden.reshape(2, -1), 2)
+        else:
+            gate, hidden = mx.split(hidden, 2, axis=-1)
         return self.proj_2(activate(self.activation, gate) * hidden)
 
 
