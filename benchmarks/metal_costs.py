@@ -149,11 +149,14 @@ def _reshape(step: Step, node: Node, inputs: list[Layout]) -> Cost:
 
 
 def _elementwise(step: Step, node: Node, inputs: list[Layout]) -> Cost:
+    """The result lies as its inputs do, if all lie in the same way, and else in row order."""
     outputs = [step.graph.values[name] for name in node.outputs]
-    shaped = {x.strides for x in inputs if x.shape == outputs[0].shape and x.is_dense}
-    if len(shaped) == 1 and all(x.size == 1 or x.strides in shaped for x in inputs):
-        (strides,) = shaped
-        step.layouts.update({n: Layout(v, strides) for n, v in zip(node.outputs, outputs, strict=True)})
+    whole = [x for x in inputs if x.size > 1]
+    if whole and all(x.shape == outputs[0].shape for x in whole):
+        alike = all(x.is_dense and x.strides == whole[0].strides for x in whole)
+        if alike or all(x.is_row_contiguous for x in whole):
+            for name, value in zip(node.outputs, outputs, strict=True):
+                step.layouts[name] = Layout(value, whole[0].strides)
     return _run(step, node, inputs)
 
 
