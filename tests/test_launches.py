@@ -229,19 +229,50 @@ def deep(x, depth):
     return x
 
 
+def random_function(seed):
+    """A function of up to 30 operations, and up to 3 results."""
+
+    def function(x, y, s):
+        rng = np.random.default_rng(seed)
+        values = [x, y]
+        for kind in rng.integers(8, size=rng.integers(4, 30)):
+            a = values[rng.integers(max(0, len(values) - 6), len(values))]
+            b = values[rng.integers(len(values))]
+            operations = (
+                lambda: mx.sin(a),
+                lambda: a * b,
+                lambda: a + mx.broadcast_to(s, a.shape),
+                lambda: mx.maximum(a, 0),
+                lambda: a @ b,
+                lambda: mx.where(a > b, a, b),
+                lambda: a.T,
+                lambda: a.sum(axis=0, keepdims=True) + b,
+            )
+            values.append(operations[kind]())
+        return values[-rng.integers(1, 4) :]
+
+    return function
+
+
 class TestFused:
-    @pytest.mark.parametrize("name", FUNCTIONS)
-    def test_it_is_what_mlx_fuses(self, name):
+    def check(self, function):
         arrays = mx.ones((4, 4)), mx.zeros((4, 4)), mx.array([2.0])
         mx.eval(arrays)
+        with as_on_metal() as recorder:
+            expected = drawn(mx.compile(function)(*arrays))
+            assert fused(traced(function, list(arrays), recorder)).names() == expected
 
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_it_is_what_mlx_fuses(self, name):
         def function(*arrays):
             found = FUNCTIONS[name](*arrays)
             return found if isinstance(found, list) else [found]
 
-        with as_on_metal() as recorder:
-            expected = drawn(mx.compile(function)(*arrays))
-            assert fused(traced(function, list(arrays), recorder)).names() == expected
+        self.check(function)
+
+    def test_it_is_what_mlx_fuses_in_any_graph(self):
+        for seed in range(100):
+            self.check(random_function(seed))
 
     def test_stand_ins_are_told_from_what_they_depend_on(self):
         with as_on_metal() as recorder:
