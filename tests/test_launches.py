@@ -229,26 +229,27 @@ def deep(x, depth):
     return x
 
 
+ANY = [
+    lambda a, b, s: mx.sin(a),
+    lambda a, b, s: a * b,
+    lambda a, b, s: a + mx.broadcast_to(s, a.shape),
+    lambda a, b, s: mx.maximum(a, 0),
+    lambda a, b, s: a @ b,
+    lambda a, b, s: mx.where(a > b, a, b),
+    lambda a, b, s: a.T,
+    lambda a, b, s: a.sum(axis=0, keepdims=True) + b,
+]
+
+
 def random_function(seed):
     """A function of up to 30 operations, and up to 3 results."""
 
     def function(x, y, s):
         rng = np.random.default_rng(seed)
         values = [x, y]
-        for kind in rng.integers(8, size=rng.integers(4, 30)):
-            a = values[rng.integers(max(0, len(values) - 6), len(values))]
-            b = values[rng.integers(len(values))]
-            operations = (
-                lambda: mx.sin(a),
-                lambda: a * b,
-                lambda: a + mx.broadcast_to(s, a.shape),
-                lambda: mx.maximum(a, 0),
-                lambda: a @ b,
-                lambda: mx.where(a > b, a, b),
-                lambda: a.T,
-                lambda: a.sum(axis=0, keepdims=True) + b,
-            )
-            values.append(operations[kind]())
+        for kind in rng.integers(len(ANY), size=rng.integers(4, 30)):
+            recent = values[rng.integers(max(0, len(values) - 6), len(values))]
+            values.append(ANY[kind](recent, values[rng.integers(len(values))], s))
         return values[-rng.integers(1, 4) :]
 
     return function
