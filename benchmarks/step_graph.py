@@ -36,7 +36,6 @@ class Value:
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    constant: bool = False  # known while the graph is built
 
 
 @dataclass
@@ -179,7 +178,7 @@ def as_on_metal() -> Iterator[Recorder]:
 
 
 def traced(function: Callable[..., Any], arguments: Any, recorder: Recorder) -> Graph:
-    """The graph of a function of nested arrays; what is known when it is traced is a constant."""
+    """The graph of a function of nested arrays, which are its inputs; other arrays are constants."""
     leaves: Any = tree_flatten(arguments)
 
     def flat(*arrays: mx.array) -> Any:
@@ -204,7 +203,7 @@ def _graph(parts: list[dict[str, Any]], recorder: Recorder) -> Graph:
                 graph.outputs = [name for name, *_ in part["outputs"]]
             case "constants":
                 for name, array in part["constants"]:
-                    graph.values[name] = Value(tuple(array.shape), array.dtype, constant=True)
+                    graph.values[name] = Value(tuple(array.shape), array.dtype)
                     if array.shape == (1,) and array.dtype == mx.int32 and int(array) in recorder.calls:
                         markers[name] = recorder.calls[int(array)]
             case "primitive":

@@ -319,7 +319,7 @@ def launches() -> str:
         "summed by what each primitive costs in\nMLX's source; `benchmarks/metal_costs.py` says where. Keys and values "
         "in 4 bits take as many as in 8; the window is full.\nBefore: commit "
         f"{before['machine']['commit']}. From 1,024 keys on, a Max or Ultra starts one more per layer, other chips "
-        "from 4,096.\nProducts of several rows are counted for chips before M5."
+        "from 4,096.\nProducts of several rows are counted as on an M1 or M2."
     )
     second = (
         "Of 1.1B. Copies are launches that only bring an input into another order. In flight: what comes on top while "
