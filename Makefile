@@ -53,7 +53,7 @@ bench: install
 	$(BIN)/python benchmarks/batch.py
 	$(BIN)/python benchmarks/speculate.py
 	$(BIN)/python benchmarks/context.py
-	$(BIN)/python benchmarks/window.py
+	$(BIN)/python benchmarks/text_memory.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/train_memory.py
 	$(BIN)/python benchmarks/tune.py
