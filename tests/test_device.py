@@ -7,7 +7,7 @@ import pytest
 
 from mlx_openelm.errors import ConfigError
 from mlx_openelm.machine import device
-from mlx_openelm.machine.device import Choices, choices, compute_streams, on_cpu, replaced_choices
+from mlx_openelm.machine.device import Choices, choices, compute_streams, on_cpu, reads_tokens_first, replaced_choices
 
 
 @pytest.fixture
@@ -71,6 +71,23 @@ class TestEnvironment:
         environment(value)
         with pytest.raises(ConfigError, match=message):
             choices()
+
+
+class TestReadsTokensFirst:
+    @pytest.mark.parametrize(("backend", "kv_bytes", "found"), [("metal", 1 << 20, False), ("metal", 1 << 27, True)])
+    def test_where_copying_takes_longer_than_waiting(self, backend, kv_bytes, found):
+        with replaced_choices(backend=backend):
+            assert reads_tokens_first(kv_bytes) == found
+
+    @pytest.mark.parametrize("backend", ["cpu", "cuda"])
+    def test_not_where_nothing_is_copied(self, backend):
+        with replaced_choices(backend=backend):
+            assert not reads_tokens_first(1 << 40)
+
+    @pytest.mark.parametrize("chosen", [False, True])
+    def test_as_chosen(self, chosen):
+        with replaced_choices(backend="metal", tokens_first=chosen):
+            assert reads_tokens_first(1 << 40) == chosen
 
 
 def test_every_backend_has_choices_of_its_own_name():

@@ -18,7 +18,7 @@ from ..cache.layouts import Buffers, FullKV
 from ..errors import MemoryLimitError, PromptError, WeightsError
 from ..kernels.fused import kernels_work
 from ..machine.compiler import compile_function
-from ..machine.device import choices, memory_limit_bytes, pays_to_compile
+from ..machine.device import choices, memory_limit_bytes, pays_to_compile, reads_tokens_first
 from ..model.openelm import OpenELM
 from .sampling import Sampler, SamplingConfig, State
 
@@ -164,11 +164,11 @@ class DecodeBatch:
         """The next token of each row by its number; with `more`, the tokens after these are queued.
 
         They are queued before these are read, so that the device need not wait; or afterwards, so that no step is in
-        flight that keeps the device from writing keys and values in place (see `Choices.tokens_first`).
+        flight that keeps the device from writing keys and values in place (see `reads_tokens_first`).
         """
         self._close_gaps()
         tokens, logprobs, *_ = rows = self._rows
-        if choices().tokens_first:
+        if more and reads_tokens_first(self._cache.nbytes):
             mx.eval(tokens, logprobs)
         if more:
             chosen, chosen_logprobs, state = self._step(tokens[:, None], rows.state, self._cache)
