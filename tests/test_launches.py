@@ -30,7 +30,9 @@ MOST = {  # launches of one token
     Case("270M", kv="8"): 248,
     Case("270M", kv="4"): 248,
     Case("3B", kv="8"): 548,
+    Case("270M", kv="8", tokens=5000): 329,  # more slots than the kernel for quantized keys takes
     Case("270M", kv="window"): 236,
+    Case("270M", tokens=1500, large_chip=True): 201,
     Case("270M", rows=4): 216,
     Case("270M", bits=4, rows=4): 196,
     Case("270M", rows=4, kv="8"): 275,
@@ -48,7 +50,7 @@ def launches(function, *arrays, **options):
     return cost(function, *arrays, **options).launches
 
 
-@pytest.mark.parametrize("case", MOST, ids=lambda case: f"{case.size}-{case.bits}-{case.rows}-{case.kv}")
+@pytest.mark.parametrize("case", MOST, ids=repr)
 def test_a_token_takes_no_more_launches_than_it_did(case):
     assert our_step(case).total.launches <= MOST[case]
 
