@@ -111,7 +111,10 @@ extern "C" void run(void **given, int groups, int threads_per_group) {
 
 
 class HostKernels:
-    """Creates kernels as `mx.fast.metal_kernel` does; `calls` has the names of those that were called.
+    """Creates kernels as `mx.fast.metal_kernel` and `mx.fast.cuda_kernel` do.
+
+    Attributes:
+        calls: names of the kernels that were called.
 
     Args:
         folder: for what the C++ compiler writes.
@@ -124,10 +127,9 @@ class HostKernels:
 
     def __call__(self, *, name, input_names, output_names, source, header):
         """As `mx.fast.metal_kernel`."""
-        metal = DIALECTS["metal"]
-        assert header == metal.header
-        assert source.startswith(metal.prologue)
-        body = source.removeprefix(metal.prologue)
+        (dialect,) = (dialect for dialect in DIALECTS.values() if dialect.header == header)
+        assert source.startswith(dialect.prologue)
+        body = source.removeprefix(dialect.prologue)
 
         def kernel(*, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
             self.calls.append(name)
