@@ -267,6 +267,15 @@ def test_every_compiled_function_of_the_package_uses_the_private_folder():
     assert calls == {"machine/compiler.py"}
 
 
+def test_within_a_context_nothing_is_compiled():
+    def function(x):
+        return x + 1
+
+    with compiler.uncompiled():
+        assert compiler.compile_function(function) is function
+    assert compiler.compile_function(function) is not function
+
+
 PLANTED = """
 import os, subprocess, sys, tempfile
 import mlx.core as mx

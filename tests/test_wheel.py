@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_openelm.self_test.golden import GOLDEN_FILE
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,6 +32,7 @@ def test_it_holds_every_file_of_the_package_and_nothing_else(wheel):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "mlx_openelm").rglob("*") if path.is_file()}
     assert names == {name for name in expected if "__pycache__" not in name}
+    assert str(GOLDEN_FILE.relative_to(ROOT)) in names  # the self-test of an installed package needs it
     assert wheel.stat().st_size < 20_000_000
 
 
