@@ -17,7 +17,7 @@ from .reference import on_reference
 from .samples import sample_config, sample_network, sample_tokens
 from .session import Session
 
-_LENGTH = 96  # tokens
+_LENGTH = 40  # tokens
 _TF32_ADVICE = (
     "float32 matrix products are computed in TF32 here, with 11 bits instead of 24; set MLX_ENABLE_TF32=0 in the "
     "environment to compute them in full, which is slower"
