@@ -1,8 +1,9 @@
 """What differs between Metal and CUDA for the kernels of `sources.py`, which are written in what both have in common.
 
-A body may use: `group` (number of its threadgroup), `member` (number of a thread in the group), `lane` (of its team of 32
-threads) and `team` (of the group); `lane_sum(x)`, over the lanes of a team; `GROUP_SHARED`, memory that a group shares;
-`GROUP_BARRIER()` and `TEAM_BARRIER()`; and `e_to`, `two_to`, `inverse_root`, `sine`, `cosine`, `nearest` of a float.
+A body may use: `group` (number of its threadgroup), `member` (number of a thread in the group), `lane` (of its team of
+32 threads) and `team` (of the group); `lane_sum(x)`, over the lanes of a team; `GROUP_SHARED`, memory that a group
+shares; `GROUP_BARRIER()` and `TEAM_BARRIER()`; and `e_to`, `two_to`, `inverse_root`, `sine`, `cosine`, `nearest` of a
+float.
 """
 
 from dataclasses import dataclass
