@@ -18,9 +18,8 @@ def all_checks(extent: Extent) -> list[Check]:
         *quantized.checks(),
         *training.checks(),
         *memory.checks(),
-        *speed.checks(extent.sizes[:1]),
         *open_choices.speed_checks(extent.compared_sizes, extent.contexts),
-        *speed.checks(extent.sizes[1:]),
+        *speed.checks(extent.sizes),
     ]
 
 
