@@ -7,7 +7,21 @@ import pytest
 
 from mlx_openelm.errors import ConfigError
 from mlx_openelm.machine import device
-from mlx_openelm.machine.device import Choices, choices, compute_streams, on_cpu, replaced_choices
+from mlx_openelm.machine.device import (
+    Choices,
+    backend_in_use,
+    choices,
+    compute_streams,
+    device_name,
+    gpu_name,
+    memory_limit_bytes,
+    on_cpu,
+    peak_memory_bytes,
+    replaced_choices,
+    wired_memory,
+)
+from mlx_openelm.machine.doctor import _wired_limit
+from mlx_openelm.machine.hardware import chip_name
 
 
 @pytest.fixture
@@ -40,8 +54,8 @@ class TestReplacedChoices:
 
     def test_an_error_within_does_not_stay(self):
         before = choices()
-        with pytest.raises(ValueError), replaced_choices(attention_block=3):
-            raise ValueError
+        with pytest.raises(ValueError, match="within"), replaced_choices(attention_block=3):
+            raise ValueError("within")
         assert choices() == before
 
 
@@ -76,3 +90,76 @@ class TestEnvironment:
 def test_every_backend_has_choices_of_its_own_name():
     assert all(isinstance(found, Choices) for found in device._DEFAULTS.values())
     assert all(found.backend == name for name, found in device._DEFAULTS.items())
+
+
+CPU_INFO = {"device_name": "Apple M3", "architecture": "arm64"}  # all that MLX says about a CPU
+GPU_INFO = {
+    "metal": {"device_name": "Apple M3 Max", "max_recommended_working_set_size": 96 << 30, "memory_size": 128 << 30},
+    "cuda": {"device_name": "NVIDIA H100", "total_memory": 80 << 30, "free_memory": 1 << 30},
+}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """What MLX says on a machine with this GPU and this default device, and the wired limits that are set."""
+
+    def become(gpu, default):
+        def info(about=None):
+            about = default if about is None else about
+            return CPU_INFO if mx.Device(mx.cpu) == about else GPU_INFO[gpu]
+
+        wired = []
+
+        def set_wired_limit(limit):
+            wired.append(limit)
+            return 7
+
+        monkeypatch.setattr(mx, "default_device", lambda: default)
+        monkeypatch.setattr(mx, "device_info", info)
+        monkeypatch.setattr(mx.metal, "is_available", lambda: gpu == "metal")
+        monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+        monkeypatch.setattr(mx, "synchronize", lambda: None)
+        monkeypatch.setattr(mx, "get_peak_memory", lambda: 5)
+        return wired
+
+    return become
+
+
+class TestWhatMLXSays:
+    """`mx.device_info` describes the default device unless told otherwise, and says little about a CPU."""
+
+    def test_metal(self, machine):
+        wired = machine("metal", mx.Device(mx.gpu))
+        assert (backend_in_use(), gpu_name(), chip_name()) == ("metal", "Apple M3 Max", "Apple M3 Max")
+        assert (device_name(), memory_limit_bytes(), peak_memory_bytes()) == ("Apple M3 Max (Metal)", 96 << 30, 5)
+        with wired_memory():
+            assert wired == [96 << 30]
+        assert wired == [96 << 30, 7]
+
+    @pytest.mark.parametrize("gpu", ["metal", "cuda", None])
+    def test_the_cpu_beside_any_gpu(self, machine, monkeypatch, gpu):
+        wired = machine(gpu, mx.Device(mx.cpu))
+        monkeypatch.setattr(device, "physical_memory_bytes", lambda: 1000)
+        assert (backend_in_use(), gpu_name(), device_name(), memory_limit_bytes()) == ("cpu", None, "CPU", 900)
+        assert chip_name() not in ("Apple M3 Max", "NVIDIA H100", "GPU")
+        assert peak_memory_bytes() > 1 << 20  # of the process
+        assert _wired_limit() is None
+        with wired_memory():
+            pass
+        assert wired == []
+
+    def test_cuda(self, machine):
+        wired = machine("cuda", mx.Device(mx.gpu, 1))
+        assert (backend_in_use(), chip_name(), device_name()) == ("cuda", "NVIDIA H100", "NVIDIA H100 (CUDA)")
+        assert memory_limit_bytes() == 80 << 30
+        with wired_memory():
+            pass
+        assert wired == []
+
+    def test_replaced_choices_move_nothing(self, machine):
+        machine(None, mx.Device(mx.cpu))
+        with replaced_choices(backend="metal"):
+            assert (on_cpu(), backend_in_use(), device_name()) == (False, "cpu", "CPU")
+            assert memory_limit_bytes() > 0
+            with wired_memory():
+                pass

@@ -56,8 +56,8 @@ def choices() -> Choices:
     """
     changes = _replaced[-1] if _replaced else _from_environment()
     if not changes:
-        return _DEFAULTS[_backend()]
-    return replace(_DEFAULTS[changes.get("backend") or _backend()], **changes)
+        return _DEFAULTS[backend_in_use()]
+    return replace(_DEFAULTS[changes.get("backend") or backend_in_use()], **changes)
 
 
 @contextmanager
@@ -73,10 +73,16 @@ def replaced_choices(**changes: Any) -> Iterator[None]:
         _replaced.pop()
 
 
-def _backend() -> str:
+def backend_in_use() -> str:
+    """The backend that MLX computes with: cpu, metal or cuda, whatever `replaced_choices` says."""
     if mx.default_device() == _CPU:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def _gpu_info() -> dict[str, Any]:
+    """What MLX says about the GPU that it computes on; on the CPU, whose entries are others, nothing."""
+    return {} if backend_in_use() == "cpu" else mx.device_info(mx.default_device())
 
 
 @cache
@@ -103,12 +109,15 @@ def on_cpu() -> bool:
     return choices().backend == "cpu"
 
 
+def gpu_name() -> str | None:
+    """Name of the GPU that MLX computes on, as its maker calls it; `None` on the CPU."""
+    return None if backend_in_use() == "cpu" else str(_gpu_info().get("device_name", "GPU"))
+
+
 def device_name() -> str:
     """Name of the device that MLX computes on, for people."""
-    if on_cpu():
-        return "CPU"
-    name = mx.device_info().get("device_name")
-    return f"{name} ({'Metal' if mx.metal.is_available() else 'CUDA'})"
+    name = gpu_name()
+    return "CPU" if name is None else f"{name} ({'Metal' if backend_in_use() == 'metal' else 'CUDA'})"
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
@@ -155,19 +164,15 @@ def has_fast_matmul() -> bool:
 
 
 def memory_limit_bytes() -> int:
-    """Memory that a model, its cache and its activations may use on this machine, in bytes."""
-    if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    if not on_cpu():
-        total = mx.device_info().get("total_memory")
-        if total:
-            return int(total)
-    return int(physical_memory_bytes() * _CPU_SHARE)
+    """Memory that a model, its cache and its activations may use on the device that computes, in bytes."""
+    info = _gpu_info()
+    limit = info.get("max_recommended_working_set_size") or info.get("total_memory")  # of Metal, of CUDA
+    return int(limit or physical_memory_bytes() * _CPU_SHARE)
 
 
 def peak_memory_bytes() -> int:
     """Peak memory so far, in bytes: of the device, or on the CPU of the whole process."""
-    if not on_cpu():
+    if backend_in_use() != "cpu":
         return mx.get_peak_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -176,10 +181,10 @@ def peak_memory_bytes() -> int:
 @contextmanager
 def wired_memory() -> Iterator[None]:
     """Keep the weights of a large model in the GPU's memory within this context; without Metal, do nothing."""
-    if not mx.metal.is_available():
+    if backend_in_use() != "metal":
         yield
         return
-    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    before = mx.set_wired_limit(int(_gpu_info()["max_recommended_working_set_size"]))
     try:
         yield
     finally:

@@ -127,9 +127,9 @@ def _openblas() -> str | None:
 
 
 def _wired_limit() -> int | None:
-    import mlx.core as mx
+    from .device import backend_in_use
 
-    if not mx.metal.is_available():
+    if backend_in_use() != "metal":
         return None
     try:
         told = subprocess.run(["sysctl", "-n", "iogpu.wired_limit_mb"], capture_output=True, text=True, check=True)
