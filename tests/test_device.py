@@ -1,6 +1,8 @@
 """Every choice that depends on the device, and how to replace it."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -34,6 +36,21 @@ def environment(monkeypatch):
 
     yield set_to
     device._from_environment.cache_clear()
+
+
+class TestVersion:
+    @pytest.mark.parametrize("version", ["0.32.1", "0.32.10", "0.33.0.dev20261101+abc", "1.0"])
+    def test_new_enough(self, version):
+        device._check_version(version)
+
+    @pytest.mark.parametrize("version", ["0.32.0", "0.9.99", "0.30"])
+    def test_too_old(self, version):
+        with pytest.raises(ImportError, match=rf"version {version} is installed, but 0\.32\.1 or newer is needed"):
+            device._check_version(version)
+
+    def test_the_requirement_of_the_package_is_the_same(self):
+        required = re.findall(r'"mlx(?:\[\w+\])?>=([\d.]+)', (Path(__file__).parents[1] / "pyproject.toml").read_text())
+        assert required == [device._OLDEST_MLX] * 3
 
 
 class TestReplacedChoices:

@@ -1,6 +1,7 @@
 """The device that MLX computes on, and every choice that depends on it."""
 
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,18 @@ import mlx.core as mx
 
 from ..errors import ConfigError
 from .system import physical_memory_bytes
+
+_OLDEST_MLX = "0.32.1"  # as in pyproject.toml; older versions have bugs in RoPE and attention that give wrong text
+
+
+def _check_version(version: str) -> None:
+    """Raise ImportError, as for a package that is missing, where MLX is too old: pip only warns of that."""
+    oldest, found = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (_OLDEST_MLX, version))
+    if found < oldest:
+        raise ImportError(f"version {version} is installed, but {_OLDEST_MLX} or newer is needed", name="mlx")
+
+
+_check_version(getattr(mx, "__version__", _OLDEST_MLX))  # a stand-in has none
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _LARGEST_TEAM = 8  # cores; more would only wait for memory

@@ -51,10 +51,9 @@ def examine() -> Diagnosis:
         "memory_bytes": physical_memory_bytes(),
     }
     try:
-        import mlx.core  # noqa: F401
+        from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu
     except ImportError as error:
         return _without_mlx(common, error)
-    from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu
 
     gflops = _matmul_gflops()
     blas = blas_in_use() if sys.platform.startswith("linux") and on_cpu() else None
