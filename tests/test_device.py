@@ -20,6 +20,7 @@ from mlx_openelm.machine.device import (
     on_cpu,
     peak_memory_bytes,
     replaced_choices,
+    rounds_float32,
     wired_memory,
 )
 from mlx_openelm.machine.doctor import _wired_limit
@@ -180,3 +181,41 @@ class TestWhatMLXSays:
             assert memory_limit_bytes() > 0
             with wired_memory():
                 pass
+
+
+class TestTF32:
+    """MLX computes float32 products in TF32 where the GPU can, unless it is told not to."""
+
+    @pytest.fixture(autouse=True)
+    def by_default(self, monkeypatch):
+        monkeypatch.delenv("MLX_ENABLE_TF32")  # the tests set it, so that all GPUs give the same
+
+    @pytest.mark.parametrize(
+        ("architecture", "system", "expected"),
+        [
+            ("applegpu_g17g", "26.2", True),  # M5
+            ("applegpu_g17s", "27.0.1", True),
+            ("applegpu_g17g", "26.1.9", False),
+            ("applegpu_g16s", "26.2", False),  # M4
+            ("applegpu_g17p", "26.2", False),  # of a phone
+            ("applegpu_g18p", "26.2", True),
+            ("", "26.2", False),
+        ],
+    )
+    def test_metal(self, machine, monkeypatch, architecture, system, expected):
+        machine("metal", mx.Device(mx.gpu))
+        monkeypatch.setitem(GPU_INFO["metal"], "architecture", architecture)
+        monkeypatch.setattr(device.platform, "mac_ver", lambda: (system, ("", "", ""), "arm64"))
+        assert rounds_float32() == expected
+        monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+        assert not rounds_float32()
+
+    @pytest.mark.parametrize(("major", "expected"), [(7, False), (8, True), (9, True)])
+    def test_cuda(self, machine, monkeypatch, major, expected):
+        machine("cuda", mx.Device(mx.gpu))
+        monkeypatch.setitem(GPU_INFO["cuda"], "compute_capability_major", major)
+        assert rounds_float32() == expected
+
+    def test_the_cpu(self, machine):
+        machine("cuda", mx.Device(mx.cpu))
+        assert not rounds_float32()

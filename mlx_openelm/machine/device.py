@@ -1,6 +1,7 @@
 """The device that MLX computes on, and every choice that depends on it."""
 
 import os
+import platform
 import re
 import resource
 import sys
@@ -131,6 +132,22 @@ def device_name() -> str:
     """Name of the device that MLX computes on, for people."""
     name = gpu_name()
     return "CPU" if name is None else f"{name} ({'Metal' if backend_in_use() == 'metal' else 'CUDA'})"
+
+
+def rounds_float32() -> bool:
+    """Whether this GPU computes float32 matrix products in TF32, which keeps about 10 of the 23 bits.
+
+    MLX does so by default on NVIDIA GPUs from Ampere on, and on Apple's from the M5 on with macOS 26.2. Products with a
+    single vector are exact. MLX reads the environment variable MLX_ENABLE_TF32 at the first product; 0 turns it off.
+    """
+    if os.environ.get("MLX_ENABLE_TF32", "1").strip() == "0":
+        return False
+    info = _gpu_info()
+    if backend_in_use() == "metal":
+        found = re.fullmatch(r"applegpu_g(\d+)(\w)", str(info.get("architecture")))
+        system = tuple(map(int, re.findall(r"\d+", platform.mac_ver()[0])))
+        return found is not None and int(found[1]) >= (18 if found[2] == "p" else 17) and system >= (26, 2)
+    return int(info.get("compute_capability_major", 0)) >= 8
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:

@@ -84,9 +84,14 @@ def _without_mlx(common: dict[str, Any], error: ImportError) -> Diagnosis:
 
 
 def _advice(gflops: float, blas: str | None) -> list[str]:
-    from .device import on_cpu
+    from .device import on_cpu, rounds_float32
 
     advice: list[str] = []
+    if rounds_float32():
+        advice.append(
+            "this GPU computes float32 matrix products in TF32, with about three decimal digits; 16-bit models are as "
+            "exact as elsewhere. For full float32, set the environment variable MLX_ENABLE_TF32=0"
+        )
     if not on_cpu():
         return advice
     if sys.platform == "darwin":
