@@ -34,7 +34,8 @@ def load(
     Args:
         model: a folder or hub id (written by `convert`, from Apple, the MLX community or Apple's MLX port), or a
             CoreNet `.pt` file; by default the small model included in the package.
-        dtype: type to compute in; by default float32 on the CPU, where 16-bit types are slow, else the stored type.
+        dtype: type to compute in; by default float32 on the CPU, where 16-bit types are slow, and on a GPU the stored
+            type, but bfloat16 for float32, which would take twice the time per token (`convert` does the same).
         tokenizer: file, folder or hub id of another tokenizer.
         config: the configuration, if the source lacks one; see `convert`.
         revision: branch, tag or commit on the hub, also for `tokenizer`.

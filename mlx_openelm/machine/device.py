@@ -151,8 +151,13 @@ def rounds_float32() -> bool:
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
-    """The dtype to compute in: float32 on the CPU, where 16-bit arithmetic is slow, else the stored one."""
-    return mx.float32 if on_cpu() else stored
+    """The dtype to compute in: float32 on the CPU, where 16-bit arithmetic is slow, else what `convert` writes."""
+    return mx.float32 if on_cpu() else written_dtype(stored)
+
+
+def written_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """The dtype that `convert` writes by default: bfloat16 for float32, in half the bytes; 16-bit types stay."""
+    return mx.bfloat16 if stored == mx.float32 else stored
 
 
 def compute_streams() -> tuple[mx.Stream, ...]:
