@@ -1,6 +1,7 @@
 """Loading models into memory from any supported format, converted or not."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from .model.adapters import SavedAdapter, apply_adapter
 from .model.cpu_layers import quantized_layers
 from .model.openelm import OpenELM
 from .quantization import PackedTensor, Quantization
-from .tensors import checked_cast
+from .tensors import LazyTensor, checked_cast
 from .tokenizer.tokenizer import Tokenizer
 
 
@@ -114,13 +115,25 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
         if isinstance(tensor, PackedTensor)
     }
     arrays: dict[str, mx.array] = {}
+    before: list[mx.array] = []
+    for name, lazy in _parameters(source, dtype):
+        arrays[name] = lazy.read()
+        mx.eval(before)  # now the values from which it was cast are freed: those of one parameter are in memory
+        before = [arrays[name]]
+        mx.async_eval(before)  # while it is cast, the next one is read
+    network = assemble(source.config, arrays, packed, dtype)
+    mx.clear_cache()  # a GPU keeps what was freed
+    return network
+
+
+def _parameters(source: Source, dtype: mx.Dtype) -> Iterator[tuple[str, LazyTensor]]:
+    """All parameters of a source with their names, in `dtype` once they are read."""
     for name, tensor in source.tensors.items():
         if isinstance(tensor, PackedTensor):
             path = name.removesuffix(".weight")
-            arrays.update({f"{path}.{part}": lazy.read() for part, lazy in tensor.cast(path, dtype).parts.items()})
+            yield from ((f"{path}.{part}", lazy) for part, lazy in tensor.cast(path, dtype).parts.items())
         else:
-            arrays[name] = checked_cast(name, tensor.read(), dtype)
-    return assemble(source.config, arrays, packed, dtype)
+            yield name, tensor.map(partial(checked_cast, name, dtype=dtype), dtype)
 
 
 def assemble(

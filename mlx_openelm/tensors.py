@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import WeightsError, quoted, readable
+from .file_values import check_finite, from_numpy
 from .files.json_file import DuplicateError, unique_names
 from .files.paths import open_regular
 from .machine.device import compute_streams
@@ -41,8 +42,8 @@ _STORED_DTYPES = {
     "BOOL": (mx.bool_, "?"),
 }
 _WRITTEN_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
-_EXPONENT_BITS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # NaN or infinity if all are set
 _LARGEST_HEADER_BYTES = 4_000_000  # about 2,000 quantized layers; in memory it takes up to twenty times as much
+_LARGE_BYTES = 1 << 22  # from these on, MLX's threads read a tensor
 _BLOCK_BYTES = 1 << 20  # fits into CPU caches; buffers of this size are reused instead of freed
 
 
@@ -127,42 +128,38 @@ class _Entry:
 
 
 def _read_rows(path: Path, name: str, entry: _Entry, start: int, stop: int) -> mx.array:
-    shape, dtype = entry.shape, entry.dtype
-    row = prod(shape[1:])
+    shape, row = entry.shape, prod(entry.shape[1:])
+    size = np.dtype(entry.stored).itemsize
+    if (stop - start) * row * size >= _LARGE_BYTES and prod(shape) == (stop - start) * row:
+        array = _read_whole(path, name, entry)
+        if array is not None:
+            return array
     try:
         with open_regular(path) as file:
-            file.seek(entry.start + start * row * np.dtype(entry.stored).itemsize)
+            file.seek(entry.start + start * row * size)
             values = np.fromfile(file, entry.stored, (stop - start) * row)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
     if values.size != (stop - start) * row:
         raise WeightsError(f"{path} was truncated while it was read")
-    return from_numpy(values.reshape(stop - start, *shape[1:]) if shape else values.reshape(()), dtype, name)
+    return from_numpy(values.reshape(stop - start, *shape[1:]) if shape else values.reshape(()), entry.dtype, name)
 
 
-def from_numpy(values: np.ndarray, dtype: mx.Dtype, name: str) -> mx.array:
-    """An MLX array from values read from a file; bfloat16, which NumPy lacks, is passed as uint16 bits.
-
-    Raises:
-        WeightsError: naming the tensor, if the values contain NaN or infinity, or overflow float32.
-    """
-    if values.dtype == np.float64 and dtype == mx.float32:
-        finite = bool(np.isfinite(values).all())
-        with np.errstate(over="ignore", under="ignore"):
-            values = values.astype(np.float32)
-        if finite and not np.isfinite(values).all():
-            raise WeightsError(f"{readable(name)} has values beyond the range of float32")
-    if dtype in _EXPONENT_BITS:
-        bits = values.view(np.uint16) & _EXPONENT_BITS[dtype]
-        finite = not (bits == _EXPONENT_BITS[dtype]).any()
-    else:
-        finite = bool(np.isfinite(values).all())  # ten times as fast in NumPy as in MLX on a CPU
-    if not finite:
-        raise WeightsError(
-            f"{readable(name)} contains NaN or infinity: the checkpoint is damaged, or its training diverged"
-        )
-    array = mx.array(values)
-    return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
+def _read_whole(path: Path, name: str, entry: _Entry) -> mx.array | None:
+    """A large tensor, read by MLX's threads into its own memory; `None` if that fails, and another way can say why."""
+    try:
+        with open_regular(path):  # MLX would wait for a FIFO
+            stored: Any = mx.load(str(path), format="safetensors")  # only the header is read now
+        array: mx.array = stored[name]
+        if (array.shape, array.dtype) != (entry.shape, entry.dtype):  # another file is there now, or it has float64
+            return None
+        mx.eval(array)
+        if path.stat().st_size < entry.stop:
+            return None
+    except (OSError, RuntimeError, ValueError, KeyError):
+        return None
+    check_finite(np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array), array.dtype, name)
+    return array
 
 
 def checked_cast(name: str, array: mx.array, dtype: mx.Dtype, computed: bool = False) -> mx.array:

@@ -167,6 +167,7 @@ TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
     "test_conversion_adapters.py": ["conversion/adapters/"],
     "test_read_config.py": ["conversion/read/config.py"],
     "test_loading.py": ["conversion/read/huggingface.py", "conversion/read/corenet.py", "conversion/describe.py"],
+    "test_tensors.py": ["file_values.py"],
     "test_torch_file.py": ["conversion/read/torch_pickle.py"],
     "test_cache_config.py": ["cache/config.py"],
     "test_corpus.py": ["data/train_tokenizer.py"],

@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from conftest import SMALL_CONFIG, assert_close, random_model, write_folder
-from mlx_openelm import OpenELM, Tokenizer, convert, hub, load, load_model
+from mlx_openelm import OpenELM, OpenELMConfig, Tokenizer, convert, hub, load, load_model
 from mlx_openelm.errors import ConfigError, SourceError, WeightsError
 from mlx_openelm.machine.device import replaced_choices
 
@@ -154,3 +154,17 @@ def test_quantized_layers_of_a_gpu_are_mlx_s_own(tmp_path, tiny_folder, quantize
 def dtypes(model):
     """The types of a network's parameters."""
     return {array.dtype for _, array in tree_flatten(model.parameters())}
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [(mx.bfloat16, mx.float32), (mx.float32, mx.bfloat16)])
+def test_loading_holds_the_result_and_the_values_of_one_tensor(tmp_path, stored, dtype):
+    """Were all tensors read before the first is cast, a 16-bit network would take twice its size more."""
+    config = OpenELMConfig.layerwise(8, 256, 64, vocab_size=400, max_context_length=64)
+    folder = write_folder(tmp_path / "model", random_model(config), dtype=stored)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = load_model(folder, dtype=dtype)
+    peak = mx.get_peak_memory() - before
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    largest = max(array.size for array in arrays)
+    assert peak <= 1.05 * sum(array.nbytes for array in arrays) + largest * (stored.size + dtype.size)

@@ -171,6 +171,11 @@ def _more_cpu_streams() -> tuple[mx.Stream, ...]:
     return tuple(mx.new_stream(mx.cpu) for _ in range(min(os.cpu_count() or 1, _LARGEST_TEAM) - 1))
 
 
+def reading_threads() -> int:
+    """How many threads look at the values of a file at once, on the CPU beside any device."""
+    return min(os.cpu_count() or 1, _LARGEST_TEAM)
+
+
 def pays_to_compile(num_tokens: int) -> bool:
     """Whether compiling the decoding step pays off for an answer of at most `num_tokens` tokens.
 
