@@ -54,6 +54,7 @@ bench: install
 	$(BIN)/python benchmarks/context.py
 	$(BIN)/python benchmarks/window.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/train_memory.py
 	$(BIN)/python benchmarks/tune.py
 	$(BIN)/python benchmarks/tune_memory.py
