@@ -14,6 +14,7 @@ from mlx_openelm.generation.batch import generate_batch
 from mlx_openelm.generation.drafters import PromptLookup
 from mlx_openelm.generation.engine import prefill
 from mlx_openelm.generation.speculative import speculate_tokens
+from mlx_openelm.machine.device import replaced_choices
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -181,3 +182,79 @@ def test_a_model_that_overflows_is_an_error_and_no_text(tiny_config, tokenizer, 
             list(speculate_tokens(model, PROMPT, PromptLookup(), max_tokens=3))
         else:
             list(generate_tokens(model, PROMPT, max_tokens=3, compiled=way == "compiled"))
+
+
+KINDS = {
+    "full": CacheConfig(),
+    "8-bit": CacheConfig(bits=8),
+    "8-bit later": CacheConfig(bits=8, quantize_after=30),
+    "full window": CacheConfig(window=10, sinks=2),
+    "window that fills": CacheConfig(window=24, sinks=2),
+    "window": CacheConfig(window=200, sinks=2),
+}
+
+
+class TestChoices:
+    """The ways of other devices give the same tokens."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("change", [{"indexed_writes": True}, {"tokens_first": True}, {"exact_slices": True}])
+    def test_one_row(self, tiny_model, kind, change):
+        expected = list(generate_tokens(tiny_model, PROMPT, max_tokens=40, cache=tiny_model.make_cache(KINDS[kind])))
+        with replaced_choices(**change):
+            found = list(generate_tokens(tiny_model, PROMPT, max_tokens=40, cache=tiny_model.make_cache(KINDS[kind])))
+        assert [step.token for step in found] == [step.token for step in expected]
+        assert np.allclose([step.logprob for step in found], [step.logprob for step in expected], atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "change", [{"indexed_writes": True}, {"tokens_first": True}, {"exact_slices": True}, {"backend": "metal"}]
+    )
+    def test_several_rows_and_guesses(self, tiny_model, tokenizer, change):
+        prompts = [PROMPT, PROMPT[:3], [7, 8] * 6]
+
+        def texts():
+            rows = generate_batch(tiny_model, tokenizer, prompts, batch_size=2, max_tokens=20)
+            alone = speculate_tokens(tiny_model, prompts[2], PromptLookup(4), max_tokens=20)
+            return {number: row.tokens for number, row in rows}, [step.token for step in alone]
+
+        expected = texts()
+        with replaced_choices(**{"fused_kernels": False, **change}):
+            assert texts() == expected
+
+    def test_tokens_are_read_before_the_next_step_is_queued(self, tiny_model, monkeypatch):
+        events = []
+        evaluate, queue = mx.eval, engine.evaluate_step
+        monkeypatch.setattr(mx, "eval", lambda *arrays: (events.append("read"), evaluate(*arrays)))
+        monkeypatch.setattr(engine, "evaluate_step", lambda *of: (events.append("queue"), queue(*of)))
+        with replaced_choices(tokens_first=True):
+            list(generate_tokens(tiny_model, PROMPT, max_tokens=4))
+        assert [event for event in events if event == "queue" or events[events.index(event)] == "read"][:6] == [
+            *["read", "queue"] * 3
+        ]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_graph_of_what_a_step_wrote_does_not_grow(tiny_model, kind, compiled, monkeypatch):
+    """Nobody reads some of it for a while: the unrotated sinks of a window whose buffers still grow."""
+    monkeypatch.setattr(cache_module, "GROWTH_STEP", 16)
+    cache = tiny_model.make_cache(KINDS[kind])
+    sizes = []
+    for _ in generate_tokens(tiny_model, PROMPT, max_tokens=60, cache=cache, compiled=compiled):
+        mx.synchronize()
+        graph = io.StringIO()
+        mx.export_to_dot(graph, *cache.arrays)
+        sizes.append(graph.getvalue().count("->"))
+    assert max(sizes[5:]) <= max(sizes[:5])
+
+
+def test_what_growing_buffers_leave_is_given_back(tiny_model, monkeypatch):
+    monkeypatch.setattr(cache_module, "GROWTH_STEP", 16)
+    cleared = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(True))
+    list(generate_tokens(tiny_model, PROMPT, max_tokens=41))  # 48 tokens in all
+    assert len(cleared) == 2
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 3)
+    cleared.clear()
+    prefill(tiny_model, mx.array(PROMPT), tiny_model.make_cache())
+    assert len(cleared) == 2  # after each chunk but the last

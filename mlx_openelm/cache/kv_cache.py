@@ -1,11 +1,13 @@
 """The keys and values of all layers for a batch of rows."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 
+from ..machine.device import on_cpu
 from .config import CacheConfig, kv_group_size
 from .layouts import Buffers, FullKV, QuantizedKV, RotatingKV
 
@@ -99,6 +101,11 @@ class KVCache:
         assert 0 <= num_tokens <= self.offset, f"cannot remove {num_tokens} of {self.offset} tokens"
         assert self.can_trim or num_tokens == 0, "a full window cannot be trimmed"
         self.offset -= num_tokens
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether `num_tokens` more tokens fit into the buffers as they are."""
+        first = self._buffers[0]
+        return bool(first) and first[0].shape[2] >= min(self.offset + num_tokens, self.config.window or math.inf)
 
     def take_buffers(self, num_tokens: int) -> list[Buffers]:
         """Hand the buffers of all layers, with room for `num_tokens` more tokens, to a decoding step.
@@ -259,11 +266,12 @@ class StepCache:
         buffers: Sequence[Buffers],
         num_tokens: int,
     ):
+        self.layout = layout
         self.buffers = list(buffers)
-        self._layout = layout
         self._offset = offset
         self._row_offsets = row_offsets
         self._num_tokens = num_tokens
+        self._masks: dict[int, mx.array] = {}  # by the number of heads
 
     @property
     def positions(self) -> mx.array:
@@ -272,15 +280,40 @@ class StepCache:
 
     def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """As of a `KVCache`."""
-        buffers = self.buffers[layer] = self._layout.write(self.buffers[layer], self._offset, keys, values)
-        return self._layout.attend_masked(buffers, queries, self._mask)
+        buffers = self.buffers[layer] = self.layout.write(self.buffers[layer], self._offset, keys, values)
+        return self.layout.attend_masked(buffers, queries, self._mask_of(queries))
+
+    def attend_quantized(self, layer: int, queries: mx.array, new: Buffers) -> mx.array:
+        """As `attend`, of keys and values that are quantized already, with a fused kernel where it pays."""
+        assert isinstance(self.layout, QuantizedKV)
+        buffers = self.buffers[layer] = self.layout.write_quantized(self.buffers[layer], self._offset, new)
+        read = self.layout.attend_fused(buffers, queries, self._offset, self._row_offsets)
+        return read if read is not None else self.layout.attend_masked(buffers, queries, self._mask_of(queries))
+
+    def _mask_of(self, queries: mx.array) -> mx.array:
+        """Which slots each query (B, H, L, D) may attend to, bool, to broadcast to (B, H, L, S)."""
+        if self._row_offsets is None:
+            return self._seen
+        B, H, L, _ = queries.shape
+        heads = 1 if on_cpu() else H  # a GPU's attention copies a mask that is broadcast over heads, in every layer
+        if heads not in self._masks:
+            slots = _numbered(self.buffers[0][0].shape[2])
+            own = slots >= self._row_offsets[:, None, None, None]
+            self._masks[heads] = self._seen & mx.broadcast_to(own, (B, heads, L, slots.size))
+        return self._masks[heads]
 
     @cached_property
-    def _mask(self) -> mx.array:
-        """Which slots each token may attend to, bool, to broadcast to (B, H, L, S)."""
-        slots = mx.arange(self.buffers[0][0].shape[2])  # (S,)
+    def _seen(self) -> mx.array:
+        """Which slots hold a token that is not newer, (S,) or (L, S)."""
+        slots = _numbered(self.buffers[0][0].shape[2])
         if self._num_tokens == 1:
-            seen = slots <= self._offset
-        else:
-            seen = slots <= self._offset + mx.arange(self._num_tokens)[:, None]  # (L, S)
-        return seen if self._row_offsets is None else seen & (slots >= self._row_offsets[:, None, None, None])
+            return slots <= self._offset
+        return slots <= self._offset + _numbered(self._num_tokens)[:, None]
+
+
+@lru_cache(maxsize=16)
+def _numbered(count: int) -> mx.array:
+    """Numbers from 0, (count,) int32, as a constant of a step, which it need not compute."""
+    numbers = mx.arange(count)
+    mx.eval(numbers)
+    return numbers

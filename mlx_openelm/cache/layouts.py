@@ -11,6 +11,9 @@ from typing import ClassVar
 
 import mlx.core as mx
 
+from ..kernels.fused import attend_quantized, can_attend_quantized
+from ..machine.device import choices, on_cpu
+
 Buffers = tuple[mx.array, ...]
 
 
@@ -82,7 +85,11 @@ class QuantizedKV(FullKV):
         return tuple(_zeros(array, length) for array in self.quantize(keys, values))
 
     def write(self, buffers: Buffers, slot: mx.array, keys: mx.array, values: mx.array) -> Buffers:
-        return _written(buffers, slot, self.quantize(keys, values))
+        return self.write_quantized(buffers, slot, self.quantize(keys, values))
+
+    def write_quantized(self, buffers: Buffers, slot: mx.array, new: Buffers) -> Buffers:
+        """As `write`, of what `quantize` gave."""
+        return _written(buffers, slot, new)
 
     def attend(self, buffers: Buffers, queries: mx.array, end: int) -> mx.array:
         return super().attend(self._dequantized(tuple(array[..., :end, :] for array in buffers)), queries, end)
@@ -90,11 +97,26 @@ class QuantizedKV(FullKV):
     def attend_masked(self, buffers: Buffers, queries: mx.array, mask: mx.array) -> mx.array:
         B, H, L, D = queries.shape
         K, S = buffers[0].shape[1:3]
-        grouped = queries.reshape(B, K, H // K * L, D) * D**-0.5
-        scores = self._product(grouped, buffers[:3], transpose=True)
+        # On a GPU, a product with one row is divided among more threads than one with several rows.
+        rows = (H // K * L,) if on_cpu() else (H // K, L)
+        if not on_cpu():
+            buffers = tuple(array[:, :, None] for array in buffers)
+        scores = self._product(queries.reshape(B, K, *rows, D) * D**-0.5, buffers[:3], transpose=True)
         scores = mx.where(mask, scores.reshape(B, H, L, S), _lowest(scores.dtype))
-        weights = mx.softmax(scores, axis=-1, precise=True).reshape(B, K, H // K * L, S)
+        weights = mx.softmax(scores, axis=-1, precise=True).reshape(B, K, *rows, S)
         return self._product(weights, buffers[3:], transpose=False).reshape(B, H, L, D)
+
+    def attend_fused(
+        self, buffers: Buffers, queries: mx.array, last: mx.array, row_offsets: mx.array | None
+    ) -> mx.array | None:
+        """Attention of one query per row over the slots from its row's first to the last, by a fused kernel.
+
+        Returns:
+            None where the kernel is of no use.
+        """
+        if queries.shape[2] > 1 or not can_attend_quantized(queries.shape[-1], buffers[0].shape[2]):
+            return None
+        return attend_quantized(queries, buffers, last, row_offsets, self.bits, self.group_size)
 
     def _product(self, x: mx.array, quantized: Buffers, transpose: bool) -> mx.array:
         words, scales, biases = quantized
@@ -148,14 +170,14 @@ class RotatingKV(FullKV):
     def write(self, buffers: Buffers, slot: mx.array, keys: mx.array, values: mx.array) -> Buffers:
         """Buffers with the keys and values of one new token; `slot` is the number of tokens before it."""
         assert keys.shape[2] == 1, "a window takes several tokens by `extend`"
-        unrotated = mx.slice_update(buffers[2], keys, mx.minimum(slot, self.sinks), axes=(2,))
+        (unrotated,) = _written(buffers[2:], mx.minimum(slot, self.sinks), (keys,))
         if buffers[0].shape[2] < self.size:
             return *_written(buffers[:2], slot, (keys, values)), unrotated
         in_ring = mx.where(slot < self.size, slot, self.sinks + (slot - self.sinks) % self.ring)
         kept_keys, kept_values = _written(buffers[:2], in_ring, (keys, values))
         if self.sinks:
             rotated = self._rotated_sinks(unrotated, mx.maximum(slot - (self.size - 1), 0))
-            kept_keys = mx.slice_update(kept_keys, rotated, mx.array(0), axes=(2,))
+            kept_keys[..., : self.sinks, :] = rotated
         return kept_keys, kept_values, unrotated
 
     def extend(
@@ -249,10 +271,10 @@ class RotatingKV(FullKV):
 
     def _rotated_sinks(self, unrotated: mx.array, shift: mx.array) -> mx.array:
         """The sinks' keys as if each were `shift` positions further on."""
-        B, K, _, D = unrotated.shape
-        alone = unrotated[..., : self.sinks, :].reshape(B, K * self.sinks, 1, D)  # so that all get the same angle
+        B, K, count, D = unrotated.shape
+        alone = unrotated.reshape(B, K * count, 1, D)  # so that all get the same angle; the last slot is cut off later
         rotated = mx.fast.rope(alone, D, traditional=False, base=self.rope_base, scale=1.0, offset=shift)
-        return rotated.reshape(B, K, self.sinks, D)
+        return rotated.reshape(B, K, count, D)[..., : self.sinks, :]
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None = None) -> mx.array:
@@ -278,6 +300,12 @@ def _grown(array: mx.array, used: int, length: int) -> mx.array:
 
 
 def _written(buffers: Sequence[mx.array], slot: mx.array, new: Sequence[mx.array]) -> Buffers:
+    if choices().indexed_writes and new[0].shape[2] == 1:
+        index = slot.reshape(1, 1, 1, 1)
+        return tuple(
+            mx.put_along_axis(array, mx.broadcast_to(index, part.shape), part, axis=2)
+            for array, part in zip(buffers, new, strict=True)
+        )
     return tuple(mx.slice_update(array, part, slot, axes=(2,)) for array, part in zip(buffers, new, strict=True))
 
 

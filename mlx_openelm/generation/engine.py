@@ -16,8 +16,9 @@ from ..cache.config import CacheConfig, kv_cache_bytes
 from ..cache.kv_cache import KVCache, StepCache
 from ..cache.layouts import Buffers, FullKV
 from ..errors import MemoryLimitError, PromptError, WeightsError
+from ..kernels.fused import kernels_work
 from ..machine.compiler import compile_function
-from ..machine.device import memory_limit_bytes, pays_to_compile
+from ..machine.device import choices, memory_limit_bytes, pays_to_compile
 from ..model.openelm import OpenELM
 from .sampling import Sampler, SamplingConfig, State
 
@@ -159,13 +160,19 @@ class DecodeBatch:
         return self._added - 1
 
     def step(self, more: bool = True) -> dict[int, Step]:
-        """The next token of each row by its number; with `more`, the tokens after these are queued."""
+        """The next token of each row by its number; with `more`, the tokens after these are queued.
+
+        They are queued before these are read, so that the device need not wait; or afterwards, so that no step is in
+        flight that keeps the device from writing keys and values in place (see `Choices.tokens_first`).
+        """
         self._close_gaps()
         tokens, logprobs, *_ = rows = self._rows
+        if choices().tokens_first:
+            mx.eval(tokens, logprobs)
         if more:
             chosen, chosen_logprobs, state = self._step(tokens[:, None], rows.state, self._cache)
             self._rows = _Rows(chosen, chosen_logprobs, *state)
-            mx.async_eval(*self._rows)  # the state too: if it were never evaluated, its graph would grow
+            evaluate_step(self._rows, self._cache)
         values: Any = tokens.tolist(), logprobs.tolist()
         found = zip(self._numbers, *values, strict=True)
         return {number: Step(token, logprob) for number, token, logprob in found if number is not None}
@@ -200,10 +207,16 @@ class DecodeStep:
         self._model = model
         self._choose = choose
         self._compiled = compiled
+        config = model.config
+        self._fused = kernels_work(model.transformer.norm.weight.dtype, config.head_dim, config.model_dim)
         self._runs: dict[FullKV, Callable[..., tuple[Any, list[Buffers]]]] = {}
 
     def __call__(self, tokens: mx.array, state: Any, cache: KVCache) -> Any:
         """What is chosen after tokens (B, L); the cache holds these afterwards."""
+        if not cache.has_room(tokens.shape[1]):
+            mx.clear_cache()  # what the last growth left; MLX keeps freed buffers, and these fit nothing else
+        if choices().exact_slices and cache.row_offsets is None and type(cache.layout) is FullKV:
+            return self._over_exact_slices(tokens, state, cache)
         run = self._runs.get(cache.layout)
         if run is None:
             run = partial(self._run, cache.layout)
@@ -228,21 +241,41 @@ class DecodeStep:
     ) -> tuple[Any, list[Buffers]]:
         cache = StepCache(layout, offset, row_offsets[0] if row_offsets else None, buffers, tokens.shape[1])
         transformer = self._model.transformer
-        hidden = transformer.run(tokens, transformer.forward_context(tokens.shape[0], cache))
+        hidden = transformer.run(tokens, transformer.forward_context(tokens.shape[0], cache, fused=self._fused))
         return self._choose(self._model.logits(hidden), state), cache.buffers
+
+    def _over_exact_slices(self, tokens: mx.array, state: Any, cache: KVCache) -> Any:
+        """Uncompiled, and without a mask: the number of slots in use is a constant of the graph."""
+        transformer = self._model.transformer
+        transformer.warn_past_context(cache, tokens.shape[1])
+        with cache.guarded():
+            hidden = transformer.run(tokens, transformer.forward_context(tokens.shape[0], cache, fused=self._fused))
+            cache.advance(tokens.shape[1])
+        return self._choose(self._model.logits(hidden), state)
+
+
+def evaluate_step(chosen: Any, cache: KVCache) -> None:
+    """Queue a step's results, and what it wrote: whatever nobody reads would otherwise keep its graph, which grows."""
+    mx.async_eval(chosen, cache.arrays)
 
 
 def prefill(model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Progress | None = None) -> mx.array:
     """Put a prompt (L,) into the cache, chunk by chunk; returns the last position's hidden state (1, 1, M).
 
-    The caller computes logits, because only those of the last position are needed.
+    The caller computes logits, because only those of the last position are needed. While the device computes a chunk,
+    the next one is queued.
     """
+    before: mx.array | None = None  # the result of the chunk before
     for start in range(0, prompt.size, PREFILL_CHUNK):
         if on_prefill is not None:
             on_prefill(start, prompt.size)
         hidden = model.transformer(prompt[None, start : start + PREFILL_CHUNK], cache, last_only=True)
-        if start + PREFILL_CHUNK < prompt.size:
-            mx.eval(cache.arrays)
+        if prompt.size > PREFILL_CHUNK:
+            mx.async_eval(hidden, cache.arrays)
+        if before is not None:
+            mx.eval(before)
+            mx.clear_cache()  # the buffers of a chunk; MLX keeps them, and they are of no use to single tokens
+        before = hidden
     return hidden
 
 

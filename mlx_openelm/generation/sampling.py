@@ -105,7 +105,8 @@ class Sampler:
         """`choose` for each of B rows, from logits (B, V): tokens (B,), log-probabilities (B,), next states."""
         if logits.shape[0] > 1:
             return mx.vmap(self.choose)(logits, states)
-        token, logprob, (key, recent) = self.choose(logits[0], (states[0][0], states[1][0]))
+        # Without the index 0, which would be an operation on a GPU.
+        token, logprob, (key, recent) = self.choose(logits.squeeze(0), (states[0].squeeze(0), states[1].squeeze(0)))
         return token[None], logprob[None], (key[None], recent[None])
 
     def choose_along(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:

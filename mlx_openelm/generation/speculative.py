@@ -15,11 +15,21 @@ import mlx.core as mx
 from ..cache.config import CacheConfig
 from ..cache.kv_cache import KVCache
 from ..errors import CacheError, PromptError
-from ..machine.device import pays_to_compile
+from ..machine.device import choices, pays_to_compile
 from ..model.openelm import OpenELM
 from .draft_length import FIRST_BACKOFF, DraftLengthController
 from .drafters import LARGEST_MAX_DRAFT, Drafter, DraftModel
-from .engine import MAX_TOKENS, DecodeStep, Progress, Step, as_prompt, check_memory, first_choice, whole_text
+from .engine import (
+    MAX_TOKENS,
+    DecodeStep,
+    Progress,
+    Step,
+    as_prompt,
+    check_memory,
+    evaluate_step,
+    first_choice,
+    whole_text,
+)
 from .sampling import Sampler, SamplingConfig, State
 
 
@@ -118,9 +128,11 @@ class _Writer:
         queued = self._one(mx.array([[self.text[-1]]], mx.uint32), self.state, self._cache)
         for left in range(count - 1, -1, -1):
             token, logprob, self.state = queued
+            if choices().tokens_first:
+                mx.eval(token, logprob)
             if left:
                 queued = self._one(token[None, None], self.state, self._cache)
-                mx.async_eval(queued)
+                evaluate_step(queued, self._cache)
             step = self._add(token.item(), logprob.item())
             seconds += time.perf_counter() - started
             yield step

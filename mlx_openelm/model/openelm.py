@@ -18,7 +18,9 @@ from ..cache.config import CacheConfig
 from ..cache.kv_cache import KVCache, StepCache
 from ..cache.layouts import attention
 from ..config import OpenELMConfig
+from ..kernels.fused import add_and_normalize
 from ..machine.device import on_cpu
+from .fused_attention import FusedAttention
 from .rope import Rope
 
 NORM_EPS = 1e-6
@@ -93,6 +95,16 @@ class ForwardContext:
     rotate: Callable[[mx.array], mx.array]  # heads (B, N, L, D) by their positions
     attend: Callable[[int, mx.array, mx.array, mx.array], mx.array]  # layer, queries (or only the last), keys, values
     last_only: bool = False  # the last layer computes only the last token's hidden state
+    fused: FusedAttention | None = None  # of a decoding step with the kernels of `kernels/fused.py`
+
+    def add_and_norm(self, x: mx.array, update: mx.array | None, norm: nn.RMSNorm) -> tuple[mx.array, mx.array]:
+        """Hidden states with an update, if there is one, and the norm of these."""
+        if update is None:
+            return x, norm(x)
+        if self.fused is not None and update.dtype == x.dtype:
+            return add_and_normalize(x, update, norm.weight, NORM_EPS)
+        x = x + update
+        return x, norm(x)
 
     @classmethod
     def alone(
@@ -135,9 +147,13 @@ class Transformer(nn.Module):
             cache.advance(L)
         return hidden
 
-    def forward_context(self, rows: int, cache: KVCache | StepCache, last_only: bool = False) -> ForwardContext:
-        """A pass over tokens that follow those in a cache."""
-        return ForwardContext(rows, Rope(self.config.rope_freq_constant, cache.positions), cache.attend, last_only)
+    def forward_context(
+        self, rows: int, cache: KVCache | StepCache, last_only: bool = False, fused: bool = False
+    ) -> ForwardContext:
+        """A pass over tokens that follow those in a cache, with fused kernels if they work here."""
+        base = self.config.rope_freq_constant
+        kernels = FusedAttention(cache, base) if fused else None
+        return ForwardContext(rows, Rope(base, cache.positions), cache.attend, last_only, kernels)
 
     def run(self, tokens: mx.array, context: ForwardContext) -> mx.array:
         """Run all layers in this context: tokens (B, L) to hidden states."""
@@ -145,9 +161,11 @@ class Transformer(nn.Module):
         x = self.token_embeddings(tokens).astype(self.norm.weight.dtype)  # (B, L, M)
         if L == 1:
             x = x.reshape(B, -1)  # saves two reshapes per matrix product
+        update = None
         for layer in self.layers:
-            x = layer(x, context)
-        return self.norm(x).reshape(B, -1, x.shape[-1])
+            x, update = layer.run(x, update, context)
+        _, normed = context.add_and_norm(x, update, self.norm)
+        return normed.reshape(B, -1, x.shape[-1])
 
     def warn_past_context(self, cache: KVCache | None, num_new: int) -> None:
         """Warn if `num_new` more tokens exceed the trained context, unless a window keeps distances within it."""
@@ -176,10 +194,19 @@ class Layer(nn.Module):
 
     def __call__(self, x: mx.array, context: ForwardContext) -> mx.array:
         """Hidden states (B, L, M), or (B, M) for one token per row."""
+        x, update = self.run(x, None, context)
+        return x + update
+
+    def run(self, x: mx.array, update: mx.array | None, context: ForwardContext) -> tuple[mx.array, mx.array]:
+        """Hidden states and what is to be added to them, of the layer before and then of this one.
+
+        The next layer adds it, because a sum and the norm that follows are one kernel on a GPU.
+        """
         last_only = context.last_only and self.is_last
-        read = self.attn(self.attn_norm(x), context, last_only)
-        x = (x[:, -1:] if last_only else x) + read
-        return x + self.ffn(self.ffn_norm(x))
+        x, normed = context.add_and_norm(x, update, self.attn_norm)
+        read = self.attn(normed, context, last_only)
+        x, normed = context.add_and_norm(x[:, -1:] if last_only else x, read, self.ffn_norm)
+        return x, self.ffn(normed)
 
 
 class Attention(nn.Module):
@@ -202,8 +229,18 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, context: ForwardContext, last_only: bool = False) -> mx.array:
         B = context.rows
+        qkv = self.qkv_proj(x).reshape(B, -1, self.num_query_heads + 2 * self.num_kv_heads, self.head_dim)
+        if context.fused is None:
+            read = context.attend(self.layer, *self._heads(swap_heads(qkv), context, last_only))
+        else:
+            read = context.fused(self, qkv)
+        read = swap_heads(read)  # (B, L, H, D)
+        shape = (B,) if x.ndim == 2 else read.shape[:2]
+        return self.out_proj(read.reshape(*shape, -1))
+
+    def _heads(self, qkv: mx.array, context: ForwardContext, last_only: bool) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values, normalized and rotated, of heads (B, H + 2K, L, D)."""
         H, K = self.num_query_heads, self.num_kv_heads
-        qkv = swap_heads(self.qkv_proj(x).reshape(B, -1, H + 2 * K, self.head_dim))  # (B, H + 2K, L, D)
         if on_cpu():
             heads, values = mx.split(qkv, [H + K], axis=1)
             queries, keys = mx.split(context.rotate(self._normed(heads)), [H], axis=1)
@@ -212,11 +249,7 @@ class Attention(nn.Module):
             if self.normalize_qk:  # before RoPE: the checkpoints were trained in this order
                 queries, keys = self.q_norm(queries), self.k_norm(keys)
             queries, keys = context.rotate(queries), context.rotate(keys)
-        if last_only:
-            queries = queries[:, :, -1:]
-        read = swap_heads(context.attend(self.layer, queries, keys, values))  # (B, L, H, D)
-        shape = (B,) if x.ndim == 2 else read.shape[:2]
-        return self.out_proj(read.reshape(*shape, -1))
+        return queries[:, :, -1:] if last_only else queries, keys, values
 
     def _normed(self, heads: mx.array) -> mx.array:
         """Queries and keys (B, H + K, L, D), normalized together: on the CPU a norm is many operations."""
@@ -242,7 +275,10 @@ class FeedForward(nn.Module):
         hidden = self.proj_1(x)  # (B, L, 2F) or (B, L, F)
         if not self.gated:
             return self.proj_2(activate(self.activation, hidden))
-        gate, hidden = mx.split(hidden, 2, axis=-1)
+        if hidden.shape[:-1] == (1,):  # one token: halves that lie apart, so that Metal need not copy their product
+            gate, hidden = mx.split(hidden.reshape(2, -1), 2)
+        else:
+            gate, hidden = mx.split(hidden, 2, axis=-1)
         return self.proj_2(activate(self.activation, gate) * hidden)
 
 

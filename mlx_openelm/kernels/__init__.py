@@ -1,0 +1,1 @@
+"""Fused kernels for the decoding step on a GPU."""
