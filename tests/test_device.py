@@ -219,3 +219,15 @@ class TestTF32:
     def test_the_cpu(self, machine):
         machine("cuda", mx.Device(mx.cpu))
         assert not rounds_float32()
+
+
+def test_the_document_says_the_choices_of_every_backend():
+    document = (Path(__file__).parents[1] / "docs" / "engine.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \|", document, re.MULTILINE)
+    said = {name: values for name, *values in rows}
+    words = {True: "yes", False: "no"}
+    for field in dataclasses.fields(Choices):
+        if field.name != "backend":
+            values = [getattr(device._DEFAULTS[backend], field.name) for backend in ("cpu", "metal", "cuda")]
+            assert said.pop(field.name) == [words[v] if isinstance(v, bool) else str(v) for v in values]
+    assert not said
