@@ -10,7 +10,7 @@ from .machine.device import reading_threads
 
 _EXPONENT_BITS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # NaN or infinity if all are set
 _BLOCK = 1 << 18  # values that are checked at once: what is made of them fits into CPU caches
-_BLOCKS_ALONE = 8  # up to so many are checked by one thread
+_BLOCKS_ALONE = 32  # up to so many are checked by one thread, in a millisecond or two
 
 
 def from_numpy(values: np.ndarray, dtype: mx.Dtype, name: str) -> mx.array:

@@ -1,5 +1,6 @@
 """Loading models into memory from any supported format, converted or not."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from .model.openelm import OpenELM
 from .quantization import PackedTensor, Quantization
 from .tensors import LazyTensor, checked_cast
 from .tokenizer.tokenizer import Tokenizer
+
+_UNDER_WAY = 50  # a model is cast in such parts of it, or tensor by tensor
 
 
 def load(
@@ -115,12 +118,13 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
         if isinstance(tensor, PackedTensor)
     }
     arrays: dict[str, mx.array] = {}
-    before: list[mx.array] = []
+    under_way: deque[mx.array] = deque()
     for name, lazy in _parameters(source, dtype):
         arrays[name] = lazy.read()
-        mx.eval(before)  # now the values from which it was cast are freed: those of one parameter are in memory
-        before = [arrays[name]]
-        mx.async_eval(before)  # while it is cast, the next one is read
+        mx.async_eval(arrays[name])  # while it is cast, the next one is read
+        under_way.append(arrays[name])
+        while len(under_way) > 1 and sum(array.nbytes for array in under_way) > source.nbytes // _UNDER_WAY:
+            mx.eval(under_way.popleft())  # then the values that it was cast from are freed
     network = assemble(source.config, arrays, packed, dtype)
     mx.clear_cache()  # a GPU keeps what was freed
     return network

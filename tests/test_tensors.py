@@ -296,6 +296,7 @@ class TestLargeTensors:
     def large(self, monkeypatch):
         monkeypatch.setattr(tensors, "_LARGE_BYTES", 64)
         monkeypatch.setattr(file_values, "_BLOCK", 7)
+        monkeypatch.setattr(file_values, "_BLOCKS_ALONE", 3)
 
     @pytest.fixture
     def by_mlx(self, monkeypatch):
