@@ -112,7 +112,8 @@ def read_with_metadata(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str
         header, metadata = _read_header(path)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-    tensors = {name: LazyTensor(e.shape, e.dtype, partial(_read_rows, path, name, e)) for name, e in header.items()}
+    file = _File(path)
+    tensors = {name: LazyTensor(e.shape, e.dtype, partial(file.read_rows, name, e)) for name, e in header.items()}
     return tensors, metadata
 
 
@@ -127,39 +128,50 @@ class _Entry:
     stop: int
 
 
-def _read_rows(path: Path, name: str, entry: _Entry, start: int, stop: int) -> mx.array:
-    shape, row = entry.shape, prod(entry.shape[1:])
-    size = np.dtype(entry.stored).itemsize
-    if (stop - start) * row * size >= _LARGE_BYTES and prod(shape) == (stop - start) * row:
-        array = _read_whole(path, name, entry)
-        if array is not None:
-            return array
-    try:
-        with open_regular(path) as file:
-            file.seek(entry.start + start * row * size)
-            values = np.fromfile(file, entry.stored, (stop - start) * row)
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-    if values.size != (stop - start) * row:
-        raise WeightsError(f"{path} was truncated while it was read")
-    return from_numpy(values.reshape(stop - start, *shape[1:]) if shape else values.reshape(()), entry.dtype, name)
+class _File:
+    """Reads tensors of a safetensors file: some rows with NumPy; large ones whole, by MLX's threads into its memory."""
 
+    def __init__(self, path: Path):
+        self._path = path
+        self._waiting: dict[str, mx.array] = {}  # of MLX, not yet read; the file stays open for them
+        self._suits_mlx = True
 
-def _read_whole(path: Path, name: str, entry: _Entry) -> mx.array | None:
-    """A large tensor, read by MLX's threads into its own memory; `None` if that fails, and another way can say why."""
-    try:
-        with open_regular(path):  # MLX would wait for a FIFO
-            stored: Any = mx.load(str(path), format="safetensors")  # only the header is read now
-        array: mx.array = stored[name]
-        if (array.shape, array.dtype) != (entry.shape, entry.dtype):  # another file is there now, or it has float64
+    def read_rows(self, name: str, entry: _Entry, start: int, stop: int) -> mx.array:
+        shape, row, path = entry.shape, prod(entry.shape[1:]), self._path
+        size = np.dtype(entry.stored).itemsize
+        is_whole = prod(shape) == (stop - start) * row
+        if is_whole and self._suits_mlx and (stop - start) * row * size >= _LARGE_BYTES:
+            array = self._read_whole(name, entry)
+            if array is not None:
+                return array
+        try:
+            with open_regular(path) as file:
+                file.seek(entry.start + start * row * size)
+                values = np.fromfile(file, entry.stored, (stop - start) * row)
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+        if values.size != (stop - start) * row:
+            raise WeightsError(f"{path} was truncated while it was read")
+        return from_numpy(values.reshape(stop - start, *shape[1:]) if shape else values.reshape(()), entry.dtype, name)
+
+    def _read_whole(self, name: str, entry: _Entry) -> mx.array | None:
+        """`None` if MLX cannot read it, and the other way can say why."""
+        try:
+            if name not in self._waiting:
+                with open_regular(self._path):  # MLX would wait for a FIFO
+                    found: Any = mx.load(str(self._path), format="safetensors")  # reads the header only
+                self._waiting = found
+            array = self._waiting.pop(name)
+            if (array.shape, array.dtype) != (entry.shape, entry.dtype):  # another file is there now
+                return None
+            mx.eval(array)
+            if self._path.stat().st_size < entry.stop:
+                return None
+        except (OSError, RuntimeError, ValueError, KeyError):  # MLX knows no float64
+            self._suits_mlx = False
             return None
-        mx.eval(array)
-        if path.stat().st_size < entry.stop:
-            return None
-    except (OSError, RuntimeError, ValueError, KeyError):
-        return None
-    check_finite(np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array), array.dtype, name)
-    return array
+        check_finite(np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array), array.dtype, name)
+        return array
 
 
 def checked_cast(name: str, array: mx.array, dtype: mx.Dtype, computed: bool = False) -> mx.array:

@@ -312,6 +312,16 @@ class TestLargeTensors:
         assert mx.array_equal(found["b"].read(), array)
         assert mx.array_equal(found["a"].read(), array[:30])
 
+    def test_the_header_is_read_once_for_all_of_them(self, tmp_path, by_mlx, monkeypatch):
+        """Reading it for each would take a time that grows with the square of their number."""
+        mx.save_safetensors(str(tmp_path / "x.safetensors"), {f"layer{n}": mx.full((10, 10), n) for n in range(5)})
+        read, load = [], mx.load
+        monkeypatch.setattr(mx, "load", lambda *path, **options: read.append(path) or load(*path, **options))
+        found = read_safetensors(tmp_path / "x.safetensors")
+        assert [found[f"layer{n}"].read()[9, 9].item() for n in range(5)] == list(range(5))
+        assert len(read) == 1
+        assert found["layer3"].read()[0, 0].item() == 3  # again
+
     def test_rows_alone_are_not(self, tmp_path):
         array = mx.random.normal((37, 11), key=mx.random.key(0))
         mx.save_safetensors(str(tmp_path / "x.safetensors"), {"a": array})
