@@ -80,12 +80,15 @@ def load() -> str:
         [
             name,
             f"{run['seconds'][name]['median']:.2f}",
+            f"{run['cpu_seconds'][name]['median']:.2f}",
             f"{size / 2**20:,.0f}",
             *(f"{run['peak_over_network'][kind][name]:.3f}" for kind in ("arrays", "process")),
         ]
         for name, size in run["network_bytes"].items()
     ]
-    text = table(["", "seconds", "network, MiB", "peak of arrays, of that", "peak of the process, of that"], rows)
+    text = table(
+        ["", "seconds", "of all cores", "network, MiB", "peak of arrays, of that", "peak of the process, of that"], rows
+    )
     note = (
         f"{run['model']} with random weights in {run['dtype']}, from the page cache, each in a process of its own. By "
         "default this package computes in\nfloat32 on a CPU, a network of twice the size; in the stored type, as "
