@@ -15,24 +15,24 @@ TYPES = {mx.float32: "float", mx.bfloat16: "bfloat16", mx.int32: "int32_t", mx.u
 _POISON = 0x7F  # bytes of an output that a kernel did not write
 
 _HEADER = r"""
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #include <ucontext.h>
-#include <vector>
 
 struct bfloat16 {
     uint16_t bits;
     bfloat16() = default;
     explicit bfloat16(float value) {
         uint32_t word;
-        std::memcpy(&word, &value, 4);
+        memcpy(&word, &value, 4);
         bits = (word + 0x7fff + (word >> 16 & 1)) >> 16;
     }
     operator float() const {
         const uint32_t word = uint32_t(bits) << 16;
         float value;
-        std::memcpy(&value, &word, 4);
+        memcpy(&value, &word, 4);
         return value;
     }
 };
@@ -65,12 +65,12 @@ static void barrier() {
 #define GROUP_SHARED static
 #define GROUP_BARRIER() barrier()
 #define TEAM_BARRIER() yield()
-static float e_to(float x) { return std::exp(x); }
-static float two_to(float x) { return std::exp2(x); }
-static float inverse_root(float x) { return 1 / std::sqrt(x); }
-static float sine(float x) { return std::sin(x); }
-static float cosine(float x) { return std::cos(x); }
-static float nearest(float x) { return std::round(x); }
+static float e_to(float x) { return expf(x); }
+static float two_to(float x) { return exp2f(x); }
+static float inverse_root(float x) { return 1 / sqrtf(x); }
+static float sine(float x) { return sinf(x); }
+static float cosine(float x) { return cosf(x); }
+static float nearest(float x) { return roundf(x); }
 static void **arrays;
 """
 
@@ -88,7 +88,7 @@ static void run_thread() {
 extern "C" void run(void **given, int groups, int threads_per_group) {
     arrays = given;
     count = threads_per_group;
-    std::vector<char> stacks(size_t(count) << 16);
+    char *stacks = static_cast<char *>(malloc(size_t(count) << 16));
     for (current_group = 0; current_group < groups; current_group++) {
         for (int i = 0; i < count; i++) {
             finished[i] = false;
@@ -106,12 +106,16 @@ extern "C" void run(void **given, int groups, int threads_per_group) {
                 }
         }
     }
+    free(stacks);
 }
 """
 
 
 class HostKernels:
-    """Creates kernels as `mx.fast.metal_kernel` does; `calls` has the names of those that were called.
+    """Creates kernels as `mx.fast.metal_kernel` and `mx.fast.cuda_kernel` do.
+
+    Attributes:
+        calls: names of the kernels that were called.
 
     Args:
         folder: for what the C++ compiler writes.
@@ -124,10 +128,9 @@ class HostKernels:
 
     def __call__(self, *, name, input_names, output_names, source, header):
         """As `mx.fast.metal_kernel`."""
-        metal = DIALECTS["metal"]
-        assert header == metal.header
-        assert source.startswith(metal.prologue)
-        body = source.removeprefix(metal.prologue)
+        (dialect,) = (dialect for dialect in DIALECTS.values() if dialect.header == header)
+        assert source.startswith(dialect.prologue)
+        body = source.removeprefix(dialect.prologue)
 
         def kernel(*, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
             self.calls.append(name)

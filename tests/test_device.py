@@ -19,6 +19,7 @@ from mlx_openelm.machine.device import (
     memory_limit_bytes,
     on_cpu,
     peak_memory_bytes,
+    reads_tokens_first,
     replaced_choices,
     rounds_float32,
     wired_memory,
@@ -103,6 +104,23 @@ class TestEnvironment:
         environment(value)
         with pytest.raises(ConfigError, match=message):
             choices()
+
+
+class TestReadsTokensFirst:
+    @pytest.mark.parametrize(("backend", "kv_bytes", "found"), [("metal", 1 << 20, False), ("metal", 1 << 27, True)])
+    def test_where_copying_takes_longer_than_waiting(self, backend, kv_bytes, found):
+        with replaced_choices(backend=backend):
+            assert reads_tokens_first(kv_bytes) == found
+
+    @pytest.mark.parametrize("backend", ["cpu", "cuda"])
+    def test_not_where_nothing_is_copied(self, backend):
+        with replaced_choices(backend=backend):
+            assert not reads_tokens_first(1 << 40)
+
+    @pytest.mark.parametrize("chosen", [False, True])
+    def test_as_chosen(self, chosen):
+        with replaced_choices(backend="metal", tokens_first=chosen):
+            assert reads_tokens_first(1 << 40) == chosen
 
 
 def test_every_backend_has_choices_of_its_own_name():
@@ -225,9 +243,9 @@ def test_the_document_says_the_choices_of_every_backend():
     document = (Path(__file__).parents[1] / "docs" / "engine.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \|", document, re.MULTILINE)
     said = {name: values for name, *values in rows}
-    words = {True: "yes", False: "no"}
+    words = {True: "yes", False: "no", None: "auto"}
     for field in dataclasses.fields(Choices):
         if field.name != "backend":
             values = [getattr(device._DEFAULTS[backend], field.name) for backend in ("cpu", "metal", "cuda")]
-            assert said.pop(field.name) == [words[v] if isinstance(v, bool) else str(v) for v in values]
+            assert said.pop(field.name) == [words[v] if v is None or isinstance(v, bool) else str(v) for v in values]
     assert not said

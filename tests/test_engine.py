@@ -1,3 +1,4 @@
+import gc
 import io
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from mlx_openelm.cache import kv_cache as cache_module
 from mlx_openelm.errors import MemoryLimitError, PromptError, WeightsError
 from mlx_openelm.generation import engine
 from mlx_openelm.generation.batch import generate_batch
-from mlx_openelm.generation.drafters import PromptLookup
+from mlx_openelm.generation.drafters import DraftModel, PromptLookup
 from mlx_openelm.generation.engine import prefill
 from mlx_openelm.generation.speculative import speculate_tokens
 from mlx_openelm.machine.device import replaced_choices
@@ -124,8 +125,8 @@ class TestCompiled:
     def test_it_is_traced_once_for_each_length_of_buffer(self, tiny_model, monkeypatch):
         monkeypatch.setattr(cache_module, "GROWTH_STEP", 16)
         traced = []
-        original = engine.DecodeStep._run
-        monkeypatch.setattr(engine.DecodeStep, "_run", lambda *parts: (traced.append(1), original(*parts))[1])
+        original = engine._run_step
+        monkeypatch.setattr(engine, "_run_step", lambda *parts: (traced.append(1), original(*parts))[1])
         list(generate_tokens(tiny_model, PROMPT, max_tokens=50, compiled=True))  # 58 tokens in buffers of 16 to 64
         assert len(traced) == 4
 
@@ -258,3 +259,22 @@ def test_what_growing_buffers_leave_is_given_back(tiny_model, monkeypatch):
     cleared.clear()
     prefill(tiny_model, mx.array(PROMPT), tiny_model.make_cache())
     assert len(cleared) == 2  # after each chunk but the last
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("drafter", [None, PromptLookup(4), "model"])
+def test_keys_and_values_go_with_the_generation(tiny_config, compiled, drafter):
+    """Not when Python next looks for cycles, of whose memory it knows nothing."""
+    model = random_model(tiny_config)
+    write = speculate_tokens if drafter else generate_tokens
+    options = {"drafter": DraftModel(model) if drafter == "model" else drafter} if drafter else {}
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        for _ in range(2):
+            list(write(model, PROMPT, max_tokens=30, compiled=compiled, **options))
+        del options
+        assert mx.get_active_memory() < before + 50_000
+    finally:
+        gc.enable()

@@ -13,7 +13,9 @@ from conftest import assert_close, random_model
 from mlx_openelm import CacheConfig, SamplingConfig
 from mlx_openelm.cache.layouts import QuantizedKV
 from mlx_openelm.generation.batch import generate_batch
+from mlx_openelm.generation.drafters import PromptLookup
 from mlx_openelm.generation.engine import generate_tokens
+from mlx_openelm.generation.speculative import speculate_tokens
 from mlx_openelm.kernels import fused, sources
 from mlx_openelm.kernels.dialects import DIALECTS
 from mlx_openelm.machine.device import replaced_choices
@@ -164,11 +166,30 @@ class TestDecoding:
             expected = self.text(model, "full")[0]
         assert self.text(model, "full")[0] == expected
 
-    def test_over_exact_slices(self, tiny_model, kernels):
+    @pytest.mark.parametrize("kind", ["full", "8-bit"])
+    def test_on_cuda(self, tiny_model, kernels, monkeypatch, kind):
+        """Over exact slices, as long as the cache is full and holds one row."""
         with replaced_choices(fused_kernels=False):
-            expected = self.text(tiny_model, "full")[0]
-        with replaced_choices(exact_slices=True):
-            assert self.text(tiny_model, "full")[0] == expected
+            expected = self.text(tiny_model, kind)[0]
+        monkeypatch.setattr(mx.fast, "cuda_kernel", kernels)
+        monkeypatch.delattr(mx.fast, "metal_kernel")
+        kernels.calls.clear()
+        with replaced_choices(backend="cuda"):
+            assert self.text(tiny_model, kind)[0] == expected
+        assert kernels.calls.count("openelm_add_and_normalize") >= 19 * 6
+
+    @pytest.mark.parametrize("kind", ["full", "8-bit"])
+    def test_guesses_are_read_at_once(self, tiny_model, kernels, kind):
+        def text():
+            cache = tiny_model.make_cache(CacheConfig(**KINDS[kind]))
+            steps = speculate_tokens(
+                tiny_model, [7, 8] * 6, PromptLookup(4), max_tokens=20, cache=cache, compiled=False
+            )
+            return [step.token for step in steps]
+
+        with replaced_choices(fused_kernels=False):
+            expected = text()
+        assert text() == expected
 
 
 class TestCheck:

@@ -10,6 +10,7 @@ from mlx_openelm.cache import kv_cache
 from mlx_openelm.cache.config import kv_bytes_per_layer
 from mlx_openelm.cache.layouts import FullKV, QuantizedKV, RotatingKV, attention
 from mlx_openelm.errors import CacheError
+from mlx_openelm.machine.device import replaced_choices
 
 TEXT = [int(token) for token in np.random.default_rng(0).integers(0, 400, 90)]
 
@@ -26,7 +27,22 @@ def step_by_step(model, tokens, config):
     return mx.concatenate([model(mx.array([[token]]), cache=cache) for token in tokens], axis=1)
 
 
+def normal(*shape_and_seed):
+    *shape, seed = shape_and_seed
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
 class TestQuantized:
+    @pytest.mark.parametrize("length", [1, 3])
+    def test_products_of_one_row_give_the_same(self, length):
+        """As on GPUs."""
+        layout = QuantizedKV(8, 32)
+        buffers = layout.quantize(normal(2, 2, 20, 64, 1), normal(2, 2, 20, 64, 2))
+        queries, mask = normal(2, 6, length, 64, 3), mx.arange(20) <= 16
+        plain = layout.attend_masked(buffers, queries, mask)
+        with replaced_choices(backend="metal"):
+            assert_close(layout.attend_masked(buffers, queries, mask), plain, 1e-5)
+
     @pytest.mark.parametrize(("bits", "atol"), [(8, 0.05), (4, 1.0)])
     def test_logits_are_near_those_in_full(self, tiny_model, bits, atol):
         tokens = TEXT[:40]

@@ -174,7 +174,7 @@ class TestCommand:
     def train(self, files, run, *more, **options):
         return subprocess.run(self.command(files, run, *more, **options), capture_output=True, text=True, timeout=120)
 
-    @pytest.mark.parametrize("processes", [1, 2])
+    @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
     def test_a_run_killed_at_any_step_goes_on_bit_for_bit(self, files, processes):
         assert self.train(files, files / "whole", processes=processes).returncode == 0
         expected = losses(files / "whole")

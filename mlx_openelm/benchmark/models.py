@@ -80,16 +80,16 @@ class Peer:
 
         use_private_folder()  # mlx-lm compiles functions too
 
-        self._model = Model(ModelArgs.from_dict(network.config.to_dict()))
+        self.model = Model(ModelArgs.from_dict(network.config.to_dict()))
         packed = {
             path: {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
             for path, layer in network.named_modules()
             if hasattr(layer, "bits")
         }
         if packed:
-            nn.quantize(self._model, class_predicate=lambda path, _: packed.get(path, False))
+            nn.quantize(self.model, class_predicate=lambda path, _: packed.get(path, False))
         parameters: Any = tree_flatten(network.parameters())
-        self._model.load_weights(parameters)
+        self.model.load_weights(parameters)
 
     def run(self, prompts: Sequence[Sequence[int]], max_tokens: int, cache: CacheConfig) -> Run:
         """See `Contestant`."""
@@ -101,14 +101,14 @@ class Peer:
 
         options: dict[str, Any] = {}
         if cache.bits is not None:
-            head_dim = self._model.args.head_dim
+            head_dim = self.model.args.head_dim
             options = {"kv_bits": cache.bits, "kv_group_size": kv_group_size(head_dim)}
             options["quantized_kv_start"] = cache.quantize_after
         with _memory_watched() as peak:
             started = time.perf_counter()
-            kept = make_prompt_cache(self._model, cache.window)
+            kept = make_prompt_cache(self.model, cache.window)
             steps = generate_step(
-                mx.array(list(prompts[0])), self._model, max_tokens=max_tokens, prompt_cache=kept, **options
+                mx.array(list(prompts[0])), self.model, max_tokens=max_tokens, prompt_cache=kept, **options
             )
             tokens = [int(next(steps)[0])]
             first = time.perf_counter()
@@ -122,7 +122,7 @@ class Peer:
         with _memory_watched() as peak:
             started = time.perf_counter()
             generator = BatchGenerator(
-                self._model,
+                self.model,
                 completion_batch_size=len(prompts),
                 prefill_batch_size=len(prompts),
                 prefill_step_size=PREFILL_CHUNK,

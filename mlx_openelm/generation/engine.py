@@ -18,7 +18,7 @@ from ..cache.layouts import Buffers, FullKV
 from ..errors import MemoryLimitError, PromptError, WeightsError
 from ..kernels.fused import kernels_work
 from ..machine.compiler import compile_function
-from ..machine.device import choices, memory_limit_bytes, pays_to_compile
+from ..machine.device import choices, memory_limit_bytes, pays_to_compile, reads_tokens_first
 from ..model.openelm import OpenELM
 from .sampling import Sampler, SamplingConfig, State
 
@@ -120,8 +120,9 @@ class DecodeBatch:
 
     def __init__(self, model: OpenELM, sampling: SamplingConfig, *, compiled: bool):
         self._model = model
-        self._sampler = Sampler(sampling)
-        self._step = DecodeStep(model, self._choose, compiled)
+        self._sampler = sampler = Sampler(sampling)
+        # A method here would refer to this object, and both would stay in memory until Python looks for such cycles.
+        self._step = DecodeStep(model, lambda logits, state: sampler.choose_rows(logits[:, -1], state), compiled)
         self._numbers: list[int | None] = []  # of the row in each slot; None where it has left
         self._added = 0
         self._cache: KVCache
@@ -163,11 +164,11 @@ class DecodeBatch:
         """The next token of each row by its number; with `more`, the tokens after these are queued.
 
         They are queued before these are read, so that the device need not wait; or afterwards, so that no step is in
-        flight that keeps the device from writing keys and values in place (see `Choices.tokens_first`).
+        flight that keeps the device from writing keys and values in place (see `reads_tokens_first`).
         """
         self._close_gaps()
         tokens, logprobs, *_ = rows = self._rows
-        if choices().tokens_first:
+        if more and reads_tokens_first(self._cache.nbytes):
             mx.eval(tokens, logprobs)
         if more:
             chosen, chosen_logprobs, state = self._step(tokens[:, None], rows.state, self._cache)
@@ -188,9 +189,6 @@ class DecodeBatch:
         self._cache.keep(taken)
         self._rows = self._rows.keep(taken)
         self._numbers = [self._numbers[slot] for slot in taken]
-
-    def _choose(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
-        return self._sampler.choose_rows(logits[:, -1], state)
 
 
 class DecodeStep:
@@ -219,7 +217,7 @@ class DecodeStep:
             return self._over_exact_slices(tokens, state, cache)
         run = self._runs.get(cache.layout)
         if run is None:
-            run = partial(self._run, cache.layout)
+            run = partial(_run_step, self._model, self._choose, self._fused, cache.layout)
             run = self._runs[cache.layout] = compile_function(run) if self._compiled else run
         num_tokens = tokens.shape[1]
         self._model.transformer.warn_past_context(cache, num_tokens)
@@ -230,20 +228,6 @@ class DecodeStep:
             cache.restore_buffers(buffers, num_tokens)
         return chosen
 
-    def _run(
-        self,
-        layout: FullKV,
-        tokens: mx.array,
-        offset: mx.array,
-        row_offsets: list[mx.array],
-        buffers: list[Buffers],
-        state: Any,
-    ) -> tuple[Any, list[Buffers]]:
-        cache = StepCache(layout, offset, row_offsets[0] if row_offsets else None, buffers, tokens.shape[1])
-        transformer = self._model.transformer
-        hidden = transformer.run(tokens, transformer.forward_context(tokens.shape[0], cache, fused=self._fused))
-        return self._choose(self._model.logits(hidden), state), cache.buffers
-
     def _over_exact_slices(self, tokens: mx.array, state: Any, cache: KVCache) -> Any:
         """Uncompiled, and without a mask: the number of slots in use is a constant of the graph."""
         transformer = self._model.transformer
@@ -252,6 +236,22 @@ class DecodeStep:
             hidden = transformer.run(tokens, transformer.forward_context(tokens.shape[0], cache, fused=self._fused))
             cache.advance(tokens.shape[1])
         return self._choose(self._model.logits(hidden), state)
+
+
+def _run_step(
+    model: OpenELM,
+    choose: Callable[[mx.array, Any], Any],
+    fused: bool,
+    layout: FullKV,
+    tokens: mx.array,
+    offset: mx.array,
+    row_offsets: list[mx.array],
+    buffers: list[Buffers],
+    state: Any,
+) -> tuple[Any, list[Buffers]]:
+    cache = StepCache(layout, offset, row_offsets[0] if row_offsets else None, buffers, tokens.shape[1])
+    context = model.transformer.forward_context(tokens.shape[0], cache, fused=fused)
+    return choose(model.logits(model.transformer.run(tokens, context)), state), cache.buffers
 
 
 def evaluate_step(chosen: Any, cache: KVCache) -> None:

@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..cache.config import CacheConfig
 from ..cache.kv_cache import KVCache
 from ..errors import CacheError, PromptError
-from ..machine.device import choices, pays_to_compile
+from ..machine.device import pays_to_compile, reads_tokens_first
 from ..model.openelm import OpenELM
 from .draft_length import FIRST_BACKOFF, DraftLengthController
 from .drafters import LARGEST_MAX_DRAFT, Drafter, DraftModel
@@ -128,7 +128,7 @@ class _Writer:
         queued = self._one(mx.array([[self.text[-1]]], mx.uint32), self.state, self._cache)
         for left in range(count - 1, -1, -1):
             token, logprob, self.state = queued
-            if choices().tokens_first:
+            if left and reads_tokens_first(self._cache.nbytes):
                 mx.eval(token, logprob)
             if left:
                 queued = self._one(token[None, None], self.state, self._cache)

@@ -33,6 +33,7 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _LARGEST_TEAM = 8  # cores; more would only wait for memory
 _COMPILED_ON_CPU = 2048  # tokens from which compiling pays off
 _COMPILED_ON_GPU = 32
+_LARGEST_COPIED = 64 << 20  # bytes that Metal copies in about the time of encoding a step: 1.3 ms at 100 GB/s
 _LARGEST_BLOCK = 65_536  # queries
 _CPU_SHARE = 0.9  # of physical memory; the rest is for the system
 
@@ -47,14 +48,14 @@ class Choices:
     backend: str  # cpu, metal or cuda
     fused_kernels: bool  # open: decode with the kernels of `model/kernels.py`, which save launches
     indexed_writes: bool  # write keys and values by index, which is one launch on a GPU, not as a slice
-    tokens_first: bool  # open: read a step's tokens before the next step is queued, so that it updates in place
+    tokens_first: bool | None  # open: read a step's tokens before the next is queued; None: see `reads_tokens_first`
     exact_slices: bool  # decode uncompiled, over exactly the slots in use: fused attention takes no mask on CUDA
     attention_block: int  # queries at once in training
 
 
 _DEFAULTS = {
     "cpu": Choices("cpu", False, False, False, False, 128),
-    "metal": Choices("metal", True, True, False, False, 512),
+    "metal": Choices("metal", True, True, None, False, 512),
     "cuda": Choices("cuda", True, True, False, True, 512),
 }
 _VARIABLE = "OPENELM_MLX_CHOICES"  # such as "tokens_first=1,fused_kernels=0"
@@ -107,7 +108,7 @@ def _from_environment() -> dict[str, Any]:
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name not in known:
             raise ConfigError(f"{_VARIABLE}: unknown choice {name!r} (choose from {', '.join(known)})")
-        if known[name] is bool:
+        if known[name] is not int:
             if value not in ("0", "1"):
                 raise ConfigError(f"{_VARIABLE}: {name} must be 0 or 1; got {value!r}")
             values[name] = value == "1"
@@ -174,6 +175,18 @@ def _more_cpu_streams() -> tuple[mx.Stream, ...]:
 def reading_threads() -> int:
     """How many threads look at the values of a file at once, on the CPU beside any device."""
     return min(os.cpu_count() or 1, _LARGEST_TEAM)
+
+
+def reads_tokens_first(kv_bytes: int) -> bool:
+    """Whether to read a step's tokens before the next step is queued, with this many bytes of keys and values.
+
+    Queued at once, the next step keeps the device busy. But while a step is in flight, Metal holds its inputs, so the
+    next one cannot write keys and values in place and copies them, which takes longer than the wait if they are large.
+    """
+    found = choices()
+    if found.tokens_first is not None:
+        return found.tokens_first
+    return found.backend == "metal" and kv_bytes > _LARGEST_COPIED
 
 
 def pays_to_compile(num_tokens: int) -> bool:
