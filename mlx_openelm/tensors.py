@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import WeightsError, quoted, readable
-from .file_values import check_finite, from_numpy
+from .file_values import Entry, TensorFile
 from .files.json_file import DuplicateError, unique_names
 from .files.paths import open_regular
 from .machine.device import compute_streams
@@ -43,7 +43,6 @@ _STORED_DTYPES = {
 }
 _WRITTEN_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
 _LARGEST_HEADER_BYTES = 4_000_000  # about 2,000 quantized layers; in memory it takes up to twenty times as much
-_LARGE_BYTES = 1 << 22  # from these on, MLX's threads read a tensor
 _BLOCK_BYTES = 1 << 20  # fits into CPU caches; buffers of this size are reused instead of freed
 
 
@@ -112,66 +111,9 @@ def read_with_metadata(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str
         header, metadata = _read_header(path)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-    file = _File(path)
-    tensors = {name: LazyTensor(e.shape, e.dtype, partial(file.read_rows, name, e)) for name, e in header.items()}
+    file = TensorFile(path, header)
+    tensors = {name: LazyTensor(e.shape, e.dtype, partial(file.read_rows, name)) for name, e in header.items()}
     return tensors, metadata
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where a file has a tensor, and in which form."""
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-    stored: str  # NumPy type
-    start: int  # byte of the file
-    stop: int
-
-
-class _File:
-    """Reads tensors of a safetensors file: some rows with NumPy; large ones whole, by MLX's threads into its memory."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._waiting: dict[str, mx.array] = {}  # of MLX, not yet read; the file stays open for them
-        self._suits_mlx = True
-
-    def read_rows(self, name: str, entry: _Entry, start: int, stop: int) -> mx.array:
-        shape, row, path = entry.shape, prod(entry.shape[1:]), self._path
-        size = np.dtype(entry.stored).itemsize
-        is_whole = prod(shape) == (stop - start) * row
-        if is_whole and self._suits_mlx and (stop - start) * row * size >= _LARGE_BYTES:
-            array = self._read_whole(name, entry)
-            if array is not None:
-                return array
-        try:
-            with open_regular(path) as file:
-                file.seek(entry.start + start * row * size)
-                values = np.fromfile(file, entry.stored, (stop - start) * row)
-        except OSError as error:
-            raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-        if values.size != (stop - start) * row:
-            raise WeightsError(f"{path} was truncated while it was read")
-        return from_numpy(values.reshape(stop - start, *shape[1:]) if shape else values.reshape(()), entry.dtype, name)
-
-    def _read_whole(self, name: str, entry: _Entry) -> mx.array | None:
-        """`None` if MLX cannot read it, and the other way can say why."""
-        try:
-            if name not in self._waiting:
-                with open_regular(self._path):  # MLX would wait for a FIFO
-                    found: Any = mx.load(str(self._path), format="safetensors")  # reads the header only
-                self._waiting = found
-            array = self._waiting.pop(name)
-            if (array.shape, array.dtype) != (entry.shape, entry.dtype):  # another file is there now
-                return None
-            mx.eval(array)
-            if self._path.stat().st_size < entry.stop:
-                return None
-        except (OSError, RuntimeError, ValueError, KeyError):  # MLX knows no float64
-            self._suits_mlx = False
-            return None
-        check_finite(np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array), array.dtype, name)
-        return array
 
 
 def checked_cast(name: str, array: mx.array, dtype: mx.Dtype, computed: bool = False) -> mx.array:
@@ -220,7 +162,7 @@ def is_buffer(name: str, dtype: mx.Dtype) -> bool:
     return last in _BUFFERS or not is_weight
 
 
-def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Type and place of each tensor, in the order of the header, and the metadata."""
 
     def damaged(what: str) -> WeightsError:
@@ -262,7 +204,7 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
         dtype, stored = _STORED_DTYPES[kind]
         if stop - start != prod(shape) * np.dtype(stored).itemsize or header_bytes + 8 + stop > file_bytes:
             raise damaged(f"{readable(name)} cannot be at bytes {quoted(start)} to {quoted(stop)} after the header")
-        header[name] = _Entry(shape, dtype, stored, header_bytes + 8 + start, header_bytes + 8 + stop)
+        header[name] = Entry(shape, dtype, stored, header_bytes + 8 + start, header_bytes + 8 + stop)
     end, before = header_bytes + 8, ""
     for name, found in sorted(header.items(), key=lambda item: (item[1].start, item[1].stop)):
         if found.start < end:

@@ -294,7 +294,7 @@ class TestLargeTensors:
 
     @pytest.fixture(autouse=True)
     def large(self, monkeypatch):
-        monkeypatch.setattr(tensors, "_LARGE_BYTES", 64)
+        monkeypatch.setattr(file_values, "_LARGE_BYTES", 64)
         monkeypatch.setattr(file_values, "_BLOCK", 7)
         monkeypatch.setattr(file_values, "_BLOCKS_ALONE", 3)
 
@@ -321,6 +321,17 @@ class TestLargeTensors:
         assert [found[f"layer{n}"].read()[9, 9].item() for n in range(5)] == list(range(5))
         assert len(read) == 1
         assert found["layer3"].read()[0, 0].item() == 3  # again
+
+    def test_the_next_one_is_read_ahead_if_they_are_wanted_in_the_order_of_the_file(self, tmp_path, monkeypatch):
+        mx.save_safetensors(str(tmp_path / "x.safetensors"), {f"layer{n}": mx.full((10, 10), n) for n in range(5)})
+        ahead, queue = [], mx.async_eval
+        monkeypatch.setattr(mx, "async_eval", lambda array: ahead.append(array) or queue(array))
+        for in_order in (True, False):
+            found = read_safetensors(tmp_path / "x.safetensors")
+            ahead.clear()
+            for name in found if in_order else reversed(found):
+                assert found[name].read()[0, 0].item() == int(name.removeprefix("layer"))
+            assert len(ahead) == (4 if in_order else 0)
 
     def test_rows_alone_are_not(self, tmp_path):
         array = mx.random.normal((37, 11), key=mx.random.key(0))
@@ -354,8 +365,8 @@ class TestLargeTensors:
         tensor = read_safetensors(tmp_path / "x.safetensors")["a"]
         evaluate = mx.eval
 
-        def cut(array):
-            evaluate(array)
+        def cut(*arrays):
+            evaluate(*arrays)
             os.truncate(tmp_path / "x.safetensors", 3000)
 
         monkeypatch.setattr(mx, "eval", cut)
