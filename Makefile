@@ -45,6 +45,7 @@ bench: install
 	$(BIN)/python benchmarks/cold_start.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/decode_host.py
+	$(BIN)/python benchmarks/launches.py
 	$(BIN)/openelm-mlx bench --preset 270M,1.1B --quantize 0,4 --prompt-tokens 32 -n 16 --against mlx-lm \
 	  --output benchmarks/results/sizes.json --plot benchmarks/results/sizes.png --force
 	$(BIN)/openelm-mlx bench --preset 270M --prompt-tokens 512 -n 16 --against mlx-lm \
@@ -52,7 +53,7 @@ bench: install
 	$(BIN)/python benchmarks/batch.py
 	$(BIN)/python benchmarks/speculate.py
 	$(BIN)/python benchmarks/context.py
-	$(BIN)/python benchmarks/window.py
+	$(BIN)/python benchmarks/text_memory.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/train_memory.py

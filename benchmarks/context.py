@@ -84,7 +84,7 @@ def ours(network: OpenELM, prompt: mx.array, count: int, config: CacheConfig) ->
 
 def theirs(network: OpenELM, prompt: mx.array, count: int) -> np.ndarray:
     """Seconds of each token of mlx-lm."""
-    return _timed(generate_step(prompt, Peer(network)._model, max_tokens=count + 1), count)
+    return _timed(generate_step(prompt, Peer(network).model, max_tokens=count + 1), count)
 
 
 def _timed(steps, count: int) -> np.ndarray:  # type: ignore[no-untyped-def]

@@ -149,11 +149,14 @@ def _reshape(step: Step, node: Node, inputs: list[Layout]) -> Cost:
 
 
 def _elementwise(step: Step, node: Node, inputs: list[Layout]) -> Cost:
+    """The result lies as its inputs do, if all lie in the same way, and else in row order."""
     outputs = [step.graph.values[name] for name in node.outputs]
-    shaped = {x.strides for x in inputs if x.shape == outputs[0].shape and x.is_dense}
-    if len(shaped) == 1 and all(x.size == 1 or x.strides in shaped for x in inputs):
-        (strides,) = shaped
-        step.layouts.update({n: Layout(v, strides) for n, v in zip(node.outputs, outputs, strict=True)})
+    whole = [x for x in inputs if x.size > 1]
+    if whole and all(x.shape == outputs[0].shape for x in whole):
+        alike = all(x.is_dense and x.strides == whole[0].strides for x in whole)
+        if alike or all(x.is_row_contiguous for x in whole):
+            for name, value in zip(node.outputs, outputs, strict=True):
+                step.layouts[name] = Layout(value, whole[0].strides)
     return _run(step, node, inputs)
 
 
@@ -229,10 +232,10 @@ def _is_matrix(x: Layout) -> bool:
 def _quantized_matmul(step: Step, node: Node, inputs: list[Layout]) -> Cost:
     cost = Cost()
     for x in inputs:
-        if x.strides[-1] != 1 or x.strides[-2] != x.shape[-1]:
+        if x.strides[-1] != 1 or x.strides[-2:-1] not in ((), (x.shape[-1],)):
             cost.copy(x)
     x, words = inputs[:2]
-    transposed = node.arguments[-1] if isinstance(node.arguments[-1], bool) else node.arguments[3]
+    transposed = node.arguments[-1]
     M = x.size // x.shape[-1] if len(words.shape) == 2 else x.shape[-2]
     cost.add(_run(step, node, inputs, 2 if not transposed and M < 4 and x.shape[-1] >= 1024 else 1))
     return cost
@@ -336,7 +339,7 @@ COSTS: dict[str, tuple[Rule, str]] = {
     "Matmul": (
         _matmul,
         f"one, or two if split along K: {_METAL}matmul.cpp, Matmul::eval_gpu, steel_matmul_regular_axpby, "
-        "steel_gemm_splitk_axpby (chips before M5)",
+        "steel_gemm_splitk_axpby (as on an M1 or M2)",
     ),
     "QuantizedMatmul": (
         _quantized_matmul,

@@ -36,7 +36,6 @@ class Value:
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    constant: bool = False  # known while the graph is built
 
 
 @dataclass
@@ -179,7 +178,7 @@ def as_on_metal() -> Iterator[Recorder]:
 
 
 def traced(function: Callable[..., Any], arguments: Any, recorder: Recorder) -> Graph:
-    """The graph of a function of nested arrays; what is known when it is traced is a constant."""
+    """The graph of a function of nested arrays, which are its inputs; other arrays are constants."""
     leaves: Any = tree_flatten(arguments)
 
     def flat(*arrays: mx.array) -> Any:
@@ -204,7 +203,7 @@ def _graph(parts: list[dict[str, Any]], recorder: Recorder) -> Graph:
                 graph.outputs = [name for name, *_ in part["outputs"]]
             case "constants":
                 for name, array in part["constants"]:
-                    graph.values[name] = Value(tuple(array.shape), array.dtype, constant=True)
+                    graph.values[name] = Value(tuple(array.shape), array.dtype)
                     if array.shape == (1,) and array.dtype == mx.int32 and int(array) in recorder.calls:
                         markers[name] = recorder.calls[int(array)]
             case "primitive":
@@ -230,92 +229,95 @@ def _unmasked(node: Node, markers: dict[str, Kernel]) -> Node:
 
 def fused(graph: Graph) -> Graph:
     """The graph after `mx.compile` has fused elementwise operations, by the rules of mlx/compile.cpp, compile_fuse."""
-    producer = {name: node for node in graph.nodes for name in node.outputs}
-    users: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        for name in node.inputs:
-            users.setdefault(name, []).append(node)
-    done: set[int] = set()  # of nodes, by identity
-    split: dict[int, int] = {}  # how many users of a broadcast have taken a copy of it along
-    nodes: list[Node] = []
-    for node in reversed(graph.nodes):
+    nodes = [replace(node, inputs=list(node.inputs)) for node in graph.nodes]
+    fusing = _Fusing(replace(graph, nodes=nodes, values=dict(graph.values)))
+    done: set[int] = set()  # nodes that were fused, by identity
+    kept: list[Node] = []
+    for node in reversed(nodes):
         if id(node) in done:
             continue
-        group = _group(node, producer, users, set(graph.outputs), graph.values, split)
-        if len(group) < 2:
-            if node.name == "Broadcast" and split.get(id(node)) == len(users.get(node.outputs[0], ())):
-                continue
-            nodes.append(node)
-            continue
-        done.update(id(member) for member in group if member.name != "Broadcast" or id(member) not in split)
-        nodes.append(_joined(node, group, producer, set(graph.outputs)))
-    return replace(graph, nodes=nodes[::-1])
+        group = fusing.group(node)
+        done.update(group)
+        kept.append(node if len(group) < 2 else fusing.joined(node, group))
+    return replace(fusing.graph, nodes=kept[::-1])
 
 
-def _group(
-    last: Node,
-    producer: dict[str, Node],
-    users: dict[str, list[Node]],
-    outputs: set[str],
-    values: dict[str, Value],
-    split: dict[int, int],
-) -> list[Node]:
-    """The nodes that are fused with `last`, whose result theirs leads to."""
-    group: list[Node] = []
-    members: set[int] = set()
-    inputs: set[str] = set()
-    shape = values[last.outputs[0]].shape
+class _Fusing:
+    """What MLX knows while it fuses the nodes of a graph."""
 
-    def visit(name: str, depth: int) -> None:
-        node = producer.get(name)
-        if node is not None and id(node) in members:
-            return
-        at_end = name in outputs and values[name].shape != shape
-        if node is None or depth >= _LARGEST_DEPTH or node.name not in _FUSABLE or at_end:
-            inputs.add(name)
-            return
-        outside = [user for user in users.get(name, ()) if id(user) not in members] if depth else []
-        if outside:
-            if node.name != "Broadcast" or len(inputs) >= _MOST_INPUTS:
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self._outputs = set(graph.outputs)
+        self._producer = {name: node for node in graph.nodes for name in node.outputs}
+        self._users: dict[str, list[Node]] = {}
+        for node in graph.nodes:
+            for name in node.inputs:
+                self._users.setdefault(name, []).append(node)
+
+    def group(self, last: Node) -> set[int]:
+        """Identities of the nodes that are fused into a kernel that ends with `last`."""
+        members: set[int] = set()
+        inputs: set[str] = set()
+        values = self.graph.values
+        shape = values[last.outputs[0]].shape
+
+        def visit(name: str, depth: int) -> None:
+            node = self._producer.get(name)
+            if node is not None and id(node) in members:
+                return
+            is_end = name in self._outputs and values[name].shape != shape
+            if node is None or depth >= _LARGEST_DEPTH or node.name not in _FUSABLE or is_end:
                 inputs.add(name)
                 return
-            inside = sum(id(user) in members for user in users[name])
-            split[id(node)] = split.get(id(node), 0) + inside
-        (inputs.add if name in outputs else inputs.discard)(name)
-        if len(inputs) >= _MOST_INPUTS:
-            return
-        members.add(id(node))
-        group.append(node)
-        for source in node.inputs:
-            visit(source, depth + 1)
+            if depth and any(id(user) not in members for user in self._users[name]):
+                if node.name == "Broadcast" and len(inputs) < _MOST_INPUTS:
+                    visit(self._split(name, members), depth)
+                else:
+                    inputs.add(name)
+                return
+            (inputs.add if name in self._outputs else inputs.discard)(name)
+            if len(inputs) >= _MOST_INPUTS:
+                return
+            members.add(id(node))
+            for number in range(len(node.inputs)):  # a visit may replace an input by a copy
+                visit(node.inputs[number], depth + 1)
 
-    if last.name in ELEMENTWISE:
-        visit(last.outputs[0], 0)
-    return group
+        if last.name in ELEMENTWISE:
+            visit(last.outputs[0], 0)
+        return members
 
+    def _split(self, name: str, members: set[int]) -> str:
+        """Give those users of a broadcast that are members a copy of it; the copy's name."""
+        copy = f"{name} {len(self._producer)}"
+        self.graph.values[copy] = self.graph.values[name]
+        self._producer[copy] = replace(self._producer[name], outputs=[copy])
+        self._users[copy] = [user for user in self._users[name] if id(user) in members]
+        self._users[name] = [user for user in self._users[name] if id(user) not in members]
+        for user in self._users[copy]:
+            user.inputs = [copy if one == name else one for one in user.inputs]
+        return copy
 
-def _joined(last: Node, group: list[Node], producer: dict[str, Node], outputs: set[str]) -> Node:
-    """One node for a group, named as MLX names it."""
-    members = {id(node) for node in group}
-    order: list[Node] = []
-    inputs: list[str] = []
-    seen: set[str] = set()
+    def joined(self, last: Node, members: set[int]) -> Node:
+        """One node for a group, named as MLX names it."""
+        order: list[Node] = []
+        inputs: list[str] = []
+        seen: set[str] = set()
 
-    def visit(name: str) -> None:
-        if name in seen:
-            return
-        seen.add(name)
-        node = producer.get(name)
-        if node is None or id(node) not in members:
-            inputs.append(name)
-            return
-        for source in node.inputs:
-            visit(source)
-        order.append(node)
+        def visit(name: str) -> None:
+            if name in seen:
+                return
+            seen.add(name)
+            node = self._producer.get(name)
+            if node is None or id(node) not in members:
+                inputs.append(name)
+                return
+            for source in node.inputs:
+                visit(source)
+            order.append(node)
 
-    visit(last.outputs[0])
-    results = [name for node in order for name in node.outputs if name in outputs and node is not last]
-    return Node("Compiled" + "".join(node.name for node in order), inputs, [*results, *last.outputs])
+        visit(last.outputs[0])
+        results = [node.outputs[0] for node in order if node.outputs[0] in self._outputs and node is not last]
+        return Node("Compiled" + "".join(node.name for node in order), inputs, [*results, *last.outputs])
 
 
 def drawn(arrays: Sequence[mx.array]) -> Counter[str]:

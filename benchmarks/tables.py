@@ -44,7 +44,7 @@ def cold_start() -> tuple[str, str]:
     text = table(["", "seconds", "from to"], [*rows, ["ratio", f"**{run['ratio']:.2f}**", ""]])
     section = f"## First token of a cold process\n\n270M with random weights in 4 bits.\n\n{text}\n\n{where(run)}\n"
     seconds = [f"{s['median']:.1f} s" for s in run["seconds"].values()]
-    return section, f"| first token of a cold process, 270M in 4 bits, CPU | {seconds[0]} | {seconds[1]} |"
+    return section, f"| time to first token from a cold start, 270M in 4 bits, CPU | {seconds[0]} | {seconds[1]} |"
 
 
 def decode() -> tuple[str, str]:
@@ -184,7 +184,7 @@ def decode_host() -> tuple[str, str]:
         f"be computed. Compiled, decoding is **{ratio:.2f}** times as fast as mlx-lm's `generate_step`."
     )
     values = [f"{times[name]['median']:.1f} ms" for name in ("compiled", "mlx-lm")]
-    row = f"| a token of 16 narrow layers, float32, compiled, CPU | {values[0]} | {values[1]} |"
+    row = f"| one token through 16 narrow layers, float32, compiled, CPU | {values[0]} | {values[1]} |"
     return f"## Decoding without arithmetic\n\n{note}\n\n{text}\n\n{where(run)}\n", row
 
 
@@ -244,7 +244,7 @@ def batch() -> tuple[str, str]:
     )
     tiny = run["models"]["openelm-tiny"]["tokens_per_second"]
     values = [f"{tiny[who]['median']:,.0f} tokens/s" for who in ("openelm-mlx", "mlx-lm")]
-    row = f"| eight unequal prompts at once, openelm-tiny, CPU | {values[0]} | {values[1]} |"
+    row = f"| eight prompts of different lengths at once, openelm-tiny, CPU | {values[0]} | {values[1]} |"
     return f"## Batches\n\n{note}\n\n{text}\n\n{where(run)}\n", row
 
 
@@ -289,31 +289,87 @@ def context() -> str:
     return f"## Time over the length of the context\n\n{note}\n\n{table(heading, rows)}\n\n{where(run)}\n"
 
 
-def window() -> str:
-    run = result("window")
+def text_memory() -> str:
+    run = result("text_memory")
     rows = []
     for name, points in run["curves"].items():
         first, last = points[0], points[-1]
-        sizes = [f"{point[key] / 2**20:,.1f}" for key in ("arrays", "process") for point in (first, last)]
-        rows.append([name, f"{last['tokens']:,}", *sizes])
+        sizes = [(point["arrays"] + point["freed"], point["process"]) for point in (first, last)]
+        figures = [f"{size / 2**20:,.1f}" for kind in zip(*sizes, strict=True) for size in kind]
+        rows.append([name, f"{last['tokens']:,}", f"{last['kv'] / 2**20:,.1f}", *figures, str(last["waiting"])])
     heading = [
-        "keys and values in",
+        "keys and values",
         "tokens",
+        "of these, MiB",
         "arrays at 1,000, MiB",
         "at the end",
         "process at 1,000, MiB",
         "at the end",
+        "waiting",
     ]
     note = (
-        f"16 layers of width 128, a window of {run['window']:,} tokens.\n\n"
-        "![Memory over tokens](../benchmarks/results/window.png)"
+        "4 layers of width 64, float32. Arrays: MLX's, with the freed ones that it keeps. Process: without keys and "
+        "values. Waiting: edges\nof the graph that the cache holds and MLX has not computed.\n\n"
+        "![Memory over tokens](../benchmarks/results/text_memory.png)"
     )
-    return f"## Memory with a window\n\n{note}\n\n{table(heading, rows)}\n\n{where(run)}\n"
+    return f"## Memory while a text grows\n\n{note}\n\n{table(heading, rows)}\n\n{where(run)}\n"
+
+
+def launches() -> str:
+    run, before = result("launches"), result("launches_before")
+    found = {_counted(line): line for line in run["results"]}
+    old = {_counted(line): line["openelm-mlx"] for line in before["results"]}
+    for case in found:
+        case_of_8 = (*case[:3], "8")
+        assert case[3] != "4" or _counts(found[case]) == _counts(found[case_of_8]), "4 bits differ from 8 now"
+    sizes = list(dict.fromkeys(case[0] for case in found))
+    heading = ["weights", "rows", "keys and values", "", *sizes]
+    rows, more = [], []
+    for bits, batch, kv in dict.fromkeys(case[1:] for case in found if case[3] != "4"):
+        lines = [found[size, bits, batch, kv] for size in sizes]
+        what = [f"{bits} bits" if bits else "bfloat16", str(batch), f"{kv} bits" if kv == "8" else kv]
+        counts = {who: [f"{line[who]['launches']:,}" for line in lines] for who in lines[0] if who != "case"}
+        counts["before"] = [f"{old[size, bits, batch, kv]['launches']:,}" for size in sizes]
+        counts["openelm-mlx"] = [f"**{count}**" for count in counts["openelm-mlx"]]
+        for who in ("openelm-mlx", "without its own kernels", "before", "mlx-lm"):
+            rows.append([*(what if who == "openelm-mlx" else ("", "", "")), who, *counts[who]])
+        for who in ("openelm-mlx", "mlx-lm"):
+            cost = lines[sizes.index("1.1B")][who]
+            moved = (cost["bytes_read"] + cost["bytes_written"]) / 1e6
+            late = f"{cost['launches_in_flight']:,} and {cost['bytes_in_flight'] / 1e6:,.1f} MB"
+            first = what if who == "openelm-mlx" else ["", "", ""]
+            more.append([*first, who, str(cost["copies"]), f"{moved:,.1f}", late])
+    tokens = run["results"][0]["case"]["tokens"]
+    note = (
+        f"Kernels that a Metal GPU starts for one greedy token behind {tokens:,} others: counted, without a GPU. The "
+        "graph of the step is\nbuilt with the choices for Metal, compared with the one that MLX would evaluate, and "
+        "summed by what each primitive costs in\nMLX's source; `benchmarks/metal_costs.py` says where. Keys and values "
+        "in 4 bits take as many as in 8; the window is full.\nBefore: commit "
+        f"{before['machine']['commit']}. From 1,024 keys on, a Max or Ultra starts one more per layer, other chips "
+        "from 4,096.\nProducts of several rows are counted as on an M1 or M2."
+    )
+    second = (
+        "Of 1.1B. Copies are launches that only bring an input into another order. In flight: what comes on top while "
+        "the step\nbefore is not finished, because MLX then copies each buffer of keys and values instead of writing "
+        "into it."
+    )
+    columns = ["weights", "rows", "keys and values", "", "copies", "MB read and written", "in flight"]
+    text = f"{table(heading, rows)}\n\n{second}\n\n{table(columns, more)}"
+    return f"## Launches on Metal\n\n{note}\n\n{text}\n\n{where(run)}\n"
+
+
+def _counted(line: dict[str, Any]) -> tuple[str, int, int, str]:
+    case = line["case"]
+    return case["size"], case["bits"], case["rows"], case["kv"]
+
+
+def _counts(line: dict[str, Any]) -> list[int]:
+    return [cost["launches"] for who, cost in line.items() if who != "case"]
 
 
 def main() -> None:
     sections = [cold_start(), decode(), decode_host(), sizes(), batch(), convert(), tune()]
-    more = [load(), speculate(), context(), window(), train_memory(), tune_memory(), tune_arc()]
+    more = [load(), launches(), speculate(), context(), text_memory(), train_memory(), tune_memory(), tune_arc()]
     document = "\n".join([INTRODUCTION, *(section for section, _ in sections), *more])
     (ROOT / "docs" / "benchmarks.md").write_text(document, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

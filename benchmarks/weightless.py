@@ -88,7 +88,11 @@ def peer_step_alone(model: Any, config: CacheConfig, num_tokens: int) -> list[mx
 
     kept = [_peer_cache(heads, model.args.head_dim, config, num_tokens) for heads in model.args.num_kv_heads]
     with _captured() as arrays:
-        next(generate_step(mx.array([5], mx.uint32), model, prompt_cache=kept, stream=mx.default_stream(mx.cpu)))
+        next(
+            generate_step(
+                mx.array([5], mx.uint32), model, prompt_cache=kept, stream=mx.default_stream(mx.default_device())
+            )
+        )
     return arrays
 
 
