@@ -90,7 +90,7 @@ def load() -> str:
         ["", "seconds", "of all cores", "network, MiB", "peak of arrays, of that", "peak of the process, of that"], rows
     )
     note = (
-        f"{run['model']} with random weights in {run['dtype']}, from the page cache, each in a process of its own. By "
+        f"{run['model']} with random weights in {run['dtype']}, read once before, each in a process of its own. By "
         "default this package computes in\nfloat32 on a CPU, a network of twice the size; in the stored type, as "
         f"mlx-lm, it takes **{run['ratio']:.2f}** times as long and looks for\nNaN and infinity besides."
     )
