@@ -75,7 +75,7 @@ static void **arrays;
 """
 
 _PROLOGUE = """
-    const int group = current_group, thread = current, lane = thread % 32, team = thread / 32;
+    const int group = current_group, member = current, lane = member % 32, team = member / 32;
 """
 
 _FOOTER = """

@@ -1,5 +1,6 @@
 """Fused kernels against the plain formulas: on the CPU as C++ of its own (`host_kernels.py`), on a Mac as they are."""
 
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -245,8 +246,17 @@ def test_both_dialects_define_the_same_names():
     for name in ("GROUP_SHARED", "GROUP_BARRIER", "TEAM_BARRIER", "lane_sum", "e_to", "two_to", "inverse_root"):
         assert any(name in body for body in bodies)
         assert all(name in dialect.header for dialect in DIALECTS.values())
-    for name in ("group", "thread", "lane", "team"):
+    for name in ("group", "member", "lane", "team"):
         assert all(f"const int {name} =" in dialect.prologue for dialect in DIALECTS.values())
+
+
+def test_no_name_is_a_word_of_one_of_the_languages():
+    reserved = (
+        "kernel vertex fragment device constant thread threadgroup threadgroup_imageblock ray_data object_data half"
+    )
+    reserved += " ushort uchar sampler texture using namespace template typename class struct new delete this operator"
+    for body in (value for name, value in vars(sources).items() if name.isupper()):
+        assert not set(reserved.split()) & set(re.findall(r"[a-z_]\w*", body))
 
 
 def test_sampling_is_the_same_with_them(tiny_model, kernels):

@@ -1,8 +1,9 @@
 """What differs between Metal and CUDA for the kernels of `sources.py`, which are written in what both have in common.
 
-A body may use: `group` (number of its threadgroup), `thread` (in the group), `lane` (in its team of 32 threads) and
-`team` (in the group); `lane_sum(x)`, over the lanes of a team; `GROUP_SHARED`, memory that a group shares;
-`GROUP_BARRIER()` and `TEAM_BARRIER()`; and `e_to`, `two_to`, `inverse_root`, `sine`, `cosine`, `nearest` of a float.
+A body may use: `group` (number of its threadgroup), `member` (number of a thread in the group), `lane` (of its team of
+32 threads) and `team` (of the group); `lane_sum(x)`, over the lanes of a team; `GROUP_SHARED`, memory that a group
+shares; `GROUP_BARRIER()` and `TEAM_BARRIER()`; and `e_to`, `two_to`, `inverse_root`, `sine`, `cosine`, `nearest` of a
+float.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ inline float nearest(float x) { return metal::round(x); }
 """,
     prologue="""
     const int group = threadgroup_position_in_grid.x;
-    const int thread = thread_position_in_threadgroup.x;
+    const int member = thread_position_in_threadgroup.x;
     const int lane = thread_index_in_simdgroup;
     const int team = simdgroup_index_in_threadgroup;
 """,
@@ -57,9 +58,9 @@ __device__ inline float nearest(float x) { return roundf(x); }
 """,
     prologue="""
     const int group = blockIdx.x;
-    const int thread = threadIdx.x;
-    const int lane = thread % 32;
-    const int team = thread / 32;
+    const int member = threadIdx.x;
+    const int lane = member % 32;
+    const int team = member / 32;
 """,
 )
 

@@ -99,7 +99,7 @@ ADD_AND_NORMALIZE = """
     GROUP_SHARED float partial[THREADS / 32];
     auto total = sum + group * M;
     float squares = 0;
-    for (int i = thread; i < M; i += THREADS) {
+    for (int i = member; i < M; i += THREADS) {
         const T added = T(float(x[group * M + i]) + float(update[group * M + i]));
         total[i] = added;
         squares += float(added) * float(added);
@@ -110,7 +110,7 @@ ADD_AND_NORMALIZE = """
     squares = 0;
     for (int i = 0; i < THREADS / 32; i++) squares += partial[i];
     const float factor = inverse_root(squares / M + epsilon[0]);
-    for (int i = thread; i < M; i += THREADS)
+    for (int i = member; i < M; i += THREADS)
         normed[group * M + i] = T(float(weight[i]) * float(T(float(total[i]) * factor)));
 """
 
@@ -164,7 +164,7 @@ ATTEND_QUANTIZED = """
     for (int t = 1; t < TEAMS; t++) best = highest[t] > best ? highest[t] : best;
     sum = 0;
     for (int t = 0; t < TEAMS; t++) sum += sums[t] * e_to(highest[t] - best);
-    for (int i = thread; i < D; i += TEAMS * 32) {
+    for (int i = member; i < D; i += TEAMS * 32) {
         float total = 0;
         for (int t = 0; t < TEAMS; t++) total += parts[t * D + i] * e_to(highest[t] - best);
         read[group * D + i] = T(total / sum);
