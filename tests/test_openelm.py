@@ -132,7 +132,7 @@ def test_attention_in_training_is_that_of_inference(tiny_config, segments):
 
 @pytest.mark.parametrize("isolated", [False, True], ids=["one document", "three documents"])
 class TestBlockwiseAttention:
-    HEADS = [mx.random.normal((1, heads, 300, 8), key=mx.random.key(heads)) for heads in (4, 2, 2)]
+    HEADS = tuple(mx.random.normal((1, heads, 300, 8), key=mx.random.key(heads)) for heads in (4, 2, 2))
     SEGMENTS = mx.array([[0] * 100 + [1] * 130 + [2] * 70])
 
     def gradients(self, read, isolated):

@@ -48,11 +48,14 @@ def batch_losses(
 ) -> tuple[mx.array, mx.array]:
     """The objective's sums, float32 (K,), and the sum to differentiate, ()."""
     set_parameters(model, dtype, parameters)
+    embeddings, of_embedding = model.transformer.token_embeddings, _named(parameters, _EMBEDDING)
     layers = model.transformer.layers
     keys = _dropout_keys(batch, len(layers))
-    for place, module in enumerate((*layers, model.transformer.token_embeddings)):
+    for place, module in enumerate((*layers, embeddings)):
         set_dropout_keys(module, *keys[place : place + 1])
+    set_parameters(embeddings, mx.float32, of_embedding)  # see `LayerwiseBackward._embedded`
     hidden = model.transformer(batch["inputs"], segments=batch.get("segments"))
+    set_parameters(embeddings, dtype, of_embedding)  # a tied output computes in `dtype`
     return objective(model, hidden, batch, _trains_output(model, parameters))
 
 
@@ -64,7 +67,7 @@ class LayerwiseBackward:
         self._objective = objective
         self._dtype = dtype
         self._layers = range(len(model.transformer.layers))
-        self._embed = compile_function(partial(self._embedded, dtype))
+        self._embed = compile_function(self._embedded)
         self._forward = [compile_function(partial(self._run_layer, layer)) for layer in self._layers]
         self._backward = [compile_function(partial(self._layer_gradients, layer)) for layer in self._layers]
         self._head = compile_function(self._head_gradients)
@@ -99,15 +102,15 @@ class LayerwiseBackward:
                 mx.eval(found[_EMBEDDING + name])
         return sums, {name: found[name] for name in parameters}
 
-    def _embedded(self, dtype: mx.Dtype, own: Tensors, inputs: mx.array, key: list[mx.array]) -> mx.array:
+    def _embedded(self, own: Tensors, inputs: mx.array, key: list[mx.array]) -> mx.array:
+        """Cast after the lookup, because the gradient of a frequent token's row is a sum over all its occurrences."""
         module = self._model.transformer.token_embeddings
-        set_parameters(module, dtype, own)
+        set_parameters(module, mx.float32, own)
         set_dropout_keys(module, *key)
-        return module(inputs).astype(dtype)
+        return module(inputs).astype(self._dtype)
 
     def _embedding_product(self, own: Tensors, inputs: mx.array, key: list[mx.array], of_x: mx.array) -> mx.array:
-        """In float32, because the gradient of a frequent token's row is a sum over all its occurrences."""
-        return (self._embedded(mx.float32, own, inputs, key) * of_x.astype(mx.float32)).sum()
+        return (self._embedded(own, inputs, key) * of_x).sum()
 
     def _run_layer(self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array]) -> mx.array:
         module = self._model.transformer.layers[layer]
