@@ -17,7 +17,7 @@ from ..files.lock import LockedFolder
 from ..files.output import move_away, output_file
 from ..files.paths import check_regular, exists
 from ..generation.text import generate
-from ..machine.device import peak_memory_bytes
+from ..machine.device import limited_cache, peak_memory_bytes, wired_memory
 from ..tokenizer.tokenizer import Tokenizer
 from .checkpoints import (
     METRICS,
@@ -89,7 +89,7 @@ def train(
     Raises:
         TrainingError: if the run cannot start or continue; the last good checkpoint is kept.
     """
-    with run_lock(run, trainer.group) as folder:
+    with run_lock(run, trainer.group) as folder, wired_memory(), limited_cache():
         running = _Run(trainer, tokenizer, folder.path, write, on_step, on_message)
         running.begin(resume)
         try:
