@@ -19,6 +19,7 @@ from mlx_openelm.errors import ConfigError, OutputError, TrainingError
 from mlx_openelm.machine.device import memory_limit_bytes
 from mlx_openelm.training import loop, trainer as trainer_module
 from mlx_openelm.training.checkpoints import checkpoint_folders, load_checkpoint
+from mlx_openelm.training.optimizer import Update
 from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters, pretraining_steps
 
 
@@ -102,6 +103,26 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, rec
     for _ in range(stop):
         next(steps)
     steps.close()
+    list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run", resume=True))
+    assert losses(tmp_path / "run") == losses(whole_run)
+
+
+@pytest.mark.parametrize("step", [1, 7, 12])
+def test_a_run_that_was_interrupted_during_an_update_goes_on_bit_for_bit(
+    tmp_path, whole_run, recipe, corpus, tokenizer, monkeypatch, step
+):
+    finish, left = Update.finish, [step]
+
+    def interrupted(update):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return finish(update)
+
+    monkeypatch.setattr(Update, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run"))
+    assert checkpoint_folders(tmp_path / "run")[-1].name == f"step-{step:08}"
     list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run", resume=True))
     assert losses(tmp_path / "run") == losses(whole_run)
 

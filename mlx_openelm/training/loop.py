@@ -147,6 +147,7 @@ class _Run:
         while self._trainer.step < recipe.steps and not (recipe.early_stop and progress.worse >= recipe.early_stop):
             metrics = self._step()
             progress.pending = asdict(metrics)
+            self._trainer.raise_interruption()
             yield from self._finished(metrics)
 
     def end(self) -> None:
