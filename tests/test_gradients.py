@@ -66,3 +66,24 @@ def test_in_bfloat16_the_gradient_of_a_frequent_token_loses_no_bits(recipe, tied
         found.append(gradients(parameters, batch)[1]["transformer.token_embeddings.weight"])
     assert mx.linalg.norm(found[1][7]).item() > 1
     assert_close(found[0][7], found[1][7], 1e-5 * mx.linalg.norm(found[1][7]).item())
+
+
+def test_layer_by_layer_the_next_part_is_prepared_before_the_last_one_is_complete(recipe, corpus, monkeypatch):
+    """The device would be idle while the host prepares a layer that it could have prepared before."""
+    trainer = fresh_trainer(replace(recipe, gradient_checkpointing=True), corpus)
+    batch, backward = make_batch(trainer.data.step(0)), trainer._gradients
+    events = []
+
+    def noted(event, function):
+        return lambda *arguments: events.append(event) or function(*arguments)
+
+    for name in ("_forward", "_backward"):
+        setattr(backward, name, [noted(f"{name} {n}", run) for n, run in enumerate(getattr(backward, name))])
+    backward._head = noted("_head", backward._head)
+    monkeypatch.setattr(mx, "async_eval", noted("start", mx.async_eval))
+    monkeypatch.setattr(mx, "eval", noted("wait", mx.eval))
+    backward(trainer.parameters, batch)
+    assert events[:6] == ["_forward 0", "start", "wait", "_forward 1", "start", "wait"]  # for nothing, for layer 0
+    assert events[6:12] == ["_head", "wait", "start", "_backward 1", "wait", "start"]
+    assert events[12:15] == ["_backward 0", "wait", "start"]
+    assert events[15:] == ["wait", "start", "wait"]  # the embedding
