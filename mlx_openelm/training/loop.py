@@ -1,6 +1,7 @@
 """The training loop, shared by pre-training, full fine-tuning, adapters and preference tuning.
 
-It validates, saves checkpoints, reports metrics, and resumes an interrupted run where it stopped.
+It validates, saves checkpoints, reports metrics, and resumes an interrupted run where it stopped: on the CPU equal to
+the bit to a run without interruption; on GPUs up to rounding where the embedding is trained (see `docs/tuning.md`).
 """
 
 import json
