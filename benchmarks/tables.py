@@ -134,6 +134,21 @@ def tune_memory() -> str:
     return f"## Predicted memory of tuning\n\n{note}\n\n{text}\n\n{where(run)}\n"
 
 
+def update() -> str:
+    run = result("update")
+    rows = [
+        [name, f"{way['bytes_per_parameter']:.1f}", *(f"{way['seconds'][key]:.2f}" for key in ("median", "min", "max"))]
+        for name, way in run["ways"].items()
+    ]
+    text = table(["", "bytes per parameter", "seconds", "from", "to"], rows)
+    note = (
+        f"An update of {run['parameters']:,} parameters by AdamW with clipping: the peak of MLX's arrays, of which\n"
+        "the parameters, their gradients and moments alone take 16 bytes. The other checkout is the commit before\n"
+        "updates went tensor by tensor; both compute the same numbers."
+    )
+    return f"## Memory of an update\n\n{note}\n\n{text}\n\n{where(run)}\n"
+
+
 def tune_arc() -> str:
     run = result("tune_arc")
     (_, before), *_, (step, after) = run["held_out"]
@@ -290,7 +305,7 @@ def window() -> str:
 
 def main() -> None:
     sections = [cold_start(), decode(), decode_host(), sizes(), batch(), convert(), tune()]
-    more = [speculate(), context(), window(), train_memory(), tune_memory(), tune_arc()]
+    more = [speculate(), context(), window(), train_memory(), update(), tune_memory(), tune_arc()]
     document = "\n".join([INTRODUCTION, *(section for section, _ in sections), *more])
     (ROOT / "docs" / "benchmarks.md").write_text(document, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
