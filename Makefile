@@ -57,6 +57,8 @@ bench: install
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/train_memory.py
+	$(BIN)/python benchmarks/update.py
+	$(BIN)/python benchmarks/train_cache.py
 	$(BIN)/python benchmarks/tune.py
 	$(BIN)/python benchmarks/tune_memory.py
 

@@ -16,6 +16,7 @@ from mlx_openelm.machine.device import (
     compute_streams,
     device_name,
     gpu_name,
+    limited_cache,
     memory_limit_bytes,
     on_cpu,
     peak_memory_bytes,
@@ -249,3 +250,81 @@ def test_the_document_says_the_choices_of_every_backend():
             values = [getattr(device._DEFAULTS[backend], field.name) for backend in ("cpu", "metal", "cuda")]
             assert said.pop(field.name) == [words[v] if v is None or isinstance(v, bool) else str(v) for v in values]
     assert not said
+
+
+class FakeMemory:
+    """The limits of a Mac with 16 GB, which MLX keeps."""
+
+    def __init__(self, monkeypatch):
+        self.wired, self.cache, self.synchronized_at = 0, 15 << 30, []
+        monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+        monkeypatch.setattr(mx, "device_info", lambda *device: {"max_recommended_working_set_size": 10 << 30})
+        monkeypatch.setattr(mx, "set_wired_limit", self.set_wired)
+        monkeypatch.setattr(mx, "set_cache_limit", self.set_cache)
+        monkeypatch.setattr(mx, "synchronize", lambda: self.synchronized_at.append(self.wired))
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+
+    def set_wired(self, limit):
+        self.wired, before = limit, self.wired
+        return before
+
+    def set_cache(self, limit):
+        self.cache, before = limit, self.cache
+        return before
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    return FakeMemory(monkeypatch)
+
+
+class TestWiredMemory:
+    def test_is_set_within_the_context_alone(self, memory):
+        with wired_memory():
+            assert memory.wired == 10 << 30
+        assert memory.wired == 0
+        assert memory.synchronized_at == [10 << 30]  # before memory may be moved, nothing computes with it
+
+    def test_stays_until_the_last_of_two_generators_ends(self, memory):
+        def generate():
+            with wired_memory():
+                yield
+
+        first, second = generate(), generate()
+        next(first), next(second)
+        first.close()  # the other's work may be in flight
+        assert (memory.wired, memory.synchronized_at) == (10 << 30, [])
+        second.close()
+        assert memory.wired == 0
+
+    def test_an_error_restores_it(self, memory):
+        with pytest.raises(ZeroDivisionError), wired_memory():
+            1 / 0  # noqa: B018
+        assert memory.wired == 0
+
+    def test_without_metal_nothing_is_set(self, memory, monkeypatch):
+        monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+        with wired_memory():
+            assert memory.wired == 0
+
+
+class TestLimitedCache:
+    def test_is_an_eighth_of_the_memory_within_the_context_alone(self, memory):
+        with limited_cache():
+            assert memory.cache == memory_limit_bytes() // 8
+        assert memory.cache == 15 << 30
+
+    def test_a_lower_limit_stays(self, memory):
+        memory.cache = 1 << 20
+        with limited_cache():
+            assert memory.cache == 1 << 20
+        assert memory.cache == 1 << 20
+
+    def test_stays_until_the_last_of_two_contexts_ends(self, memory):
+        contexts = limited_cache(), limited_cache()
+        for context in contexts:
+            context.__enter__()
+        for context in contexts:
+            assert memory.cache == memory_limit_bytes() // 8
+            context.__exit__(None, None, None)
+        assert memory.cache == 15 << 30

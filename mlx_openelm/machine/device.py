@@ -5,7 +5,8 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -36,6 +37,7 @@ _COMPILED_ON_GPU = 32
 _LARGEST_COPIED = 64 << 20  # bytes that Metal copies in about the time of encoding a step: 1.3 ms at 100 GB/s
 _LARGEST_BLOCK = 65_536  # queries
 _CPU_SHARE = 0.9  # of physical memory; the rest is for the system
+_CACHE_DIVISOR = 8  # of the memory limit: what MLX may keep in freed buffers while a model is trained
 
 
 @dataclass(frozen=True)
@@ -231,15 +233,75 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class _SharedLimit:
+    """A limit of MLX for contexts that may overlap in any order: the first sets it, the last restores it.
+
+    Generators overlap like that: one that is closed must not change the limit for another whose work is in flight.
+    """
+
+    def __init__(self, set_limit: Callable[[int], int], restore: Callable[[int], object]):
+        self._set, self._restore = set_limit, restore
+        self._lock = threading.RLock()  # a generator can be closed by garbage collection, within the lock too
+        self._users = self._before = 0
+
+    @contextmanager
+    def at(self, limit: int) -> Iterator[None]:
+        """A context in which the limit holds."""
+        with self._lock:
+            if self._users == 0:
+                self._before = self._set(limit)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._restore(self._before)
+
+
+def _lower_cache_limit(limit: int) -> int:
+    before = mx.set_cache_limit(limit)
+    if before < limit:
+        mx.set_cache_limit(before)
+    return before
+
+
+def _restore_cache_limit(before: int) -> None:
+    mx.set_cache_limit(before)
+    mx.clear_cache()
+
+
+def _restore_wired_limit(before: int) -> None:
+    mx.synchronize()
+    mx.set_wired_limit(before)
+
+
+_wired = _SharedLimit(lambda limit: mx.set_wired_limit(limit), _restore_wired_limit)
+_cache = _SharedLimit(_lower_cache_limit, _restore_cache_limit)
+
+
 @contextmanager
 def wired_memory() -> Iterator[None]:
-    """Keep the weights of a large model in the GPU's memory within this context; without Metal, do nothing."""
+    """Keep the weights of a large model in the GPU's memory within this context; without Metal, do nothing.
+
+    Contexts may overlap: the limit stays until the last of them ends.
+    """
     if backend_in_use() != "metal":
         yield
         return
-    before = mx.set_wired_limit(int(_gpu_info()["max_recommended_working_set_size"]))
-    try:
+    with _wired.at(int(_gpu_info()["max_recommended_working_set_size"])):
         yield
-    finally:
-        mx.synchronize()
-        mx.set_wired_limit(before)
+
+
+@contextmanager
+def limited_cache() -> Iterator[None]:
+    """Let MLX keep at most an eighth of `memory_limit_bytes` in freed buffers within this context, and none after it.
+
+    MLX reuses a freed buffer for arrays of about its size. Steps whose rows differ in width need ever new sizes, and on
+    a GPU MLX frees the old ones only when memory runs out. Within an eighth, all buffers of a step are reused unless it
+    computes with a large share of the memory, and then allocating them anew takes little of its time. A lower limit,
+    as MLX has on the CPU, stays. Contexts may overlap.
+    """
+    with _cache.at(memory_limit_bytes() // _CACHE_DIVISOR):
+        yield
