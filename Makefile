@@ -55,7 +55,10 @@ bench: install
 	$(BIN)/python benchmarks/context.py
 	$(BIN)/python benchmarks/text_memory.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/train_memory.py
+	$(BIN)/python benchmarks/update.py
+	$(BIN)/python benchmarks/train_cache.py
 	$(BIN)/python benchmarks/tune.py
 	$(BIN)/python benchmarks/tune_memory.py
 

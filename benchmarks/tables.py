@@ -74,6 +74,29 @@ def convert() -> tuple[str, str]:
     return f"{title}\n\n{text}\n\n{where(run)}\n", f"| converting 1.1B to 4 bits, CPU | {values[0]} | {values[1]} |"
 
 
+def load() -> str:
+    run = result("load")
+    rows = [
+        [
+            name,
+            f"{run['seconds'][name]['median']:.2f}",
+            f"{run['cpu_seconds'][name]['median']:.2f}",
+            f"{size / 2**20:,.0f}",
+            *(f"{run['peak_over_network'][kind][name]:.3f}" for kind in ("arrays", "process")),
+        ]
+        for name, size in run["network_bytes"].items()
+    ]
+    text = table(
+        ["", "seconds", "of all cores", "network, MiB", "peak of arrays, of that", "peak of the process, of that"], rows
+    )
+    note = (
+        f"{run['model']} with random weights in {run['dtype']}, read once before, each in a process of its own. By "
+        "default this package computes in\nfloat32 on a CPU, a network of twice the size; in the stored type, as "
+        f"mlx-lm, it takes **{run['ratio']:.2f}** times as long and looks for\nNaN and infinity besides."
+    )
+    return f"## Loading\n\n{note}\n\n{text}\n\n{where(run)}\n"
+
+
 def train_memory() -> str:
     run = result("train_memory")
     peak, process, seconds = run["peak_memory_mib"], run["process_memory_mib"], run["seconds"]
@@ -132,6 +155,38 @@ def tune_memory() -> str:
         "384 whose shape the prediction was not fitted to; 4 rows of 512 tokens unless said otherwise."
     )
     return f"## Predicted memory of tuning\n\n{note}\n\n{text}\n\n{where(run)}\n"
+
+
+def update() -> str:
+    run = result("update")
+    rows = [
+        [name, f"{way['bytes_per_parameter']:.1f}", *(f"{way['seconds'][key]:.2f}" for key in ("median", "min", "max"))]
+        for name, way in run["ways"].items()
+    ]
+    text = table(["", "bytes per parameter", "seconds", "from", "to"], rows)
+    note = (
+        f"An update of {run['parameters']:,} parameters by AdamW with clipping: the peak of MLX's arrays, of which\n"
+        "the parameters, their gradients and moments alone take 16 bytes. The other checkout is the commit before\n"
+        "updates went tensor by tensor; both compute the same numbers."
+    )
+    return f"## Memory of an update\n\n{note}\n\n{text}\n\n{where(run)}\n"
+
+
+def train_cache() -> str:
+    run = result("train_cache")
+    keys = ("cache_mib", "arrays_mib", "process_mib")
+    rows = [
+        [name, *(f"{way[key]['median']:,.0f}" for key in keys)]
+        for name, way in run.items()
+        if isinstance(way, dict) and "cache_mib" in way
+    ]
+    text = table(["", "freed buffers, MiB", "peak of arrays, MiB", "peak of the process, MiB"], rows)
+    note = (
+        f"After {run['steps']} steps of tuning on rows of 32 to 256 tokens, with the limits that MLX would set on a\n"
+        f"Mac of {run['memory_mib']} MiB, imitated on the CPU. mlx-lm frees all buffers after each step; the limit\n"
+        "here is an eighth of the memory, so that steps find the buffers of the step before."
+    )
+    return f"## Freed buffers in training\n\n{note}\n\n{text}\n\n{where(run)}\n"
 
 
 def tune_arc() -> str:
@@ -346,7 +401,8 @@ def _counts(line: dict[str, Any]) -> list[int]:
 
 def main() -> None:
     sections = [cold_start(), decode(), decode_host(), sizes(), batch(), convert(), tune()]
-    more = [launches(), speculate(), context(), text_memory(), train_memory(), tune_memory(), tune_arc()]
+    more = [load(), launches(), speculate(), context(), text_memory(), train_memory(), update(), train_cache()]
+    more += [tune_memory(), tune_arc()]
     document = "\n".join([INTRODUCTION, *(section for section, _ in sections), *more])
     (ROOT / "docs" / "benchmarks.md").write_text(document, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

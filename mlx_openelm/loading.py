@@ -1,6 +1,8 @@
 """Loading models into memory from any supported format, converted or not."""
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,8 +18,10 @@ from .model.adapters import SavedAdapter, apply_adapter
 from .model.cpu_layers import quantized_layers
 from .model.openelm import OpenELM
 from .quantization import PackedTensor, Quantization
-from .tensors import checked_cast
+from .tensors import LazyTensor, checked_cast
 from .tokenizer.tokenizer import Tokenizer
+
+_UNDER_WAY = 50  # a model is cast in such parts of it, or tensor by tensor
 
 
 def load(
@@ -34,7 +38,8 @@ def load(
     Args:
         model: a folder or hub id (written by `convert`, from Apple, the MLX community or Apple's MLX port), or a
             CoreNet `.pt` file; by default the small model included in the package.
-        dtype: type to compute in; by default float32 on the CPU, where 16-bit types are slow, else the stored type.
+        dtype: type to compute in; by default float32 on the CPU, where 16-bit types are slow, and on a GPU the stored
+            type, but bfloat16 for float32, which would take twice the time per token (`convert` does the same).
         tokenizer: file, folder or hub id of another tokenizer.
         config: the configuration, if the source lacks one; see `convert`.
         revision: branch, tag or commit on the hub, also for `tokenizer`.
@@ -113,13 +118,26 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
         if isinstance(tensor, PackedTensor)
     }
     arrays: dict[str, mx.array] = {}
+    under_way: deque[mx.array] = deque()
+    for name, lazy in _parameters(source, dtype):
+        arrays[name] = lazy.read()
+        mx.async_eval(arrays[name])  # while it is cast, the next one is read
+        under_way.append(arrays[name])
+        while len(under_way) > 1 and sum(array.nbytes for array in under_way) > source.nbytes // _UNDER_WAY:
+            mx.eval(under_way.popleft())  # then the values that it was cast from are freed
+    network = assemble(source.config, arrays, packed, dtype)
+    mx.clear_cache()  # a GPU keeps what was freed
+    return network
+
+
+def _parameters(source: Source, dtype: mx.Dtype) -> Iterator[tuple[str, LazyTensor]]:
+    """All parameters of a source with their names, in `dtype` once they are read."""
     for name, tensor in source.tensors.items():
         if isinstance(tensor, PackedTensor):
             path = name.removesuffix(".weight")
-            arrays.update({f"{path}.{part}": lazy.read() for part, lazy in tensor.cast(path, dtype).parts.items()})
+            yield from ((f"{path}.{part}", lazy) for part, lazy in tensor.cast(path, dtype).parts.items())
         else:
-            arrays[name] = checked_cast(name, tensor.read(), dtype)
-    return assemble(source.config, arrays, packed, dtype)
+            yield name, tensor.map(partial(checked_cast, name, dtype=dtype), dtype)
 
 
 def assemble(

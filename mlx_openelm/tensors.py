@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import WeightsError, quoted, readable
+from .file_values import Entry, TensorFile
 from .files.json_file import DuplicateError, unique_names
 from .files.paths import open_regular
 from .machine.device import compute_streams
@@ -41,7 +42,6 @@ _STORED_DTYPES = {
     "BOOL": (mx.bool_, "?"),
 }
 _WRITTEN_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
-_EXPONENT_BITS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # NaN or infinity if all are set
 _LARGEST_HEADER_BYTES = 4_000_000  # about 2,000 quantized layers; in memory it takes up to twenty times as much
 _BLOCK_BYTES = 1 << 20  # fits into CPU caches; buffers of this size are reused instead of freed
 
@@ -111,58 +111,9 @@ def read_with_metadata(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str
         header, metadata = _read_header(path)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-    tensors = {name: LazyTensor(e.shape, e.dtype, partial(_read_rows, path, name, e)) for name, e in header.items()}
+    file = TensorFile(path, header)
+    tensors = {name: LazyTensor(e.shape, e.dtype, partial(file.read_rows, name)) for name, e in header.items()}
     return tensors, metadata
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where a file has a tensor, and in which form."""
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-    stored: str  # NumPy type
-    start: int  # byte of the file
-    stop: int
-
-
-def _read_rows(path: Path, name: str, entry: _Entry, start: int, stop: int) -> mx.array:
-    shape, dtype = entry.shape, entry.dtype
-    row = prod(shape[1:])
-    try:
-        with open_regular(path) as file:
-            file.seek(entry.start + start * row * np.dtype(entry.stored).itemsize)
-            values = np.fromfile(file, entry.stored, (stop - start) * row)
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-    if values.size != (stop - start) * row:
-        raise WeightsError(f"{path} was truncated while it was read")
-    return from_numpy(values.reshape(stop - start, *shape[1:]) if shape else values.reshape(()), dtype, name)
-
-
-def from_numpy(values: np.ndarray, dtype: mx.Dtype, name: str) -> mx.array:
-    """An MLX array from values read from a file; bfloat16, which NumPy lacks, is passed as uint16 bits.
-
-    Raises:
-        WeightsError: naming the tensor, if the values contain NaN or infinity, or overflow float32.
-    """
-    if values.dtype == np.float64 and dtype == mx.float32:
-        finite = bool(np.isfinite(values).all())
-        with np.errstate(over="ignore", under="ignore"):
-            values = values.astype(np.float32)
-        if finite and not np.isfinite(values).all():
-            raise WeightsError(f"{readable(name)} has values beyond the range of float32")
-    if dtype in _EXPONENT_BITS:
-        bits = values.view(np.uint16) & _EXPONENT_BITS[dtype]
-        finite = not (bits == _EXPONENT_BITS[dtype]).any()
-    else:
-        finite = bool(np.isfinite(values).all())  # ten times as fast in NumPy as in MLX on a CPU
-    if not finite:
-        raise WeightsError(
-            f"{readable(name)} contains NaN or infinity: the checkpoint is damaged, or its training diverged"
-        )
-    array = mx.array(values)
-    return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
 
 
 def checked_cast(name: str, array: mx.array, dtype: mx.Dtype, computed: bool = False) -> mx.array:
@@ -211,7 +162,7 @@ def is_buffer(name: str, dtype: mx.Dtype) -> bool:
     return last in _BUFFERS or not is_weight
 
 
-def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Type and place of each tensor, in the order of the header, and the metadata."""
 
     def damaged(what: str) -> WeightsError:
@@ -253,7 +204,7 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
         dtype, stored = _STORED_DTYPES[kind]
         if stop - start != prod(shape) * np.dtype(stored).itemsize or header_bytes + 8 + stop > file_bytes:
             raise damaged(f"{readable(name)} cannot be at bytes {quoted(start)} to {quoted(stop)} after the header")
-        header[name] = _Entry(shape, dtype, stored, header_bytes + 8 + start, header_bytes + 8 + stop)
+        header[name] = Entry(shape, dtype, stored, header_bytes + 8 + start, header_bytes + 8 + stop)
     end, before = header_bytes + 8, ""
     for name, found in sorted(header.items(), key=lambda item: (item[1].start, item[1].stop)):
         if found.start < end:

@@ -22,6 +22,8 @@ from mlx_openelm import OpenELM, OpenELMConfig, Tokenizer
 from mlx_openelm.files.output import output_file
 from mlx_openelm.model.lora import AdapterConfig
 
+os.environ["MLX_ENABLE_TF32"] = "0"  # full float32 on every GPU; MLX reads it at the first product, commands inherit it
+
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CASES = ["tied_gqa2", "untied_mha_noglu"]
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mlx_openelm
 from conftest import SMALL_CONFIG, random_model, write_folder
@@ -101,6 +102,51 @@ def test_links_between_documents_lead_somewhere():
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+class TestWorkflow:
+    """The workflow of the hosted runners, which nothing here runs."""
+
+    JOBS = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"]
+
+    def lines(self):
+        """Every line that a step runs, without the variables before it."""
+        steps = [step for job in self.JOBS.values() for step in job["steps"]]
+        lines = [line for step in steps for line in step.get("run", "").splitlines()]
+        return [re.sub(r'^(\w+="[^"]*" )+', "", line) for line in lines]
+
+    def test_every_job_ends_at_some_time_and_starts_with_the_code(self):
+        for job in self.JOBS.values():
+            assert 0 < job["timeout-minutes"] <= 90
+            assert [step["uses"].partition("@")[0] for step in job["steps"][:2]] == [
+                "actions/checkout",
+                "actions/setup-python",
+            ]
+
+    def test_apple_silicon_and_both_architectures_of_linux_are_covered(self):
+        systems = {job["runs-on"] for job in self.JOBS.values()}
+        systems |= {
+            entry["os"]
+            for job in self.JOBS.values()
+            for entry in job.get("strategy", {}).get("matrix", {}).get("include", [])
+        }
+        assert {"macos-15", "ubuntu-24.04", "ubuntu-24.04-arm"} <= systems
+
+    def test_targets_and_commands_exist(self):
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        made = {line.removeprefix("make ") for line in self.lines() if line.startswith("make ")}
+        assert {"check", "demo"} <= made <= set(targets)
+        typed = [line.split() for line in self.lines() if "openelm-mlx" in line]
+        assert typed
+        for program, name, *_ in typed:
+            assert program == ".venv/bin/openelm-mlx"
+            assert name in COMMANDS
+
+    def test_what_the_self_test_writes_is_kept(self):
+        steps = self.JOBS["macos"]["steps"]
+        written = [shlex.split(step["run"])[-1] for step in steps if "--self-test" in step.get("run", "")]
+        kept = [step["with"]["path"] for step in steps if step.get("uses", "").startswith("actions/upload-artifact@")]
+        assert written == kept != []
+
+
 def library_strings():
     """Every text in the code outside the command line that is no docstring, with its place."""
     package = ROOT / "mlx_openelm"
@@ -167,6 +213,7 @@ TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
     "test_conversion_adapters.py": ["conversion/adapters/"],
     "test_read_config.py": ["conversion/read/config.py"],
     "test_loading.py": ["conversion/read/huggingface.py", "conversion/read/corenet.py", "conversion/describe.py"],
+    "test_tensors.py": ["file_values.py"],
     "test_torch_file.py": ["conversion/read/torch_pickle.py"],
     "test_cache_config.py": ["cache/config.py"],
     "test_corpus.py": ["data/train_tokenizer.py"],

@@ -13,8 +13,16 @@ def machine(monkeypatch):
     """A fast Linux machine without a GPU."""
 
     def change(**values):
-        settings = {"on_cpu": True, "platform": "linux", "gflops": 100.0, "compiler": "/usr/bin/g++", **values}
+        settings = {
+            "on_cpu": True,
+            "tf32": False,
+            "platform": "linux",
+            "gflops": 100.0,
+            "compiler": "/usr/bin/g++",
+            **values,
+        }
         monkeypatch.setattr(device, "on_cpu", lambda: settings["on_cpu"])
+        monkeypatch.setattr(device, "rounds_float32", lambda: settings["tf32"])
         monkeypatch.setattr(device, "device_name", lambda: "a device")
         monkeypatch.setattr(doctor.sys, "platform", settings["platform"])
         monkeypatch.setattr(doctor, "_matmul_gflops", lambda: settings["gflops"])
@@ -42,6 +50,10 @@ def test_a_missing_compiler_is_named(machine):
 
 def test_on_a_gpu_there_is_nothing_to_advise(machine):
     assert machine(on_cpu=False, gflops=1.0, compiler=None) == ""
+
+
+def test_a_gpu_that_rounds_float32_is_named(machine):
+    assert "MLX_ENABLE_TF32=0" in machine(on_cpu=False, tf32=True)
 
 
 def test_a_mac_on_its_cpu_is_told_why(machine):

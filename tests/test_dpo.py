@@ -1,4 +1,5 @@
 import math
+import re
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -6,7 +7,7 @@ import pytest
 
 from conftest import assert_close, random_model
 from mlx_openelm.errors import ConfigError
-from mlx_openelm.training.dpo import DPO, row_logprobs
+from mlx_openelm.training.dpo import DPO, row_logprobs, row_sums
 from mlx_openelm.training.loss import at_positions
 
 CHOSEN, REJECTED = math.log(0.5), math.log(0.25)  # log-probabilities of the answers of one token
@@ -124,3 +125,20 @@ def test_the_slope_of_the_sigmoid_loss_is_its_derivative():
 
 def test_defaults_are_those_of_apples_recipes():
     assert (DPO().beta, DPO().loss, DPO.names) == (0.01, "sigmoid", ("loss", "margin", "accuracy"))
+
+
+def test_row_sums_by_hand():
+    sums = row_sums(mx.array([1.0, 2.0, 4.0, 8.0]), mx.array([2, 0, 2, 0]), 4)
+    assert sums.tolist() == [10.0, 0.0, 5.0, 0.0]
+
+
+def test_no_sum_depends_on_the_order_in_which_a_gpu_scatters(tmp_path):
+    """On GPUs a scatter adds with atomic operations: only where each place gets one value is the sum the same."""
+    hidden, batch = one_pair([0.4, 0.5])
+    objective = DPO(0.5)
+    gradient = mx.grad(lambda hidden: objective(Flat, hidden, batch, trains_output=False)[1])(hidden)
+    path = tmp_path / "graph.dot"
+    mx.export_to_dot(str(path), objective(Flat, hidden, batch, trains_output=False)[0], gradient)
+    labels = re.findall(r'label ="(\w+)', path.read_text())
+    assert "Sum" in labels
+    assert labels.count("Scatter") == 1  # of the logits' gradient, one target per row

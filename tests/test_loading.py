@@ -2,11 +2,14 @@ import json
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
-from conftest import SMALL_CONFIG, random_model, write_folder
-from mlx_openelm import OpenELM, Tokenizer, convert, hub, load, load_model
+from conftest import SMALL_CONFIG, assert_close, random_model, write_folder
+from mlx_openelm import OpenELM, OpenELMConfig, Tokenizer, convert, hub, load, load_model
 from mlx_openelm.errors import ConfigError, SourceError, WeightsError
+from mlx_openelm.machine.device import replaced_choices
 
 
 @pytest.fixture
@@ -109,3 +112,59 @@ class TestIndex:
         (folder / "model.safetensors").rename(folder / "other.safetensors")
         with pytest.raises(WeightsError, match=r"model-00001-of-00002\.safetensors is missing; download it again"):
             load_model(folder)
+
+
+class TestDtype:
+    """The type to compute in: float32 on the CPU, on a GPU that which `convert` writes."""
+
+    @pytest.mark.parametrize(
+        ("stored", "on_gpu"), [(mx.float32, mx.bfloat16), (mx.bfloat16, mx.bfloat16), (mx.float16, mx.float16)]
+    )
+    def test_follows_from_the_device_and_the_stored_type(self, tmp_path, stored, on_gpu):
+        folder = write_folder(tmp_path / "model", random_model(SMALL_CONFIG), dtype=stored)
+        with replaced_choices(backend="metal"):
+            assert dtypes(load_model(folder)) == {on_gpu}
+            assert dtypes(load_model(folder, dtype=mx.float32)) == {mx.float32}
+        with replaced_choices(backend="cpu"):
+            assert dtypes(load_model(folder)) == {mx.float32}
+            assert dtypes(load_model(folder, dtype=mx.float16)) == {mx.float16}
+
+    def test_on_a_gpu_a_folder_and_what_convert_makes_of_it_are_the_same(self, tmp_path, tiny_folder):
+        convert(tiny_folder, tmp_path / "converted")
+        with replaced_choices(backend="metal"):
+            loaded, converted = (load_model(folder) for folder in (tiny_folder, tmp_path / "converted"))
+        one, other = (dict(tree_flatten(model.parameters())) for model in (loaded, converted))
+        assert one.keys() == other.keys()
+        assert all(mx.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("quantized", [{"quantize": 4}, {"quantize": 3, "group_size": 32}, {"mode": "mxfp4"}])
+def test_quantized_layers_of_a_gpu_are_mlx_s_own(tmp_path, tiny_folder, quantized):
+    convert(tiny_folder, tmp_path / "quantized", dtype="float32", **quantized)
+    tokens = mx.array([[5, 17, 200]])
+    with replaced_choices(backend="cpu"):
+        expected = load_model(tmp_path / "quantized")(tokens)
+    with replaced_choices(backend="metal"):
+        model = load_model(tmp_path / "quantized", dtype=mx.float32)
+    assert isinstance(model.transformer.layers[0].attn.qkv_proj, nn.QuantizedLinear)
+    assert isinstance(model.transformer.token_embeddings, nn.QuantizedEmbedding)
+    assert_close(model(tokens), expected, 1e-4)
+
+
+def dtypes(model):
+    """The types of a network's parameters."""
+    return {array.dtype for _, array in tree_flatten(model.parameters())}
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [(mx.bfloat16, mx.float32), (mx.float32, mx.bfloat16)])
+def test_loading_holds_the_result_and_the_values_of_one_tensor(tmp_path, stored, dtype):
+    """Were all tensors read before the first is cast, a 16-bit network would take twice its size more."""
+    config = OpenELMConfig.layerwise(8, 256, 64, vocab_size=400, max_context_length=64)
+    folder = write_folder(tmp_path / "model", random_model(config), dtype=stored)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = load_model(folder, dtype=dtype)
+    peak = mx.get_peak_memory() - before
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    largest = max(array.size for array in arrays)
+    assert peak <= 1.05 * sum(array.nbytes for array in arrays) + largest * (stored.size + dtype.size)

@@ -10,10 +10,11 @@ from mlx.utils import tree_flatten
 
 from conftest import GOLDEN, GOLDEN_CASES, assert_close, random_model
 from mlx_openelm import ContextLengthWarning, generate_tokens, load_model, read_config
+from mlx_openelm.cache.layouts import attention
 from mlx_openelm.conversion.open import open_source
 from mlx_openelm.loading import load_source
-from mlx_openelm.machine.device import replaced_choices
-from mlx_openelm.model.openelm import ATTENTION_BLOCK
+from mlx_openelm.machine.device import choices, replaced_choices
+from mlx_openelm.model.openelm import blockwise_attention, segment_mask
 
 TOLERANCE = 2e-5  # float32 against PyTorch's float32, on logits of size 1 to 10
 
@@ -124,9 +125,45 @@ def test_text_past_the_trained_context_warns_once(tiny_model):
 def test_attention_in_training_is_that_of_inference(tiny_config, segments):
     model = random_model(replace(tiny_config, max_context_length=1000))
     tokens = mx.random.randint(0, 400, (1, 300), key=mx.random.key(1))
-    assert tokens.shape[1] > 2 * ATTENTION_BLOCK
+    assert tokens.shape[1] > 2 * choices().attention_block
     in_training = model.train().transformer(tokens, segments=segments)
     assert_close(in_training, model.eval().transformer(tokens, segments=segments), atol=2e-5)
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["one document", "three documents"])
+class TestBlockwiseAttention:
+    HEADS = tuple(mx.random.normal((1, heads, 300, 8), key=mx.random.key(heads)) for heads in (4, 2, 2))
+    SEGMENTS = mx.array([[0] * 100 + [1] * 130 + [2] * 70])
+
+    def gradients(self, read, isolated):
+        """Of queries, keys and values, in a compiled function that computes the mask itself, as a step does."""
+
+        def total(queries, keys, values, segments):
+            mask = segment_mask(segments) if isolated else None
+            return mx.square(read(queries, keys, values, mask)).sum()
+
+        return mx.compile(mx.grad(total, argnums=(0, 1, 2)))(*self.HEADS, self.SEGMENTS)
+
+    @pytest.mark.parametrize("block", [7, 128, 512])
+    def test_gradients_are_those_of_whole_attention(self, isolated, block):
+        expected = self.gradients(attention, isolated)
+        with replaced_choices(attention_block=block):
+            for found, whole in zip(self.gradients(blockwise_attention, isolated), expected, strict=True):
+                assert_close(found, whole, 1e-4)
+
+    def test_only_queries_keys_and_values_are_differentiated(self, isolated, monkeypatch):
+        """The backward pass of CUDA's fused attention refuses to differentiate a mask."""
+        counts = []
+        checkpoint = mx.checkpoint
+
+        def counting(function):
+            checkpointed = checkpoint(function)
+            return lambda *arguments: counts.append(len(arguments)) or checkpointed(*arguments)
+
+        monkeypatch.setattr(mx, "checkpoint", counting)
+        with replaced_choices(attention_block=128):
+            self.gradients(blockwise_attention, isolated)
+        assert counts == [3, 3, 3]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,8 +16,10 @@ import pytest
 from conftest import killed_at, launched
 from mlx_openelm import load
 from mlx_openelm.errors import ConfigError, OutputError, TrainingError
-from mlx_openelm.training import trainer as trainer_module
+from mlx_openelm.machine.device import memory_limit_bytes
+from mlx_openelm.training import loop, trainer as trainer_module
 from mlx_openelm.training.checkpoints import checkpoint_folders, load_checkpoint
+from mlx_openelm.training.optimizer import Update
 from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters, pretraining_steps
 
 
@@ -62,12 +65,64 @@ def test_a_run_learns_and_leaves_models(whole_run, recipe):
     assert mx.all(mx.isfinite(model(mx.array([[1, 2, 3]])))).item()
 
 
+def test_mlx_keeps_few_freed_buffers_and_wires_the_weights_during_a_run(
+    tmp_path, recipe, corpus, tokenizer, monkeypatch
+):
+    wired = []
+
+    @contextmanager
+    def wiring():
+        wired.append(True)
+        try:
+            yield
+        finally:
+            wired.append(False)
+
+    def limit():
+        found = mx.set_cache_limit(0)
+        mx.set_cache_limit(found)
+        return found
+
+    monkeypatch.setattr(loop, "wired_memory", wiring)
+    before = mx.set_cache_limit(1 << 40)
+    try:
+        steps = pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run")
+        next(steps)
+        assert limit() == memory_limit_bytes() // 8
+        assert wired == [True]
+        steps.close()
+        assert limit() == 1 << 40
+        assert wired == [True, False]
+    finally:
+        mx.set_cache_limit(before)
+
+
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, recipe, corpus, tokenizer, stop):
     steps = pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run")
     for _ in range(stop):
         next(steps)
     steps.close()
+    list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run", resume=True))
+    assert losses(tmp_path / "run") == losses(whole_run)
+
+
+@pytest.mark.parametrize("step", [1, 7, 12])
+def test_a_run_that_was_interrupted_during_an_update_goes_on_bit_for_bit(
+    tmp_path, whole_run, recipe, corpus, tokenizer, monkeypatch, step
+):
+    finish, left = Update.finish, [step]
+
+    def interrupted(update):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return finish(update)
+
+    monkeypatch.setattr(Update, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run"))
+    assert checkpoint_folders(tmp_path / "run")[-1].name == f"step-{step:08}"
     list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run", resume=True))
     assert losses(tmp_path / "run") == losses(whole_run)
 

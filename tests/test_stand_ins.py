@@ -99,3 +99,23 @@ def test_the_line_names_the_extra_for_the_system(monkeypatch):
 
 def test_a_module_of_this_package_is_a_bug():
     assert missing_package(ImportError("cannot import name 'x'", name="mlx_openelm.config")) is None
+
+
+class TestAnOlderMLX:
+    """pip only warns where another package needs one, and it has bugs that give wrong text."""
+
+    def run(self, *words):
+        code = f"import sys, mlx.core as mx; mx.__version__ = '0.30.6'; {MAIN}"
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+    def test_commands_are_refused_in_one_line(self):
+        status, out, err = self.run("generate", "-p", "x")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "MLX cannot be loaded (version 0.30.6 is installed, but 0.32.1 or newer is needed); install" in err
+
+    def test_doctor_says_what_to_install(self):
+        status, out, err = self.run("doctor", "--json")
+        assert (status, err) == (0, "")
+        assert "0.32.1 or newer" in json.loads(out)["advice"][0]
+        assert json.loads(out)["versions"]["mlx"]

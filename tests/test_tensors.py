@@ -1,11 +1,12 @@
 import json
+import os
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlx_openelm import tensors
+from mlx_openelm import file_values, tensors
 from mlx_openelm.errors import WeightsError
 from mlx_openelm.tensors import LazyTensor, checked_cast, is_buffer, read_safetensors, write_safetensors
 
@@ -286,3 +287,95 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_full_disk_is_reported():
     with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OSError, match=r"[Nn]o space"):
         write_safetensors(file, {"a": lazy(ARRAYS["a"])}, {})
+
+
+class TestLargeTensors:
+    """MLX reads them into its own memory, and threads check them; what that cannot read is read as small ones are."""
+
+    @pytest.fixture(autouse=True)
+    def large(self, monkeypatch):
+        monkeypatch.setattr(file_values, "_LARGE_BYTES", 64)
+        monkeypatch.setattr(file_values, "_BLOCK", 7)
+        monkeypatch.setattr(file_values, "_BLOCKS_ALONE", 3)
+
+    @pytest.fixture
+    def by_mlx(self, monkeypatch):
+        """Makes reading any other way an error."""
+        monkeypatch.setattr(np, "fromfile", None)
+
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.uint32, mx.uint8])
+    def test_are_read_by_mlx(self, tmp_path, by_mlx, dtype):
+        array = (mx.random.normal((37, 11), key=mx.random.key(0)) * 3).astype(dtype)
+        mx.save_safetensors(str(tmp_path / "x.safetensors"), {"a": array[:30], "b": array})
+        found = read_safetensors(tmp_path / "x.safetensors")
+        assert found["b"].read().dtype == dtype
+        assert mx.array_equal(found["b"].read(), array)
+        assert mx.array_equal(found["a"].read(), array[:30])
+
+    def test_the_header_is_read_once_for_all_of_them(self, tmp_path, by_mlx, monkeypatch):
+        """Reading it for each would take a time that grows with the square of their number."""
+        mx.save_safetensors(str(tmp_path / "x.safetensors"), {f"layer{n}": mx.full((10, 10), n) for n in range(5)})
+        read, load = [], mx.load
+        monkeypatch.setattr(mx, "load", lambda *path, **options: read.append(path) or load(*path, **options))
+        found = read_safetensors(tmp_path / "x.safetensors")
+        assert [found[f"layer{n}"].read()[9, 9].item() for n in range(5)] == list(range(5))
+        assert len(read) == 1
+        assert found["layer3"].read()[0, 0].item() == 3  # again
+
+    def test_the_next_one_is_read_ahead_if_they_are_wanted_in_the_order_of_the_file(self, tmp_path, monkeypatch):
+        mx.save_safetensors(str(tmp_path / "x.safetensors"), {f"layer{n}": mx.full((10, 10), n) for n in range(5)})
+        ahead, queue = [], mx.async_eval
+        monkeypatch.setattr(mx, "async_eval", lambda array: ahead.append(array) or queue(array))
+        for in_order in (True, False):
+            found = read_safetensors(tmp_path / "x.safetensors")
+            ahead.clear()
+            for name in found if in_order else reversed(found):
+                assert found[name].read()[0, 0].item() == int(name.removeprefix("layer"))
+            assert len(ahead) == (4 if in_order else 0)
+
+    def test_rows_alone_are_not(self, tmp_path):
+        array = mx.random.normal((37, 11), key=mx.random.key(0))
+        mx.save_safetensors(str(tmp_path / "x.safetensors"), {"a": array})
+        assert mx.array_equal(read_safetensors(tmp_path / "x.safetensors")["a"].read_rows(2, 36), array[2:36])
+
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+    @pytest.mark.parametrize("value", [mx.nan, -mx.inf])
+    def test_nan_and_infinity_are_found(self, tmp_path, by_mlx, dtype, value):
+        array = mx.ones((30, 10))
+        array[29, 9] = value
+        mx.save_safetensors(str(tmp_path / "x.safetensors"), {"a": array.astype(dtype)})
+        with pytest.raises(WeightsError, match="a contains NaN or infinity"):
+            read_safetensors(tmp_path / "x.safetensors")["a"].read()
+
+    def test_float64_is_read_another_way(self, tmp_path):
+        values = np.arange(100, dtype=np.float64)
+        save_file({"a": values}, tmp_path / "x.safetensors")
+        assert np.array_equal(np.array(read_safetensors(tmp_path / "x.safetensors")["a"].read()), values)
+
+    def test_a_file_that_became_shorter(self, tmp_path):
+        save_file({"a": np.zeros(1000, np.float32)}, tmp_path / "x.safetensors")
+        tensor = read_safetensors(tmp_path / "x.safetensors")["a"]
+        os.truncate(tmp_path / "x.safetensors", 3000)
+        with pytest.raises(WeightsError, match="was truncated while it was read"):
+            tensor.read()
+
+    def test_a_file_that_became_shorter_while_mlx_read_it(self, tmp_path, monkeypatch):
+        """Should MLX not say so, the size afterwards does."""
+        save_file({"a": np.zeros(1000, np.float32)}, tmp_path / "x.safetensors")
+        tensor = read_safetensors(tmp_path / "x.safetensors")["a"]
+        evaluate = mx.eval
+
+        def cut(*arrays):
+            evaluate(*arrays)
+            os.truncate(tmp_path / "x.safetensors", 3000)
+
+        monkeypatch.setattr(mx, "eval", cut)
+        with pytest.raises(WeightsError, match="was truncated while it was read"):
+            tensor.read()
+
+    def test_another_file_in_its_place(self, tmp_path):
+        save_file({"a": np.zeros(1000, np.float32)}, tmp_path / "x.safetensors")
+        tensor = read_safetensors(tmp_path / "x.safetensors")["a"]
+        save_file({"a": np.zeros(900, np.float32)}, tmp_path / "x.safetensors")
+        with pytest.raises(WeightsError, match="was truncated while it was read"):
+            tensor.read()

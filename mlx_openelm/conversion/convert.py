@@ -11,7 +11,7 @@ from ..config import OpenELMConfig
 from ..errors import ConfigError
 from ..files.output import output_folder
 from ..files.paths import exists, user_path
-from ..machine.device import DTYPES
+from ..machine.device import DTYPES, written_dtype
 from ..model.adapters import about_base, check_adapter, write_adapter
 from ..model.openelm import parameter_shapes
 from ..quantization import PackedTensor, Quantization, pack
@@ -201,8 +201,7 @@ def _default_output(sources: Sequence[str | Path]) -> Path:
 def _target_dtype(requested: str, source: Source) -> mx.Dtype:
     if requested != "auto":
         return DTYPES[requested]
-    stored = source.tensors["transformer.norm.weight"].dtype  # norms are never quantized
-    return mx.bfloat16 if stored == mx.float32 else stored
+    return written_dtype(source.tensors["transformer.norm.weight"].dtype)  # norms are never quantized
 
 
 def _converted(name: str, tensor: Tensor, dtype: mx.Dtype, wanted: Quantization | None, dequantize: bool) -> Tensor:

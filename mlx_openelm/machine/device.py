@@ -1,9 +1,12 @@
 """The device that MLX computes on, and every choice that depends on it."""
 
 import os
+import platform
+import re
 import resource
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -15,6 +18,18 @@ import mlx.core as mx
 from ..errors import ConfigError
 from .system import physical_memory_bytes
 
+_OLDEST_MLX = "0.32.1"  # as in pyproject.toml; older versions have bugs in RoPE and attention that give wrong text
+
+
+def _check_version(version: str) -> None:
+    """Raise ImportError, as for a package that is missing, where MLX is too old: pip only warns of that."""
+    oldest, found = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (_OLDEST_MLX, version))
+    if found < oldest:
+        raise ImportError(f"version {version} is installed, but {_OLDEST_MLX} or newer is needed", name="mlx")
+
+
+_check_version(getattr(mx, "__version__", _OLDEST_MLX))  # a stand-in has none
+
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _LARGEST_TEAM = 8  # cores; more would only wait for memory
 _COMPILED_ON_CPU = 2048  # tokens from which compiling pays off
@@ -22,6 +37,7 @@ _COMPILED_ON_GPU = 32
 _LARGEST_COPIED = 64 << 20  # bytes that Metal copies in about the time of encoding a step: 1.3 ms at 100 GB/s
 _LARGEST_BLOCK = 65_536  # queries
 _CPU_SHARE = 0.9  # of physical memory; the rest is for the system
+_CACHE_DIVISOR = 8  # of the memory limit: what MLX may keep in freed buffers while a model is trained
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,8 @@ def choices() -> Choices:
     """
     changes = _replaced[-1] if _replaced else _from_environment()
     if not changes:
-        return _DEFAULTS[_backend()]
-    return replace(_DEFAULTS[changes.get("backend") or _backend()], **changes)
+        return _DEFAULTS[backend_in_use()]
+    return replace(_DEFAULTS[changes.get("backend") or backend_in_use()], **changes)
 
 
 @contextmanager
@@ -74,10 +90,16 @@ def replaced_choices(**changes: Any) -> Iterator[None]:
         _replaced.pop()
 
 
-def _backend() -> str:
+def backend_in_use() -> str:
+    """The backend that MLX computes with: cpu, metal or cuda, whatever `replaced_choices` says."""
     if mx.default_device() == _CPU:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def _gpu_info() -> dict[str, Any]:
+    """What MLX says about the GPU that it computes on; on the CPU, whose entries are others, nothing."""
+    return {} if backend_in_use() == "cpu" else mx.device_info(mx.default_device())
 
 
 @cache
@@ -104,17 +126,41 @@ def on_cpu() -> bool:
     return choices().backend == "cpu"
 
 
+def gpu_name() -> str | None:
+    """Name of the GPU that MLX computes on, as its maker calls it; `None` on the CPU."""
+    return None if backend_in_use() == "cpu" else str(_gpu_info().get("device_name", "GPU"))
+
+
 def device_name() -> str:
     """Name of the device that MLX computes on, for people."""
-    if on_cpu():
-        return "CPU"
-    name = mx.device_info().get("device_name")
-    return f"{name} ({'Metal' if mx.metal.is_available() else 'CUDA'})"
+    name = gpu_name()
+    return "CPU" if name is None else f"{name} ({'Metal' if backend_in_use() == 'metal' else 'CUDA'})"
+
+
+def rounds_float32() -> bool:
+    """Whether this GPU computes float32 matrix products in TF32, which keeps about 10 of the 23 bits.
+
+    MLX does so by default on NVIDIA GPUs from Ampere on, and on Apple's from the M5 on with macOS 26.2. Products with a
+    single vector are exact. MLX reads the environment variable MLX_ENABLE_TF32 at the first product; 0 turns it off.
+    """
+    if os.environ.get("MLX_ENABLE_TF32", "1").strip() == "0":
+        return False
+    info = _gpu_info()
+    if backend_in_use() == "metal":
+        found = re.fullmatch(r"applegpu_g(\d+)(\w)", str(info.get("architecture")))
+        system = tuple(map(int, re.findall(r"\d+", platform.mac_ver()[0])))
+        return found is not None and int(found[1]) >= (18 if found[2] == "p" else 17) and system >= (26, 2)
+    return int(info.get("compute_capability_major", 0)) >= 8
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
-    """The dtype to compute in: float32 on the CPU, where 16-bit arithmetic is slow, else the stored one."""
-    return mx.float32 if on_cpu() else stored
+    """The dtype to compute in: float32 on the CPU, where 16-bit arithmetic is slow, else what `convert` writes."""
+    return mx.float32 if on_cpu() else written_dtype(stored)
+
+
+def written_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """The dtype that `convert` writes by default: bfloat16 for float32, in half the bytes; 16-bit types stay."""
+    return mx.bfloat16 if stored == mx.float32 else stored
 
 
 def compute_streams() -> tuple[mx.Stream, ...]:
@@ -126,6 +172,11 @@ def compute_streams() -> tuple[mx.Stream, ...]:
 @cache
 def _more_cpu_streams() -> tuple[mx.Stream, ...]:
     return tuple(mx.new_stream(mx.cpu) for _ in range(min(os.cpu_count() or 1, _LARGEST_TEAM) - 1))
+
+
+def reading_threads() -> int:
+    """How many threads look at the values of a file at once, on the CPU beside any device."""
+    return min(os.cpu_count() or 1, _LARGEST_TEAM)
 
 
 def reads_tokens_first(kv_bytes: int) -> bool:
@@ -168,33 +219,89 @@ def has_fast_matmul() -> bool:
 
 
 def memory_limit_bytes() -> int:
-    """Memory that a model, its cache and its activations may use on this machine, in bytes."""
-    if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    if not on_cpu():
-        total = mx.device_info().get("total_memory")
-        if total:
-            return int(total)
-    return int(physical_memory_bytes() * _CPU_SHARE)
+    """Memory that a model, its cache and its activations may use on the device that computes, in bytes."""
+    info = _gpu_info()
+    limit = info.get("max_recommended_working_set_size") or info.get("total_memory")  # of Metal, of CUDA
+    return int(limit or physical_memory_bytes() * _CPU_SHARE)
 
 
 def peak_memory_bytes() -> int:
     """Peak memory so far, in bytes: of the device, or on the CPU of the whole process."""
-    if not on_cpu():
+    if backend_in_use() != "cpu":
         return mx.get_peak_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class _SharedLimit:
+    """A limit of MLX for contexts that may overlap in any order: the first sets it, the last restores it.
+
+    Generators overlap like that: one that is closed must not change the limit for another whose work is in flight.
+    """
+
+    def __init__(self, set_limit: Callable[[int], int], restore: Callable[[int], object]):
+        self._set, self._restore = set_limit, restore
+        self._lock = threading.RLock()  # a generator can be closed by garbage collection, within the lock too
+        self._users = self._before = 0
+
+    @contextmanager
+    def at(self, limit: int) -> Iterator[None]:
+        """A context in which the limit holds."""
+        with self._lock:
+            if self._users == 0:
+                self._before = self._set(limit)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._restore(self._before)
+
+
+def _lower_cache_limit(limit: int) -> int:
+    before = mx.set_cache_limit(limit)
+    if before < limit:
+        mx.set_cache_limit(before)
+    return before
+
+
+def _restore_cache_limit(before: int) -> None:
+    mx.set_cache_limit(before)
+    mx.clear_cache()
+
+
+def _restore_wired_limit(before: int) -> None:
+    mx.synchronize()
+    mx.set_wired_limit(before)
+
+
+_wired = _SharedLimit(lambda limit: mx.set_wired_limit(limit), _restore_wired_limit)
+_cache = _SharedLimit(_lower_cache_limit, _restore_cache_limit)
+
+
 @contextmanager
 def wired_memory() -> Iterator[None]:
-    """Keep the weights of a large model in the GPU's memory within this context; without Metal, do nothing."""
-    if not mx.metal.is_available():
+    """Keep the weights of a large model in the GPU's memory within this context; without Metal, do nothing.
+
+    Contexts may overlap: the limit stays until the last of them ends.
+    """
+    if backend_in_use() != "metal":
         yield
         return
-    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    try:
+    with _wired.at(int(_gpu_info()["max_recommended_working_set_size"])):
         yield
-    finally:
-        mx.synchronize()
-        mx.set_wired_limit(before)
+
+
+@contextmanager
+def limited_cache() -> Iterator[None]:
+    """Let MLX keep at most an eighth of `memory_limit_bytes` in freed buffers within this context, and none after it.
+
+    MLX reuses a freed buffer for arrays of about its size. Steps whose rows differ in width need ever new sizes, and on
+    a GPU MLX frees the old ones only when memory runs out. Within an eighth, all buffers of a step are reused unless it
+    computes with a large share of the memory, and then allocating them anew takes little of its time. A lower limit,
+    as MLX has on the CPU, stays. Contexts may overlap.
+    """
+    with _cache.at(memory_limit_bytes() // _CACHE_DIVISOR):
+        yield

@@ -51,10 +51,9 @@ def examine() -> Diagnosis:
         "memory_bytes": physical_memory_bytes(),
     }
     try:
-        import mlx.core  # noqa: F401
+        from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu
     except ImportError as error:
         return _without_mlx(common, error)
-    from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu
 
     gflops = _matmul_gflops()
     blas = blas_in_use() if sys.platform.startswith("linux") and on_cpu() else None
@@ -85,9 +84,14 @@ def _without_mlx(common: dict[str, Any], error: ImportError) -> Diagnosis:
 
 
 def _advice(gflops: float, blas: str | None) -> list[str]:
-    from .device import on_cpu
+    from .device import on_cpu, rounds_float32
 
     advice: list[str] = []
+    if rounds_float32():
+        advice.append(
+            "this GPU computes float32 matrix products in TF32, with about three decimal digits; 16-bit models are as "
+            "exact as elsewhere. For full float32, set the environment variable MLX_ENABLE_TF32=0"
+        )
     if not on_cpu():
         return advice
     if sys.platform == "darwin":
@@ -127,9 +131,9 @@ def _openblas() -> str | None:
 
 
 def _wired_limit() -> int | None:
-    import mlx.core as mx
+    from .device import backend_in_use
 
-    if not mx.metal.is_available():
+    if backend_in_use() != "metal":
         return None
     try:
         told = subprocess.run(["sysctl", "-n", "iogpu.wired_limit_mb"], capture_output=True, text=True, check=True)

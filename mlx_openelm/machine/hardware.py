@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..packages import installed_version
 from ..version import __version__
-from .device import compute_streams, device_name, on_cpu
+from .device import backend_in_use, compute_streams, device_name, gpu_name
 
 _LARGE_BYTES = 1 << 28  # more than any cache
 _COLUMNS = 1024
@@ -52,8 +52,9 @@ def _system() -> str:
 
 def chip_name() -> str:
     """The name of the processor or GPU, as its maker reports it."""
-    if not on_cpu():
-        return str(mx.device_info().get("device_name", "GPU"))
+    gpu = gpu_name()
+    if gpu is not None:
+        return gpu
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     try:
@@ -97,7 +98,7 @@ def power_meter() -> Callable[[], float | None]:
     an NVIDIA GPU, the power drawn at the moment of the call; on a Mac, the same for its battery, if it runs on it.
     """
     started = time.perf_counter()
-    if not on_cpu() and not mx.metal.is_available():
+    if backend_in_use() == "cuda":
         return lambda: _number(_output("nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"))
     if sys.platform == "darwin":
         return lambda: battery_watts(_output("ioreg", "-rn", "AppleSmartBattery") or "")

@@ -7,7 +7,7 @@ H query heads, K key/value heads, D head_dim, M model_dim, F this layer's FFN wi
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 
 import mlx.core as mx
@@ -19,12 +19,11 @@ from ..cache.kv_cache import KVCache, StepCache
 from ..cache.layouts import attention
 from ..config import OpenELMConfig
 from ..kernels.fused import add_and_normalize
-from ..machine.device import on_cpu
+from ..machine.device import choices, on_cpu
 from .fused_attention import FusedAttention
 from .rope import Rope
 
 NORM_EPS = 1e-6
-ATTENTION_BLOCK = 128  # queries, in training
 
 
 class ContextLengthWarning(UserWarning):
@@ -295,11 +294,15 @@ def blockwise_attention(queries: mx.array, keys: mx.array, values: mx.array, mas
 
     Gradients need the scores, which no fused kernel keeps; in blocks, nearly half of them are never computed.
     """
+    block = choices().attention_block
     blocks = []
-    for start in range(0, queries.shape[2], ATTENTION_BLOCK):
-        end = start + ATTENTION_BLOCK
+    for start in range(0, queries.shape[2], block):
+        end = start + block
         seen = mask[..., start:end, :end] if mask is not None else None
-        blocks.append(mx.checkpoint(attention)(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], seen))
+        # The mask is not an argument: a checkpoint differentiates by all of them, and the fused backward of CUDA
+        # has no gradient for a mask.
+        read = mx.checkpoint(partial(attention, mask=seen))
+        blocks.append(read(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end]))
     return mx.concatenate(blocks, axis=2)
 
 

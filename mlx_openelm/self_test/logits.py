@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..config import PRESETS
 from ..generation.engine import generate_tokens
-from ..machine.device import DTYPES
+from ..machine.device import DTYPES, rounds_float32
 from ..tensors import dtype_name
 from .check import FAILED, MEASURED, PASSED, Check, Comparison, Outcome, Skip, as_numpy, judged
 from .golden import read_golden
@@ -37,7 +37,12 @@ def checks() -> Iterator[Check]:
 def _exact_products(session: Session) -> Outcome:
     exact = session.has_exact_products
     found = "exact" if exact else "TF32"
-    return Outcome(MEASURED, found, figures={"exact": exact}, advice="" if exact else _TF32_ADVICE)
+    return Outcome(
+        MEASURED,
+        found,
+        figures={"exact": exact, "expected_exact": not rounds_float32()},
+        advice="" if exact else _TF32_ADVICE,
+    )
 
 
 def _stored_logits(name: str, session: Session) -> Outcome:

@@ -50,7 +50,7 @@ class DPO:
         gained = row_logprobs(model, hidden, batch, self.chunk) - batch["reference"]  # (2P,)
         margins = self.beta * (gained[0::2] - gained[1::2])
         losses, slopes = self.of_margins(margins)
-        exists = mx.zeros(gained.shape).at[batch["rows"]].add(batch["weights"])[0::2] > 0  # not padding
+        exists = row_sums(batch["weights"], batch["rows"], gained.size)[0::2] > 0  # not padding
         per_row = (mx.where(exists, slopes, 0.0)[:, None] * mx.array([-self.beta, self.beta])).reshape(-1)
         total = token_losses(
             model,
@@ -73,7 +73,15 @@ class DPO:
 def row_logprobs(model: OpenELM, hidden: mx.array, batch: Batch, chunk: int = DEFAULT_CHUNK) -> mx.array:
     """Log-probability of each row's tokens in the loss mask, summed, float32 (B,), without a gradient."""
     found = token_logprobs(model, at_positions(hidden, batch), batch["targets"], chunk)
-    return mx.zeros(batch["inputs"].shape[0]).at[batch["rows"]].add(found * batch["weights"])
+    return row_sums(found * batch["weights"], batch["rows"], batch["inputs"].shape[0])
+
+
+def row_sums(values: mx.array, rows: mx.array, num_rows: int) -> mx.array:
+    """The sums of the values (N,) of each row, (num_rows,), given the row of each value, (N,).
+
+    A scatter would add them with atomic operations on GPUs, in another order each time.
+    """
+    return mx.where(rows == mx.arange(num_rows)[:, None], values, 0.0).sum(axis=1)
 
 
 def reference_logprobs(model: OpenELM, dtype: mx.Dtype, parameters: Tensors, batch: Batch) -> mx.array:

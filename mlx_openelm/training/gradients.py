@@ -1,7 +1,8 @@
 """Gradients of a training step: of the whole network at once, or layer by layer with less memory.
 
 Layer by layer, only the inputs of the layers are kept. The backward pass recomputes each layer and evaluates its
-gradients before it turns to the next, so the activations of only one layer exist at a time. Checkpointing within one
+gradients before it starts the next, so the activations of only one layer exist at a time (in the forward pass, where
+they are few, those of two). Checkpointing within one
 graph promises the same, but leaves the order to MLX, which keeps recomputed activations until it evaluates the weight
 gradients.
 
@@ -48,11 +49,14 @@ def batch_losses(
 ) -> tuple[mx.array, mx.array]:
     """The objective's sums, float32 (K,), and the sum to differentiate, ()."""
     set_parameters(model, dtype, parameters)
+    embeddings, of_embedding = model.transformer.token_embeddings, _named(parameters, _EMBEDDING)
     layers = model.transformer.layers
     keys = _dropout_keys(batch, len(layers))
-    for place, module in enumerate((*layers, model.transformer.token_embeddings)):
+    for place, module in enumerate((*layers, embeddings)):
         set_dropout_keys(module, *keys[place : place + 1])
+    set_parameters(embeddings, mx.float32, of_embedding)  # see `LayerwiseBackward._embedded`
     hidden = model.transformer(batch["inputs"], segments=batch.get("segments"))
+    set_parameters(embeddings, dtype, of_embedding)  # a tied output computes in `dtype`
     return objective(model, hidden, batch, _trains_output(model, parameters))
 
 
@@ -64,7 +68,7 @@ class LayerwiseBackward:
         self._objective = objective
         self._dtype = dtype
         self._layers = range(len(model.transformer.layers))
-        self._embed = compile_function(partial(self._embedded, dtype))
+        self._embed = compile_function(self._embedded)
         self._forward = [compile_function(partial(self._run_layer, layer)) for layer in self._layers]
         self._backward = [compile_function(partial(self._layer_gradients, layer)) for layer in self._layers]
         self._head = compile_function(self._head_gradients)
@@ -78,36 +82,38 @@ class LayerwiseBackward:
         of_embedding = _named(parameters, _EMBEDDING)
         lowest = 0 if of_embedding else next((layer for layer in self._layers if own[layer]), len(self._layers))
 
+        lag = _Lag()
         x = self._embed(of_embedding, batch["inputs"], keys[-1:])
         inputs = {}
         for layer in self._layers:
             if layer >= lowest:
                 inputs[layer] = x
             x = self._forward[layer](own[layer], x, masks, keys[layer : layer + 1])
-            mx.eval(x)
+            lag.overlap(x)
         rest = {name: p for name, p in parameters.items() if not name.startswith(_LAYERS)}
         sums, found, of_x = self._head(rest, x, batch)
-        mx.eval(sums, found, of_x)
+        lag.follow(sums, found, of_x)
         for layer in reversed(range(lowest, len(self._layers))):
             of_own, of_x = self._backward[layer](own[layer], inputs.pop(layer), masks, keys[layer : layer + 1], of_x)
-            mx.eval(of_own, of_x)
+            lag.follow(of_own, of_x)
             found.update({f"{_LAYERS}{layer}.{name}": gradient for name, gradient in of_own.items()})
         if of_embedding:
             of_own = self._embedding_gradients(of_embedding, batch["inputs"], keys[-1:], of_x)
             for name, gradient in of_own.items():
                 found[_EMBEDDING + name] = found[_EMBEDDING + name] + gradient
-                mx.eval(found[_EMBEDDING + name])
+                lag.follow(found[_EMBEDDING + name])
+        lag.wait()
         return sums, {name: found[name] for name in parameters}
 
-    def _embedded(self, dtype: mx.Dtype, own: Tensors, inputs: mx.array, key: list[mx.array]) -> mx.array:
+    def _embedded(self, own: Tensors, inputs: mx.array, key: list[mx.array]) -> mx.array:
+        """Cast after the lookup, because the gradient of a frequent token's row is a sum over all its occurrences."""
         module = self._model.transformer.token_embeddings
-        set_parameters(module, dtype, own)
+        set_parameters(module, mx.float32, own)
         set_dropout_keys(module, *key)
-        return module(inputs).astype(dtype)
+        return module(inputs).astype(self._dtype)
 
     def _embedding_product(self, own: Tensors, inputs: mx.array, key: list[mx.array], of_x: mx.array) -> mx.array:
-        """In float32, because the gradient of a frequent token's row is a sum over all its occurrences."""
-        return (self._embedded(mx.float32, own, inputs, key) * of_x.astype(mx.float32)).sum()
+        return (self._embedded(own, inputs, key) * of_x).sum()
 
     def _run_layer(self, layer: int, own: Tensors, x: mx.array, masks: list[mx.array], key: list[mx.array]) -> mx.array:
         module = self._model.transformer.layers[layer]
@@ -137,6 +143,29 @@ class LayerwiseBackward:
 
         (_, sums), (of_rest, of_x) = mx.value_and_grad(total, argnums=(0, 1))(rest, x)
         return sums, of_rest, of_x
+
+
+class _Lag:
+    """Evaluates the parts of a pass so that the host prepares the next one while the device computes."""
+
+    def __init__(self) -> None:
+        self._running: tuple[Any, ...] = ()
+
+    def overlap(self, *arrays: Any) -> None:
+        """Start to compute arrays, then wait for those before: both may hold their temporary arrays at once."""
+        mx.async_eval(*arrays)
+        self.wait()
+        self._running = arrays
+
+    def follow(self, *arrays: Any) -> None:
+        """Wait for the arrays before, then start to compute these; only their graph was made in the meantime."""
+        self.wait()
+        mx.async_eval(*arrays)
+        self._running = arrays
+
+    def wait(self) -> None:
+        """Wait for the last arrays."""
+        mx.eval(*self._running)
 
 
 def set_parameters(module: Any, dtype: mx.Dtype, parameters: Mapping[str, mx.array]) -> None:

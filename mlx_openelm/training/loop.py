@@ -1,6 +1,7 @@
 """The training loop, shared by pre-training, full fine-tuning, adapters and preference tuning.
 
-It validates, saves checkpoints, reports metrics, and resumes an interrupted run where it stopped.
+It validates, saves checkpoints, reports metrics, and resumes an interrupted run where it stopped: on the CPU equal to
+the bit to a run without interruption; on GPUs up to rounding where the embedding is trained (see `docs/tuning.md`).
 """
 
 import json
@@ -17,7 +18,7 @@ from ..files.lock import LockedFolder
 from ..files.output import move_away, output_file
 from ..files.paths import check_regular, exists
 from ..generation.text import generate
-from ..machine.device import peak_memory_bytes
+from ..machine.device import limited_cache, peak_memory_bytes, wired_memory
 from ..tokenizer.tokenizer import Tokenizer
 from .checkpoints import (
     METRICS,
@@ -89,7 +90,7 @@ def train(
     Raises:
         TrainingError: if the run cannot start or continue; the last good checkpoint is kept.
     """
-    with run_lock(run, trainer.group) as folder:
+    with run_lock(run, trainer.group) as folder, wired_memory(), limited_cache():
         running = _Run(trainer, tokenizer, folder.path, write, on_step, on_message)
         running.begin(resume)
         try:
@@ -147,6 +148,7 @@ class _Run:
         while self._trainer.step < recipe.steps and not (recipe.early_stop and progress.worse >= recipe.early_stop):
             metrics = self._step()
             progress.pending = asdict(metrics)
+            self._trainer.raise_interruption()
             yield from self._finished(metrics)
 
     def end(self) -> None:

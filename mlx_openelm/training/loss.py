@@ -114,7 +114,7 @@ def token_losses(
     if weight is None:
         return TokenLosses(cross_entropy, z_loss, _with_gradients(value, (hidden,), (of_hidden,)))
     at_targets = -weights[:, None] * constant_hidden.astype(mx.float32)
-    weight_gradient = weight_gradient.at[targets].add(at_targets)
+    weight_gradient = weight_gradient.at[targets].add(at_targets)  # on GPUs in any order, as in the embedding
     total = _with_gradients(value, (hidden, weight), (of_hidden, weight_gradient))
     return TokenLosses(cross_entropy, z_loss, total)
 
@@ -162,7 +162,7 @@ def _chunk(
     """Losses of T tokens, and the gradient of their weighted sum for the hidden states, (T, M); any output matrix."""
     cross_entropy, log_z, powers, total = _cross_entropy(model.logits(hidden), targets)
     scale = weights * (1 + 2 * z_weight * log_z) / total
-    of_logits = (scale[:, None] * powers).at[mx.arange(targets.size), targets].add(-weights)
+    of_logits = (scale[:, None] * powers).at[mx.arange(targets.size), targets].add(-weights)  # one place per row
     _, (of_hidden,) = mx.vjp(model.logits, [hidden], [of_logits.astype(hidden.dtype)])
     return ((weights * cross_entropy).sum(), (weights * log_z * log_z).sum()), of_hidden
 

@@ -18,7 +18,7 @@ from .loss import DEFAULT_CHUNK
 from .tune import Tuning
 
 _STATE_BYTES = 12  # per trained parameter: its gradient and two moments
-_UPDATE_BYTES = 28  # per trained parameter during the update: the old and new state, and the new value
+_UPDATE_BYTES = 16  # per trained parameter during the update: its gradient, two moments, and the new value
 _FEED_FORWARD = (15.7, 5.3, 13.0)  # held per token in the FFN: times model_dim, the qkv width, the FFN width
 _ATTENTION = (5.5, 14.3, 3.8)  # the same in attention
 _LONG_ATTENTION = (17.0, 0.0063)  # in place of 14.3 if larger: a constant, plus a factor times the row length

@@ -22,7 +22,7 @@ from ..model.lora import set_dropout_keys
 from ..model.openelm import OpenELM
 from .gradients import batch_losses, gradients_of, set_parameters
 from .loss import Objective
-from .optimizer import Moments, Tensors, adamw, clipped, learning_rate
+from .optimizer import AdamW, Moments, Tensors, Update, learning_rate
 from .recipe import Recipe
 
 
@@ -86,17 +86,20 @@ class Trainer:
         dtype = DTYPES[recipe.dtype]
         self._gradients = gradients_of(model, objective, dtype, recipe.gradient_checkpointing)
         self._losses = compile_function(partial(batch_losses, model, objective, dtype))
-        self._update = compile_function(partial(_update, recipe))
+        self._optimizer = AdamW(recipe)
+        self._interruption: KeyboardInterrupt | None = None
         model.train()
 
     def take_step(self) -> dict[str, float]:
         """Take one step; returns the objective's metrics, `gradient_norm`, and `count`, which they were divided by.
 
-        A step with nothing in the loss leaves parameters and optimizer state unchanged.
+        A step with nothing in the loss leaves parameters and optimizer state unchanged. A KeyboardInterrupt while a
+        step is being completed is raised by `raise_interruption`, or by the next step.
 
         Raises:
             TrainingError: if the loss or the gradient is not finite; parameters stay unchanged.
         """
+        self.raise_interruption()
         rows = self.data.step(self.step, self.group.rank() * self._own_rows, self._own_rows)
         sums: mx.array = mx.zeros((len(self.objective.names) + 1,))
         gradients: Tensors | None = None
@@ -120,19 +123,33 @@ class Trainer:
             self.step += 1
             return {**dict.fromkeys(self.objective.names, 0.0), "gradient_norm": 0.0, "count": 0}
         rate = learning_rate(self.recipe, self.step)
-        found = self._update(mx.array(rate), self.parameters, gradients, self.moments, sums[-1])
-        mx.eval(found)
-        parameters, moments, norm, total = found
-        if not all(math.isfinite(number) for number in (*figures, norm.item(), total.item())):
+        update = self._optimizer.begin(rate, self.parameters, gradients, self.moments, sums[-1])
+        if not (update.is_finite and all(math.isfinite(figure) for figure in figures)):
             raise TrainingError(
                 f"loss or gradient is not finite at step {self.step + 1} (learning rate {rate:.3g}, gradient norm "
-                f"{norm.item():.3g}); try a lower `learning_rate`"
+                f"{update.norm:.3g}); try a lower `learning_rate`"
                 + (", or `dtype=bfloat16`" if self.recipe.dtype == "float16" else "")
             )
-        self.parameters, self.moments = parameters, Moments(*moments)
-        self.step += 1
+        self._complete(update)
         means = dict(zip(self.objective.names, (figure / count for figure in figures), strict=True))
-        return {**means, "gradient_norm": norm.item(), "count": int(count)}
+        return {**means, "gradient_norm": update.norm, "count": int(count)}
+
+    def raise_interruption(self) -> None:
+        """Raise the KeyboardInterrupt that arrived when a step could no longer be undone, if there was one."""
+        if (interruption := self._interruption) is not None:
+            self._interruption = None
+            raise interruption
+
+    def _complete(self, update: Update) -> None:
+        """Take over an update. The old state is freed on the way, so from here on it can only be completed."""
+        while True:
+            try:
+                self.parameters = update.parameters
+                self.moments = update.finish()
+                break
+            except KeyboardInterrupt as interruption:
+                self._interruption = interruption
+        self.step += 1
 
     def validation(self) -> dict[str, float]:
         """The objective's metrics, averaged over the validation set, or NaN without one."""
@@ -150,13 +167,3 @@ class Trainer:
         set_parameters(self.model, DTYPES[self.recipe.dtype], self.parameters)
         set_dropout_keys(self.model)
         return self.model
-
-
-def _update(
-    recipe: Recipe, rate: mx.array, parameters: Tensors, gradients: Tensors, moments: Moments, count: mx.array
-) -> tuple[Tensors, Moments, mx.array, mx.array]:
-    """New parameters and moments, the gradient norm, and the sum of all parameters, to check that they are finite."""
-    gradients = {name: g / count for name, g in gradients.items()}
-    gradients, norm = clipped(gradients, recipe.max_grad_norm)
-    parameters, moments = adamw(recipe, rate, parameters, gradients, Moments(*moments))
-    return parameters, moments, norm, sum((p.sum() for p in parameters.values()), mx.zeros(()))

@@ -110,7 +110,8 @@ class TuneRecipe(Recipe):
         Recipe,
         "dtype",
         "auto",
-        help="Type to compute in: auto, float16, bfloat16 or float32. auto: float32 on a CPU, otherwise the model's.",
+        help="Type to compute in: auto, float16, bfloat16 or float32. auto: float32 on a CPU, otherwise "
+        "the model's, but bfloat16 for float32.",
         choices=("auto", *DTYPES),
     )
     validate_first: bool = changed(Recipe, "validate_first", True)

@@ -17,8 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import TorchFileError, readable
+from ...file_values import from_numpy
 from ...files.paths import open_regular
-from ...tensors import LazyTensor, from_numpy, is_buffer
+from ...tensors import LazyTensor, is_buffer
 from ..source import plain_name
 from .torch_pickle import TensorRecord, read_pickle
 
