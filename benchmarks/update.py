@@ -15,6 +15,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers
@@ -58,7 +59,9 @@ def main() -> None:
         return found["seconds"]
 
     seconds = in_turn({way: partial(measure, way) for way in ways}, arguments.rounds, warm_up=0)
-    figures = {way: {"seconds": summary(seconds[way]), "bytes_per_parameter": bytes_of[way]} for way in ways}
+    figures: dict[str, Any] = {
+        way: {"seconds": summary(seconds[way]), "bytes_per_parameter": bytes_of[way]} for way in ways
+    }
     rows = [["", "bytes per parameter", "seconds"]]
     rows += [[way, f"{bytes_of[way]:.1f}", f"{figures[way]['seconds']['median']:.3f}"] for way in ways]
     report("update", rows, {"parameters": CONFIG.num_parameters, "ways": figures})
@@ -90,7 +93,7 @@ def ours() -> dict:
     mx.eval(trainer.parameters, trainer.moments)
     times, peak = [], 0
     given: list[dict[str, mx.array]] = []
-    trainer._gradients = lambda parameters, batch: (mx.array([1.0, 0.0, 16.0]), given.pop())  # type: ignore[assignment]
+    trainer._gradients = lambda parameters, batch: (mx.array([1.0, 0.0, 16.0]), given.pop())
     for step in range(STEPS):
         given.append(gradients_of(trainer.parameters, step))
         mx.synchronize()

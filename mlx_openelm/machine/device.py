@@ -48,7 +48,7 @@ class Choices:
     """
 
     backend: str  # cpu, metal or cuda
-    fused_kernels: bool  # open: decode with the kernels of `model/kernels.py`, which save launches
+    fused_kernels: bool  # open: decode with the kernels of `kernels/`, which save launches
     indexed_writes: bool  # write keys and values by index, which is one launch on a GPU, not as a slice
     tokens_first: bool | None  # open: read a step's tokens before the next is queued; None: see `reads_tokens_first`
     exact_slices: bool  # decode uncompiled, over exactly the slots in use: fused attention takes no mask on CUDA
