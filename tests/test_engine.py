@@ -246,7 +246,7 @@ def test_the_graph_of_what_a_step_wrote_does_not_grow(tiny_model, kind, compiled
         graph = io.StringIO()
         mx.export_to_dot(graph, *cache.arrays)
         sizes.append(graph.getvalue().count("->"))
-    assert max(sizes[5:]) <= max(sizes[:5])
+    assert max(sizes[30:]) <= max(sizes[:5])  # one cache is quantized in between
 
 
 def test_what_growing_buffers_leave_is_given_back(tiny_model, monkeypatch):

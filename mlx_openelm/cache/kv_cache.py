@@ -133,6 +133,11 @@ class KVCache:
         return [array for buffers in self._buffers for array in buffers]
 
     @property
+    def unread(self) -> list[mx.array]:
+        """Buffers that the next step may not read; see `FullKV.unread`."""
+        return [array for buffers in self._buffers for array in self.layout.unread(buffers)]
+
+    @property
     def nbytes(self) -> int:
         """Memory that the buffers take, in bytes."""
         return sum(array.nbytes for array in self.arrays)

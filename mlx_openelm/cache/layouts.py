@@ -53,6 +53,10 @@ class FullKV:
         keys, values = buffers
         return attention(queries, keys, values, mask)
 
+    def unread(self, buffers: Buffers) -> Buffers:
+        """Buffers that a step may write without reading them: unless they are evaluated, their graph grows."""
+        return ()
+
     def to_arrays(self, buffers: Buffers, num_tokens: int) -> Buffers:
         """The slots in use, to be kept in a file."""
         return tuple(array[..., :num_tokens, :] for array in buffers)
@@ -202,6 +206,9 @@ class RotatingKV(FullKV):
 
     def attend_masked(self, buffers: Buffers, queries: mx.array, mask: mx.array) -> mx.array:
         return super().attend_masked(buffers[:2], queries, mask)
+
+    def unread(self, buffers: Buffers) -> Buffers:
+        return buffers[2:]
 
     def to_arrays(self, buffers: Buffers, num_tokens: int) -> Buffers:
         return *super().to_arrays(buffers[:2], min(num_tokens, self.size)), buffers[2]

@@ -255,8 +255,8 @@ def _run_step(
 
 
 def evaluate_step(chosen: Any, cache: KVCache) -> None:
-    """Queue a step's results, and what it wrote: whatever nobody reads would otherwise keep its graph, which grows."""
-    mx.async_eval(chosen, cache.arrays)
+    """Queue a step's results, and what it wrote that nobody reads: that would keep its graph, which grows."""
+    mx.async_eval(chosen, cache.unread)
 
 
 def prefill(model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Progress | None = None) -> mx.array:
