@@ -182,6 +182,17 @@ class TestCommand:
 
         return with_checks
 
+    def test_in_a_narrow_terminal_what_was_found_has_a_line_of_its_own(self, printed, monkeypatch):
+        monkeypatch.setattr(command, "is_terminal", lambda stream: True)
+        monkeypatch.setenv("COLUMNS", "80")
+        compared = Check("one", lambda session: Outcome("passed", "differs by 1.0e-06 " + "of a word " * 9, "1.0e-04"))
+        _, out, _ = printed(compared)
+        lines = out.splitlines()
+        assert re.fullmatch(r"one +passed +0.0", lines[2])
+        assert lines[3].startswith("  differs by 1.0e-06 of a word")
+        assert lines[4].endswith("; allowed: 1.0e-04")
+        assert all(len(line) <= 80 for line in lines[:5])
+
     def test_prints_a_table_and_writes_a_file(self, printed):
         status, out, found = printed(Check("one", passing), Check("two", raising(Skip("no GPU"))))
         assert status == 0

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import typer
 
 from ..files.output import output_file
 from .interrupts import INTERRUPTED, uninterrupted
+from .streams import console, is_terminal
 from .terminal import say, write
 
 if TYPE_CHECKING:
@@ -51,21 +54,25 @@ def run_self_test(only: Sequence[str], output: Path, force: bool, as_json: bool)
 
 
 class _Table:
-    """Prints the name of a check when it begins and the rest of its row when it ends."""
+    """Prints the name of a check when it begins and the rest of its row when it ends.
+
+    In a terminal that is too narrow for a row, what was found has a line of its own.
+    """
 
     def __init__(self, silent: bool):
         self._silent = silent
         self._done = 0
         self._begun: str | None = None
+        self._is_narrow = is_terminal(sys.stdout) and console().width < sum(_WIDTHS) + 2 * (len(_WIDTHS) - 1)
         if not silent:
-            _print_cells(_HEADINGS, 0)
+            self._print(_HEADINGS, 0)
 
     def show(self, report: Report) -> None:
         """Print what is new in a report."""
         if self._silent:
             return
         for row in report.rows[self._done :]:
-            _print_cells(_cells(row), 1)
+            self._print(_cells(row), 1)
             self._done, self._begun = self._done + 1, None
         if report.running != self._begun and report.running is not None:
             self._begun = report.running
@@ -73,17 +80,23 @@ class _Table:
         if report.is_interrupted:
             write("")
 
+    def _print(self, cells: Sequence[str], first: int) -> None:
+        """Print the cells of a row from the first one on; numbers at the right."""
+        widths: Sequence[int] = _WIDTHS
+        _, found, allowed, *_ = cells
+        if self._is_narrow:
+            cells, widths = [cells[0], *cells[3:]], [_WIDTHS[0], *_WIDTHS[3:]]
+        padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
+        padded[-1] = cells[-1].rjust(widths[-1])
+        write(("  " if first else "") + "  ".join(padded[first:]))
+        if self._is_narrow:
+            text = f"{found}; allowed: {allowed}" if allowed and first else found
+            write(fill(text, console().width, initial_indent="  ", subsequent_indent="  "))
+
 
 def _cells(row: Row) -> tuple[str, ...]:
     outcome = row.outcome
     return row.name, outcome.found, outcome.allowed, outcome.status, f"{row.seconds:.1f}"
-
-
-def _print_cells(cells: Sequence[str], first: int) -> None:
-    """Print the cells of a row from the first one on; numbers at the right."""
-    padded = [f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)]
-    padded[-1] = cells[-1].rjust(_WIDTHS[-1])
-    write(("  " if first else "") + "  ".join(padded[first:]))
 
 
 def _print_end(report: Report, output: Path) -> None:
