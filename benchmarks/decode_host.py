@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model as load_with_mlx_lm
 
 from mlx_openelm import OpenELMConfig, SamplingConfig, generate_tokens, load_model
-from mlx_openelm.generation.engine import DecodeStep
+from mlx_openelm.generation.decode_step import DecodeStep
 from mlx_openelm.generation.sampling import Sampler
 
 PROMPT = mx.array([5, 6, 7, 8])

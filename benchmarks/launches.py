@@ -23,7 +23,7 @@ from step_graph import Graph, Recorder, as_on_metal, blank, drawn, fused, traced
 from weightless import our_cache, our_network, peer_model, peer_step_alone, peer_step_of_rows
 
 from mlx_openelm import CacheConfig, OpenELMConfig, SamplingConfig
-from mlx_openelm.generation import engine
+from mlx_openelm.generation import decode_step
 from mlx_openelm.generation.sampling import Sampler
 from mlx_openelm.kernels.fused import forget_kernels
 from mlx_openelm.machine.device import choices, replaced_choices
@@ -75,8 +75,10 @@ def our_step(case: Case, **replaced: Any) -> Step:
         state = tuple(mx.stack(list(parts)) for parts in zip(*states, strict=True))
         mx.eval(state)
         compiler = _Compiler(recorder)
-        with mock.patch.object(engine, "compile_function", compiler):
-            step = engine.DecodeStep(network, lambda logits, state: sampler.choose_rows(logits[:, -1], state), True)
+        with mock.patch.object(decode_step, "compile_function", compiler):
+            step = decode_step.DecodeStep(
+                network, lambda logits, state: sampler.choose_rows(logits[:, -1], state), True
+            )
             chosen = step(blank((case.rows,), mx.uint32)[:, None], state, cache)
         (graph,) = compiler.graphs
         leaves: Any = tree_flatten(chosen)
@@ -105,7 +107,7 @@ def _kernels() -> Iterator[None]:
     """Let this package's kernels be created anew, by stand-ins, and not be tried out: they compute nothing here."""
     forget_kernels()
     try:
-        with mock.patch.object(engine, "kernels_work", return_value=choices().fused_kernels):
+        with mock.patch.object(decode_step, "kernels_work", return_value=choices().fused_kernels):
             yield
     finally:
         forget_kernels()

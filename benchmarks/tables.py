@@ -184,7 +184,7 @@ def train_cache() -> str:
     note = (
         f"After {run['steps']} steps of tuning on rows of 32 to 256 tokens, with the limits that MLX would set on a\n"
         f"Mac of {run['memory_mib']} MiB, imitated on the CPU. mlx-lm frees all buffers after each step; the limit\n"
-        "here is an eighth of the memory, so that steps find the buffers of the step before."
+        "here is a quarter of the memory, so that steps find the buffers of the step before."
     )
     return f"## Freed buffers in training\n\n{note}\n\n{text}\n\n{where(run)}\n"
 

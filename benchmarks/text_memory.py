@@ -22,7 +22,7 @@ from mlx_openelm import CacheConfig, KVCache, OpenELM, OpenELMConfig, generate_t
 from mlx_openelm.benchmark.models import Peer, random_network
 
 CONFIG = replace(
-    OpenELMConfig.layerwise(4, 64, 32, num_gqa_groups=2, ffn_dim_divisor=16, vocab_size=500),
+    OpenELMConfig.layerwise(2, 64, 32, num_gqa_groups=2, ffn_dim_divisor=16, vocab_size=500),
     max_context_length=1 << 20,
 )
 KINDS = {

@@ -309,9 +309,9 @@ class TestWiredMemory:
 
 
 class TestLimitedCache:
-    def test_is_an_eighth_of_the_memory_within_the_context_alone(self, memory):
+    def test_is_a_quarter_of_the_memory_within_the_context_alone(self, memory):
         with limited_cache():
-            assert memory.cache == memory_limit_bytes() // 8
+            assert memory.cache == memory_limit_bytes() // 4
         assert memory.cache == 15 << 30
 
     def test_a_lower_limit_stays(self, memory):
@@ -325,6 +325,6 @@ class TestLimitedCache:
         for context in contexts:
             context.__enter__()
         for context in contexts:
-            assert memory.cache == memory_limit_bytes() // 8
+            assert memory.cache == memory_limit_bytes() // 4
             context.__exit__(None, None, None)
         assert memory.cache == 15 << 30

@@ -224,6 +224,7 @@ TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
     "test_text_files.py": ["data/limits.py"],
     "test_openelm.py": ["model/rope.py"],
     "test_fused.py": ["kernels/", "model/fused_attention.py"],
+    "test_engine.py": ["generation/decode_step.py"],
     "test_lora.py": ["merging.py", "evaluation/divergence.py"],
     "test_tokenizer_files.py": ["tokenizer/files.py", "tokenizer/settings.py"],
     "test_tokenizer.py": ["tokenizer/libraries.py"],

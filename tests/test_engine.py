@@ -1,6 +1,8 @@
 import gc
 import io
+import weakref
 from dataclasses import replace
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +12,7 @@ from conftest import assert_close, random_model
 from mlx_openelm import CacheConfig, ContextLengthWarning, SamplingConfig, generate_tokens
 from mlx_openelm.cache import kv_cache as cache_module
 from mlx_openelm.errors import MemoryLimitError, PromptError, WeightsError
-from mlx_openelm.generation import engine
+from mlx_openelm.generation import decode_step, engine
 from mlx_openelm.generation.batch import generate_batch
 from mlx_openelm.generation.drafters import DraftModel, PromptLookup
 from mlx_openelm.generation.engine import prefill
@@ -125,8 +127,8 @@ class TestCompiled:
     def test_it_is_traced_once_for_each_length_of_buffer(self, tiny_model, monkeypatch):
         monkeypatch.setattr(cache_module, "GROWTH_STEP", 16)
         traced = []
-        original = engine._run_step
-        monkeypatch.setattr(engine, "_run_step", lambda *parts: (traced.append(1), original(*parts))[1])
+        original = decode_step._run_step
+        monkeypatch.setattr(decode_step, "_run_step", lambda *parts: (traced.append(1), original(*parts))[1])
         list(generate_tokens(tiny_model, PROMPT, max_tokens=50, compiled=True))  # 58 tokens in buffers of 16 to 64
         assert len(traced) == 4
 
@@ -247,6 +249,22 @@ def test_the_graph_of_what_a_step_wrote_does_not_grow(tiny_model, kind, compiled
         mx.export_to_dot(graph, *cache.arrays)
         sizes.append(graph.getvalue().count("->"))
     assert max(sizes[30:]) <= max(sizes[:5])  # one cache is quantized in between
+
+
+def test_traces_for_shorter_buffers_are_dropped(tiny_model, monkeypatch):
+    monkeypatch.setattr(cache_module, "GROWTH_STEP", 16)
+    steps, compile_function = [], decode_step.compile_function
+
+    def compile_watched(run):
+        steps.append(weakref.ref(run))
+        return compile_function(run)
+
+    monkeypatch.setattr(decode_step, "compile_function", compile_watched)
+    generation = generate_tokens(tiny_model, PROMPT, max_tokens=60, compiled=True)
+    list(islice(generation, 50))
+    gc.collect()
+    assert len(steps) == 4
+    assert [run() is None for run in steps] == [True, True, True, False]
 
 
 def test_what_growing_buffers_leave_is_given_back(tiny_model, monkeypatch):

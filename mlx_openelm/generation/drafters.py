@@ -7,8 +7,9 @@ import mlx.core as mx
 from ..cache.kv_cache import KVCache
 from ..errors import PromptError
 from ..model.openelm import OpenELM
+from .decode_step import DecodeStep
 from .draft_length import DraftLengthController
-from .engine import DecodeStep, prefill
+from .engine import prefill
 from .sampling import Sampler, State
 
 DEFAULT_MAX_DRAFT = 8  # draft tokens in one pass

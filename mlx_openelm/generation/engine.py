@@ -6,20 +6,17 @@ Nothing here knows about text: no tokenizer, no stop strings. A single prompt is
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..cache.config import CacheConfig, kv_cache_bytes
-from ..cache.kv_cache import KVCache, StepCache
-from ..cache.layouts import Buffers, FullKV
+from ..cache.kv_cache import KVCache
 from ..errors import MemoryLimitError, PromptError, WeightsError
-from ..kernels.fused import kernels_work
-from ..machine.compiler import compile_function
-from ..machine.device import choices, memory_limit_bytes, pays_to_compile, reads_tokens_first
+from ..machine.device import memory_limit_bytes, pays_to_compile, reads_tokens_first
 from ..model.openelm import OpenELM
+from .decode_step import DecodeStep, evaluate_step
 from .sampling import Sampler, SamplingConfig, State
 
 MAX_TOKENS = 256
@@ -189,74 +186,6 @@ class DecodeBatch:
         self._cache.keep(taken)
         self._rows = self._rows.keep(taken)
         self._numbers = [self._numbers[slot] for slot in taken]
-
-
-class DecodeStep:
-    """A forward pass over the next tokens of all rows and a choice from its logits, as one function, maybe compiled.
-
-    Buffers for keys and values grow from time to time; the step is traced once for each of their lengths, and for each
-    number of rows and tokens. The weights are constants of a compiled step, so it lives no longer than a generation.
-
-    Args:
-        choose: a function of arrays, from logits (B, L, V) and a state to whatever is wanted.
-    """
-
-    def __init__(self, model: OpenELM, choose: Callable[[mx.array, Any], Any], compiled: bool):
-        self._model = model
-        self._choose = choose
-        self._compiled = compiled
-        config = model.config
-        self._fused = kernels_work(model.transformer.norm.weight.dtype, config.head_dim, config.model_dim)
-        self._runs: dict[FullKV, Callable[..., tuple[Any, list[Buffers]]]] = {}
-
-    def __call__(self, tokens: mx.array, state: Any, cache: KVCache) -> Any:
-        """What is chosen after tokens (B, L); the cache holds these afterwards."""
-        if not cache.has_room(tokens.shape[1]):
-            mx.clear_cache()  # what the last growth left; MLX keeps freed buffers, and these fit nothing else
-        if choices().exact_slices and cache.row_offsets is None and type(cache.layout) is FullKV:
-            return self._over_exact_slices(tokens, state, cache)
-        run = self._runs.get(cache.layout)
-        if run is None:
-            run = partial(_run_step, self._model, self._choose, self._fused, cache.layout)
-            run = self._runs[cache.layout] = compile_function(run) if self._compiled else run
-        num_tokens = tokens.shape[1]
-        self._model.transformer.warn_past_context(cache, num_tokens)
-        offset = mx.array(cache.offset, mx.int32)
-        row_offsets = [] if cache.row_offsets is None else [cache.row_offsets]
-        with cache.guarded():
-            chosen, buffers = run(tokens, offset, row_offsets, cache.take_buffers(num_tokens), state)
-            cache.restore_buffers(buffers, num_tokens)
-        return chosen
-
-    def _over_exact_slices(self, tokens: mx.array, state: Any, cache: KVCache) -> Any:
-        """Uncompiled, and without a mask: the number of slots in use is a constant of the graph."""
-        transformer = self._model.transformer
-        transformer.warn_past_context(cache, tokens.shape[1])
-        with cache.guarded():
-            hidden = transformer.run(tokens, transformer.forward_context(tokens.shape[0], cache, fused=self._fused))
-            cache.advance(tokens.shape[1])
-        return self._choose(self._model.logits(hidden), state)
-
-
-def _run_step(
-    model: OpenELM,
-    choose: Callable[[mx.array, Any], Any],
-    fused: bool,
-    layout: FullKV,
-    tokens: mx.array,
-    offset: mx.array,
-    row_offsets: list[mx.array],
-    buffers: list[Buffers],
-    state: Any,
-) -> tuple[Any, list[Buffers]]:
-    cache = StepCache(layout, offset, row_offsets[0] if row_offsets else None, buffers, tokens.shape[1])
-    context = model.transformer.forward_context(tokens.shape[0], cache, fused=fused)
-    return choose(model.logits(model.transformer.run(tokens, context)), state), cache.buffers
-
-
-def evaluate_step(chosen: Any, cache: KVCache) -> None:
-    """Queue a step's results, and what it wrote that nobody reads: that would keep its graph, which grows."""
-    mx.async_eval(chosen, cache.unread)
 
 
 def prefill(model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Progress | None = None) -> mx.array:

@@ -17,19 +17,10 @@ from ..cache.kv_cache import KVCache
 from ..errors import CacheError, PromptError
 from ..machine.device import pays_to_compile, reads_tokens_first
 from ..model.openelm import OpenELM
+from .decode_step import DecodeStep, evaluate_step
 from .draft_length import FIRST_BACKOFF, DraftLengthController
 from .drafters import LARGEST_MAX_DRAFT, Drafter, DraftModel
-from .engine import (
-    MAX_TOKENS,
-    DecodeStep,
-    Progress,
-    Step,
-    as_prompt,
-    check_memory,
-    evaluate_step,
-    first_choice,
-    whole_text,
-)
+from .engine import MAX_TOKENS, Progress, Step, as_prompt, check_memory, first_choice, whole_text
 from .sampling import Sampler, SamplingConfig, State
 
 

@@ -37,7 +37,7 @@ _COMPILED_ON_GPU = 32
 _LARGEST_COPIED = 64 << 20  # bytes that Metal copies in about the time of encoding a step: 1.3 ms at 100 GB/s
 _LARGEST_BLOCK = 65_536  # queries
 _CPU_SHARE = 0.9  # of physical memory; the rest is for the system
-_CACHE_DIVISOR = 8  # of the memory limit: what MLX may keep in freed buffers while a model is trained
+_CACHE_DIVISOR = 4  # of the memory limit: what MLX may keep in freed buffers while a model is trained
 
 
 @dataclass(frozen=True)
@@ -296,10 +296,10 @@ def wired_memory() -> Iterator[None]:
 
 @contextmanager
 def limited_cache() -> Iterator[None]:
-    """Let MLX keep at most an eighth of `memory_limit_bytes` in freed buffers within this context, and none after it.
+    """Let MLX keep at most a quarter of `memory_limit_bytes` in freed buffers within this context, and none after it.
 
     MLX reuses a freed buffer for arrays of about its size. Steps whose rows differ in width need ever new sizes, and on
-    a GPU MLX frees the old ones only when memory runs out. Within an eighth, all buffers of a step are reused unless it
+    a GPU MLX frees the old ones only when memory runs out. Within a quarter, all buffers of a step are reused unless it
     computes with a large share of the memory, and then allocating them anew takes little of its time. A lower limit,
     as MLX has on the CPU, stays. Contexts may overlap.
     """

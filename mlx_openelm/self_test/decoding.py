@@ -9,7 +9,7 @@ from functools import partial
 import mlx.core as mx
 
 from ..cache.config import CacheConfig
-from ..generation.engine import DecodeStep
+from ..generation.decode_step import DecodeStep
 from ..model.openelm import OpenELM
 from ..tensors import dtype_name
 from .check import Check, Comparison, Outcome, judged
