@@ -47,8 +47,7 @@ def main() -> None:
     for kind, config in KINDS.items():
         for compiled in (False, True):
             name = f"{kind}, {'compiled' if compiled else 'plain'}"
-            cache = network.make_cache(config)
-            curves[name] = points_of(our_steps(network, cache, arguments.tokens, compiled), cache)
+            curves[name] = our_points(network, config, arguments.tokens, compiled)
     curves["mlx-lm, full"] = points_of(peer_steps(network, arguments.peer_tokens))
     rows = [["", "tokens", "KV", "arrays", "freed, kept", "process without KV, MiB", "waiting"]]
     for name, points in curves.items():
@@ -57,9 +56,10 @@ def main() -> None:
     report("text_memory", rows, {"curves": curves})
 
 
-def our_steps(network: OpenELM, cache: KVCache, tokens: int, compiled: bool) -> Iterator[Any]:
+def our_points(network: OpenELM, config: CacheConfig, tokens: int, compiled: bool) -> list[dict[str, int]]:
     mx.clear_cache()
-    yield from generate_tokens(network, PROMPT, max_tokens=tokens, cache=cache, compiled=compiled)
+    cache = network.make_cache(config)
+    return points_of(generate_tokens(network, PROMPT, max_tokens=tokens, cache=cache, compiled=compiled), cache)
 
 
 def peer_steps(network: OpenELM, tokens: int) -> Iterator[Any]:
@@ -114,16 +114,16 @@ def draw(curves: dict[str, list[dict[str, int]]], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for name, points in curves.items():
         if not name.endswith("plain"):
             tokens = [point["tokens"] for point in points]
             memory = [(point["arrays"] + point["freed"]) / 2**20 for point in points]
-            axis.plot(tokens, memory, ".-", label=name.removesuffix(", compiled"))
+            axis.plot(tokens, memory, ".--" if "window" in name else ".-", label=name.removesuffix(", compiled"))
     axis.set(xlabel="tokens of text", ylabel="MiB of arrays and freed buffers", ylim=(0, None))
     axis.set_title("Memory while a text grows")
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=100)
 
 
