@@ -340,7 +340,7 @@ def text_memory() -> str:
         "waiting",
     ]
     note = (
-        "4 layers of width 64, float32. Arrays: MLX's, with the freed ones that it keeps. Process: without keys and "
+        "2 layers of width 64, float32. Arrays: MLX's, with the freed ones that it keeps. Process: without keys and "
         "values. Waiting: edges\nof the graph that the cache holds and MLX has not computed.\n\n"
         "![Memory over tokens](../benchmarks/results/text_memory.png)"
     )
