@@ -41,7 +41,8 @@ class DecodeStep:
         num_tokens = tokens.shape[1]
         self._give_back(grows=not cache.has_room(num_tokens))
         if choices().exact_slices and cache.row_offsets is None and type(cache.layout) is FullKV:
-            return self._over_exact_slices(tokens, state, cache)
+            # Uncompiled, and without a mask: the number of slots in use is a constant of the graph.
+            return self._choose(self._model.logits(self._model.transformer(tokens, cache, fused=self._fused)), state)
         self._model.transformer.warn_past_context(cache, num_tokens)
         offset = mx.array(cache.offset, mx.int32)
         row_offsets = [] if cache.row_offsets is None else [cache.row_offsets]
@@ -65,15 +66,6 @@ class DecodeStep:
         self._until_freed = _STEPS_IN_FLIGHT if grows else self._until_freed - 1
         if self._until_freed == 0:
             mx.clear_cache()
-
-    def _over_exact_slices(self, tokens: mx.array, state: Any, cache: KVCache) -> Any:
-        """Uncompiled, and without a mask: the number of slots in use is a constant of the graph."""
-        transformer = self._model.transformer
-        transformer.warn_past_context(cache, tokens.shape[1])
-        with cache.guarded():
-            hidden = transformer.run(tokens, transformer.forward_context(tokens.shape[0], cache, fused=self._fused))
-            cache.advance(tokens.shape[1])
-        return self._choose(self._model.logits(hidden), state)
 
 
 def _run_step(

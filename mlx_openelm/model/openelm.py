@@ -134,15 +134,19 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         segments: mx.array | None = None,
         last_only: bool = False,
+        fused: bool = False,
     ) -> mx.array:
-        """Hidden states (B, L, M); with `last_only`, those of the last tokens alone, (B, 1, M)."""
+        """Hidden states (B, L, M); with `last_only`, those of the last tokens alone, (B, 1, M).
+
+        With `fused`, tokens behind those in a cache are computed with fused kernels, which must work here.
+        """
         B, L = tokens.shape
         self.warn_past_context(cache, L)
         if cache is None:
             mask = None if segments is None else segment_mask(segments)
             return self.run(tokens, ForwardContext.alone(self.config, B, mask, self.training))
         with cache.guarded():
-            hidden = self.run(tokens, self.forward_context(B, cache, last_only and L > 1))
+            hidden = self.run(tokens, self.forward_context(B, cache, last_only and L > 1, fused))
             cache.advance(L)
         return hidden
 
