@@ -56,7 +56,7 @@ class Case:
 
     @property
     def held(self) -> int:
-        """Tokens before the step; so many that a window is full and has turned."""
+        """Number of tokens before the step, enough to fill a window and overwrite part of it."""
         return self.tokens + 2 * WINDOW if self.kv == "window" else self.tokens
 
     @property

@@ -88,7 +88,7 @@ def count(graph: Graph, large_chip: bool = False) -> Step:
 
 
 def _run(step: Step, node: Node, read: Sequence[Layout | int], launches: int = 1) -> Cost:
-    """Kernels that read arrays (or so many bytes) and write all outputs."""
+    """Kernels that read these arrays, or this number of bytes, and write all outputs."""
     written = sum(step.layout(name).size * step.layout(name).value.dtype.size for name in node.outputs)
     return Cost(launches, 0, sum(one if isinstance(one, int) else one.nbytes for one in read), written)
 

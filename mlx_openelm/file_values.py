@@ -18,7 +18,7 @@ from .machine.device import reading_threads
 _LARGE_BYTES = 1 << 22  # from these on, MLX's threads read a tensor
 _EXPONENT_BITS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # NaN or infinity if all are set
 _BLOCK = 1 << 18  # values that are checked at once: what is made of them fits into CPU caches
-_BLOCKS_ALONE = 32  # up to so many are checked by one thread, in a millisecond or two
+_BLOCKS_ALONE = 32  # one thread checks up to this many, which takes a millisecond or two
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def run_checks(
     session: Session,
     on_report: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Run all checks; a check that raises has failed, and the others go on.
+    """Run all checks. A check that raises counts as failed, and the next one still runs.
 
     Args:
         on_report: called before each check with what is known so far.
