@@ -15,9 +15,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_openelm import OpenELMConfig
+from mlx_openelm import OpenELMConfig, load_model
 from mlx_openelm.benchmark.measure import Spread
 from mlx_openelm.machine.hardware import describe
+from mlx_openelm.model.adapters import about_base, save_adapter
+from mlx_openelm.model.lora import AdapterConfig, adapter_parameters, add_adapter
 from mlx_openelm.model.openelm import parameter_shapes
 from mlx_openelm.tensors import LazyTensor, write_safetensors
 
@@ -83,8 +85,9 @@ def report(name: str, rows: Sequence[Sequence[Any]], figures: dict[str, Any]) ->
 
 
 def machine() -> dict[str, Any]:
-    """The machine, and the code and command that ran."""
-    return describe("python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]))
+    """The machine, and the code and command that ran; of absolute paths, only the names."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return describe(" ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]))
 
 
 @contextmanager
@@ -95,6 +98,16 @@ def model_folder(size: str, dtype: mx.Dtype = mx.float32) -> Iterator[Path]:
         folder.mkdir()
         write_random_model(folder, OpenELMConfig.preset(size), dtype)
         yield folder
+
+
+def write_model_and_adapter(folder: Path, config: OpenELMConfig, adapter: AdapterConfig) -> None:
+    """A random model in `model/`, and a new LoRA adapter for it in `adapter/`."""
+    (folder / "model").mkdir()
+    write_random_model(folder / "model", config)
+    model = load_model(folder / "model")
+    add_adapter(model, adapter)
+    (folder / "adapter").mkdir()
+    save_adapter(folder / "adapter", adapter_parameters(model), "lora", adapter, about_base("random", config))
 
 
 def write_random_model(folder: Path, config: OpenELMConfig, dtype: mx.Dtype = mx.float32) -> None:

@@ -23,13 +23,12 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.optimizers
 import numpy as np
-from common import in_turn, report, summary, write_random_model
+from common import in_turn, report, summary, write_model_and_adapter
 
 from mlx_openelm import OpenELMConfig, load_model
 from mlx_openelm.data.batch import TokenBatch
 from mlx_openelm.machine import device
-from mlx_openelm.model.adapters import about_base, save_adapter
-from mlx_openelm.model.lora import adapter_parameters, add_adapter
+from mlx_openelm.model.lora import adapter_parameters
 from mlx_openelm.training.loss import CrossEntropy
 from mlx_openelm.training.trainer import Trainer
 from mlx_openelm.training.tune_recipe import TuneRecipe
@@ -88,13 +87,8 @@ def main() -> None:
 
 def prepare(folder: Path) -> None:
     """Write a random model, and a new adapter for it."""
-    (folder / "model").mkdir()
-    write_random_model(folder / "model", CONFIG)
-    model = load_model(folder / "model")
     assert RECIPE.adapter is not None, "the recipe is of an adapter"
-    add_adapter(model, RECIPE.adapter)
-    (folder / "adapter").mkdir()
-    save_adapter(folder / "adapter", adapter_parameters(model), "lora", RECIPE.adapter, about_base("random", CONFIG))
+    write_model_and_adapter(folder, CONFIG, RECIPE.adapter)
 
 
 def tokens_of(step: int) -> np.ndarray:

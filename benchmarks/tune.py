@@ -19,12 +19,12 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.optimizers
 import numpy as np
-from common import in_turn, report, summary, write_random_model
+from common import in_turn, report, summary, write_model_and_adapter
 
 from mlx_openelm import OpenELMConfig, load_model
 from mlx_openelm.data.batch import TokenBatch
-from mlx_openelm.model.adapters import about_base, read_tensors, save_adapter
-from mlx_openelm.model.lora import adapter_parameters, add_adapter
+from mlx_openelm.model.adapters import read_tensors
+from mlx_openelm.model.lora import adapter_parameters
 from mlx_openelm.training.gradients import set_parameters
 from mlx_openelm.training.loss import CrossEntropy
 from mlx_openelm.training.trainer import Trainer
@@ -99,13 +99,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     config = OpenELMConfig.layerwise(
         arguments.layers, arguments.model_dim, 64, vocab_size=arguments.vocab, max_context_length=arguments.sequence
     )
-    (folder / "model").mkdir()
-    write_random_model(folder / "model", config)
-    model = load_model(folder / "model")
     assert RECIPE.adapter is not None, "the recipe is of an adapter"
-    add_adapter(model, RECIPE.adapter)
-    (folder / "adapter").mkdir()
-    save_adapter(folder / "adapter", adapter_parameters(model), "lora", RECIPE.adapter, about_base("random", config))
+    write_model_and_adapter(folder, config, RECIPE.adapter)
 
 
 def tokens_of(arguments: argparse.Namespace, step: int) -> np.ndarray:
