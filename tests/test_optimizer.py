@@ -5,6 +5,7 @@ import mlx.core as mx
 import pytest
 
 from conftest import assert_close
+from mlx_openelm.errors import ConfigError
 from mlx_openelm.training.optimizer import AdamW, Moments, learning_rate
 from mlx_openelm.training.pretrain import PretrainRecipe
 
@@ -21,6 +22,17 @@ def test_other_schedules_by_hand(recipe, schedule, expected):
     recipe = replace(recipe, schedule=schedule)
     assert learning_rate(recipe, 5) == pytest.approx(0.5)
     assert learning_rate(recipe, 35) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(5, 0.5), (90, 1.0), (100, 0.1 + 0.9 / 2), (110, 0.1)])
+def test_a_constant_rate_falls_over_the_last_steps(recipe, step, expected):
+    recipe = replace(recipe, schedule="constant", decay_steps=20)
+    assert learning_rate(recipe, step) == pytest.approx(expected)
+
+
+def test_only_a_constant_rate_has_an_end_of_its_own(recipe):
+    with pytest.raises(ConfigError, match="decay_steps needs the constant schedule; got cosine"):
+        replace(recipe, decay_steps=20)
 
 
 @pytest.mark.parametrize(

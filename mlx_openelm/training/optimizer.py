@@ -30,13 +30,17 @@ class Moments(NamedTuple):
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step, counted from 0: linear warm-up, then the schedule, which ends at the final rate."""
+    """Learning rate of a step, counted from 0: linear warm-up, then the schedule, which ends at the final rate.
+
+    A constant rate ends there only with `decay_steps`: warm-up, stable, decay (Hu et al., arXiv:2404.06395).
+    """
     largest = recipe.learning_rate
     if step < recipe.warmup:
         return recipe.initial_learning_rate + (largest - recipe.initial_learning_rate) * step / recipe.warmup
     last = largest * recipe.min_lr_ratio
     progress = min(1.0, (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
-    share = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}
+    constant = min(1.0, max(0, recipe.steps - step) / recipe.decay_steps) if recipe.decay_steps else 1.0
+    share = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": constant}
     return last + (largest - last) * share[recipe.schedule]
 
 

@@ -123,6 +123,13 @@ class Recipe:
     initial_learning_rate: float = setting(1e-6, "Learning rate at the start of warm-up.", _OPTIMIZER, at_least=0)
     warmup_steps: int = setting(0, "Warm-up steps.", _OPTIMIZER, at_least=0)
     schedule: str = setting("cosine", "Learning rate after warm-up.", _OPTIMIZER, choices=SCHEDULES)
+    decay_steps: int = setting(
+        0,
+        "Last steps, in which a constant rate falls in a line to the final one. Resume with another value to end a run.",
+        _OPTIMIZER,
+        at_least=0,
+        can_change=True,
+    )
     beta1: float = setting(0.9, "AdamW beta1.", _OPTIMIZER, at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW beta2.", _OPTIMIZER, at_least=0, below=1)
     eps: float = setting(1e-8, "AdamW epsilon.", _OPTIMIZER, at_least=0)
@@ -168,6 +175,8 @@ class Recipe:
             value = self._read(entry.name, getattr(self, entry.name), entry)
             setting_of(entry).check(entry.name, value)
             object.__setattr__(self, entry.name, value)
+        if self.decay_steps and self.schedule != "constant":
+            raise ConfigError(f"decay_steps needs the constant schedule; got {self.schedule}")
 
     @classmethod
     def named(cls, name: str | Path) -> Path:
