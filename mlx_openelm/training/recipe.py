@@ -125,7 +125,7 @@ class Recipe:
     schedule: str = setting("cosine", "Learning rate after warm-up.", _OPTIMIZER, choices=SCHEDULES)
     decay_steps: int = setting(
         0,
-        "Last steps, in which a constant rate falls in a line to the final one. Resume with another value to end a run.",
+        "Steps at the end over which a constant rate falls to the final one; can be set when a run is resumed.",
         _OPTIMIZER,
         at_least=0,
         can_change=True,
