@@ -15,8 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from mlx_openelm.data.corpus import Filters
-from mlx_openelm.data.corpus import _split as split_of
+from mlx_openelm.data.corpus import Filters, _split as split_of
 from mlx_openelm.data.text_files import read_documents
 
 Messages = list[dict[str, str]]
@@ -27,18 +26,7 @@ LONGEST_CONTEXT = 700
 SENTENCE = re.compile(r'[^.!?"]+[.!?](?=\s|$)')
 NAME = re.compile(r"\bnamed ([A-Z][a-z]+)\b")
 
-THINGS = (
-    "cat dog bird fish bear rabbit bunny frog mouse squirrel butterfly bee duck puppy kitten lion cow horse fox monkey "
-    "snake owl pig elephant spider crab turtle worm ant dragon monster robot fairy king queen prince princess farmer "
-    "doctor teacher baby boy girl man woman grandma ball toy box tree car house garden door book cake boat doll hill "
-    "hat truck swing key bike flower river farm apple pond slide rock hole bug balloon button chair jar star treasure "
-    "train blanket pot bell rope castle tower basket bush bucket zoo kite lamp ladder bowl rainbow spoon cave couch snow "
-    "shell stone map coin mirror puddle hose cage candy cookie carrot puzzle drum bone mountain storm fountain "
-    "flute ocean egg picnic clock snowman plane banana crayon phone coat wand magnet lemon scarf vase cheese bridge "
-    "sandwich ship raft mask rocket bread brush camera seed tent wagon sword pillow prize guitar cloud moon sun forest "
-    "park beach lake store nest leaf stick mud sand rain wind ice fire bag dress shoe bed window kitchen"
-).split()
-FEELINGS = "happy sad scared excited proud tired angry lonely surprised hungry sorry curious worried".split()
+WORDS = yaml.safe_load((FOLDER / "words.yaml").read_text(encoding="utf-8"))
 
 ASK_STORY = (
     "Tell me a story about {0}.",
@@ -52,10 +40,17 @@ ASK_STORY = (
     "Make up a story about {0}.",
     "tell me a story about {0}",
 )
-ASK_ANY = ("Tell me a story.", "Tell me a story", "Write a story.", "Tell me a short story.", "Can you tell me a story?")
+ASK_ANY = (
+    "Tell me a story.",
+    "Tell me a story",
+    "Write a story.",
+    "Tell me a short story.",
+    "Can you tell me a story?",
+)
 ASK_AGAIN = ("Tell me another story.", "Another one!", "Tell me one more story.", "Now tell me a story about {0}.")
 ASK_END = ("Finish this story: {0}", "Finish the story: {0}", "Continue this story: {0}", "What happens next? {0}")
 ASK_SENTENCE = ("Write a sentence about {0}.", "Write one sentence about {0}.", "Say something about {0}.")
+KINDS = ("girl", "boy", "cat", "dog", "bird", "bear", "rabbit", "frog")  # of children and animals with a name
 NOT_NAMES = {"One", "The", "They", "She", "He", "It", "But", "Then", "When", "Mom", "Dad", "Yes"}
 # What a sentence of a story says after a name, and the question that it answers.
 FACTS = tuple(
@@ -71,7 +66,7 @@ FACTS = tuple(
         ("made .+", "What did {} make?"),
         ("took .+", "What did {} take?"),
         ("had an? .+", "What did {} have?"),
-        (f"(?:was|felt) (?:very |so )?(?:{'|'.join(FEELINGS)})\\b.*", "How did {} feel?"),
+        (f"(?:was|felt) (?:very |so )?(?:{'|'.join(WORDS['feelings'])})\\b.*", "How did {} feel?"),
     )
 )
 
@@ -147,12 +142,16 @@ def subjects(story: str) -> list[str]:
     """One or two things that a story is about: named early and more than once; or a child with its name."""
     words = re.findall(r"[a-z]+", story.lower())
     early = words[: len(words) // 2]
-    found = sorted((thing for thing in THINGS if thing in early and words.count(thing) > 1), key=words.count)[::-1][:2]
+    found = sorted((thing for thing in WORDS["things"] if thing in early and words.count(thing) > 1), key=words.count)[
+        ::-1
+    ][:2]
     name = NAME.search(story[:200])
-    kinds = [kind for kind in ("girl", "boy", "cat", "dog", "bird", "bear", "rabbit", "frog") if f"{kind} named" in story]
+    kinds = [
+        kind for kind in ("girl", "boy", "cat", "dog", "bird", "bear", "rabbit", "frog") if f"{kind} named" in story
+    ]
     if name and kinds and len(story) % 3 == 0:
         return [f"{kinds[0]} named {name[1]}"]
-    return found
+    return sorted(found, key=words.count)[::-1][:2]
 
 
 def with_articles(things: list[str]) -> str:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .text_files import TextSource, read_documents
 PACKINGS = ("stream", "documents", "rows")
 _SPLITS = ("train", "validation")
 _HASH_STEPS = 1 << 32
+_BLOCK = 4096  # rows whose sources are worked out at once
 _END_BYTES = 1 << 16
 
 
@@ -217,7 +218,7 @@ class CorpusBatches:
             weight * (file.num_documents if packing == "rows" else file.num_tokens)
             for weight, file in zip(corpus.weights, self._files, strict=True)
         ]
-        self._ends = np.cumsum(sizes) / sum(sizes)  # cumulative shares of the sources
+        self._turns = _Turns(sizes)
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
         """Rows `first` to `first + count` (exclusive) of a step's `batch_size`; each process takes its own rows."""
@@ -227,26 +228,38 @@ class CorpusBatches:
         return TokenBatch(tokens, segments, target_mask(segments, isolated), isolated)
 
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row by number: `_spread` selects the source, and the number of earlier rows from it selects the position."""
-        source = self._source_of(number)
-        return _row(self._files[source], self._rank(number, source), self.sequence_length, self._packing, self._seed)
+        """Row by number: the number of earlier rows from its source selects the position."""
+        source, earlier = self._turns(number)
+        return _row(self._files[source], earlier, self.sequence_length, self._packing, self._seed)
 
-    def _source_of(self, number: int) -> int:
-        return int(np.searchsorted(self._ends, _spread(number), side="right").clip(max=len(self._ends) - 1))
 
-    def _rank(self, number: int, source: int) -> int:
-        """Number of earlier rows from this source."""
-        if len(self._files) == 1:
-            return number
-        block = 4096
-        before = sum(int(self._counts(b)[source]) for b in range(number // block))
-        start = number // block * block
-        return before + sum(self._source_of(n) == source for n in range(start, number))
+class _Turns:
+    """From which source each row comes, and how many rows from it come before.
 
-    @cache  # noqa: B019, one object a run
-    def _counts(self, block: int) -> np.ndarray:
-        numbers = range(block * 4096, (block + 1) * 4096)
-        return np.bincount([self._source_of(n) for n in numbers], minlength=len(self._files))
+    Whole blocks of rows are worked out at once, because a GPU takes a step in less time than a loop over rows.
+    """
+
+    def __init__(self, sizes: Sequence[float]):
+        self._ends = np.cumsum(sizes) / sum(sizes)  # cumulative shares of the sources
+        self._before = [np.zeros(len(sizes), np.int64)]  # rows of each source before each block
+        self._block: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __call__(self, number: int) -> tuple[int, int]:
+        """The source of a row, and the number of earlier rows from this source."""
+        block, place = divmod(number, _BLOCK)
+        if self._block[0] != block:
+            self._block = (block, self._sources(block))
+        sources = self._block[1]
+        while len(self._before) <= block:
+            earlier = self._sources(len(self._before) - 1)
+            self._before.append(self._before[-1] + np.bincount(earlier, minlength=len(self._ends)))
+        source = int(sources[place])
+        return source, int(self._before[block][source]) + int(np.count_nonzero(sources[:place] == source))
+
+    def _sources(self, block: int) -> np.ndarray:
+        """The source of every row of a block: int64 (_BLOCK,)."""
+        numbers = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
+        return np.searchsorted(self._ends, _spread(numbers), side="right").clip(max=len(self._ends) - 1)
 
 
 def validation_rows(
@@ -269,8 +282,8 @@ def validation_rows(
         yield TokenBatch(tokens[None], segments[None], target_mask(segments[None], isolated), isolated)
 
 
-def _spread(number: int) -> float:
-    """A number in [0, 1), a multiple of the golden ratio; any run of them is spread evenly."""
+def _spread(number: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1), multiples of the golden ratio; any run of them is spread evenly."""
     return (number * 0.6180339887498949 + 0.5) % 1.0
 
 
