@@ -1,4 +1,4 @@
-"""Measures the built-in model and writes its card: held-out loss next to a 5-gram model, sizes, and unedited samples.
+"""Measures openelm-tiny and writes its card: held-out loss next to the first model's and a 5-gram's, unedited samples.
 
 python benchmarks/tiny_card.py --run runs/tiny --full AVERAGED_MODEL --data CORPUS
 """
@@ -6,6 +6,7 @@ python benchmarks/tiny_card.py --run runs/tiny --full AVERAGED_MODEL --data CORP
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,26 @@ from ngram import KneserNey
 
 from mlx_openelm import OpenELM, SamplingConfig, Tokenizer, generate, load, load_model
 from mlx_openelm.data.corpus import Corpus, Filters, TokenizedDataset, prepare_corpus, validation_rows
+from mlx_openelm.data.text_files import TextSource
 from mlx_openelm.hub import BUILT_IN_MODEL, model_folder
 from mlx_openelm.training.pretrain import RECIPES, PretrainRecipe
 
 FOLDER = model_folder(BUILT_IN_MODEL)
 SAMPLING = SamplingConfig(temperature=0.5, top_p=0.9, repetition_penalty=1.1, seed=0)
-PROMPT_TOKENS = 60
+ANSWER_TOKENS = 80
 LINE_BREAKS = re.compile(r"\s*\n\s*")  # a table cell has one line
 
-# The recipe's sources, by their position in it.
+# The files that the first model's documents were held out from; a document is held out by a hash of its text.
 PARTS = {
-    "simple stories (TinyStories, African Storybook)": (0, 1),
-    "fairy tales, fables, children's classics": (2, 3, 4),
-    "longer children's books": (5,),
+    "simple stories (TinyStories, African Storybook)": (
+        "tinystories_v1_part.txt",
+        "tinystories_v2_gpt4_part.txt",
+        "african_storybook_*.txt",
+    ),
+    "fairy tales, fables, children's classics": ("fairytales_*.txt", "fables_*.txt", "children_*.txt"),
+    "longer children's books": ("novel_*.txt",),
 }
+FIRST = RESULTS / "tiny_card_first.json"  # of the first openelm-tiny, 4,788,224 parameters
 
 PROMPTS = (
     "Once upon a time there was",
@@ -64,22 +71,28 @@ def main() -> None:
     recipe = PretrainRecipe.from_file(RECIPES / "tiny.yaml", folder=arguments.data)
     model, tokenizer = load(FOLDER)
     corpus = prepare_corpus(recipe.data, tokenizer, Filters(), arguments.run / "corpus")
+    sources = [TextSource(str(arguments.data / pattern)) for patterns in PARTS.values() for pattern in patterns]
+    held_out = prepare_corpus(sources, tokenizer, Filters(), arguments.run / "corpus").validation
 
     losses: dict[str, list[tuple[float, int]]] = {
-        "openelm-tiny, float32": network_losses(load_model(arguments.full), recipe, corpus.validation),
-        "openelm-tiny, 8 bits": network_losses(model, recipe, corpus.validation),
-        "5-gram, modified Kneser-Ney": ngram_losses(recipe, corpus.train, corpus.validation),
+        "openelm-tiny, float32": network_losses(load_model(arguments.full), recipe, held_out),
+        "openelm-tiny, 8 bits": network_losses(model, recipe, held_out),
+        "5-gram, modified Kneser-Ney": ngram_losses(recipe, corpus.train, held_out),
     }
-    num_bytes = [text_bytes(tokenizer, file) for file in corpus.validation]
+    num_bytes = [text_bytes(tokenizer, file) for file in held_out]
+    first = json.loads(FIRST.read_text(encoding="utf-8"))["held_out"]["openelm-tiny, 8 bits"]
     figures: dict[str, Any] = {
-        "held_out": {name: by_part(found, num_bytes) for name, found in losses.items()},
+        "held_out": {
+            "first openelm-tiny, 8 bits": first,
+            **{name: by_part(found, num_bytes) for name, found in losses.items()},
+        },
         "train_tokens": sum(file.num_tokens for file in corpus.train),
-        "held_out_tokens": sum(file.num_tokens for file in corpus.validation),
+        "held_out_tokens": sum(file.num_tokens for file in held_out),
         "parameters": recipe.model.num_parameters,
         "machine": machine(),
     }
     (RESULTS / "tiny_card.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    answers = [generate(model, tokenizer, prompt, max_tokens=PROMPT_TOKENS, sampling=SAMPLING) for prompt in PROMPTS]
+    answers = [generate(model, tokenizer, prompt, max_tokens=ANSWER_TOKENS, sampling=SAMPLING) for prompt in PROMPTS]
     card = write_card(recipe, figures, answers)
     (FOLDER / "README.md").write_text(card, encoding="utf-8")
     print(card)
@@ -117,7 +130,10 @@ def text_bytes(tokenizer: Tokenizer, file: TokenizedDataset) -> int:
 
 
 def by_part(losses: list[tuple[float, int]], num_bytes: list[int]) -> dict[str, dict[str, float]]:
-    parts = {**PARTS, "all": tuple(range(len(losses)))}
+    parts: dict[str, Sequence[int]] = {"all": range(len(losses))}
+    for name, patterns in PARTS.items():
+        start = sum(map(len, parts.values())) - len(losses)
+        parts[name] = range(start, start + len(patterns))
     found = {}
     for name, numbers in parts.items():
         total, count = (sum(losses[number][at] for number in numbers) for at in (0, 1))
@@ -151,7 +167,7 @@ def write_card(recipe: PretrainRecipe, figures: dict[str, Any], answers: list[st
         table="\n".join(table),
         texts=texts,
         sampling=f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}, repetition penalty "
-        f"{SAMPLING.repetition_penalty}, seed {SAMPLING.seed}, {PROMPT_TOKENS} tokens",
+        f"{SAMPLING.repetition_penalty}, seed {SAMPLING.seed}, {ANSWER_TOKENS} tokens",
     )
 
 
