@@ -96,6 +96,45 @@ def uninterrupted() -> AbstractContextManager[None]:
     return ignoring()
 
 
+def acknowledging(message: str) -> AbstractContextManager[None]:
+    """A context in which Ctrl-C, or a request to end, is answered with a message at once.
+
+    Python itself notices a signal only when the computation in progress returns, which may take a minute. So the system
+    writes the signal's number to a pipe, and another thread prints the message.
+    """
+    import signal
+    import threading
+    from contextlib import contextmanager
+
+    def answer(reader: int) -> None:
+        from .terminal import say
+
+        while data := os.read(reader, 1):
+            if data[0] in (signal.SIGINT, signal.SIGTERM):
+                say(message)
+                return
+
+    @contextmanager
+    def answering() -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+            yield
+            return
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        thread = threading.Thread(target=answer, args=(reader,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(writer)
+            thread.join(timeout=1)
+            os.close(reader)
+
+    return answering()
+
+
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     global _pressed
     _pressed = True

@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING, Any
 from ..files.names import resolved
 from ..training.checkpoints import checkpoint_folders
 from ..training.run import TrainingCallback
-from .interrupts import INTERRUPTED
+from .interrupts import INTERRUPTED, acknowledging
 from .streams import clean, console, is_terminal
-from .terminal import byte_bar, fail, mib, say
+from .terminal import byte_bar, fail, mib, rate, say
 
 if TYPE_CHECKING:
     from ..training.loop import Metrics
 
 
 class TrainingView(TrainingCallback):
-    """Progress on stderr: on a terminal a bar with the time left, otherwise one line per logged step."""
+    """Progress on stderr: on a terminal bars with the time left, otherwise one line per logged step."""
 
-    unit = "tokens"
+    unit = "tokens"  # what the speed counts
 
     def __init__(self) -> None:
         self._open = ExitStack()
         self._bar: Any = None
         self._steps = 0
+        self._has_validated = False
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
@@ -45,11 +46,28 @@ class TrainingView(TrainingCallback):
         self._bar, self._steps = None, num_steps
         if not is_terminal(sys.stderr):
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = self._open.enter_context(Progress(*columns, console=console(stderr=True)))
-        self._task = self._bar.add_task("", total=num_steps)
+        self._task = self._bar.add_task("training", total=num_steps)
+        self._validation = self._bar.add_task("validating", total=None, visible=False)
+
+    def on_begin(self, step: int) -> None:
+        """Move the bar to the step where a resumed run continues; the time left is that of the steps to come."""
+        if self._bar is not None:
+            self._bar.reset(self._task, total=self._steps, completed=step)
+
+    def on_validating(self, done_batches: int, total_batches: int) -> None:
+        """Show a bar of its own while a validation runs; without a terminal, announce the first one."""
+        if self._bar is not None:
+            begins, ends = done_batches == 0, done_batches == total_batches
+            if begins:
+                self._bar.reset(self._validation, total=total_batches)
+            self._bar.update(self._validation, completed=done_batches, total=total_batches, visible=not ends)
+        elif not self._has_validated:
+            say(f"validating: {total_batches:,} {'batch' if total_batches == 1 else 'batches'}")
+        self._has_validated = True
 
     def on_step(self, metrics: Metrics) -> None:
         """Move the bar."""
@@ -76,9 +94,10 @@ class TrainingView(TrainingCallback):
 
 @contextmanager
 def resumable(output: Path) -> Iterator[None]:
-    """On Ctrl-C, say whether the run can be resumed, and exit."""
+    """On Ctrl-C, say at once that the run stops, later whether it can be resumed, and exit."""
     try:
-        yield
+        with acknowledging("stopping once the computation in progress is done"):
+            yield
     except KeyboardInterrupt:
         saved = checkpoint_folders(resolved(output))
         fail(
@@ -98,5 +117,5 @@ def _text(metrics: Metrics, unit: str) -> str:
     if "accuracy" in metrics.more:
         parts.append(f"margin {metrics.more['margin']:+.4f}, accuracy {metrics.more['accuracy']:.0%}")
     if metrics.loss is not None:
-        parts.append(f"{metrics.tokens_per_second:,.0f} {unit}/s, peak memory {mib(metrics.peak_memory_bytes)}")
+        parts.append(f"{rate(metrics.tokens_per_second)} {unit}/s, peak memory {mib(metrics.peak_memory_bytes)}")
     return ", ".join(parts)

@@ -70,8 +70,8 @@ def tune(
     def show(tuning: Tuning) -> None:
         prepared.append(tuning)
         _show(tuning, group.size(), quiet=as_json or not is_first)
-        if isinstance(view, TrainingView) and tuning.recipe.objective == "dpo":
-            view.unit = "pairs"
+        if isinstance(view, TrainingView):
+            view.unit = "pairs" if tuning.recipe.objective == "dpo" else "trained tokens"
 
     with resumable(output), view:
         result = run_tuning(recipe, output, resume, group, view, show)

@@ -72,7 +72,9 @@ def train(
     write: WriteParameters,
     *,
     resume: bool = False,
+    on_begin: Callable[[int], None] = lambda step: None,
     on_step: Callable[[Metrics], None] = lambda metrics: None,
+    on_validating: Callable[[int, int], None] = lambda done, total: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Generator[Metrics, None, None]:
     """Train to the recipe's last step; yields metrics every `log_every` steps and at each validation.
@@ -85,14 +87,17 @@ def train(
         run: folder of the run, or its lock from `run_lock`.
         write: writes the parameters into a checkpoint folder.
         resume: continue from the last readable checkpoint.
+        on_begin: called once with the number of steps already taken: 0, or more in a resumed run.
         on_step: called with the metrics of every step.
+        on_validating: called with the validated and the total number of batches in this process.
         on_message: called with messages for the user.
     Raises:
         TrainingError: if the run cannot start or continue; the last good checkpoint is kept.
     """
     with run_lock(run, trainer.group) as folder, wired_memory(), limited_cache():
-        running = _Run(trainer, tokenizer, folder.path, write, on_step, on_message)
+        running = _Run(trainer, tokenizer, folder.path, write, on_step, on_validating, on_message)
         running.begin(resume)
+        on_begin(trainer.step)
         try:
             yield from running.steps()
         finally:
@@ -109,6 +114,7 @@ class _Run:
         folder: Path,
         write: WriteParameters,
         on_step: Callable[[Metrics], None],
+        on_validating: Callable[[int, int], None],
         on_message: Callable[[str], None],
     ):
         self._trainer = trainer
@@ -117,6 +123,7 @@ class _Run:
         self._folder = folder
         self._write = write
         self._on_step = on_step
+        self._on_validating = on_validating
         self._on_message = on_message
         self._writes = trainer.group.rank() == 0
         self._loss, *self._more = trainer.objective.names
@@ -204,7 +211,7 @@ class _Run:
 
     def _validated(self, metrics: Metrics) -> Metrics:
         paused = time.perf_counter()
-        found = self._trainer.validation()
+        found = self._trainer.validation(self._on_validating)
         sample = None
         if self._writes and self._tokenizer and self._recipe.sample_prompt:
             sample = _sample(self._trainer, self._tokenizer)

@@ -254,7 +254,9 @@ def pretraining_steps(
     *,
     resume: bool = False,
     group: mx.distributed.Group | None = None,
+    on_begin: Callable[[int], None] = lambda step: None,
     on_step: Callable[[Metrics], None] = lambda metrics: None,
+    on_validating: Callable[[int, int], None] = lambda done, total: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Generator[Metrics, None, None]:
     """Train from scratch to the recipe's last step, yielding metrics; see `train`. Each checkpoint is a model folder.
@@ -271,4 +273,14 @@ def pretraining_steps(
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         write_tokenizer(tokenizer, folder)
 
-    yield from train(trainer, tokenizer, run, write, resume=resume, on_step=on_step, on_message=on_message)
+    yield from train(
+        trainer,
+        tokenizer,
+        run,
+        write,
+        resume=resume,
+        on_begin=on_begin,
+        on_step=on_step,
+        on_validating=on_validating,
+        on_message=on_message,
+    )

@@ -35,8 +35,14 @@ class TrainingCallback:
     def on_prepared(self, num_steps: int) -> None:
         """Called once before training, with the total number of steps."""
 
+    def on_begin(self, step: int) -> None:
+        """Called once the run starts or is restored, with the number of steps already taken."""
+
     def on_step(self, metrics: Metrics) -> None:
         """Called after every step."""
+
+    def on_validating(self, done_batches: int, total_batches: int) -> None:
+        """Called during each validation, before its first batch and after each, with those of this process."""
 
     def on_metrics(self, metrics: Metrics) -> None:
         """Called when metrics are logged: every `log_every` steps and at each validation."""
@@ -114,7 +120,14 @@ def run_tuning(
             on_tuning(tuning)
         callback.on_prepared(tuning.recipe.steps)
         steps = tuning_steps(
-            tuning, run, resume=resume, group=group, on_step=callback.on_step, on_message=callback.on_message
+            tuning,
+            run,
+            resume=resume,
+            group=group,
+            on_begin=callback.on_begin,
+            on_step=callback.on_step,
+            on_validating=callback.on_validating,
+            on_message=callback.on_message,
         )
         return _taken(steps, tuning.recipe.steps, run, callback)
 
@@ -153,7 +166,9 @@ def pretrain(
             run,
             resume=resume,
             group=group,
+            on_begin=callback.on_begin,
             on_step=callback.on_step,
+            on_validating=callback.on_validating,
             on_message=callback.on_message,
         )
         return _taken(steps, recipe.steps, run, callback)

@@ -160,7 +160,9 @@ def tuning_steps(
     *,
     resume: bool = False,
     group: mx.distributed.Group | None = None,
+    on_begin: Callable[[int], None] = lambda step: None,
     on_step: Callable[[Metrics], None] = lambda metrics: None,
+    on_validating: Callable[[int, int], None] = lambda done, total: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Generator[Metrics, None, None]:
     """Train to the recipe's last step, yielding metrics; see `train`. Each checkpoint is an adapter.
@@ -187,7 +189,15 @@ def tuning_steps(
                 published[name] = claims.enter_context(output_file(run.path / name, overwrite=True))
         try:
             yield from train(
-                trainer, tuning.tokenizer, run, write, resume=resume, on_step=on_step, on_message=on_message
+                trainer,
+                tuning.tokenizer,
+                run,
+                write,
+                resume=resume,
+                on_begin=on_begin,
+                on_step=on_step,
+                on_validating=on_validating,
+                on_message=on_message,
             )
         except BaseException:
             with suppress(OutputError):  # the error that ended the run is reported
