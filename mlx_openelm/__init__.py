@@ -36,7 +36,9 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .model.lora import AdapterConfig as AdapterConfig
     from .model.openelm import ContextLengthWarning as ContextLengthWarning, OpenELM as OpenELM
     from .quantization import Quantization as Quantization
+    from .tokenizer.example_format import ExampleFormat as ExampleFormat
     from .tokenizer.tokenizer import StreamDecoder as StreamDecoder, Tokenizer as Tokenizer
+    from .training.evaluation import Evaluation as Evaluation, evaluate as evaluate
     from .training.loop import Metrics as Metrics
     from .training.pretrain import PretrainRecipe as PretrainRecipe
     from .training.run import (
@@ -114,9 +116,14 @@ _MODULES = {
         "OpenELM",
     ),
     "quantization": ("Quantization",),
+    "tokenizer.example_format": ("ExampleFormat",),
     "tokenizer.tokenizer": (
         "StreamDecoder",
         "Tokenizer",
+    ),
+    "training.evaluation": (
+        "Evaluation",
+        "evaluate",
     ),
     "training.loop": ("Metrics",),
     "training.pretrain": ("PretrainRecipe",),

@@ -75,8 +75,8 @@ def merge(
         source, text, *_ = open_model([model], tokenizer=tokenizer, config=config, revision=revision)
         found = open_adapter(adapter, vocab_size=source.config.vocab_size)
         place.protect(source.folder, model, adapter, tokenizer, config)
-        if text is not None and found.chat_template is not None:
-            text.chat_template = found.chat_template
+        if text is not None:
+            found.prepare(text)
 
         def add_files(staging: Path) -> None:
             (staging / "README.md").write_text(

@@ -6,6 +6,7 @@ import pytest
 from mlx_openelm.data.dataset import ExampleOptions, marked, read_examples, read_splits
 from mlx_openelm.data.formats import Example
 from mlx_openelm.errors import DataError
+from mlx_openelm.tokenizer.example_format import ExampleFormat
 
 
 def write(path, records):
@@ -46,7 +47,9 @@ def test_examples_without_an_answer_are_dropped(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [*records, {"prompt": "a", "completion": ""}])
     examples = read_examples(path, tokenizer, ExampleOptions(max_length=10))
     assert (len(examples.examples), examples.num_cut, examples.num_dropped) == (1, 0, 2)
-    with pytest.raises(DataError, match=r"a\.jsonl contains no example to train on: 1 are too long, have no answer"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl contains no example to train on: 1 have no answer within 10 tokens; the longest has"
+    ):
         read_examples(write(tmp_path / "a.jsonl", records[1:]), tokenizer, ExampleOptions(max_length=10))
     with pytest.raises(DataError, match=r"a\.jsonl contains no example to train on$"):
         read_examples(write(tmp_path / "a.jsonl", []), tokenizer)
@@ -70,12 +73,12 @@ def test_pairs_of_equal_answers_are_dropped(tmp_path, tokenizer):
 def test_fields_may_go_by_other_names(tmp_path, tokenizer):
     record = {"question": "2 + 2 =", "answer": " 4", "text": "unrelated", "instruction": "x", "output": "y"}
     path = write(tmp_path / "a.jsonl", [record])
-    named = ExampleOptions(columns={"prompt": "question", "completion": "answer"})
+    named = ExampleOptions(example_format=ExampleFormat(columns={"prompt": "question", "completion": "answer"}))
     assert texts(read_examples(path, tokenizer, named), tokenizer) == ["2 + 2 = 4"]
     with pytest.raises(DataError, match=r"record 1: no column 'frage'; the columns are question, answer"):
-        read_examples(path, tokenizer, ExampleOptions(columns={"prompt": "frage"}))
+        read_examples(path, tokenizer, ExampleOptions(example_format=ExampleFormat(columns={"prompt": "frage"})))
     with pytest.raises(DataError, match="unknown field 'question'"):
-        ExampleOptions(columns={"question": "prompt"})
+        ExampleOptions(example_format=ExampleFormat(columns={"question": "prompt"}))
 
 
 def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):

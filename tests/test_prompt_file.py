@@ -44,15 +44,15 @@ class TestReadPrompts:
         ("name", "content", "message"),
         [
             ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object"),
-            ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "record 2: expected the field prompt .*; found text"),
+            ("p.jsonl", '{"prompt": "a"}\n{"topic": "b"}\n', "record 2: expected one of the fields .*; found topic"),
             (
                 "p.jsonl",
                 '{"prompt": "a", "messages": []}\n',
-                "record 1: expected the field prompt .*; found prompt, messages",
+                "record 1: expected one of the fields prompt, .*; found prompt, messages",
             ),
             ("p.jsonl", '{"prompt": "a", "text": "gold"}\n', "record 1: the field text is reserved"),
             ("p.jsonl", '{"prompt": ""}\n', "record 1: the prompt must be non-empty text"),
-            ("p.jsonl", '{"prompt": 5}\n', "record 1: the prompt must be non-empty text"),
+            ("p.jsonl", '{"prompt": 5}\n', "record 1: prompt must be text; got int"),
             ("p.jsonl", '{"messages": "hello"}\n', "record 1: messages must be a list"),
             ("p.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "without a chat template"),
             ("p.jsonl", "", "contains no prompts"),

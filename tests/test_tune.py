@@ -546,7 +546,10 @@ class TestCommand:
             (["--config", "other"], "the packaged recipes are commonsense"),
             (["--resume"], "no checkpoint"),
             (["--output", "/dev/null"], "is a file"),
-            (["--max-length", "3", "--too-long", "drop"], "no example to train on: 24 are too long"),
+            (
+                ["--max-length", "3", "--too-long", "drop"],
+                "no example to train on: 24 are longer than 3 tokens; the longest has",
+            ),
         ],
     )
     def test_mistakes_are_one_line(self, files, tmp_path, more, said):

@@ -69,6 +69,12 @@ class TrainingView(TrainingCallback):
             say(f"validating: {total_batches:,} {'batch' if total_batches == 1 else 'batches'}")
         self._has_validated = True
 
+    def on_testing(self, done_batches: int, total_batches: int) -> None:
+        """Show the progress of the test in the bar of validations."""
+        if self._bar is not None:
+            self._bar.update(self._validation, description="testing")
+        self.on_validating(done_batches, total_batches)
+
     def on_step(self, metrics: Metrics) -> None:
         """Move the bar."""
         if self._bar is not None:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, replace
 from typing import Annotated, Any
@@ -15,7 +16,8 @@ from ..training.recipe import Recipe, setting_of
 from ..training.tune_recipe import TuneRecipe
 from .options import MODEL_VARIABLE
 
-_SHORT = {"model": "-m", "data": "-d", "batch_size": "-b"}
+_SHORT = {"model": "-m", "adapter": "-a", "data": "-d", "batch_size": "-b"}
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 _GROUPS = ("Model and data", "Method", "Examples", "Optimizer", "Validation and checkpoints", "Compute")
 
 
@@ -85,7 +87,9 @@ def _kind(entry: "Field[Any]") -> type:
 
 
 def _value(entry: "Field[Any]", value: Any) -> Any:
-    """The value of an option; lists and tables may be written as in YAML."""
+    """The value of an option; lists and tables may be written as in YAML, and some texts with escapes."""
+    if setting_of(entry).escapes and isinstance(value, str):
+        return re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match[0]], value)
     if not isinstance(entry.default, str) and isinstance(value, str) and value.startswith(("[", "{")):
         return parse_yaml(value, f"the value of {entry.name}", ConfigError)
     return value

@@ -67,6 +67,20 @@ def mib(nbytes: float) -> str:
 
 
 @contextmanager
+def step_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr that counts, updated by calling (done, total); no bar when stderr is not a terminal."""
+    if not is_terminal(sys.stderr):
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
 def byte_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr in bytes, updated by calling (done, total); no bar when stderr is not a terminal."""
     if not is_terminal(sys.stderr):

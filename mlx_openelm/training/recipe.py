@@ -44,6 +44,7 @@ class Setting:
         at_least, above, below, at_most: limits of a number; every number has an upper one.
         is_path: whether relative paths in a recipe file are relative to the file's folder.
         can_change: whether a run may be resumed with another value, because the result stays the same.
+        escapes: whether the option understands escapes such as \\n, which a shell passes on as they are typed.
     """
 
     help: str
@@ -55,6 +56,7 @@ class Setting:
     at_most: float = _LARGEST
     is_path: bool = False
     can_change: bool = False
+    escapes: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Raise ConfigError if a value is not allowed."""

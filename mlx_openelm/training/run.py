@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,8 +10,10 @@ import mlx.core as mx
 from ..errors import DataError
 from ..files.lock import LockedFolder
 from .checkpoints import best_checkpoint, check_fresh, check_output, checkpoint_folders, read_state, run_lock, together
+from .evaluation import Evaluation, evaluate_run
 from .loop import Metrics
 from .pretrain import PretrainRecipe, prepare_pretraining, pretraining_steps
+from .trainer import Trainer
 from .tune import Tuning, prepare_tuning, tuning_steps
 from .tune_recipe import TuneRecipe
 
@@ -47,6 +49,9 @@ class TrainingCallback:
     def on_metrics(self, metrics: Metrics) -> None:
         """Called when metrics are logged: every `log_every` steps and at each validation."""
 
+    def on_testing(self, done_batches: int, total_batches: int) -> None:
+        """Called while the test file is measured, like `on_validating`."""
+
     def on_message(self, message: str) -> None:
         """Called with what the user should know, such as a damaged checkpoint that was skipped."""
 
@@ -64,6 +69,7 @@ class TrainingResult:
         validation_loss_before: validation loss before the first step, if this call measured it.
         stopped_early: whether `early_stop` ended the run before its last step.
         metrics: the last metrics; None if no step was left to train.
+        test: how well the adapter predicts the test file, if there is one.
     """
 
     folder: Path
@@ -73,12 +79,14 @@ class TrainingResult:
     validation_loss_before: float | None
     stopped_early: bool
     metrics: Metrics | None
+    test: Evaluation | None = None
 
     def __repr__(self) -> str:
         before = f", {self.validation_loss_before:.4f} before" if self.validation_loss_before is not None else ""
         loss = f", validation loss {self.validation_loss:.4f}{before}" if self.validation_loss is not None else ""
         step = f"step {self.step:,}" if self.step is not None else "its checkpoint is in another process's folder"
-        return f"TrainingResult({str(self.folder)!r}: {step}{loss})"
+        tested = f", test loss {self.test.loss:.4f}" if self.test is not None else ""
+        return f"TrainingResult({str(self.folder)!r}: {step}{loss}{tested})"
 
 
 def tune(
@@ -119,6 +127,12 @@ def run_tuning(
         if on_tuning is not None:
             on_tuning(tuning)
         callback.on_prepared(tuning.recipe.steps)
+        tested: list[Evaluation] = []
+
+        def test(trainer: Trainer) -> None:
+            if tuning.test is not None:
+                tested.append(evaluate_run(trainer, tuning.test, callback.on_testing))
+
         steps = tuning_steps(
             tuning,
             run,
@@ -128,8 +142,10 @@ def run_tuning(
             on_step=callback.on_step,
             on_validating=callback.on_validating,
             on_message=callback.on_message,
+            on_end=test,
         )
-        return _taken(steps, tuning.recipe.steps, run, callback)
+        result = _taken(steps, tuning.recipe.steps, run, callback)
+        return replace(result, test=tested[0] if tested else None)
 
 
 def pretrain(
