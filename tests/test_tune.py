@@ -432,6 +432,15 @@ def test_impossible_settings_are_refused(change, said):
         TuneRecipe.from_dict(change)
 
 
+def test_predicted_memory_counts_what_the_metrics_count(recipe, tmp_path):
+    """On the CPU that is the process, Python and MLX included."""
+    tuning = prepare_tuning(recipe)
+    memory = tuning_memory(tuning)
+    assert memory.total_bytes == memory.peak_bytes + memory.process_bytes
+    (*_, last) = tuning_steps(tuning, tmp_path / "run")
+    assert 0.7 < memory.total_bytes / last.peak_memory_bytes < 1.3
+
+
 def test_memory_is_predicted_from_shapes(recipe):
     """Twice the rows, nearly twice the activations; checkpointing needs less; DoRA more. (How well: benchmarks.)"""
     small = tuning_memory(prepare_tuning(recipe))
@@ -558,6 +567,26 @@ class TestCommand:
         last = done.stderr.splitlines()[-1]
         assert last.startswith("openelm-mlx: error: ")
         assert said in last
+
+    def test_the_adapter_is_asked_as_its_examples_were_and_so_is_the_merged_model(self, files, tmp_path):
+        more = ["--steps", "2", "--separator", r"\n"]
+        done = self.tune(files, tmp_path / "run", *more, "--prompt-style", "chat", "--chat-template", "openelm")
+        assert "--separator belongs between a plain prompt and its completion" in done.stderr
+        done = self.tune(files, tmp_path / "run", *more)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"The fox 0 ran\n\[\[ to the \w+\.\]\]", done.stderr)
+        words = ("generate", "-p", "The fox", "-n", "3", "--json")
+        found = json.loads(run(*words, "-m", files / "model", "-a", tmp_path / "run")[1])
+        plain = json.loads(run(*words, "-m", files / "model", "-a", tmp_path / "run", "--raw")[1])
+        assert found["prompt_tokens"] == plain["prompt_tokens"] + 1  # the separator
+        assert run("merge", "-m", files / "model", "-a", tmp_path / "run", "-o", tmp_path / "merged")[0] == 0
+        assert json.loads(run(*words, "-m", tmp_path / "merged")[1])["prompt_tokens"] == found["prompt_tokens"]
+
+    def test_causes_and_memory_are_told(self, files, tmp_path):
+        done = self.tune(files, tmp_path / "run", "--dry-run", "--max-length", "14", "--too-long", "drop")
+        said = r"answers.jsonl: left out (\d+) of 24 examples: \1 are longer than 14 tokens; the longest has"
+        assert re.search(said, done.stderr), done.stderr
+        assert re.search(r"memory: about [\d.]+ MiB of [\d,.]+ MiB\n.*model .* MiB; gradients", done.stderr)
 
     def test_a_merge_says_what_it_costs(self, files, tmp_path):
         assert self.tune(files, tmp_path / "run", "--steps", "3").returncode == 0

@@ -114,10 +114,10 @@ def _show(tuning: Tuning, num_processes: int, quiet: bool) -> TuningMemory:
     memory = tuning_memory(tuning, num_processes)
     if not quiet:
         _describe(tuning, num_processes)
-        parts = [("the model", memory.weights_bytes), ("gradients and optimizer", memory.state_bytes)]
-        parts += [("activations", memory.activation_bytes), ("Python, MLX and data", memory.process_bytes)]
-        listed = ", ".join(f"{what} {mib(nbytes)}" for what, nbytes in parts if nbytes)
-        say(f"memory: about {mib(memory.total_bytes)} of {mib(memory.limit_bytes)} ({listed})")
+        parts = [("model", memory.weights_bytes), ("gradients and optimizer", memory.state_bytes)]
+        parts += [("activations", memory.activation_bytes), ("Python and data", memory.process_bytes)]
+        say(f"memory: about {mib(memory.total_bytes)} of {mib(memory.limit_bytes)}")
+        say("; ".join(f"{what} {mib(nbytes)}" for what, nbytes in parts if nbytes))
     if not memory.fits:
         say(
             "warning: this exceeds the available memory; try --gradient-checkpointing, or a smaller --batch-size or "

@@ -140,8 +140,6 @@ def _format_with(fields: Mapping[str, Any], known: ExampleFormat) -> ExampleForm
             raise DataError(f"{found} format, but earlier records are in {known.records} format")
         return known
     of_messages = found == "chat" or (found == "preference" and isinstance(fields["chosen"], list))
-    if known.separator and (of_messages or found == "text" or replace(known, records=found).style != "plain"):
-        raise DataError(f"a separator is for plain prompts, not for {found} format in this style")
     return replace(known, records=found, prompt_style="chat" if of_messages else known.prompt_style)
 
 

@@ -97,12 +97,12 @@ class ExampleFormat:
         return {name: value for name, value in {**others, **ours}.items() if value is not None}
 
     def for_record(self, record: Mapping[str, Any]) -> "ExampleFormat":
-        """This format if all its columns are in the record, otherwise without columns."""
-        return self if all(column in record for column in self.columns.values()) else replace(self, columns={})
+        """This format with only those of its columns that are in the record; the answer's may be missing."""
+        return replace(self, columns={name: column for name, column in self.columns.items() if column in record})
 
     def to_dict(self) -> dict[str, Any]:
-        """All attributes, for JSON."""
-        return asdict(self)
+        """All attributes, for JSON, with the style that the records imply."""
+        return {**asdict(self), "prompt_style": self.style}
 
 
 PLAIN_TEXT = ExampleFormat("text")

@@ -19,7 +19,6 @@ from .gradients import batch_losses
 from .loss import CrossEntropy
 from .start import load_start
 from .trainer import Trainer, measured
-from .tune import check_separator, example_options
 from .tune_recipe import TuneRecipe
 
 
@@ -81,13 +80,13 @@ def evaluate(recipe: TuneRecipe, on_progress: Callable[[int, int], None] | None 
         raise DataError("no test file given; set `test`")
     start = load_start(recipe)
     recipe = start.recipe
-    test = read_examples(Path(recipe.test), start.tokenizer, example_options(recipe, start.example_format))
+    test = read_examples(Path(recipe.test), start.tokenizer, start.options)
     if test.format == "preference":
         raise DataError(
             f"{recipe.test} has preference pairs, whose loss depends on the model that tuning began with; give `test` "
             "to the run that tunes on them"
         )
-    check_separator(recipe, test)
+    start.check(test)
     objective = CrossEntropy(0.0, recipe.loss_chunk)
     losses = compile_function(partial(batch_losses, start.model, objective, DTYPES[recipe.dtype]))
     group = mx.distributed.init()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ..conversion.adapters.forms import open_adapter
+from ..data.dataset import ExampleOptions, ExampleSet
 from ..errors import AdapterError, ConfigError, quoted
 from ..loading import dtype_named, load
 from ..model.adapters import SavedAdapter, apply_adapter
@@ -48,6 +49,31 @@ class Start:
             separator=recipe.separator or known.separator,
             indent=recipe.indent or known.indent,
         )
+
+    @property
+    def options(self) -> ExampleOptions:
+        """How the records become examples."""
+        return ExampleOptions(
+            max_length=self.recipe.max_length,
+            max_prompt=self.recipe.max_prompt,
+            too_long=self.recipe.too_long,
+            train_on=self.recipe.train_on,
+            example_format=self.example_format,
+        )
+
+    def check(self, examples: ExampleSet) -> None:
+        """Check that a separator in the recipe has a place in the examples.
+
+        Raises:
+            ConfigError: if their prompts are not plain text.
+        """
+        found = examples.example_format
+        if self.recipe.separator and (found.style != "plain" or found.records == "text"):
+            style = "" if found.records == "text" else f", presented in {found.style} style"
+            raise ConfigError(
+                "`separator` belongs between a plain prompt and its completion; "
+                f"{examples.path} is in {found.records} format{style}"
+            )
 
 
 def load_start(recipe: TuneRecipe) -> Start:

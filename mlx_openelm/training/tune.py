@@ -18,9 +18,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..data.batch import Batch, TokenBatch
-from ..data.dataset import ExampleOptions, ExampleSet, read_splits
+from ..data.dataset import ExampleSet, read_splits
 from ..data.example_batches import ExampleBatches, all_rows
-from ..errors import AdapterError, ConfigError, DataError, OutputError, TrainingError
+from ..errors import AdapterError, DataError, OutputError, TrainingError
 from ..files.lock import LockedFolder
 from ..files.output import OutputFile, move_away, output_file
 from ..files.paths import exists
@@ -32,7 +32,6 @@ from ..model.openelm import OpenELM
 from ..quantization import matrix_shape
 from ..tensors import as_bytes
 from ..tokenizer.chat_template import TEMPLATE_FILE
-from ..tokenizer.example_format import ExampleFormat
 from ..tokenizer.tokenizer import Tokenizer
 from .checkpoints import best_checkpoint, load_checkpoint, read_state, run_lock
 from .dpo import DPO, reference_logprobs
@@ -121,15 +120,19 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
         raise DataError("no data given; set `data` to a file or a folder")
     start = load_start(recipe)
     recipe, model, tokenizer = start.recipe, start.model, start.tokenizer
-    options = example_options(recipe, start.example_format)
     share = _share(recipe.validation)
     validation = share if share is not None else str(recipe.validation) or None
     if not exists(Path(recipe.data)):
         raise DataError(f"{recipe.data} does not exist")
     examples, held_out, test = read_splits(
-        Path(recipe.data), tokenizer, options, validation, recipe.seed, test=Path(recipe.test) if recipe.test else None
+        Path(recipe.data),
+        tokenizer,
+        start.options,
+        validation,
+        recipe.seed,
+        test=Path(recipe.test) if recipe.test else None,
     )
-    check_separator(recipe, examples)
+    start.check(examples)
     if (examples.format == "preference") != (recipe.objective == "dpo"):
         needed = (
             "prompt, chosen and rejected"
@@ -146,31 +149,6 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     recipe = replace(recipe, steps=steps)
     count = sum(p.size for p in parameters.values())
     return Tuning(recipe, model, tokenizer, examples, held_out, test, rows, parameters, count, start.chat_template)
-
-
-def example_options(recipe: TuneRecipe, example_format: ExampleFormat) -> ExampleOptions:
-    """How the records of a recipe become examples."""
-    return ExampleOptions(
-        max_length=recipe.max_length,
-        max_prompt=recipe.max_prompt,
-        too_long=recipe.too_long,
-        train_on=recipe.train_on,
-        example_format=example_format,
-    )
-
-
-def check_separator(recipe: TuneRecipe, examples: ExampleSet) -> None:
-    """Check that a separator in the recipe has a place in the examples.
-
-    Raises:
-        ConfigError: if their prompts are not plain text.
-    """
-    found = examples.example_format
-    if recipe.separator and (found.style != "plain" or found.records == "text"):
-        raise ConfigError(
-            f"separator belongs between a plain prompt and its completion; {examples.path} is in {found.records} format"
-            + ("" if found.records == "text" else f", presented in {found.style} style")
-        )
 
 
 def tuning_steps(
