@@ -5,6 +5,7 @@ import pytest
 
 from conftest import ADAPTED_CONFIG, ADAPTERS, SMALL_CONFIG, random_model, write_folder
 from mlx_openelm import ExampleFormat, Tokenizer, load
+from mlx_openelm.conversion.adapters.forms import convert_adapter, open_adapter
 from mlx_openelm.data.formats import encode_record, meets_without_space
 from mlx_openelm.errors import AdapterError, ConfigError, DataError, TokenizerError
 from mlx_openelm.model.adapters import about_base, read_adapter, save_adapter
@@ -107,6 +108,14 @@ def test_an_adapter_records_it_beside_the_fields_of_mlx_lm(adapter):
     del values["example_format"]  # as mlx-lm writes it
     (adapter / "adapter_config.json").write_text(json.dumps(values))
     assert read_adapter(adapter).example_format is None
+
+
+def test_it_survives_a_conversion_or_is_reported_as_lost(adapter, tmp_path):
+    convert_adapter(adapter, tmp_path / "mlx-lm", to="mlx-lm")
+    assert open_adapter(tmp_path / "mlx-lm").example_format == FORMAT
+    found = convert_adapter(adapter, tmp_path / "peft", to="peft")
+    assert "does not record that prompts were in completion format" in found.warnings[0]
+    assert open_adapter(tmp_path / "peft").example_format is None
 
 
 @pytest.mark.parametrize(
