@@ -37,10 +37,9 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .model.openelm import ContextLengthWarning as ContextLengthWarning, OpenELM as OpenELM
     from .quantization import Quantization as Quantization
     from .tokenizer.tokenizer import StreamDecoder as StreamDecoder, Tokenizer as Tokenizer
-    from .training.loop import Metrics as Metrics
-    from .training.pretrain import PretrainRecipe as PretrainRecipe
+    from .training.callback import Metrics as Metrics, TrainingCallback as TrainingCallback
+    from .training.pretrain_recipe import PretrainRecipe as PretrainRecipe
     from .training.run import (
-        TrainingCallback as TrainingCallback,
         TrainingResult as TrainingResult,
         pretrain as pretrain,
         tune as tune,
@@ -118,10 +117,12 @@ _MODULES = {
         "StreamDecoder",
         "Tokenizer",
     ),
-    "training.loop": ("Metrics",),
-    "training.pretrain": ("PretrainRecipe",),
-    "training.run": (
+    "training.callback": (
+        "Metrics",
         "TrainingCallback",
+    ),
+    "training.pretrain_recipe": ("PretrainRecipe",),
+    "training.run": (
         "TrainingResult",
         "pretrain",
         "tune",

@@ -225,6 +225,15 @@ def refused(*arguments, **options):
     return err
 
 
+def heard(messages):
+    """A callback that collects the messages of a training run."""
+    from mlx_openelm import TrainingCallback
+
+    callback = TrainingCallback()
+    callback.on_message = messages.append
+    return callback
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, tokenizer):
     from mlx_openelm.data.corpus import Filters, prepare_corpus
@@ -239,7 +248,7 @@ def corpus(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def recipe():
     """A short pre-training run."""
-    from mlx_openelm.training.pretrain import PretrainRecipe
+    from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 
     return PretrainRecipe(
         model=replace(SMALL_CONFIG, max_context_length=32),

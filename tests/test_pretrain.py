@@ -13,14 +13,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from conftest import killed_at, launched
+from conftest import heard, killed_at, launched
 from mlx_openelm import load
 from mlx_openelm.errors import ConfigError, OutputError, TrainingError
 from mlx_openelm.machine.device import memory_limit_bytes
+from mlx_openelm.runs import checkpoint_folders
 from mlx_openelm.training import loop, trainer as trainer_module
-from mlx_openelm.training.checkpoints import checkpoint_folders, load_checkpoint
+from mlx_openelm.training.checkpoints import load_checkpoint
 from mlx_openelm.training.optimizer import Update
-from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters, pretraining_steps
+from mlx_openelm.training.pretrain import initial_parameters, pretraining_steps
+from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 
 
 def test_fresh_weights_follow_corenets_rule(recipe):
@@ -133,7 +135,7 @@ def test_a_run_that_lost_its_last_checkpoint_goes_on_bit_for_bit(tmp_path, whole
     damaged = tmp_path / "run" / "checkpoints" / "step-00000009" / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     said = []
-    list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run", resume=True, on_message=said.append))
+    list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run", resume=True, callback=heard(said)))
     assert "step-00000009 is damaged" in said[0]
     assert losses(tmp_path / "run") == losses(whole_run)
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from conftest import SMALL_CONFIG, assert_close, killed_at, launched, random_model, refused, run, write_folder
+from conftest import SMALL_CONFIG, assert_close, heard, killed_at, launched, random_model, refused, run, write_folder
 from mlx_openelm import load, load_model
 from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingError
+from mlx_openelm.runs import checkpoint_folders
 from mlx_openelm.training import trainer as trainer_module, tune as tune_module
-from mlx_openelm.training.checkpoints import checkpoint_folders
 from mlx_openelm.training.memory import tuning_memory
 from mlx_openelm.training.tune import make_trainer, prepare_tuning, tuning_steps
 from mlx_openelm.training.tune_recipe import RECIPES, TuneRecipe
@@ -224,7 +224,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path, whole_
     else:
         (newest / "adapters.safetensors").write_bytes(b"")
     said = []
-    steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run", resume=True, on_message=said.append)
+    steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run", resume=True, callback=heard(said))
     assert next(steps).step == 10
     steps.close()
     assert any("falling back to the previous checkpoint" in message for message in said)

@@ -11,7 +11,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from types import FrameType, TracebackType
     from typing import NoReturn
@@ -78,6 +78,47 @@ def end_interrupted() -> NoReturn:
         os._exit(INTERRUPTED)
 
 
+def acknowledged(show: Callable[[], None]) -> AbstractContextManager[None]:
+    """A context in which Ctrl-C or a request to end calls `show` at once, in another thread.
+
+    The interruption itself waits until the code that runs returns to Python, which can take minutes. Pressing Ctrl-C
+    again ends the process at once, without the clean-up.
+    """
+    import signal
+    import threading
+    from contextlib import contextmanager
+
+    def listen(pipe: int) -> None:
+        presses = 0
+        while received := os.read(pipe, 64):
+            numbers = [number for number in received if number in (signal.SIGINT, signal.SIGTERM)]
+            if numbers and not presses:
+                show()
+            presses += numbers.count(signal.SIGINT)
+            if presses > 1:
+                _end_at_once()
+
+    @contextmanager
+    def listening() -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        pipe, end = os.pipe()
+        os.set_blocking(end, False)
+        before = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+        thread = threading.Thread(target=listen, args=(pipe,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(end)
+            thread.join()
+            os.close(pipe)
+
+    return listening()
+
+
 def uninterrupted() -> AbstractContextManager[None]:
     """A context in which Ctrl-C and requests to end are ignored, to save what would otherwise be lost."""
     import signal
@@ -94,6 +135,14 @@ def uninterrupted() -> AbstractContextManager[None]:
                 signal.signal(number, handler)
 
     return ignoring()
+
+
+def _end_at_once() -> NoReturn:
+    shown_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
+    try:
+        os.write(2, shown_cursor + b"openelm-mlx: error: interrupted; steps since the last checkpoint are lost\n")
+    finally:
+        os._exit(INTERRUPTED)
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:

@@ -7,17 +7,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..files.names import resolved
-from ..training.checkpoints import checkpoint_folders
-from ..training.run import TrainingCallback
-from .interrupts import INTERRUPTED
+from ..runs import checkpoint_folders, newest_state
+from ..training.callback import TrainingCallback
+from .interrupts import INTERRUPTED, acknowledged
 from .streams import clean, console, is_terminal
-from .terminal import byte_bar, fail, mib, say
+from .terminal import byte_bar, fail, mib, say, write
 
 if TYPE_CHECKING:
-    from ..training.loop import Metrics
+    from ..training.callback import Metrics
+    from ..training.run import TrainingResult
+
+_SPEED_SECONDS = 600  # over which a step's time is averaged; a step may take minutes
+_STOPPING = "stopping after this step, then saving a checkpoint; Ctrl-C again stops at once and loses what is not saved"
 
 
 class TrainingView(TrainingCallback):
@@ -29,6 +34,7 @@ class TrainingView(TrainingCallback):
         self._open = ExitStack()
         self._bar: Any = None
         self._steps = 0
+        self._validation: Any = None
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
@@ -43,17 +49,34 @@ class TrainingView(TrainingCallback):
         """Start the bar of training steps."""
         self._open.close()
         self._bar, self._steps = None, num_steps
-        if not is_terminal(sys.stderr):
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+        if is_terminal(sys.stderr):
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = self._open.enter_context(Progress(*columns, console=console(stderr=True)))
-        self._task = self._bar.add_task("", total=num_steps)
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = self._open.enter_context(
+                Progress(*columns, console=console(stderr=True), speed_estimate_period=_SPEED_SECONDS)
+            )
+            self._task = self._bar.add_task("training", total=num_steps)
+        self._open.enter_context(acknowledged(lambda: say(_STOPPING)))
+
+    def on_resumed(self, step: int) -> None:
+        """Start the bar where the run goes on."""
+        say(f"continuing after step {step:,} of {self._steps:,}")
+        if self._bar is not None:
+            self._bar.reset(self._task, completed=step, total=self._steps)
+
+    def on_validation(self, done: int, total: int) -> None:
+        """Show a bar for the validation below that of the steps."""
+        if self._bar is None:
+            return
+        if self._validation is None:
+            self._validation = self._bar.add_task("validating", total=total)
+        self._bar.update(self._validation, completed=done)
 
     def on_step(self, metrics: Metrics) -> None:
         """Move the bar."""
         if self._bar is not None:
+            self._end_validation()
             self._bar.update(self._task, completed=metrics.step)
 
     def on_metrics(self, metrics: Metrics) -> None:
@@ -63,11 +86,17 @@ class TrainingView(TrainingCallback):
             if metrics.sample:
                 say(f"sample: {metrics.sample}")
             return
-        self.on_step(metrics)
+        self._end_validation()
+        self._bar.update(self._task, completed=metrics.step)
         line = f"step {metrics.step:,}: {_text(metrics, self.unit)}"
         self._bar.console.print(line)
         if metrics.sample:
             self._bar.console.print(clean(metrics.sample), style="dim")
+
+    def _end_validation(self) -> None:
+        if self._validation is not None:
+            self._bar.remove_task(self._validation)
+            self._validation = None
 
     def on_message(self, message: str) -> None:
         """Print a message."""
@@ -75,26 +104,41 @@ class TrainingView(TrainingCallback):
 
 
 @contextmanager
-def resumable(output: Path) -> Iterator[None]:
-    """On Ctrl-C, say whether the run can be resumed, and exit."""
+def resumable(command: str, output: Path) -> Iterator[None]:
+    """On Ctrl-C, say how the run can be continued, and exit."""
     try:
         yield
     except KeyboardInterrupt:
         saved = checkpoint_folders(resolved(output))
         fail(
-            f"interrupted; use --resume to continue {output}"
+            f"interrupted; to continue: openelm-mlx {command} --resume {quote(str(output))}"
             if saved
             else "interrupted before the first checkpoint; there is nothing to resume",
             INTERRUPTED,
         )
 
 
+def report_finished(command: str, result: TrainingResult) -> None:
+    """Say that the run that should be resumed has no step left, and how to extend it."""
+    step = newest_state(resolved(result.folder))["step"]
+    how = "stopped early, because the validation loss stopped improving," if result.stopped_early else "is finished:"
+    loss = "" if result.validation_loss is None else f"; best validation loss: {result.validation_loss:.4f}"
+    write(f"{result.folder} {how} {step:,} steps{loss}")
+    more = "--early-stop 0" if result.stopped_early else f"--steps {2 * step}"
+    write(f"train it further: openelm-mlx {command} --resume {quote(str(result.folder))} {more}")
+
+
+def perplexity(loss: float) -> str:
+    """The perplexity of a loss in nats per token, with one decimal."""
+    return f"{math.exp(min(loss, 99)):,.1f}"
+
+
 def _text(metrics: Metrics, unit: str) -> str:
     parts = [] if metrics.loss is None else [f"loss {metrics.loss:.4f}"]
     if metrics.validation_loss is not None:
         of_text = "accuracy" not in (metrics.validation or {})
-        perplexity = f" (perplexity {math.exp(min(metrics.validation_loss, 99)):,.1f})" if of_text else ""
-        parts.append(f"validation loss {metrics.validation_loss:.4f}{perplexity}")
+        more = f" (perplexity {perplexity(metrics.validation_loss)})" if of_text else ""
+        parts.append(f"validation loss {metrics.validation_loss:.4f}{more}")
     if "accuracy" in metrics.more:
         parts.append(f"margin {metrics.more['margin']:+.4f}, accuracy {metrics.more['accuracy']:.0%}")
     if metrics.loss is not None:

@@ -12,15 +12,15 @@ from typer import Option
 from ..training.tune_recipe import TuneRecipe
 from .options import Json, examples
 from .processes import join_processes
-from .progress import TrainingView, resumable
-from .recipe_options import recipe_options, tune_recipe
+from .progress import TrainingView, report_finished, resumable
+from .recipe_options import Resume, RunToResume, recipe_options, run_folder, tune_recipe
 from .streams import clean, has_styles, styled
 from .terminal import mib, print_json, say, write, write_error
 
 if TYPE_CHECKING:
     from ..data.dataset import Example, ExampleSet
     from ..tokenizer.tokenizer import Tokenizer
-    from ..training.memory import TuningMemory
+    from ..training.memory import StepMemory
     from ..training.run import TrainingResult
     from ..training.tune import Tuning
 
@@ -34,14 +34,16 @@ EXAMPLES = examples(
 
 @recipe_options(TuneRecipe)
 def tune(
+    run: RunToResume = None,
     output: Annotated[
-        Path, Option("--output", "-o", help="Folder for the adapter, its checkpoints and metrics.", metavar="DIR")
-    ],
+        Path | None,
+        Option("--output", "-o", help="Folder for the adapter, its checkpoints and metrics.", metavar="DIR"),
+    ] = None,
     config: Annotated[
         str | None,
         Option(help="YAML recipe, or commonsense, instruct-270M, -450M, -1.1B or -3B.", metavar="FILE_OR_NAME"),
     ] = None,
-    resume: Annotated[bool, Option("--resume", help="Resume from the last checkpoint.")] = False,
+    resume: Resume = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Show examples, steps and memory, then exit.")] = False,
     as_json: Json = False,
     *,
@@ -54,7 +56,8 @@ def tune(
     from ..training.run import TrainingCallback, run_tuning
     from ..training.tune import prepare_tuning
 
-    recipe = tune_recipe(config, given)
+    folder = None if dry_run and not resume else run_folder(run, output, resume)
+    recipe = tune_recipe(config, given, folder if resume else None)
     group = join_processes()
     is_first = group.rank() == 0
     if dry_run:
@@ -63,6 +66,7 @@ def tune(
         if as_json and is_first:
             print_json({"recipe": tuning.recipe.to_dict(), "memory": memory.to_dict(), **_counts(tuning)})
         return
+    assert folder is not None, "only a dry run has none"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that a shutdown loses nothing
     view = TrainingView() if is_first else TrainingCallback()
     prepared: list[Tuning] = []
@@ -73,9 +77,11 @@ def tune(
         if isinstance(view, TrainingView) and tuning.recipe.objective == "dpo":
             view.unit = "pairs"
 
-    with resumable(output), view:
-        result = run_tuning(recipe, output, resume, group, view, show)
-    if is_first:
+    with resumable("tune", folder), view:
+        result = run_tuning(recipe, folder, resume, group, view, show)
+    if is_first and not prepared:
+        report_finished("tune", result)
+    elif is_first:
         _report(result, prepared[0], as_json)
 
 
@@ -91,7 +97,7 @@ def _counts(tuning: Tuning) -> dict[str, Any]:
     }
 
 
-def _show(tuning: Tuning, num_processes: int, quiet: bool) -> TuningMemory:
+def _show(tuning: Tuning, num_processes: int, quiet: bool) -> StepMemory:
     """Print what is about to run, with one example as the model will see it, and the memory that it needs."""
     from ..training.memory import tuning_memory
 

@@ -103,6 +103,16 @@ class Corpus:
     weights: tuple[float, ...]
     fingerprint: str  # hash of the files, the tokenizer and the filters
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to train on, of all sources."""
+        return sum(file.num_tokens for file in self.train)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents to train on, of all sources."""
+        return sum(file.num_documents for file in self.train)
+
 
 def prepare_corpus(
     sources: Sequence[TextSource],
@@ -259,14 +269,24 @@ def validation_rows(
         first, stride: yield every `stride`-th of these rows, starting with row `first`, for one of several processes.
         isolated: whether documents in the same row do not attend to one another.
     """
-    places = [
-        (file, start) for file in corpus.validation for start in range(0, max(0, file.num_tokens - 1), sequence_length)
-    ]
-    count = min(limit or len(places), len(places))
+    places = _validation_places(corpus, sequence_length)
+    count = num_validation_rows(corpus, sequence_length, limit)
     for number in range(first, count, stride):
         file, start = places[number * len(places) // count]
         tokens, segments = _cut(file, None, start, sequence_length)
         yield TokenBatch(tokens[None], segments[None], target_mask(segments[None], isolated), isolated)
+
+
+def num_validation_rows(corpus: Corpus, sequence_length: int, limit: int) -> int:
+    """Number of rows of `validation_rows`, for all processes together."""
+    available = len(_validation_places(corpus, sequence_length))
+    return min(limit or available, available)
+
+
+def _validation_places(corpus: Corpus, sequence_length: int) -> list[tuple[TokenizedDataset, int]]:
+    return [
+        (file, start) for file in corpus.validation for start in range(0, max(0, file.num_tokens - 1), sequence_length)
+    ]
 
 
 def _spread(number: int) -> float:

@@ -31,6 +31,7 @@ class TrainingData(Protocol):
 
     rows_per_step: int
     rows_per_entry: int  # rows that stay together: 2 for pairs
+    num_validation: int  # batches of held-out rows
     fingerprint: str  # hash of everything that determines the rows
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
@@ -151,10 +152,17 @@ class Trainer:
                 self._interruption = interruption
         self.step += 1
 
-    def validation(self) -> dict[str, float]:
-        """The objective's metrics, averaged over the validation set, or NaN without one."""
+    def validation(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, float]:
+        """The objective's metrics, averaged over the validation set, or NaN without one.
+
+        Args:
+            on_progress: called with the batches that are done, and their number, in this process.
+        """
         total = mx.zeros((len(self.objective.names) + 1,))
-        for rows in self.data.validation(self.group.rank(), self.group.size()):
+        rank, world = self.group.rank(), self.group.size()
+        num_batches = len(range(rank, self.data.num_validation, world))
+        for done, rows in enumerate(self.data.validation(rank, world)):
+            on_progress(done, num_batches)
             total = total + self._losses(self.parameters, self._prepare(make_batch(rows)))[0]
             mx.eval(total)
         if self.group.size() > 1:

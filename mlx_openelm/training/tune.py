@@ -31,12 +31,14 @@ from ..model.adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
 from ..model.lora import MAGNITUDE, AdapterConfig, adapter_parameters, adapter_paths, add_adapter, last_layers
 from ..model.openelm import OpenELM
 from ..quantization import matrix_shape
+from ..runs import best_checkpoint
 from ..tensors import as_bytes
 from ..tokenizer.chat_template import TEMPLATE_FILE, named_template
 from ..tokenizer.tokenizer import Tokenizer
-from .checkpoints import best_checkpoint, run_lock
+from .callback import Metrics, TrainingCallback
+from .checkpoints import run_lock
 from .dpo import DPO, reference_logprobs
-from .loop import Metrics, train
+from .loop import train
 from .loss import CrossEntropy, Objective
 from .optimizer import Tensors
 from .trainer import Trainer
@@ -60,6 +62,7 @@ class ExampleRows:
         )
         self.rows_per_entry = self._batches.rows_per_entry
         self.rows_per_step = recipe.batch_size * recipe.grad_accumulation_steps * self.rows_per_entry
+        self.num_validation = -(-len(held_out.examples) // recipe.batch_size) if held_out else 0
         self.steps_per_epoch = self._batches.steps_per_epoch
         marks = [fingerprint, examples.fingerprint, held_out.fingerprint if held_out else ""]
         self.fingerprint = hashlib.sha256("".join(marks).encode()).hexdigest()
@@ -160,8 +163,7 @@ def tuning_steps(
     *,
     resume: bool = False,
     group: mx.distributed.Group | None = None,
-    on_step: Callable[[Metrics], None] = lambda metrics: None,
-    on_message: Callable[[str], None] = lambda message: None,
+    callback: TrainingCallback | None = None,
 ) -> Generator[Metrics, None, None]:
     """Train to the recipe's last step, yielding metrics; see `train`. Each checkpoint is an adapter.
 
@@ -171,7 +173,7 @@ def tuning_steps(
     Raises:
         TrainingError: if the run cannot start or continue; the last good adapter is kept.
     """
-    group = group or mx.distributed.init()
+    group, callback = group or mx.distributed.init(), callback or TrainingCallback()
     trainer = make_trainer(tuning, group)
     template = tuning.tokenizer.chat_template if tuning.recipe.chat_template else None
     names = (TENSOR_FILE, CONFIG_FILE, *([TEMPLATE_FILE] if template is not None else []))
@@ -182,13 +184,11 @@ def tuning_steps(
     with run_lock(output, group) as run, ExitStack() as claims:
         published = {}
         if group.rank() == 0:
-            _move_foreign_away(run.path, names, on_message)
+            _move_foreign_away(run.path, names, callback.on_message)
             for name in names:
                 published[name] = claims.enter_context(output_file(run.path / name, overwrite=True))
         try:
-            yield from train(
-                trainer, tuning.tokenizer, run, write, resume=resume, on_step=on_step, on_message=on_message
-            )
+            yield from train(trainer, tuning.tokenizer, run, write, resume=resume, callback=callback)
         except BaseException:
             with suppress(OutputError):  # the error that ended the run is reported
                 _publish(published, run.path)
