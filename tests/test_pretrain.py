@@ -265,7 +265,7 @@ class TestCommand:
         process.send_signal(end)
         said += process.communicate(timeout=60)[1]
         assert process.returncode == 130
-        assert "use --resume to continue" in said.splitlines()[-1]
+        assert f"to continue: openelm-mlx pretrain --resume {files / 'run'}" in said.splitlines()[-1]
         (folder,) = checkpoint_folders(files / "run")
         assert int(folder.name.split("-")[1]) >= 3
 
@@ -289,14 +289,14 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("more", "said"),
         [
-            (["--steps", "0"], "steps must be positive; got 0"),
+            (["--steps", "-1"], "steps must not be negative; got -1"),
             (["--frobs", "3"], "No such option: --frobs"),
             (["--learning-rate"], "Option '--learning-rate' requires an argument"),
             (["--sequence-length", "64"], "at most 32, the model's context length; got 64"),
             (["--data", "missing.txt"], "missing.txt does not exist"),
             (["--min-characters", "100000"], "no text left after the filters"),
-            (["--train-tokenizer", "100000"], "cannot train a tokenizer"),
-            (["--resume"], "no readable checkpoint"),
+            (["--train-tokenizer", "100000"], "at most 300, the model's vocabulary; got 100000"),
+            (["--resume"], "no checkpoint to resume from|does not exist"),
         ],
     )
     def test_mistakes_are_one_line(self, files, more, said):

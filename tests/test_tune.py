@@ -522,7 +522,7 @@ class TestCommand:
         process.send_signal(signal.SIGINT)
         said += process.communicate(timeout=60)[1]
         assert process.returncode == 130
-        assert "use --resume to continue" in said.splitlines()[-1]
+        assert "to continue: openelm-mlx tune --resume " in said.splitlines()[-1]
         assert (tmp_path / "run" / "adapters.safetensors").exists()
 
     @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ EXAMPLES = examples(
 
 AVERAGE_EXAMPLES = examples(
     "openelm-mlx average runs/stories --output stories",
-    "openelm-mlx average runs/stories/checkpoints/step-0000{30,35}00 --output stories",
+    "openelm-mlx average runs/stories/checkpoints/step-* --output stories",
 )
 
 

@@ -17,6 +17,7 @@ def describe(plan: Plan) -> None:
     recipe, model, memory = plan.recipe, plan.recipe.model, plan.memory
     about = "" if plan.is_exact else "about "
     shape = f"{recipe.steps:,} of {_count(recipe.batch_size, 'row')} of {recipe.sequence_length:,} tokens"
+    left = f" for the {recipe.steps - plan.steps_taken:,} steps left" if plan.steps_taken else ""
     lines = {
         "model": f"{model.num_parameters:,} parameters, {model.num_transformer_layers} layers, "
         f"vocabulary {model.vocab_size:,}",
@@ -27,7 +28,8 @@ def describe(plan: Plan) -> None:
         "rate": f"{recipe.learning_rate:g} after {_count(recipe.warmup_steps, 'warm-up step')}, {recipe.schedule}, "
         f"{recipe.dtype}",
         "memory": f"about {mib(memory.peak_bytes)} beside Python and MLX; this machine has {mib(memory.limit_bytes)}",
-        "time": f"about {duration(plan.seconds)}; a trial made {plan.tokens_of_run / plan.seconds:,.0f} tokens/s",
+        "time": f"about {duration(plan.seconds)}{left}; a trial made "
+        f"{plan.tokens_per_second * plan.num_processes:,.0f} tokens/s",
     }
     for name, text in lines.items():
         write_error(f"{name:<9} {text}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..training.run import TrainingResult
 
 _SPEED_SECONDS = 600  # over which a step's time is averaged; a step may take minutes
-_STOPPING = "stopping after this step, then saving a checkpoint; Ctrl-C again stops at once and loses what is not saved"
+_STOPPING = "finishing this step, then saving; Ctrl-C again stops without saving"
 
 
 class TrainingView(TrainingCallback):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import OpenELMConfig
 from ..data.batch import TokenBatch, make_batch
-from ..data.text_files import TextSource, read_documents
+from ..data.text_files import SEPARATOR, TextSource, read_documents
 from ..machine.device import DTYPES
 from ..model.openelm import OpenELM
 from .gradients import gradients_of
@@ -38,7 +38,8 @@ class Plan:
         num_tokens, num_documents: to train on; estimated before the data is tokenized.
         held_out_tokens, held_out_documents: for validation.
         is_exact: whether the data has been counted.
-        seconds: about how long all steps take, without validations, in one process.
+        steps_taken: by the run that this one continues.
+        tokens_per_second: of one process, by a trial of a few rows.
     """
 
     recipe: PretrainRecipe
@@ -49,13 +50,20 @@ class Plan:
     held_out_documents: int
     is_exact: bool
     memory: StepMemory
-    seconds: float
+    tokens_per_second: float
     num_processes: int
+    steps_taken: int = 0
 
     @property
     def tokens_of_run(self) -> int:
         """Tokens in all rows of all steps."""
         return self.recipe.steps * self.recipe.batch_size * self.recipe.sequence_length
+
+    @property
+    def seconds(self) -> float:
+        """About how long the steps take that are left, without validations."""
+        left = max(0, self.recipe.steps - self.steps_taken) * self.recipe.batch_size * self.recipe.sequence_length
+        return left / (self.tokens_per_second * self.num_processes)
 
     @property
     def epochs(self) -> float:
@@ -70,6 +78,7 @@ class Plan:
             "parameters": self.recipe.model.num_parameters,
             "tokens": self.tokens_of_run,
             "epochs": self.epochs,
+            "seconds": self.seconds,
         }
 
 
@@ -85,8 +94,9 @@ def plan_of(pretraining: Pretraining, num_processes: int = 1) -> Plan:
         sum(file.num_documents for file in corpus.validation),
         True,
         pretraining_memory(recipe, num_processes),
-        _seconds(recipe, num_processes),
+        _tokens_per_second(recipe),
         num_processes,
+        pretraining.steps_taken,
     )
 
 
@@ -117,7 +127,7 @@ def estimated_plan(recipe: PretrainRecipe, num_processes: int = 1) -> Plan:
         int(documents * recipe.validation_share),
         False,
         pretraining_memory(recipe, num_processes),
-        _seconds(recipe, num_processes),
+        _tokens_per_second(recipe),
         num_processes,
     )
 
@@ -127,7 +137,8 @@ def _sizes(source: TextSource) -> tuple[list[float], float]:
     files = source.files()
     lengths = _lengths(read_documents(files[0], source.text_key))
     sizes = [path.stat().st_size * _UNPACKED.get(path.suffix.lower(), 1.0) for path in files]
-    return sizes, max(1.0, sum(lengths) / max(1, len(lengths)))
+    separator = len(SEPARATOR) + 2 if len(lengths) > 1 else 0
+    return sizes, max(1.0, sum(lengths) / max(1, len(lengths)) + separator)
 
 
 def _lengths(documents: Iterator[str]) -> list[int]:
@@ -139,8 +150,8 @@ def _lengths(documents: Iterator[str]) -> list[int]:
     return lengths
 
 
-def _seconds(recipe: PretrainRecipe, num_processes: int) -> float:
-    """About how long all steps take: some rows are timed with the model, or with two layers of a large one."""
+def _tokens_per_second(recipe: PretrainRecipe) -> float:
+    """About how fast a step is: some rows are timed with the model, or with two layers of a large one."""
     trial = _trial_model(recipe.model)
     parameters = initial_parameters(replace(recipe, model=trial))
     objective = CrossEntropy(recipe.z_loss, recipe.loss_chunk)
@@ -158,7 +169,7 @@ def _seconds(recipe: PretrainRecipe, num_processes: int) -> float:
         per_token = (time.perf_counter() - started) / (shape[0] * length)
         share = _work(recipe.model, recipe.sequence_length) / _work(trial, length)
     mx.reset_peak_memory()
-    return share * per_token * recipe.steps * recipe.batch_size * recipe.sequence_length / num_processes
+    return 1 / (share * per_token)
 
 
 def _trial_model(config: OpenELMConfig) -> OpenELMConfig:

@@ -97,6 +97,7 @@ class Pretraining:
     recipe: PretrainRecipe
     tokenizer: Tokenizer
     corpus: Corpus
+    steps_taken: int = 0  # by the run that this one continues
 
 
 def prepare_pretraining(
@@ -105,11 +106,12 @@ def prepare_pretraining(
     group: mx.distributed.Group,
     callback: TrainingCallback,
     before: Mapping[str, Any] | None = None,
+    steps_taken: int = 0,
 ) -> Pretraining:
     """Set a recipe's open fields and tokenize its data; the first process writes what does not exist.
 
     Args:
-        before: the recipe of the run that this one continues, from `to_dict`.
+        before, steps_taken: the recipe of the run that this one continues, from `to_dict`, and its steps so far.
     Raises:
         DataError: if the data cannot be read.
         TokenizerError: if there is no tokenizer, or it does not fit the model.
@@ -142,7 +144,7 @@ def prepare_pretraining(
     recipe = replace(recipe.resolved(corpus.num_tokens, corpus.num_documents, group.size()), train_tokenizer=size)
     if not is_sized and not recipe.micro_batch_size:
         recipe = replace(recipe, micro_batch_size=fitting_rows(recipe, group.size()))
-    return Pretraining(recipe, tokenizer, corpus)
+    return Pretraining(recipe, tokenizer, corpus, steps_taken)
 
 
 def pretraining_steps(

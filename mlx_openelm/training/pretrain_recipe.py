@@ -60,7 +60,7 @@ class PretrainRecipe(Recipe):
 
     model: OpenELMConfig = setting(
         MISSING,
-        "Configuration file (`design --save` writes one), published size such as 270M, or dimensions (in a recipe).",
+        "Configuration file from `design`, published size such as 270M, or a mapping of dimensions (in a recipe).",
         _DATA,
         is_path=True,
     )
@@ -70,7 +70,7 @@ class PretrainRecipe(Recipe):
     tokenizer: str | Path = setting("", "Tokenizer file, folder or hub id.", _DATA, is_path=True)
     train_tokenizer: int = setting(
         0,
-        "Train a tokenizer with N tokens on the data; 0: use `tokenizer`, or else train one of the model's vocabulary.",
+        "Train a tokenizer with N tokens on the data; 0: the model's vocabulary, if no `tokenizer` is given.",
         _DATA,
         at_least=0,
     )
@@ -258,7 +258,7 @@ def _model(value: object) -> OpenELMConfig:
             except ConfigError:
                 raise ConfigError(
                     f"model {quoted(name)} does not exist, and is not a published size ({', '.join(PRESETS)}); "
-                    "`openelm-mlx design --save FILE` writes a configuration"
+                    "`openelm-mlx design` writes a configuration"
                 ) from None
         return read_config(name)
     if not isinstance(value, dict):

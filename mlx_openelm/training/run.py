@@ -129,10 +129,11 @@ def run_pretraining(
         together(group, lambda: check_output(run.path, resume))
         if resume and (done := _finished(recipe, run)) is not None:
             return done
-        before = newest_state(run.path).table("recipe") if resume else None
+        state = newest_state(run.path) if resume else None
+        before = None if state is None else state.table("recipe")
         if before is not None and (changes := recipe.continued(before).differences(before)):
             raise changed_error(run.path, changes)
-        pretraining = prepare_pretraining(recipe, run.path, group, callback, before)
+        pretraining = prepare_pretraining(recipe, run.path, group, callback, before, state["step"] if state else 0)
         if on_pretraining is not None:
             on_pretraining(pretraining)
         recipe = pretraining.recipe
