@@ -130,7 +130,6 @@ def ours(folder: Path, steps: int, after: Callable[[int, float], None]) -> None:
     class Data:
         rows_per_step = BATCH
         rows_per_entry = 1
-        num_validation = 0
         fingerprint = ""
 
         def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:

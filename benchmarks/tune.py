@@ -119,7 +119,6 @@ def ours(arguments: argparse.Namespace, folder: Path, checkpointing: bool) -> di
     class Data:
         rows_per_step = arguments.batch
         rows_per_entry = 1
-        num_validation = 0
         fingerprint = ""
 
         def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:

@@ -81,7 +81,6 @@ def ours() -> dict:
 
     class Data:
         rows_per_step = rows_per_entry = 1
-        num_validation = 0
         fingerprint = ""
 
         def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:

@@ -225,12 +225,13 @@ def refused(*arguments, **options):
     return err
 
 
-def heard(messages):
-    """A callback that collects the messages of a training run."""
+def heard(messages=None, **events):
+    """A callback that collects the messages of a training run, or calls functions by the names of events."""
     from mlx_openelm import TrainingCallback
 
     callback = TrainingCallback()
-    callback.on_message = messages.append
+    for name, function in {**events, **({} if messages is None else {"on_message": messages.append})}.items():
+        setattr(callback, name, function)
     return callback
 
 

@@ -46,7 +46,6 @@ class OneBatch:
 
     rows_per_step = 2
     rows_per_entry = 1
-    num_validation = 1
     fingerprint = "one"
 
     def step(self, step, first=0, count=None):

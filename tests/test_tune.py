@@ -144,6 +144,16 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, rec
     assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_reports_where_it_begins_and_how_far_each_validation_is(tmp_path, recipe):
+    begins, validated = [], []
+    signs = {"on_begin": begins.append, "on_validating": lambda done, total: validated.append((done, total))}
+    tuned(replace(recipe, steps=6), tmp_path / "run", callback=heard(**signs))
+    assert (begins, validated) == ([0], [(0, 2), (1, 2), (2, 2)] * 2)  # six examples in batches of four
+    begins.clear()
+    tuned(replace(recipe, steps=7), tmp_path / "run", resume=True, callback=heard(**signs))
+    assert begins == [6]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -184,10 +194,10 @@ def test_another_model_of_the_same_widths_cannot_go_on(tmp_path, whole_run, reci
 def test_an_interrupt_within_a_validation_loses_nothing(tmp_path, whole_run, recipe, monkeypatch):
     original = trainer_module.Trainer.validation
 
-    def interrupted(trainer):
+    def interrupted(trainer, *arguments):
         if trainer.step == 6:
             raise KeyboardInterrupt
-        return original(trainer)
+        return original(trainer, *arguments)
 
     monkeypatch.setattr(trainer_module.Trainer, "validation", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -308,7 +318,7 @@ def test_a_step_without_a_target_changes_nothing(recipe):
 
 def test_the_adapter_that_is_kept_is_the_best(tmp_path, recipe, monkeypatch):
     found = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7])
-    monkeypatch.setattr(trainer_module.Trainer, "validation", lambda trainer: {"loss": next(found), "z_loss": 0.0})
+    monkeypatch.setattr(trainer_module.Trainer, "validation", lambda *_: {"loss": next(found), "z_loss": 0.0})
     recipe = replace(recipe, validate_every=1, early_stop=2, keep_checkpoints=1)
     metrics = tuned(recipe, tmp_path / "run")
     assert [m.validation_loss for m in metrics] == [5.0, 4.0, 3.0, 3.5, 3.6]  # two in a row were no better
@@ -322,7 +332,7 @@ def test_the_adapter_that_is_kept_is_the_best(tmp_path, recipe, monkeypatch):
 def test_a_better_loss_begins_the_count_of_early_stop_anew(tmp_path, recipe, monkeypatch):
     losses = [5.0, 4.0, 4.5, 3.0, 3.5, 2.0, 2.5, 2.6, 9.0]
     found = iter(losses)
-    monkeypatch.setattr(trainer_module.Trainer, "validation", lambda trainer: {"loss": next(found), "z_loss": 0.0})
+    monkeypatch.setattr(trainer_module.Trainer, "validation", lambda *_: {"loss": next(found), "z_loss": 0.0})
     metrics = tuned(replace(recipe, validate_every=1, early_stop=2), tmp_path / "run")
     assert [m.validation_loss for m in metrics] == losses[:8]
 
@@ -523,6 +533,7 @@ class TestCommand:
         said += process.communicate(timeout=60)[1]
         assert process.returncode == 130
         assert "to continue: openelm-mlx tune --resume " in said.splitlines()[-1]
+        assert "stopping once the computation in progress is done" in said
         assert (tmp_path / "run" / "adapters.safetensors").exists()
 
     @pytest.mark.parametrize(

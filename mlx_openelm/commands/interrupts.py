@@ -11,7 +11,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
     from types import FrameType, TracebackType
     from typing import NoReturn
@@ -78,45 +78,48 @@ def end_interrupted() -> NoReturn:
         os._exit(INTERRUPTED)
 
 
-def acknowledged(show: Callable[[], None]) -> AbstractContextManager[None]:
-    """A context in which Ctrl-C or a request to end calls `show` at once, in another thread.
+def acknowledging(message: str) -> AbstractContextManager[None]:
+    """A context in which Ctrl-C, or a request to end, is answered with a message at once.
 
-    The interruption itself waits until the code that runs returns to Python, which can take minutes. Pressing Ctrl-C
-    again ends the process at once, without the clean-up.
+    Python itself notices a signal only when the computation in progress returns, which may take minutes. So the system
+    writes the signal's number to a pipe, and another thread prints the message. A second Ctrl-C ends the process at
+    once.
     """
     import signal
     import threading
     from contextlib import contextmanager
 
-    def listen(pipe: int) -> None:
-        presses = 0
-        while received := os.read(pipe, 64):
-            numbers = [number for number in received if number in (signal.SIGINT, signal.SIGTERM)]
-            if numbers and not presses:
-                show()
-            presses += numbers.count(signal.SIGINT)
+    def answer(reader: int) -> None:
+        from .terminal import say
+
+        presses, is_answered = 0, False
+        while data := os.read(reader, 1):
+            if data[0] in (signal.SIGINT, signal.SIGTERM) and not is_answered:
+                say(message)
+                is_answered = True
+            presses += data[0] == signal.SIGINT
             if presses > 1:
                 _end_at_once()
 
     @contextmanager
-    def listening() -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
+    def answering() -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
             yield
             return
-        pipe, end = os.pipe()
-        os.set_blocking(end, False)
-        before = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
-        thread = threading.Thread(target=listen, args=(pipe,), daemon=True)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        thread = threading.Thread(target=answer, args=(reader,), daemon=True)
         thread.start()
         try:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            os.close(end)
-            thread.join()
-            os.close(pipe)
+            os.close(writer)
+            thread.join(timeout=1)
+            os.close(reader)
 
-    return listening()
+    return answering()
 
 
 def uninterrupted() -> AbstractContextManager[None]:

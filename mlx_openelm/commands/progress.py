@@ -13,28 +13,28 @@ from typing import TYPE_CHECKING, Any
 from ..files.names import resolved
 from ..runs import checkpoint_folders, newest_state
 from ..training.callback import TrainingCallback
-from .interrupts import INTERRUPTED, acknowledged
+from .interrupts import INTERRUPTED, acknowledging
 from .streams import clean, console, is_terminal
-from .terminal import byte_bar, fail, mib, say, write
+from .terminal import byte_bar, fail, mib, rate, say, write
 
 if TYPE_CHECKING:
     from ..training.callback import Metrics
     from ..training.run import TrainingResult
 
 _SPEED_SECONDS = 600  # over which a step's time is averaged; a step may take minutes
-_STOPPING = "finishing this step, then saving; Ctrl-C again stops without saving"
+_STOPPING = "stopping once the computation in progress is done; Ctrl-C again stops without saving"
 
 
 class TrainingView(TrainingCallback):
-    """Progress on stderr: on a terminal a bar with the time left, otherwise one line per logged step."""
+    """Progress on stderr: on a terminal bars with the time left, otherwise one line per logged step."""
 
-    unit = "tokens"
+    unit = "tokens"  # what the speed counts
 
     def __init__(self) -> None:
         self._open = ExitStack()
         self._bar: Any = None
         self._steps = 0
-        self._validation: Any = None
+        self._has_validated = False
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
@@ -49,34 +49,38 @@ class TrainingView(TrainingCallback):
         """Start the bar of training steps."""
         self._open.close()
         self._bar, self._steps = None, num_steps
-        if is_terminal(sys.stderr):
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = self._open.enter_context(
-                Progress(*columns, console=console(stderr=True), speed_estimate_period=_SPEED_SECONDS)
-            )
-            self._task = self._bar.add_task("training", total=num_steps)
-        self._open.enter_context(acknowledged(lambda: say(_STOPPING)))
-
-    def on_resumed(self, step: int) -> None:
-        """Start the bar where the run goes on."""
-        say(f"continuing after step {step:,} of {self._steps:,}")
-        if self._bar is not None:
-            self._bar.reset(self._task, completed=step, total=self._steps)
-
-    def on_validation(self, done: int, total: int) -> None:
-        """Show a bar for the validation below that of the steps."""
-        if self._bar is None:
+        if not is_terminal(sys.stderr):
             return
-        if self._validation is None:
-            self._validation = self._bar.add_task("validating", total=total)
-        self._bar.update(self._validation, completed=done)
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = self._open.enter_context(
+            Progress(*columns, console=console(stderr=True), speed_estimate_period=_SPEED_SECONDS)
+        )
+        self._task = self._bar.add_task("training", total=num_steps)
+        self._validation = self._bar.add_task("validating", total=None, visible=False)
+
+    def on_begin(self, step: int) -> None:
+        """Move the bar to the step where a resumed run continues; the time left is that of the steps to come."""
+        if step:
+            say(f"continuing after step {step:,} of {self._steps:,}")
+        if self._bar is not None:
+            self._bar.reset(self._task, total=self._steps, completed=step)
+
+    def on_validating(self, done_batches: int, total_batches: int) -> None:
+        """Show a bar of its own while a validation runs; without a terminal, announce the first one."""
+        if self._bar is not None:
+            begins, ends = done_batches == 0, done_batches == total_batches
+            if begins:
+                self._bar.reset(self._validation, total=total_batches)
+            self._bar.update(self._validation, completed=done_batches, total=total_batches, visible=not ends)
+        elif not self._has_validated:
+            say(f"validating: {total_batches:,} {'batch' if total_batches == 1 else 'batches'}")
+        self._has_validated = True
 
     def on_step(self, metrics: Metrics) -> None:
         """Move the bar."""
         if self._bar is not None:
-            self._end_validation()
             self._bar.update(self._task, completed=metrics.step)
 
     def on_metrics(self, metrics: Metrics) -> None:
@@ -86,17 +90,11 @@ class TrainingView(TrainingCallback):
             if metrics.sample:
                 say(f"sample: {metrics.sample}")
             return
-        self._end_validation()
-        self._bar.update(self._task, completed=metrics.step)
+        self.on_step(metrics)
         line = f"step {metrics.step:,}: {_text(metrics, self.unit)}"
         self._bar.console.print(line)
         if metrics.sample:
             self._bar.console.print(clean(metrics.sample), style="dim")
-
-    def _end_validation(self) -> None:
-        if self._validation is not None:
-            self._bar.remove_task(self._validation)
-            self._validation = None
 
     def on_message(self, message: str) -> None:
         """Print a message."""
@@ -105,9 +103,10 @@ class TrainingView(TrainingCallback):
 
 @contextmanager
 def resumable(command: str, output: Path) -> Iterator[None]:
-    """On Ctrl-C, say how the run can be continued, and exit."""
+    """On Ctrl-C, say at once that the run stops, later how it can be continued, and exit."""
     try:
-        yield
+        with acknowledging(_STOPPING):
+            yield
     except KeyboardInterrupt:
         saved = checkpoint_folders(resolved(output))
         fail(
@@ -142,5 +141,5 @@ def _text(metrics: Metrics, unit: str) -> str:
     if "accuracy" in metrics.more:
         parts.append(f"margin {metrics.more['margin']:+.4f}, accuracy {metrics.more['accuracy']:.0%}")
     if metrics.loss is not None:
-        parts.append(f"{metrics.tokens_per_second:,.0f} {unit}/s, peak memory {mib(metrics.peak_memory_bytes)}")
+        parts.append(f"{rate(metrics.tokens_per_second)} {unit}/s, peak memory {mib(metrics.peak_memory_bytes)}")
     return ", ".join(parts)

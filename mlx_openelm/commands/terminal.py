@@ -54,6 +54,13 @@ def print_json(values: Any) -> None:
     write(json.dumps(values, indent=2, ensure_ascii=False, default=str))
 
 
+def rate(per_second: float) -> str:
+    """A speed as text: with a decimal where a whole number would say little."""
+    return (
+        f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:,.1f}" if per_second >= 1 else f"{per_second:.2f}"
+    )
+
+
 def mib(nbytes: float) -> str:
     """A size in bytes, formatted as MiB."""
     return f"{nbytes / 2**20:,.1f} MiB"

@@ -74,8 +74,8 @@ def tune(
     def show(tuning: Tuning) -> None:
         prepared.append(tuning)
         _show(tuning, group.size(), quiet=as_json or not is_first)
-        if isinstance(view, TrainingView) and tuning.recipe.objective == "dpo":
-            view.unit = "pairs"
+        if isinstance(view, TrainingView):
+            view.unit = "pairs" if tuning.recipe.objective == "dpo" else "trained tokens"
 
     with resumable("tune", folder), view:
         result = run_tuning(recipe, folder, resume, group, view, show)

@@ -269,24 +269,14 @@ def validation_rows(
         first, stride: yield every `stride`-th of these rows, starting with row `first`, for one of several processes.
         isolated: whether documents in the same row do not attend to one another.
     """
-    places = _validation_places(corpus, sequence_length)
-    count = num_validation_rows(corpus, sequence_length, limit)
+    places = [
+        (file, start) for file in corpus.validation for start in range(0, max(0, file.num_tokens - 1), sequence_length)
+    ]
+    count = min(limit or len(places), len(places))
     for number in range(first, count, stride):
         file, start = places[number * len(places) // count]
         tokens, segments = _cut(file, None, start, sequence_length)
         yield TokenBatch(tokens[None], segments[None], target_mask(segments[None], isolated), isolated)
-
-
-def num_validation_rows(corpus: Corpus, sequence_length: int, limit: int) -> int:
-    """Number of rows of `validation_rows`, for all processes together."""
-    available = len(_validation_places(corpus, sequence_length))
-    return min(limit or available, available)
-
-
-def _validation_places(corpus: Corpus, sequence_length: int) -> list[tuple[TokenizedDataset, int]]:
-    return [
-        (file, start) for file in corpus.validation for start in range(0, max(0, file.num_tokens - 1), sequence_length)
-    ]
 
 
 def _spread(number: int) -> float:

@@ -45,7 +45,6 @@ class _TwoDocuments:
 
     rows_per_step = _ROWS
     rows_per_entry = 1
-    num_validation = 0
     fingerprint = ""
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:

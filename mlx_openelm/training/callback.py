@@ -47,14 +47,14 @@ class TrainingCallback:
     def on_prepared(self, num_steps: int) -> None:
         """Called once before training, with the total number of steps."""
 
-    def on_resumed(self, step: int) -> None:
-        """Called once if a run continues, with the number of steps that it has taken before."""
+    def on_begin(self, step: int) -> None:
+        """Called once the run starts or is restored, with the number of steps already taken."""
 
     def on_step(self, metrics: Metrics) -> None:
         """Called after every step."""
 
-    def on_validation(self, done: int, total: int) -> None:
-        """Called during a validation, with the batches of held-out rows that this process has done, and has in all."""
+    def on_validating(self, done_batches: int, total_batches: int) -> None:
+        """Called during each validation, before its first batch and after each, with those of this process."""
 
     def on_metrics(self, metrics: Metrics) -> None:
         """Called when metrics are logged: every `log_every` steps and at each validation."""

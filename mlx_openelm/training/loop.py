@@ -102,11 +102,11 @@ class _Run:
             self._progress = together(
                 self._trainer.group, lambda: _resume(self._trainer, self._folder, self._callback.on_message)
             )
-            self._callback.on_resumed(self._trainer.step)
         else:
             together(self._trainer.group, lambda: check_fresh(self._folder))
         self._in_first_process(self._tidy)
         self._saved = self._trainer.step
+        self._callback.on_begin(self._trainer.step)
         self._started, self._tokens_before = time.perf_counter(), self._progress.tokens
 
     def steps(self) -> Generator[Metrics, None, None]:
@@ -179,7 +179,7 @@ class _Run:
 
     def _validated(self, metrics: Metrics) -> Metrics:
         paused = time.perf_counter()
-        found = self._trainer.validation(self._callback.on_validation)
+        found = self._trainer.validation(self._callback.on_validating)
         sample = None
         if self._writes and self._tokenizer and self._recipe.sample_prompt:
             sample = _sample(self._trainer, self._tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..data.batch import TokenBatch
-from ..data.corpus import Corpus, CorpusBatches, Filters, num_validation_rows, prepare_corpus, validation_rows
+from ..data.corpus import Corpus, CorpusBatches, Filters, prepare_corpus, validation_rows
 from ..data.train_tokenizer import train_tokenizer
 from ..files.lock import LockedFolder
 from ..files.paths import exists
@@ -37,7 +37,6 @@ class CorpusRows:
         self.step = self._batches.step
         self.rows_per_step = recipe.batch_size
         self.rows_per_entry = 1
-        self.num_validation = num_validation_rows(corpus, recipe.sequence_length, recipe.validation_rows)
         self.fingerprint = corpus.fingerprint
 
     def validation(self, first: int, stride: int) -> Iterator[TokenBatch]:

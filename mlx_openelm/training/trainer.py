@@ -31,7 +31,6 @@ class TrainingData(Protocol):
 
     rows_per_step: int
     rows_per_entry: int  # rows that stay together: 2 for pairs
-    num_validation: int  # batches of held-out rows
     fingerprint: str  # hash of everything that determines the rows
 
     def step(self, step: int, first: int = 0, count: int | None = None) -> TokenBatch:
@@ -89,6 +88,7 @@ class Trainer:
         self._losses = compile_function(partial(batch_losses, model, objective, dtype))
         self._optimizer = AdamW(recipe)
         self._interruption: KeyboardInterrupt | None = None
+        self._num_validation_batches: int | None = None
         model.train()
 
     def take_step(self) -> dict[str, float]:
@@ -156,19 +156,42 @@ class Trainer:
         """The objective's metrics, averaged over the validation set, or NaN without one.
 
         Args:
-            on_progress: called with the batches that are done, and their number, in this process.
+            on_progress: called with the done and the total number of batches in this process, before each batch and
+                at the end.
+        """
+        if self._num_validation_batches is None:  # they are the same at each validation
+            self._num_validation_batches = sum(1 for _ in self._validation_rows())
+        return self.measure(self._validation_rows(), self._num_validation_batches, on_progress)
+
+    def measure(
+        self,
+        batches: Iterable[TokenBatch],
+        num_batches: int,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, float]:
+        """The objective's metrics with the current parameters, averaged over held-out rows, or NaN if there are none.
+
+        Args:
+            batches: this process's share of the rows; every process takes part.
+            num_batches: their number.
+            on_progress: see `validation`.
         """
         total = mx.zeros((len(self.objective.names) + 1,))
-        rank, world = self.group.rank(), self.group.size()
-        num_batches = len(range(rank, self.data.num_validation, world))
-        for done, rows in enumerate(self.data.validation(rank, world)):
+        done = 0
+        for rows in batches:
             on_progress(done, num_batches)
             total = total + self._losses(self.parameters, self._prepare(make_batch(rows)))[0]
             mx.eval(total)
+            done += 1
+        if done:
+            on_progress(done, num_batches)
         if self.group.size() > 1:
             total = mx.distributed.all_sum(total)
         *figures, count = np.array(total).tolist()
         return {n: f / count if count else math.nan for n, f in zip(self.objective.names, figures, strict=True)}
+
+    def _validation_rows(self) -> Iterable[TokenBatch]:
+        return self.data.validation(self.group.rank(), self.group.size())
 
     def current_model(self) -> OpenELM:
         """The network with the current parameters, for generation."""

@@ -62,7 +62,6 @@ class ExampleRows:
         )
         self.rows_per_entry = self._batches.rows_per_entry
         self.rows_per_step = recipe.batch_size * recipe.grad_accumulation_steps * self.rows_per_entry
-        self.num_validation = -(-len(held_out.examples) // recipe.batch_size) if held_out else 0
         self.steps_per_epoch = self._batches.steps_per_epoch
         marks = [fingerprint, examples.fingerprint, held_out.fingerprint if held_out else ""]
         self.fingerprint = hashlib.sha256("".join(marks).encode()).hexdigest()
