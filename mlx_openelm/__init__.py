@@ -38,11 +38,10 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .quantization import Quantization as Quantization
     from .tokenizer.example_format import ExampleFormat as ExampleFormat
     from .tokenizer.tokenizer import StreamDecoder as StreamDecoder, Tokenizer as Tokenizer
+    from .training.callback import Metrics as Metrics, TrainingCallback as TrainingCallback
     from .training.evaluation import Evaluation as Evaluation, evaluate as evaluate
-    from .training.loop import Metrics as Metrics
-    from .training.pretrain import PretrainRecipe as PretrainRecipe
+    from .training.pretrain_recipe import PretrainRecipe as PretrainRecipe
     from .training.run import (
-        TrainingCallback as TrainingCallback,
         TrainingResult as TrainingResult,
         pretrain as pretrain,
         tune as tune,
@@ -125,10 +124,12 @@ _MODULES = {
         "Evaluation",
         "evaluate",
     ),
-    "training.loop": ("Metrics",),
-    "training.pretrain": ("PretrainRecipe",),
-    "training.run": (
+    "training.callback": (
+        "Metrics",
         "TrainingCallback",
+    ),
+    "training.pretrain_recipe": ("PretrainRecipe",),
+    "training.run": (
         "TrainingResult",
         "pretrain",
         "tune",

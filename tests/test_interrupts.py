@@ -153,3 +153,29 @@ except KeyboardInterrupt:
 """
     status, out, err = python(code)
     assert (status, out, err) == (0, "stopping\nx\n", "")
+
+
+def test_a_second_one_ends_the_process_at_once():
+    """The main thread blocks the signal and waits in C, so only the other thread can have ended the process."""
+    code = """
+import ctypes, os, signal, threading
+from mlx_openelm.commands import interrupts
+interrupts.watch_signal()
+reader, writer = os.pipe()
+def press():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+timers = [threading.Timer(0.5, press), threading.Timer(20, lambda: os.write(writer, b"late"))]
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+for timer in timers:
+    timer.daemon = True
+    timer.start()
+with interrupts.acknowledging("stopping"):
+    ctypes.CDLL(None).read(reader, ctypes.create_string_buffer(4), 4)
+print("read")
+"""
+    status, out, err = python(code)
+    assert (status, out) == (130, "")
+    assert err.splitlines()[0] == "openelm-mlx: stopping"
+    assert err.splitlines()[-1] == "openelm-mlx: error: interrupted; steps since the last checkpoint are lost"

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import assert_close
 from mlx_openelm.training.optimizer import AdamW, Moments, learning_rate
-from mlx_openelm.training.pretrain import PretrainRecipe
+from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 
 
 @pytest.fixture

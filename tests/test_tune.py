@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from conftest import SMALL_CONFIG, assert_close, killed_at, launched, random_model, refused, run, write_folder
+from conftest import SMALL_CONFIG, assert_close, heard, killed_at, launched, random_model, refused, run, write_folder
 from mlx_openelm import load, load_model
 from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingError
+from mlx_openelm.runs import checkpoint_folders
 from mlx_openelm.training import trainer as trainer_module, tune as tune_module
-from mlx_openelm.training.checkpoints import checkpoint_folders
 from mlx_openelm.training.memory import tuning_memory
 from mlx_openelm.training.tune import make_trainer, prepare_tuning, tuning_steps
 from mlx_openelm.training.tune_recipe import RECIPES, TuneRecipe
@@ -147,10 +147,10 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, rec
 def test_a_run_reports_where_it_begins_and_how_far_each_validation_is(tmp_path, recipe):
     begins, validated = [], []
     signs = {"on_begin": begins.append, "on_validating": lambda done, total: validated.append((done, total))}
-    tuned(replace(recipe, steps=6), tmp_path / "run", **signs)
+    tuned(replace(recipe, steps=6), tmp_path / "run", callback=heard(**signs))
     assert (begins, validated) == ([0], [(0, 2), (1, 2), (2, 2)] * 2)  # six examples in batches of four
     begins.clear()
-    tuned(replace(recipe, steps=7), tmp_path / "run", resume=True, **signs)
+    tuned(replace(recipe, steps=7), tmp_path / "run", resume=True, callback=heard(**signs))
     assert begins == [6]
 
 
@@ -234,7 +234,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path, whole_
     else:
         (newest / "adapters.safetensors").write_bytes(b"")
     said = []
-    steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run", resume=True, on_message=said.append)
+    steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run", resume=True, callback=heard(said))
     assert next(steps).step == 10
     steps.close()
     assert any("falling back to the previous checkpoint" in message for message in said)
@@ -541,7 +541,7 @@ class TestCommand:
         process.send_signal(signal.SIGINT)
         said += process.communicate(timeout=60)[1]
         assert process.returncode == 130
-        assert "use --resume to continue" in said.splitlines()[-1]
+        assert "to continue: openelm-mlx tune --resume " in said.splitlines()[-1]
         assert "stopping once the computation in progress is done" in said
         assert (tmp_path / "run" / "adapters.safetensors").exists()
 

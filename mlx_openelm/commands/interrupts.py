@@ -78,29 +78,12 @@ def end_interrupted() -> NoReturn:
         os._exit(INTERRUPTED)
 
 
-def uninterrupted() -> AbstractContextManager[None]:
-    """A context in which Ctrl-C and requests to end are ignored, to save what would otherwise be lost."""
-    import signal
-    from contextlib import contextmanager
-
-    @contextmanager
-    def ignoring() -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    return ignoring()
-
-
 def acknowledging(message: str) -> AbstractContextManager[None]:
     """A context in which Ctrl-C, or a request to end, is answered with a message at once.
 
-    Python itself notices a signal only when the computation in progress returns, which may take a minute. So the system
-    writes the signal's number to a pipe, and another thread prints the message.
+    Python itself notices a signal only when the computation in progress returns, which may take minutes. So the system
+    writes the signal's number to a pipe, and another thread prints the message. A second Ctrl-C ends the process at
+    once.
     """
     import signal
     import threading
@@ -109,10 +92,14 @@ def acknowledging(message: str) -> AbstractContextManager[None]:
     def answer(reader: int) -> None:
         from .terminal import say
 
+        presses, is_answered = 0, False
         while data := os.read(reader, 1):
-            if data[0] in (signal.SIGINT, signal.SIGTERM):
+            if data[0] in (signal.SIGINT, signal.SIGTERM) and not is_answered:
                 say(message)
-                return
+                is_answered = True
+            presses += data[0] == signal.SIGINT
+            if presses > 1:
+                _end_at_once()
 
     @contextmanager
     def answering() -> Iterator[None]:
@@ -133,6 +120,32 @@ def acknowledging(message: str) -> AbstractContextManager[None]:
             os.close(reader)
 
     return answering()
+
+
+def uninterrupted() -> AbstractContextManager[None]:
+    """A context in which Ctrl-C and requests to end are ignored, to save what would otherwise be lost."""
+    import signal
+    from contextlib import contextmanager
+
+    @contextmanager
+    def ignoring() -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    return ignoring()
+
+
+def _end_at_once() -> NoReturn:
+    shown_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
+    try:
+        os.write(2, shown_cursor + b"openelm-mlx: error: interrupted; steps since the last checkpoint are lost\n")
+    finally:
+        os._exit(INTERRUPTED)
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:

@@ -7,17 +7,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..files.names import resolved
-from ..training.checkpoints import checkpoint_folders
-from ..training.run import TrainingCallback
+from ..runs import checkpoint_folders, newest_state
+from ..training.callback import TrainingCallback
 from .interrupts import INTERRUPTED, acknowledging
 from .streams import clean, console, is_terminal
-from .terminal import byte_bar, fail, mib, rate, say
+from .terminal import byte_bar, fail, mib, rate, say, write
 
 if TYPE_CHECKING:
-    from ..training.loop import Metrics
+    from ..training.callback import Metrics
+    from ..training.run import TrainingResult
+
+_SPEED_SECONDS = 600  # over which a step's time is averaged; a step may take minutes
+_STOPPING = "stopping once the computation in progress is done; Ctrl-C again stops without saving"
 
 
 class TrainingView(TrainingCallback):
@@ -49,12 +54,16 @@ class TrainingView(TrainingCallback):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = self._open.enter_context(Progress(*columns, console=console(stderr=True)))
+        self._bar = self._open.enter_context(
+            Progress(*columns, console=console(stderr=True), speed_estimate_period=_SPEED_SECONDS)
+        )
         self._task = self._bar.add_task("training", total=num_steps)
         self._validation = self._bar.add_task("validating", total=None, visible=False)
 
     def on_begin(self, step: int) -> None:
         """Move the bar to the step where a resumed run continues; the time left is that of the steps to come."""
+        if step:
+            say(f"continuing after step {step:,} of {self._steps:,}")
         if self._bar is not None:
             self._bar.reset(self._task, total=self._steps, completed=step)
 
@@ -99,27 +108,42 @@ class TrainingView(TrainingCallback):
 
 
 @contextmanager
-def resumable(output: Path) -> Iterator[None]:
-    """On Ctrl-C, say at once that the run stops, later whether it can be resumed, and exit."""
+def resumable(command: str, output: Path) -> Iterator[None]:
+    """On Ctrl-C, say at once that the run stops, later how it can be continued, and exit."""
     try:
-        with acknowledging("stopping once the computation in progress is done"):
+        with acknowledging(_STOPPING):
             yield
     except KeyboardInterrupt:
         saved = checkpoint_folders(resolved(output))
         fail(
-            f"interrupted; use --resume to continue {output}"
+            f"interrupted; to continue: openelm-mlx {command} --resume {quote(str(output))}"
             if saved
             else "interrupted before the first checkpoint; there is nothing to resume",
             INTERRUPTED,
         )
 
 
+def report_finished(command: str, result: TrainingResult) -> None:
+    """Say that the run that should be resumed has no step left, and how to extend it."""
+    step = newest_state(resolved(result.folder))["step"]
+    how = "stopped early, because the validation loss stopped improving," if result.stopped_early else "is finished:"
+    loss = "" if result.validation_loss is None else f"; best validation loss: {result.validation_loss:.4f}"
+    write(f"{result.folder} {how} {step:,} steps{loss}")
+    more = "--early-stop 0" if result.stopped_early else f"--steps {2 * step}"
+    write(f"train it further: openelm-mlx {command} --resume {quote(str(result.folder))} {more}")
+
+
+def perplexity(loss: float) -> str:
+    """The perplexity of a loss in nats per token, with one decimal."""
+    return f"{math.exp(min(loss, 99)):,.1f}"
+
+
 def _text(metrics: Metrics, unit: str) -> str:
     parts = [] if metrics.loss is None else [f"loss {metrics.loss:.4f}"]
     if metrics.validation_loss is not None:
         of_text = "accuracy" not in (metrics.validation or {})
-        perplexity = f" (perplexity {math.exp(min(metrics.validation_loss, 99)):,.1f})" if of_text else ""
-        parts.append(f"validation loss {metrics.validation_loss:.4f}{perplexity}")
+        more = f" (perplexity {perplexity(metrics.validation_loss)})" if of_text else ""
+        parts.append(f"validation loss {metrics.validation_loss:.4f}{more}")
     if "accuracy" in metrics.more:
         parts.append(f"margin {metrics.more['margin']:+.4f}, accuracy {metrics.more['accuracy']:.0%}")
     if metrics.loss is not None:

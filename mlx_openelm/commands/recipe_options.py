@@ -6,15 +6,23 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
+from ..files.names import resolved
 from ..files.yaml_file import parse_yaml
 from ..training.recipe import Recipe, setting_of
 from ..training.tune_recipe import TuneRecipe
 from .options import MODEL_VARIABLE
+
+RunToResume = Annotated[Path | None, typer.Argument(help="Run folder to continue, with --resume.", metavar="[RUN]")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue RUN from its last checkpoint, with its settings."),
+]
 
 _SHORT = {"model": "-m", "adapter": "-a", "data": "-d", "batch_size": "-b"}
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
@@ -48,8 +56,32 @@ def recipe_options(recipe: type[Recipe]) -> Callable[[Callable[..., None]], Call
     return decorate
 
 
-def tune_recipe(config: str | None, given: dict[str, Any]) -> TuneRecipe:
-    """The recipe of a file with the fields given on the command line; the environment may name the model."""
+def run_folder(run: Path | None, output: Path | None, resume: bool) -> Path:
+    """The folder of a run: `--output RUN` for a new one, `--resume RUN` to continue one.
+
+    Raises:
+        ConfigError: if none is given, or two.
+    """
+    if run is not None and not resume:
+        raise ConfigError(
+            f"unexpected argument {run}; use --output {run} for a new run, or --resume {run} to continue one"
+        )
+    if run is not None and output is not None and resolved(run) != resolved(output):
+        raise ConfigError(f"--resume {run} writes to {run}; leave out --output {output}")
+    if (folder := run or output) is None:
+        raise ConfigError(
+            "which run? use --resume RUN" if resume else "give the folder to write with --output, such as --output run"
+        )
+    return folder
+
+
+def tune_recipe(config: str | None, given: dict[str, Any], resumed: Path | None = None) -> TuneRecipe:
+    """The recipe of a file, or of a run to resume, with the fields given on the command line.
+
+    For a new run, the environment may name the model.
+    """
+    if resumed is not None and config is None:
+        return TuneRecipe.of_run(resumed, given)
     recipe = TuneRecipe.from_file(config, given) if config else TuneRecipe.from_dict(given)
     named = os.environ.get(MODEL_VARIABLE)
     return replace(recipe, model=named) if named and recipe.model == TuneRecipe.model else recipe

@@ -13,8 +13,8 @@ from typer import Option
 from ..training.tune_recipe import TuneRecipe
 from .options import Json, examples
 from .processes import join_processes
-from .progress import TrainingView, resumable
-from .recipe_options import recipe_options, tune_recipe
+from .progress import TrainingView, report_finished, resumable
+from .recipe_options import Resume, RunToResume, recipe_options, run_folder, tune_recipe
 from .streams import clean, has_styles, styled
 from .terminal import mib, print_json, say, step_bar, write, write_error
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..data.dataset import Example, ExampleSet
     from ..tokenizer.tokenizer import Tokenizer
     from ..training.evaluation import Evaluation
-    from ..training.memory import TuningMemory
+    from ..training.memory import StepMemory
     from ..training.run import TrainingResult
     from ..training.tune import Tuning
 
@@ -38,6 +38,7 @@ EXAMPLES = examples(
 
 @recipe_options(TuneRecipe)
 def tune(
+    run: RunToResume = None,
     output: Annotated[
         Path | None,
         Option("--output", "-o", help="Folder for the adapter, its checkpoints and metrics.", metavar="DIR"),
@@ -46,7 +47,7 @@ def tune(
         str | None,
         Option(help="YAML recipe, or commonsense, instruct-270M, -450M, -1.1B or -3B.", metavar="FILE_OR_NAME"),
     ] = None,
-    resume: Annotated[bool, Option("--resume", help="Resume from the last checkpoint.")] = False,
+    resume: Resume = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Show examples, steps and memory, then exit.")] = False,
     as_json: Json = False,
     *,
@@ -57,14 +58,15 @@ def tune(
     The result is the adapter with the best validation loss. Options override the --config recipe. With --test and
     without --data, nothing is trained: the model is measured on the test file, with its --adapter.
     """
-    from ..errors import OutputError
     from ..training.run import TrainingCallback, run_tuning
     from ..training.tune import prepare_tuning
 
-    recipe = tune_recipe(config, given)
-    if recipe.test and not recipe.data:
+    recipe = tune_recipe(config, given) if not resume else None
+    if recipe is not None and recipe.test and not recipe.data:
         _evaluate(recipe, as_json)
         return
+    folder = None if dry_run and not resume else run_folder(run, output, resume)
+    recipe = recipe or tune_recipe(config, given, folder)
     group = join_processes()
     is_first = group.rank() == 0
     if dry_run:
@@ -73,8 +75,7 @@ def tune(
         if as_json and is_first:
             print_json({"recipe": tuning.recipe.to_dict(), "memory": memory.to_dict(), **_counts(tuning)})
         return
-    if output is None:
-        raise OutputError("give --output, a folder for the adapter")
+    assert folder is not None, "only a dry run has none"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that a shutdown loses nothing
     view = TrainingView() if is_first else TrainingCallback()
     prepared: list[Tuning] = []
@@ -85,9 +86,11 @@ def tune(
         if isinstance(view, TrainingView):
             view.unit = "pairs" if tuning.recipe.objective == "dpo" else "trained tokens"
 
-    with resumable(output), view:
-        result = run_tuning(recipe, output, resume, group, view, show)
-    if is_first:
+    with resumable("tune", folder), view:
+        result = run_tuning(recipe, folder, resume, group, view, show)
+    if is_first and not prepared:
+        report_finished("tune", result)
+    elif is_first:
         _report(result, prepared[0], as_json)
 
 
@@ -107,7 +110,7 @@ def _counts(tuning: Tuning) -> dict[str, Any]:
     }
 
 
-def _show(tuning: Tuning, num_processes: int, quiet: bool) -> TuningMemory:
+def _show(tuning: Tuning, num_processes: int, quiet: bool) -> StepMemory:
     """Print what is about to run, with one example as the model will see it, and the memory that it needs."""
     from ..training.memory import tuning_memory
 

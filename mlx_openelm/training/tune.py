@@ -30,12 +30,14 @@ from ..model.adapters import CONFIG_FILE, TENSOR_FILE, SavedAdapter, about_base,
 from ..model.lora import MAGNITUDE, AdapterConfig, adapter_parameters, adapter_paths, add_adapter, last_layers
 from ..model.openelm import OpenELM
 from ..quantization import matrix_shape
+from ..runs import best_checkpoint, read_state
 from ..tensors import as_bytes
 from ..tokenizer.chat_template import TEMPLATE_FILE
 from ..tokenizer.tokenizer import Tokenizer
-from .checkpoints import best_checkpoint, load_checkpoint, read_state, run_lock
+from .callback import Metrics, TrainingCallback
+from .checkpoints import load_checkpoint, run_lock
 from .dpo import DPO, reference_logprobs
-from .loop import Metrics, train
+from .loop import train
 from .loss import CrossEntropy, Objective
 from .optimizer import Tensors
 from .start import load_start
@@ -157,10 +159,7 @@ def tuning_steps(
     *,
     resume: bool = False,
     group: mx.distributed.Group | None = None,
-    on_begin: Callable[[int], None] = lambda step: None,
-    on_step: Callable[[Metrics], None] = lambda metrics: None,
-    on_validating: Callable[[int, int], None] = lambda done, total: None,
-    on_message: Callable[[str], None] = lambda message: None,
+    callback: TrainingCallback | None = None,
     on_end: Callable[[Trainer], None] = lambda trainer: None,
 ) -> Generator[Metrics, None, None]:
     """Train to the recipe's last step, yielding metrics; see `train`. Each checkpoint is an adapter.
@@ -173,7 +172,7 @@ def tuning_steps(
     Raises:
         TrainingError: if the run cannot start or continue; the last good adapter is kept.
     """
-    group = group or mx.distributed.init()
+    group, callback = group or mx.distributed.init(), callback or TrainingCallback()
     trainer = make_trainer(tuning, group)
     template = tuning.chat_template
     names = (TENSOR_FILE, CONFIG_FILE, *([TEMPLATE_FILE] if template is not None else []))
@@ -186,21 +185,11 @@ def tuning_steps(
     with run_lock(output, group) as run, ExitStack() as claims:
         published = {}
         if group.rank() == 0:
-            _move_foreign_away(run.path, names, on_message)
+            _move_foreign_away(run.path, names, callback.on_message)
             for name in names:
                 published[name] = claims.enter_context(output_file(run.path / name, overwrite=True))
         try:
-            yield from train(
-                trainer,
-                tuning.tokenizer,
-                run,
-                write,
-                resume=resume,
-                on_begin=on_begin,
-                on_step=on_step,
-                on_validating=on_validating,
-                on_message=on_message,
-            )
+            yield from train(trainer, tuning.tokenizer, run, write, resume=resume, callback=callback)
         except BaseException:
             with suppress(OutputError):  # the error that ended the run is reported
                 _publish(published, run.path)

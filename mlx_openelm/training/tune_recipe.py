@@ -1,6 +1,5 @@
 """The recipe of fine-tuning and its settings."""
 
-from collections.abc import Mapping
 from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -153,13 +152,6 @@ class TuneRecipe(Recipe):
             raise ConfigError("max_length must be at least 2; got 1")
         if self.pack and self.objective == "dpo":
             raise ConfigError("pack and dpo are mutually exclusive: the two answers of a pair are separate rows")
-
-    @classmethod
-    def _expanded(cls, values: Mapping[str, Any], *, old: bool = True) -> dict[str, Any]:
-        values = super()._expanded(values, old=old)
-        if "epochs" in values and "steps" not in values:
-            values["steps"] = 0  # otherwise a file's steps would override the command line's epochs
-        return values
 
     @classmethod
     def _read(cls, name: str, value: Any, entry: "Field[Any]") -> Any:
