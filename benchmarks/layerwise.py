@@ -22,7 +22,8 @@ from mlx_openelm import OpenELMConfig, load
 from mlx_openelm.data.corpus import Corpus, Filters, prepare_corpus
 from mlx_openelm.data.text_files import TextSource
 from mlx_openelm.model.design import uniform_counterpart
-from mlx_openelm.training.pretrain import PretrainRecipe, fresh_trainer
+from mlx_openelm.training.pretrain import fresh_trainer
+from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 
 SOURCES = ("tinystories_*.txt", "african_storybook_*.txt", "fairytales_*.txt", "fables_*.txt", "children_*.txt")
 LAYERWISE = OpenELMConfig.layerwise(

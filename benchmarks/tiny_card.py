@@ -19,7 +19,7 @@ from mlx_openelm import OpenELM, SamplingConfig, Tokenizer, generate, load, load
 from mlx_openelm.data.corpus import Corpus, Filters, TokenizedDataset, prepare_corpus, validation_rows
 from mlx_openelm.data.text_files import TextSource
 from mlx_openelm.hub import BUILT_IN_MODEL, model_folder
-from mlx_openelm.training.pretrain import RECIPES, PretrainRecipe
+from mlx_openelm.training.pretrain_recipe import RECIPES, PretrainRecipe
 
 FOLDER = model_folder(BUILT_IN_MODEL)
 SAMPLING = SamplingConfig(temperature=0.5, top_p=0.9, repetition_penalty=1.1, seed=0)

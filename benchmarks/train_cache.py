@@ -87,8 +87,8 @@ def main() -> None:
 
 def prepare(folder: Path) -> None:
     """Write a random model, and a new adapter for it."""
-    assert RECIPE.adapter is not None, "the recipe is of an adapter"
-    write_model_and_adapter(folder, CONFIG, RECIPE.adapter)
+    assert RECIPE.adapter_config is not None, "the recipe is of an adapter"
+    write_model_and_adapter(folder, CONFIG, RECIPE.adapter_config)
 
 
 def tokens_of(step: int) -> np.ndarray:

@@ -27,7 +27,8 @@ from mlx_openelm.machine.device import peak_memory_bytes
 from mlx_openelm.model.openelm import ForwardContext
 from mlx_openelm.training.gradients import gradients_of
 from mlx_openelm.training.loss import CrossEntropy
-from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters
+from mlx_openelm.training.pretrain import initial_parameters
+from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     config = OpenELMConfig.layerwise(
         arguments.layers, arguments.model_dim, 64, vocab_size=arguments.vocab, max_context_length=arguments.sequence
     )
-    assert RECIPE.adapter is not None, "the recipe is of an adapter"
-    write_model_and_adapter(folder, config, RECIPE.adapter)
+    assert RECIPE.adapter_config is not None, "the recipe is of an adapter"
+    write_model_and_adapter(folder, config, RECIPE.adapter_config)
 
 
 def tokens_of(arguments: argparse.Namespace, step: int) -> np.ndarray:

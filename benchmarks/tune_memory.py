@@ -21,7 +21,8 @@ from mlx_openelm import OpenELMConfig, load
 from mlx_openelm.conversion.convert import convert
 from mlx_openelm.tokenizer.files import write_tokenizer
 from mlx_openelm.training.memory import tuning_memory
-from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters
+from mlx_openelm.training.pretrain import initial_parameters
+from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 from mlx_openelm.training.tune import make_trainer, prepare_tuning
 from mlx_openelm.training.tune_recipe import TuneRecipe
 

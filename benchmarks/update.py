@@ -25,7 +25,8 @@ from common import ROOT, in_turn, report, summary
 from mlx_openelm import OpenELM, OpenELMConfig
 from mlx_openelm.data.batch import TokenBatch
 from mlx_openelm.training.loss import CrossEntropy
-from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters
+from mlx_openelm.training.pretrain import initial_parameters
+from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 from mlx_openelm.training.trainer import Trainer
 
 CONFIG = OpenELMConfig.layerwise(10, 384, 64, vocab_size=8000)

@@ -36,11 +36,12 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .model.lora import AdapterConfig as AdapterConfig
     from .model.openelm import ContextLengthWarning as ContextLengthWarning, OpenELM as OpenELM
     from .quantization import Quantization as Quantization
+    from .tokenizer.example_format import ExampleFormat as ExampleFormat
     from .tokenizer.tokenizer import StreamDecoder as StreamDecoder, Tokenizer as Tokenizer
-    from .training.loop import Metrics as Metrics
-    from .training.pretrain import PretrainRecipe as PretrainRecipe
+    from .training.callback import Metrics as Metrics, TrainingCallback as TrainingCallback
+    from .training.evaluation import Evaluation as Evaluation, evaluate as evaluate
+    from .training.pretrain_recipe import PretrainRecipe as PretrainRecipe
     from .training.run import (
-        TrainingCallback as TrainingCallback,
         TrainingResult as TrainingResult,
         pretrain as pretrain,
         tune as tune,
@@ -114,14 +115,21 @@ _MODULES = {
         "OpenELM",
     ),
     "quantization": ("Quantization",),
+    "tokenizer.example_format": ("ExampleFormat",),
     "tokenizer.tokenizer": (
         "StreamDecoder",
         "Tokenizer",
     ),
-    "training.loop": ("Metrics",),
-    "training.pretrain": ("PretrainRecipe",),
-    "training.run": (
+    "training.evaluation": (
+        "Evaluation",
+        "evaluate",
+    ),
+    "training.callback": (
+        "Metrics",
         "TrainingCallback",
+    ),
+    "training.pretrain_recipe": ("PretrainRecipe",),
+    "training.run": (
         "TrainingResult",
         "pretrain",
         "tune",

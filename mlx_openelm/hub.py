@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .errors import SourceError
 from .files.paths import check_links, exists, is_folder, user_path
+from .runs import trained_model
 
 BUILT_IN_MODEL = "openelm-tiny"  # included in the package
 _BUILT_IN_FOLDER = Path(__file__).parent / "assets" / BUILT_IN_MODEL
@@ -15,7 +16,8 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def model_folder(name: str | Path, revision: str | None = None) -> Path:
     """The model folder for a path, a hub id, or the name of the built-in model.
 
-    A model on the hub is downloaded unless it is cached; an interrupted download is resumed.
+    The folder of a training run stands for its best checkpoint. A model on the hub is downloaded unless it is cached;
+    an interrupted download is resumed.
 
     Args:
         revision: branch, tag or commit of the repository on the hub.
@@ -24,7 +26,7 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
     """
     path = user_path(name)
     if is_folder(path):
-        return check_links(path)
+        return check_links(trained_model(path))
     if str(name) == BUILT_IN_MODEL:
         return _BUILT_IN_FOLDER
     if exists(path):

@@ -56,8 +56,8 @@ def load(
             "or load the network alone with load_model"
         )
     found = _adapter(adapter, opened.source)
-    if found is not None and found.chat_template is not None:
-        opened.tokenizer.chat_template = found.chat_template
+    if found is not None:
+        found.prepare(opened.tokenizer)
     return _network(opened.source, dtype, found), opened.tokenizer
 
 

@@ -16,7 +16,7 @@ from .conversion.open import open_model, open_source
 from .conversion.source import Source, Tensor
 from .conversion.write.folder import write_model
 from .errors import AdapterError
-from .evaluation.divergence import divergences
+from .evaluation.divergence import NUM_TEXTS, divergences
 from .files.output import OutputFolder, output_folder
 from .files.paths import user_path
 from .loading import dtype_named, load_source
@@ -55,6 +55,7 @@ def merge(
     force: bool = False,
     revision: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_measuring: Callable[[int, int], None] | None = None,
 ) -> Merge:
     """Merge an adapter into a model, and write the result with its tokenizer and a model card.
 
@@ -67,6 +68,7 @@ def merge(
         tokenizer, config, revision: as in `load`.
         force: replace a model folder at `output`.
         on_progress: called with the bytes written so far and the total bytes.
+        on_measuring: called with the done and the total number of texts while that loss is measured.
     Raises:
         OpenELMError: a subclass for each kind of failure; nothing is written.
     """
@@ -75,8 +77,8 @@ def merge(
         source, text, *_ = open_model([model], tokenizer=tokenizer, config=config, revision=revision)
         found = open_adapter(adapter, vocab_size=source.config.vocab_size)
         place.protect(source.folder, model, adapter, tokenizer, config)
-        if text is not None and found.chat_template is not None:
-            text.chat_template = found.chat_template
+        if text is not None:
+            found.prepare(text)
 
         def add_files(staging: Path) -> None:
             (staging / "README.md").write_text(
@@ -85,20 +87,14 @@ def merge(
             if text is not None:
                 write_tokenizer(text, staging)
 
-        done = 0
-
-        def on_written(name: str, nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if on_progress is not None:
-                on_progress(done, source.nbytes)
-
-        result = _merge(place, source, found, quantization, dtype_named(dtype), add_files, on_written)
+        result = _merge(place, source, found, quantization, dtype_named(dtype), add_files, on_progress)
     if quantization is None:
         return result
+    report = on_measuring or (lambda done, total: None)
+    report(0, NUM_TEXTS)
     base, merged = load_source(source), load_source(open_source([folder]))
     exact = load_source(merged_source(source, found))
-    of_merged, of_base = divergences(exact, [merged, base])
+    of_merged, of_base = divergences(exact, [merged, base], on_progress=report)
     return replace(result, divergence=of_merged, adapter_divergence=of_base)
 
 
@@ -145,14 +141,15 @@ def write_merged(
     dtype: mx.Dtype | None = None,
     add_files: Callable[[Path], object] = lambda staging: None,
     force: bool = False,
-    on_written: Callable[[str, int], None] = lambda name, nbytes: None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Merge:
     """Write a model with an adapter merged into it.
 
     Args:
         quantization: quantize the result; its loss is not measured here, see `merge`.
         dtype: type of the result; by default that of the model.
-        add_files, on_written: as in `write_model`.
+        add_files: as in `write_model`.
+        on_progress: as in `merge`.
         force: replace a model folder at `folder`.
     Raises:
         AdapterError: if the adapter does not fit the model.
@@ -160,7 +157,7 @@ def write_merged(
     """
     with output_folder(folder, overwrite=force) as output:
         output.protect(source.folder)
-        return _merge(output, source, adapter, quantization, dtype, add_files, on_written)
+        return _merge(output, source, adapter, quantization, dtype, add_files, on_progress)
 
 
 def _merge(
@@ -170,7 +167,7 @@ def _merge(
     quantization: Quantization | None,
     dtype: mx.Dtype | None,
     add_files: Callable[[Path], object],
-    on_written: Callable[[str, int], None],
+    on_progress: Callable[[int, int], None] | None,
 ) -> Merge:
     merged = merged_source(source, adapter, dtype)
     tensors: dict[str, Tensor] = {name: merged.tensors[name] for name in parameter_shapes(merged.config)}
@@ -179,13 +176,21 @@ def _merge(
             name: pack(tensor, quantization) if quantization.fits(tensor.shape) else tensor  # type: ignore[arg-type]
             for name, tensor in tensors.items()
         }
+    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
+
+    def on_written(name: str, nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if on_progress is not None:
+            on_progress(done, total)
+
     write_model(output, merged.config, tensors, add_files=add_files, on_written=on_written)
     return Merge(
         output.name,
         len(adapter.ranks) or len(adapter.tensors),
         merged.config != source.config,
         quantization is None and any(isinstance(tensor, PackedTensor) for tensor in source.tensors.values()),
-        sum(tensor.nbytes for tensor in tensors.values()),
+        total,
     )
 
 

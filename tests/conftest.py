@@ -225,6 +225,16 @@ def refused(*arguments, **options):
     return err
 
 
+def heard(messages=None, **events):
+    """A callback that collects the messages of a training run, or calls functions by the names of events."""
+    from mlx_openelm import TrainingCallback
+
+    callback = TrainingCallback()
+    for name, function in {**events, **({} if messages is None else {"on_message": messages.append})}.items():
+        setattr(callback, name, function)
+    return callback
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, tokenizer):
     from mlx_openelm.data.corpus import Filters, prepare_corpus
@@ -239,7 +249,7 @@ def corpus(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def recipe():
     """A short pre-training run."""
-    from mlx_openelm.training.pretrain import PretrainRecipe
+    from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 
     return PretrainRecipe(
         model=replace(SMALL_CONFIG, max_context_length=32),

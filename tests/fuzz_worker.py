@@ -27,7 +27,7 @@ from mlx_openelm.data.text_files import TextSource, read_documents
 from mlx_openelm.generation.prompt_file import read_prompts
 from mlx_openelm.plot import read_metrics
 from mlx_openelm.training.checkpoints import load_checkpoint
-from mlx_openelm.training.pretrain import PretrainRecipe
+from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 from mlx_openelm.training.tune_recipe import TuneRecipe
 
 TOKENS = mx.array([[1, 9, 38, 100, 301, 7]])

@@ -195,3 +195,28 @@ def test_trained_matrices_that_overflow_are_refused(tmp_path):
     save_arrays(tmp_path / "adapter" / "adapters.safetensors", {n: a.astype(mx.int32) for n, a in tensors.items()}, {})
     with pytest.raises(AdapterError, match=r"norm\.weight has type int32"):
         load_model(base, adapter=tmp_path / "adapter")
+
+
+def test_progress_of_a_merge_ends_at_its_total(tmp_path, tokenizer):
+    """The total is that of what is written, not of the source."""
+    from mlx_openelm import Quantization, merge
+
+    config = replace(CONFIG, max_context_length=128)
+    model = random_model(config)
+    write_folder(tmp_path / "base", model)
+    add_adapter(model, METHODS["lora"])
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", adapter_parameters(model), "lora", METHODS["lora"], about_base("base", config))
+    written, measured = [], []
+    result = merge(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        tmp_path / "merged",
+        quantization=Quantization.of(4, 32, None),
+        tokenizer="none",
+        on_progress=lambda *progress: written.append(progress),
+        on_measuring=lambda *progress: measured.append(progress),
+    )
+    assert written[-1] == (result.output_bytes, result.output_bytes)
+    assert {total for _, total in written} == {result.output_bytes}
+    assert measured == [(done, 8) for done in range(9)]

@@ -9,7 +9,7 @@ import mlx_openelm
 from conftest import run
 from mlx_openelm import SamplingConfig, generate, load
 from mlx_openelm.hub import BUILT_IN_MODEL, model_folder
-from mlx_openelm.training.pretrain import RECIPES, PretrainRecipe
+from mlx_openelm.training.pretrain_recipe import RECIPES, PretrainRecipe
 
 FOLDER = model_folder(BUILT_IN_MODEL)
 

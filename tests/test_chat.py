@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_openelm import Chat, SamplingConfig, generate
+from mlx_openelm import Chat, ExampleFormat, SamplingConfig, Tokenizer, generate
 from mlx_openelm.errors import TokenizerError
 
 PROMPT = "Once upon a time"
@@ -65,3 +65,32 @@ class TestChat:
         sampling = SamplingConfig(temperature=1.0, seed=3)
         answers = [self.answer(Chat(tiny_model, chat_tokenizer, sampling=sampling, max_tokens=8), "Hi") for _ in "ab"]
         assert answers[0] == answers[1]
+
+
+class TestOtherFormats:
+    @pytest.fixture
+    def instructed(self, tokenizer_path):
+        """The tokenizer of a base model that was tuned on instructions."""
+        tokenizer = Tokenizer(tokenizer_path)
+        tokenizer.example_format = ExampleFormat("instruction")
+        return tokenizer
+
+    def test_each_message_is_asked_alone_in_the_format_of_the_examples(self, tiny_model, instructed):
+        chat = Chat(tiny_model, instructed, max_tokens=5)
+        assert chat.answers_alone
+        for text in ("Hello", "And then?"):
+            alone = generate(tiny_model, instructed, instructed.encode_prompt(text), max_tokens=5)
+            assert "".join(chunk.text for chunk in chat.reply(text)) == alone
+        assert [message["content"] for message in chat.messages[::2]] == ["Hello", "And then?"]
+
+    def test_there_is_no_system_message(self, tiny_model, instructed):
+        with pytest.raises(TokenizerError, match="requires a chat template, but the model was tuned on single"):
+            Chat(tiny_model, instructed, system="Be brief.")
+
+    def test_a_model_that_only_continues_text_does_not_chat(self, tiny_model, instructed, tokenizer_path):
+        instructed.example_format = ExampleFormat("text")
+        with pytest.raises(TokenizerError, match="generate to continue text"):
+            Chat(tiny_model, instructed)
+        with_template = Tokenizer(tokenizer_path, chat_template="openelm")
+        with_template.example_format = ExampleFormat("text")
+        assert not Chat(tiny_model, with_template).answers_alone

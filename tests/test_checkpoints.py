@@ -7,18 +7,14 @@ import mlx.core as mx
 import pytest
 
 from mlx_openelm.errors import TrainingError
+from mlx_openelm.runs import METRICS, best_checkpoint, checkpoint_folder, checkpoint_folders, read_state
 from mlx_openelm.tensors import save_arrays
 from mlx_openelm.training.checkpoints import (
-    METRICS,
     Checkpoint,
-    best_checkpoint,
     check_fresh,
     check_output,
-    checkpoint_folder,
-    checkpoint_folders,
     load_checkpoint,
     mark_begun,
-    read_state,
     save_checkpoint,
 )
 from mlx_openelm.training.optimizer import Moments

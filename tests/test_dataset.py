@@ -6,6 +6,7 @@ import pytest
 from mlx_openelm.data.dataset import ExampleOptions, marked, read_examples, read_splits
 from mlx_openelm.data.formats import Example
 from mlx_openelm.errors import DataError
+from mlx_openelm.tokenizer.example_format import ExampleFormat
 
 
 def write(path, records):
@@ -46,7 +47,7 @@ def test_examples_without_an_answer_are_dropped(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [*records, {"prompt": "a", "completion": ""}])
     examples = read_examples(path, tokenizer, ExampleOptions(max_length=10))
     assert (len(examples.examples), examples.num_cut, examples.num_dropped) == (1, 0, 2)
-    with pytest.raises(DataError, match=r"a\.jsonl contains no example to train on: 1 are too long, have no answer"):
+    with pytest.raises(DataError, match=r"example to train on: 1 have no answer within 10 tokens; the longest has"):
         read_examples(write(tmp_path / "a.jsonl", records[1:]), tokenizer, ExampleOptions(max_length=10))
     with pytest.raises(DataError, match=r"a\.jsonl contains no example to train on$"):
         read_examples(write(tmp_path / "a.jsonl", []), tokenizer)
@@ -70,12 +71,12 @@ def test_pairs_of_equal_answers_are_dropped(tmp_path, tokenizer):
 def test_fields_may_go_by_other_names(tmp_path, tokenizer):
     record = {"question": "2 + 2 =", "answer": " 4", "text": "unrelated", "instruction": "x", "output": "y"}
     path = write(tmp_path / "a.jsonl", [record])
-    named = ExampleOptions(columns={"prompt": "question", "completion": "answer"})
+    named = ExampleOptions(example_format=ExampleFormat(columns={"prompt": "question", "completion": "answer"}))
     assert texts(read_examples(path, tokenizer, named), tokenizer) == ["2 + 2 = 4"]
     with pytest.raises(DataError, match=r"record 1: no column 'frage'; the columns are question, answer"):
-        read_examples(path, tokenizer, ExampleOptions(columns={"prompt": "frage"}))
+        read_examples(path, tokenizer, ExampleOptions(example_format=ExampleFormat(columns={"prompt": "frage"})))
     with pytest.raises(DataError, match="unknown field 'question'"):
-        ExampleOptions(columns={"question": "prompt"})
+        ExampleOptions(example_format=ExampleFormat(columns={"question": "prompt"}))
 
 
 def test_fields_without_a_value_are_not_there(tmp_path, tokenizer):
@@ -206,3 +207,33 @@ def test_a_file_with_nothing_but_broken_lines_says_what_is_wrong_with_them(tmp_p
     path = write(tmp_path / "a.jsonl", [{"text": "half \ud83d"}])
     with pytest.raises(DataError, match=r"no example to train on: broken: line 1: contains a lone surrogate"):
         read_examples(path, tokenizer)
+
+
+def test_each_cause_of_examples_left_out_is_counted(tmp_path, tokenizer):
+    long, no_answer = {"prompt": "a " * 30, "completion": " b"}, {"prompt": "a", "completion": " "}
+    path = write(tmp_path / "a.jsonl", [*completions(2), long, long, no_answer])
+    examples = read_examples(path, tokenizer, ExampleOptions(max_length=20))
+    assert examples.left_out == {"have no answer within 20 tokens": 2, "have no answer": 1}
+    assert examples.longest == len(tokenizer.encode("a " * 30 + " b")) + 1
+    dropped = read_examples(path, tokenizer, ExampleOptions(max_length=20, too_long="drop"))
+    assert dropped.left_out == {"are longer than 20 tokens": 2, "have no answer": 1}
+    pairs = [{"prompt": "a", "chosen": " b", "rejected": end} for end in (" b", " c", "")]
+    assert read_examples(write(tmp_path / "b.jsonl", pairs), tokenizer).left_out == {
+        "have equal answers": 1,
+        "have no answer": 1,
+    }
+
+
+def test_the_format_of_the_examples_is_what_the_records_and_the_options_say(tmp_path, tokenizer, chat_tokenizer):
+    asked = ExampleFormat(separator="\n", columns={"prompt": "q"})
+    path = write(tmp_path / "a.jsonl", [{"q": "Who?", "completion": "A fox."}])
+    found = read_examples(path, tokenizer, ExampleOptions(example_format=asked))
+    assert found.example_format == ExampleFormat("completion", {"prompt": "q"}, "", "\n")
+    assert texts(found, tokenizer) == ["Who?\nA fox."]
+    assert found.num_meeting == 0
+    meeting = read_examples(write(tmp_path / "b.jsonl", [{"prompt": "Who?", "completion": "A"}]), tokenizer)
+    assert meeting.num_meeting == 1
+    turns = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    pairs = [{"prompt": turns[0], "chosen": turns[1], "rejected": [{"role": "assistant", "content": "c"}]}]
+    found = read_examples(write(tmp_path / "c.jsonl", pairs), chat_tokenizer)
+    assert found.example_format.style == "chat"

@@ -104,7 +104,7 @@ class TestCommand:
             (["--params", "lots"], "number of parameters"),
             (["--params", "1B", "--qkv", "x"], "--qkv"),
             (["--params", "1B", "--gqa", "0"], "--gqa must be positive; got 0"),
-            (["--params", "1M"], "the nearest has"),
+            (["--params", "1M", "--vocab", "32000"], "the nearest has"),
             (["--params", "270M", "--save", f"{__file__}/config.json"], "cannot be written"),
             (["--params", "270M", "--plot", "picture.frob"], "picture.frob cannot be written"),
         ],

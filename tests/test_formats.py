@@ -6,10 +6,9 @@ from mlx_openelm.data.formats import (
     encode_continuation,
     encode_conversation,
     encode_record,
-    format_of,
-    instruction_prompt,
 )
 from mlx_openelm.errors import DataError, TokenizerError
+from mlx_openelm.tokenizer.example_format import ExampleFormat, format_of, instruction_prompt
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 
@@ -47,7 +46,7 @@ def test_fields_of_no_format_are_listed_with_the_formats_there_are():
 
 
 def test_all_of_a_text_is_to_be_learnt(tokenizer):
-    example = encode_record("text", {"text": "A small fox"}, tokenizer)
+    example = encode_record(ExampleFormat("text"), {"text": "A small fox"}, tokenizer)
     assert example.tokens.tolist() == [*tokenizer.encode("A small fox"), 2]
     assert example.tokens.dtype == np.int32
     assert example.completion_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
@@ -56,7 +55,7 @@ def test_all_of_a_text_is_to_be_learnt(tokenizer):
 @pytest.mark.parametrize("prompt", ["Once upon", "Once upon ", "", " ", "She said: \n", "日本"])
 @pytest.mark.parametrize("completion", [" a time", "a time", "\n\nthere", "  two", "🎉 é", "."])
 def test_a_prompt_s_ids_begin_those_of_the_whole(tokenizer, prompt, completion):
-    example = encode_record("completion", {"prompt": prompt, "completion": completion}, tokenizer)
+    example = encode_record(ExampleFormat("completion"), {"prompt": prompt, "completion": completion}, tokenizer)
     before = tokenizer.encode(prompt)
     assert example.tokens[: len(before)].tolist() == before
     assert example.tokens[-1] == tokenizer.eos_token_id
@@ -67,7 +66,7 @@ def test_a_prompt_s_ids_begin_those_of_the_whole(tokenizer, prompt, completion):
 def test_a_word_behind_a_space_is_the_piece_that_it_is_within_a_text(tokenizer):
     text = "Once upon a time there was a small fox"
     cut = text.index(" there")
-    example = encode_record("completion", {"prompt": text[:cut], "completion": text[cut:]}, tokenizer)
+    example = encode_record(ExampleFormat("completion"), {"prompt": text[:cut], "completion": text[cut:]}, tokenizer)
     assert example.tokens.tolist() == [*tokenizer.encode(text), 2]
 
 
@@ -96,7 +95,9 @@ def test_a_vocabulary_that_joins_newlines_with_words_is_refused():
 
 @pytest.mark.parametrize("completion", ["", " \n"])
 def test_a_blank_completion_is_no_answer(tokenizer, completion):
-    assert not encode_record("completion", {"prompt": "Hi", "completion": completion}, tokenizer).completion_mask.any()
+    assert not encode_record(
+        ExampleFormat("completion"), {"prompt": "Hi", "completion": completion}, tokenizer
+    ).completion_mask.any()
 
 
 def test_an_instruction_in_alpaca_s_words():
@@ -121,7 +122,7 @@ def test_an_instruction_with_the_spaces_of_corenet(tokenizer):
     assert "the request. \n\n" in instruction_prompt("Add.", "1", indent=16)
     assert f"{space}### Input:\n{space}1\n{space}\n" in instruction_prompt("Add.", "1", indent=16)
     record = {"instruction": "Add.\nNow.", "input": "", "output": "true", "answer": "true"}
-    example = encode_record("instruction", record, tokenizer, indent=16)
+    example = encode_record(ExampleFormat("instruction", indent=16), record, tokenizer)
     assert example.tokens.tolist() == [*tokenizer.encode(f"{expected}{space}true"), 2]  # as Apple encodes it
     assert answers(example, tokenizer) == [f"{space}true"]
 
@@ -154,7 +155,7 @@ def test_conversations_need_a_chat_template(tokenizer):
 
 def test_pairs_of_texts(tokenizer):
     record = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5, or so"}
-    pair = encode_record("preference", record, tokenizer)
+    pair = encode_record(ExampleFormat("preference"), record, tokenizer)
     assert isinstance(pair, PreferencePair)
     assert [answers(side, tokenizer) for side in pair.sequences] == [[" 4"], [" 5, or so"]]
     assert [tokenizer.decode(side.tokens.tolist()) for side in pair.sequences] == ["2 + 2 = 4", "2 + 2 = 5, or so"]
@@ -168,7 +169,7 @@ def test_pairs_of_conversations_differ_behind_their_shared_prompt(chat_tokenizer
         record = {"prompt": prompt, "chosen": ends[0], "rejected": ends[1]}
     else:
         record = {"prompt": "Hi", "chosen": prompt + ends[0], "rejected": prompt + ends[1]}
-    pair = encode_record("preference", record, chat_tokenizer)
+    pair = encode_record(ExampleFormat("preference"), record, chat_tokenizer)
     assert [answers(side, chat_tokenizer) for side in pair.sequences] == [["A fox."], ["You.", "No."]]
     assert pair.chosen.tokens.tolist() == encode_conversation(prompt + ends[0], chat_tokenizer).tokens.tolist()
 
@@ -189,7 +190,7 @@ def test_pairs_of_conversations_differ_behind_their_shared_prompt(chat_tokenizer
 )
 def test_fields_that_are_not_what_they_have_to_be(chat_tokenizer, name, record, reason):
     with pytest.raises((DataError, TokenizerError), match=reason):
-        encode_record(name, record, chat_tokenizer)
+        encode_record(ExampleFormat(name), record, chat_tokenizer)
 
 
 def test_masks_are_as_long_as_their_tokens_and_end_with_eos(chat_tokenizer):

@@ -124,3 +124,58 @@ def test_saving_is_not_interrupted(tmp_path):
     code += "with i.uninterrupted():\n    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM)\n"
     code += "print('saved', signal.getsignal(signal.SIGINT) is i._on_interrupt)"
     assert python(code) == (0, "saved True\n", "")
+
+
+def test_it_is_acknowledged_while_the_main_thread_computes():
+    """The main thread waits in C until the message was printed, so Python cannot have handled the signal before."""
+    code = """
+import ctypes, os, signal, threading
+from mlx_openelm.commands import interrupts, terminal
+interrupts.watch_signal()
+reader, writer = os.pipe()
+def say(message):
+    print(message)
+    os.write(writer, b"x")
+terminal.say = say
+found = ctypes.create_string_buffer(4)
+for seconds, number in ((0.5, signal.SIGINT), (20, None)):  # the second one only if nothing was printed
+    act = (lambda: os.kill(os.getpid(), signal.SIGINT)) if number else (lambda: os.write(writer, b"late"))
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a timer's thread takes it, so that C is not interrupted
+try:
+    with interrupts.acknowledging("stopping"):
+        ctypes.CDLL(None).read(reader, found, 4)
+        print("read")
+except KeyboardInterrupt:
+    print(found.value.decode())
+"""
+    status, out, err = python(code)
+    assert (status, out, err) == (0, "stopping\nx\n", "")
+
+
+def test_a_second_one_ends_the_process_at_once():
+    """The main thread blocks the signal and waits in C, so only the other thread can have ended the process."""
+    code = """
+import ctypes, os, signal, threading
+from mlx_openelm.commands import interrupts
+interrupts.watch_signal()
+reader, writer = os.pipe()
+def press():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+timers = [threading.Timer(0.5, press), threading.Timer(20, lambda: os.write(writer, b"late"))]
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+for timer in timers:
+    timer.daemon = True
+    timer.start()
+with interrupts.acknowledging("stopping"):
+    ctypes.CDLL(None).read(reader, ctypes.create_string_buffer(4), 4)
+print("read")
+"""
+    status, out, err = python(code)
+    assert (status, out) == (130, "")
+    assert err.splitlines()[0] == "openelm-mlx: stopping"
+    assert err.splitlines()[-1] == "openelm-mlx: error: interrupted; steps since the last checkpoint are lost"

@@ -35,7 +35,7 @@ from mlx_openelm.model.lora import (
 )
 from mlx_openelm.training.gradients import gradients_of
 from mlx_openelm.training.loss import CrossEntropy
-from mlx_openelm.training.pretrain import PretrainRecipe
+from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 from mlx_openelm.training.trainer import Trainer
 
 BASES = ["float32", "bfloat16", 2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4"]

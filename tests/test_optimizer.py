@@ -7,7 +7,7 @@ import pytest
 from conftest import assert_close
 from mlx_openelm.errors import ConfigError
 from mlx_openelm.training.optimizer import AdamW, Moments, learning_rate
-from mlx_openelm.training.pretrain import PretrainRecipe
+from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,14 +14,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from conftest import killed_at, launched
+from conftest import heard, killed_at, launched, run
 from mlx_openelm import load
 from mlx_openelm.errors import ConfigError, OutputError, TrainingError
 from mlx_openelm.machine.device import memory_limit_bytes
+from mlx_openelm.runs import checkpoint_folders
 from mlx_openelm.training import loop, trainer as trainer_module
-from mlx_openelm.training.checkpoints import checkpoint_folders, load_checkpoint
+from mlx_openelm.training.checkpoints import load_checkpoint
 from mlx_openelm.training.optimizer import Update
-from mlx_openelm.training.pretrain import PretrainRecipe, initial_parameters, pretraining_steps
+from mlx_openelm.training.pretrain import initial_parameters, pretraining_steps
+from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 
 
 def test_fresh_weights_follow_corenets_rule(recipe):
@@ -133,7 +136,7 @@ def test_a_run_that_lost_its_last_checkpoint_goes_on_bit_for_bit(tmp_path, whole
     damaged = tmp_path / "run" / "checkpoints" / "step-00000009" / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     said = []
-    list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run", resume=True, on_message=said.append))
+    list(pretraining_steps(recipe, corpus, tokenizer, tmp_path / "run", resume=True, callback=heard(said)))
     assert "step-00000009 is damaged" in said[0]
     assert losses(tmp_path / "run") == losses(whole_run)
 
@@ -263,7 +266,7 @@ class TestCommand:
         process.send_signal(end)
         said += process.communicate(timeout=60)[1]
         assert process.returncode == 130
-        assert "use --resume to continue" in said.splitlines()[-1]
+        assert f"to continue: openelm-mlx pretrain --resume {files / 'run'}" in said.splitlines()[-1]
         (folder,) = checkpoint_folders(files / "run")
         assert int(folder.name.split("-")[1]) >= 3
 
@@ -284,17 +287,75 @@ class TestCommand:
         assert self.train(files, files / "run", "--steps", "3", "--batch-size=2").returncode == 0
         assert len(losses(files / "run")) == 3
 
+    def test_a_first_run_needs_no_recipe_and_its_folder_is_all_that_others_need(self, files, monkeypatch):
+        (files / "texts").mkdir()
+        (files / "texts" / "a.txt").write_bytes((files / "a.txt").read_bytes())
+        shape = ["--layers", 2, "--model-dim", 32, "--head-dim", 8, "--gqa", 2, "--vocab", 300, "--context", 32]
+        monkeypatch.chdir(files)
+        found = run("design", *shape, "--save", "toy.json")[1]
+        line = 'openelm-mlx pretrain --model toy.json --data "stories/*.txt" --output run'
+        assert found.splitlines()[-1] == f"train it: {line}"
+        words = shlex.split(line.replace("stories", "texts"))[1:]
+        status, out, err = run(*words, "--steps", 4, "--dry-run")
+        assert (status, out, (files / "run").exists()) == (0, "", False)
+        assert "28,224 parameters, 2 layers, vocabulary 300" in err
+        status, out, err = run(*words, "--steps", 4, "--batch-size", 4)
+        assert status == 0, err
+        assert "training a tokenizer with 300 tokens" in err
+        assert "4 of 4 rows of 32 tokens: 512 tokens" in err
+        assert out.splitlines()[0].startswith("run: trained 4 steps on 512 tokens; best validation loss: ")
+        assert '  openelm-mlx generate --model run --prompt "Once upon a time"' in out
+        assert "trained      4 of 4 steps" in run("info", "run")[1]
+        assert run("generate", "-m", "run", "-p", "The fox", "-n", 3)[0] == 0
+        status, out, err = run("average", "run", "--output", "mean")
+        assert (status, "averaging step-00000002, step-00000003, step-00000004" in err) == (0, True)
+        monkeypatch.chdir(files / "texts")  # the run knows where its data is
+        status, out, err = run("pretrain", "--resume", "../run")
+        assert (status, err) == (0, "")
+        assert out.startswith("../run is finished: 4 steps; best validation loss: ")
+        assert "train it further: openelm-mlx pretrain --resume ../run --steps 8" in out
+        status, out, err = run("pretrain", "--resume", "../run", "--steps", 6)
+        assert status == 0, err
+        assert "continuing after step 4 of 6" in err
+        assert [step for step, *_ in losses(files / "run")] == [1, 2, 3, 4, 5, 6]
+        status, out, err = run("pretrain", "--resume", "../run", "--learning-rate", 0.5)
+        assert (status, out) == (2, "")
+        assert "these settings changed: learning_rate 0.003 -> 0.5" in err
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--data", "x"], "which model? use --model with a file of `openelm-mlx design --save`"),
+            (["--model", "270M", "--data", "x"], "give the folder to write with --output"),
+            (["--model", "270M", "-o", "run"], "no data given; set --data, for example to stories/*.txt"),
+            (["--model", "270M", "-o", "run", "-d", "x/*.txt"], "x/*.txt matches no file: there is no folder x"),
+            (["run", "--model", "270M"], "unexpected argument run; use --output run to start a run"),
+            (["--resume"], "which run? use --resume RUN"),
+            (["--resume", "missing"], "missing does not exist"),
+            (["--resume", "one", "--output", "two"], "--resume one writes to one; leave out --output two"),
+            (["--model", "270M", "--data-folder", "x", "-o", "run"], "--data-folder x is for the paths of a recipe"),
+        ],
+    )
+    def test_what_is_missing_is_one_line(self, words, said, tmp_path, monkeypatch, capsys):
+        from mlx_openelm.commands import app
+
+        monkeypatch.chdir(tmp_path)
+        assert app.run(["pretrain", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+        assert not (tmp_path / "run" / "tokenizer.model").exists()
+
     @pytest.mark.parametrize(
         ("more", "said"),
         [
-            (["--steps", "0"], "steps must be positive; got 0"),
+            (["--steps", "-1"], "steps must not be negative; got -1"),
             (["--frobs", "3"], "No such option: --frobs"),
             (["--learning-rate"], "Option '--learning-rate' requires an argument"),
             (["--sequence-length", "64"], "at most 32, the model's context length; got 64"),
             (["--data", "missing.txt"], "missing.txt does not exist"),
             (["--min-characters", "100000"], "no text left after the filters"),
-            (["--train-tokenizer", "100000"], "cannot train a tokenizer"),
-            (["--resume"], "no readable checkpoint"),
+            (["--train-tokenizer", "100000"], "at most 300, the model's vocabulary; got 100000"),
+            (["--resume"], "no checkpoint to resume from|does not exist"),
         ],
     )
     def test_mistakes_are_one_line(self, files, more, said):

@@ -2,7 +2,7 @@ import pytest
 
 from mlx_openelm import PRESETS
 from mlx_openelm.errors import ConfigError
-from mlx_openelm.training.pretrain import RECIPES, PretrainRecipe
+from mlx_openelm.training.pretrain_recipe import RECIPES, PretrainRecipe
 
 # arXiv:2404.14619: the largest learning rate, and whether activations are recomputed.
 PUBLISHED = {"270M": (0.0053, False), "450M": (0.0039, True), "1.1B": (0.0024, True), "3B": (0.0012, True)}

@@ -190,6 +190,30 @@ class TestEscapes:
         assert "\x1b]0;" not in seen.err.getvalue()
         assert r"\u001b]0;title\u0007" in seen.err.getvalue()
 
+    def test_a_resumed_run_begins_at_its_step_and_a_validation_has_a_bar_of_its_own(self, screen):
+        screen()
+        with TrainingView() as view:
+            view.on_prepared(30)
+            view.on_begin(12)
+            training, validation = view._bar.tasks
+            assert (training.description, training.completed, training.total) == ("training", 12, 30)
+            assert not validation.visible
+            view.on_validating(0, 4)
+            assert (validation.description, validation.visible, validation.total) == ("validating", True, 4)
+            view.on_validating(3, 4)
+            assert (validation.completed, training.completed) == (3, 12)
+            view.on_validating(4, 4)
+            assert not validation.visible
+
+    def test_without_a_terminal_the_first_validation_is_announced(self, capsys):
+        with TrainingView() as view:
+            view.on_prepared(30)
+            view.on_begin(0)
+            for _ in range(2):
+                for done in range(3):
+                    view.on_validating(done, 2)
+        assert capsys.readouterr().err == "openelm-mlx: validating: 2 batches\n"
+
     def test_examples_of_tuning(self, screen, monkeypatch):
         screen()
         monkeypatch.setattr("mlx_openelm.data.dataset.marked", lambda example, tokenizer: [(ESCAPES, False)])

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from conftest import SMALL_CONFIG, assert_close, killed_at, launched, random_model, refused, run, write_folder
+from conftest import SMALL_CONFIG, assert_close, heard, killed_at, launched, random_model, refused, run, write_folder
 from mlx_openelm import load, load_model
 from mlx_openelm.errors import AdapterError, ConfigError, DataError, TrainingError
+from mlx_openelm.runs import checkpoint_folders
 from mlx_openelm.training import trainer as trainer_module, tune as tune_module
-from mlx_openelm.training.checkpoints import checkpoint_folders
 from mlx_openelm.training.memory import tuning_memory
 from mlx_openelm.training.tune import make_trainer, prepare_tuning, tuning_steps
 from mlx_openelm.training.tune_recipe import RECIPES, TuneRecipe
@@ -144,6 +144,16 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, whole_run, rec
     assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_reports_where_it_begins_and_how_far_each_validation_is(tmp_path, recipe):
+    begins, validated = [], []
+    signs = {"on_begin": begins.append, "on_validating": lambda done, total: validated.append((done, total))}
+    tuned(replace(recipe, steps=6), tmp_path / "run", callback=heard(**signs))
+    assert (begins, validated) == ([0], [(0, 2), (1, 2), (2, 2)] * 2)  # six examples in batches of four
+    begins.clear()
+    tuned(replace(recipe, steps=7), tmp_path / "run", resume=True, callback=heard(**signs))
+    assert begins == [6]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -184,10 +194,10 @@ def test_another_model_of_the_same_widths_cannot_go_on(tmp_path, whole_run, reci
 def test_an_interrupt_within_a_validation_loses_nothing(tmp_path, whole_run, recipe, monkeypatch):
     original = trainer_module.Trainer.validation
 
-    def interrupted(trainer):
+    def interrupted(trainer, *arguments):
         if trainer.step == 6:
             raise KeyboardInterrupt
-        return original(trainer)
+        return original(trainer, *arguments)
 
     monkeypatch.setattr(trainer_module.Trainer, "validation", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -224,7 +234,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path, whole_
     else:
         (newest / "adapters.safetensors").write_bytes(b"")
     said = []
-    steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run", resume=True, on_message=said.append)
+    steps = tuning_steps(prepare_tuning(recipe), tmp_path / "run", resume=True, callback=heard(said))
     assert next(steps).step == 10
     steps.close()
     assert any("falling back to the previous checkpoint" in message for message in said)
@@ -308,7 +318,7 @@ def test_a_step_without_a_target_changes_nothing(recipe):
 
 def test_the_adapter_that_is_kept_is_the_best(tmp_path, recipe, monkeypatch):
     found = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7])
-    monkeypatch.setattr(trainer_module.Trainer, "validation", lambda trainer: {"loss": next(found), "z_loss": 0.0})
+    monkeypatch.setattr(trainer_module.Trainer, "validation", lambda *_: {"loss": next(found), "z_loss": 0.0})
     recipe = replace(recipe, validate_every=1, early_stop=2, keep_checkpoints=1)
     metrics = tuned(recipe, tmp_path / "run")
     assert [m.validation_loss for m in metrics] == [5.0, 4.0, 3.0, 3.5, 3.6]  # two in a row were no better
@@ -322,7 +332,7 @@ def test_the_adapter_that_is_kept_is_the_best(tmp_path, recipe, monkeypatch):
 def test_a_better_loss_begins_the_count_of_early_stop_anew(tmp_path, recipe, monkeypatch):
     losses = [5.0, 4.0, 4.5, 3.0, 3.5, 2.0, 2.5, 2.6, 9.0]
     found = iter(losses)
-    monkeypatch.setattr(trainer_module.Trainer, "validation", lambda trainer: {"loss": next(found), "z_loss": 0.0})
+    monkeypatch.setattr(trainer_module.Trainer, "validation", lambda *_: {"loss": next(found), "z_loss": 0.0})
     metrics = tuned(replace(recipe, validate_every=1, early_stop=2), tmp_path / "run")
     assert [m.validation_loss for m in metrics] == losses[:8]
 
@@ -420,6 +430,15 @@ def test_what_cannot_be_tuned_is_refused(recipe, files, tmp_path, change, error,
 def test_impossible_settings_are_refused(change, said):
     with pytest.raises(ConfigError, match=said):
         TuneRecipe.from_dict(change)
+
+
+def test_predicted_memory_counts_what_the_metrics_count(recipe, tmp_path):
+    """On the CPU that is the process, Python and MLX included."""
+    tuning = prepare_tuning(recipe)
+    memory = tuning_memory(tuning)
+    assert memory.total_bytes == memory.peak_bytes + memory.process_bytes
+    (*_, last) = tuning_steps(tuning, tmp_path / "run")
+    assert 0.7 < memory.total_bytes / last.peak_memory_bytes < 1.3
 
 
 def test_memory_is_predicted_from_shapes(recipe):
@@ -522,7 +541,8 @@ class TestCommand:
         process.send_signal(signal.SIGINT)
         said += process.communicate(timeout=60)[1]
         assert process.returncode == 130
-        assert "use --resume to continue" in said.splitlines()[-1]
+        assert "to continue: openelm-mlx tune --resume " in said.splitlines()[-1]
+        assert "stopping once the computation in progress is done" in said
         assert (tmp_path / "run" / "adapters.safetensors").exists()
 
     @pytest.mark.parametrize(
@@ -535,7 +555,10 @@ class TestCommand:
             (["--config", "other"], "the packaged recipes are commonsense"),
             (["--resume"], "no checkpoint"),
             (["--output", "/dev/null"], "is a file"),
-            (["--max-length", "3", "--too-long", "drop"], "no example to train on: 24 are too long"),
+            (
+                ["--max-length", "3", "--too-long", "drop"],
+                "no example to train on: 24 are longer than 3 tokens; the longest has",
+            ),
         ],
     )
     def test_mistakes_are_one_line(self, files, tmp_path, more, said):
@@ -544,6 +567,26 @@ class TestCommand:
         last = done.stderr.splitlines()[-1]
         assert last.startswith("openelm-mlx: error: ")
         assert said in last
+
+    def test_the_adapter_is_asked_as_its_examples_were_and_so_is_the_merged_model(self, files, tmp_path):
+        more = ["--steps", "2", "--separator", r"\n"]
+        done = self.tune(files, tmp_path / "run", *more, "--prompt-style", "chat", "--chat-template", "openelm")
+        assert "--separator belongs between a plain prompt and its completion" in done.stderr
+        done = self.tune(files, tmp_path / "run", *more)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"The fox 0 ran\n\[\[ to the \w+\.\]\]", done.stderr)
+        words = ("generate", "-p", "The fox", "-n", "3", "--json")
+        found = json.loads(run(*words, "-m", files / "model", "-a", tmp_path / "run")[1])
+        plain = json.loads(run(*words, "-m", files / "model", "-a", tmp_path / "run", "--raw")[1])
+        assert found["prompt_tokens"] == plain["prompt_tokens"] + 1  # the separator
+        assert run("merge", "-m", files / "model", "-a", tmp_path / "run", "-o", tmp_path / "merged")[0] == 0
+        assert json.loads(run(*words, "-m", tmp_path / "merged")[1])["prompt_tokens"] == found["prompt_tokens"]
+
+    def test_causes_and_memory_are_told(self, files, tmp_path):
+        done = self.tune(files, tmp_path / "run", "--dry-run", "--max-length", "14", "--too-long", "drop")
+        said = r"answers.jsonl: left out (\d+) of 24 examples: \1 are longer than 14 tokens; the longest has"
+        assert re.search(said, done.stderr), done.stderr
+        assert re.search(r"memory: about [\d.]+ MiB of [\d,.]+ MiB\n.*model .* MiB; gradients", done.stderr)
 
     def test_a_merge_says_what_it_costs(self, files, tmp_path):
         assert self.tune(files, tmp_path / "run", "--steps", "3").returncode == 0

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import GOLDEN, assert_close, run
 from mlx_openelm import generate, load, load_model
-from mlx_openelm.training.checkpoints import checkpoint_folders
+from mlx_openelm.runs import checkpoint_folders
 
 BEFORE = GOLDEN / "written_before"
 ROUNDING = 1e-5  # of eight steps in float32 on another processor; on the machine that made them the bits are equal

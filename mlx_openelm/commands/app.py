@@ -115,11 +115,12 @@ _PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
 @cache
 def _options_of_commands() -> dict[str, list[str]]:
-    """Spellings of every option by the name of its parameter."""
+    """Spellings of every option by the name of its parameter; an argument has none."""
     return {
         parameter.name: [*parameter.opts, *parameter.secondary_opts]
         for command in all_commands().values()
         for parameter in command.params
+        if parameter.opts[0].startswith("-")
     }
 
 

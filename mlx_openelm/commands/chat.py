@@ -81,7 +81,10 @@ def chat(
         network, cache_file, CacheConfig(kv_bits, quantized_kv_start, max_kv_size, kv_sinks)
     ) as cache:
         options: dict[str, Any] = {"sampling": sampling, "max_tokens": max_tokens, "stop": stop or (), "cache": cache}
-        _talk(Chat(network, tokens, system=system, **options))
+        conversation = Chat(network, tokens, system=system, **options)
+        if conversation.answers_alone:
+            say("each message is answered alone, as in the examples that this model was tuned on")
+        _talk(conversation)
 
 
 def _talk(conversation: Chat) -> None:

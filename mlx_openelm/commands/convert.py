@@ -1,6 +1,7 @@
 """`openelm-mlx convert`."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,13 +19,16 @@ EXAMPLES = examples(
 )
 
 
-AVERAGE_EXAMPLES = examples("openelm-mlx average runs/stories/checkpoints/step-* --output stories")
+AVERAGE_EXAMPLES = examples(
+    "openelm-mlx average runs/stories --output stories",
+    "openelm-mlx average runs/stories/checkpoints/step-* --output stories",
+)
 
 
 def average(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Checkpoints of one run.", metavar="CHECKPOINT..."),
+        typer.Argument(help="Run folder, for its last checkpoints; or checkpoints of one run.", metavar="RUN..."),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Model folder to write.", metavar="DIR")],
     dtype: Annotated[
@@ -34,7 +38,12 @@ def average(
     as_json: Json = False,
 ) -> None:
     """Average checkpoints of one run, as Apple did for its final weights."""
-    convert(sources, output, dtype=dtype, force=force, as_json=as_json)
+    from ..runs import checkpoints_to_average
+
+    chosen = [str(source) for source in checkpoints_to_average(sources)]
+    if chosen != sources:
+        say(f"averaging {', '.join(Path(source).name for source in chosen)}")
+    convert(chosen, output, dtype=dtype, force=force, as_json=as_json)
 
 
 def convert(

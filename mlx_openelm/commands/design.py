@@ -3,6 +3,7 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from ..model.design import (
     fit,
     parse_count as count,
     parse_multipliers as multipliers,
+    usual_vocabulary,
 )
 from .options import Force, Json, examples
 from .streams import console
@@ -25,7 +27,7 @@ from .terminal import print_json, say, write
 HEAD_DIM = 64  # with --layers
 EXAMPLES = examples(
     "openelm-mlx design --params 1.1B",
-    "openelm-mlx design --params 5M --vocab 4096 --plot widths.png",
+    "openelm-mlx design --params 5M --save toy.json --plot widths.png",
     "openelm-mlx design --layers 12 --model-dim 768 --head-dim 64 --save config.json",
 )
 
@@ -52,7 +54,13 @@ def design_command(
     gqa: Annotated[
         int, typer.Option(help="Query heads per key/value head.", metavar="N")
     ] = OpenELMConfig.num_gqa_groups,
-    vocab: Annotated[int, typer.Option(help="Vocabulary size.", metavar="V")] = OpenELMConfig.vocab_size,
+    vocab: Annotated[
+        int | None,
+        typer.Option(
+            help="Vocabulary size; default with --params: 4096 below 20M, 16384 below 100M; otherwise 32000.",
+            metavar="V",
+        ),
+    ] = None,
     context: Annotated[
         int, typer.Option(help="Context length in tokens.", metavar="N")
     ] = OpenELMConfig.max_context_length,
@@ -69,16 +77,24 @@ def design_command(
     """Design a model with layer-wise scaling and compare it with the uniform model of the same size."""
     if (params is None) == (layers is None) or (layers is None) != (model_dim is None):
         raise ConfigError("give either --params, or both --layers and --model-dim")
-    for name, value in {"--layers": layers, "--model-dim": model_dim, "--head-dim": head_dim, "--gqa": gqa}.items():
+    for name, value in {
+        "--layers": layers,
+        "--model-dim": model_dim,
+        "--head-dim": head_dim,
+        "--gqa": gqa,
+        "--vocab": vocab,
+    }.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be positive; got {value}")
     ends: dict[str, Any] = {"qkv_multipliers": multipliers("--qkv", qkv), "ffn_multipliers": multipliers("--ffn", ffn)}
-    rest: dict[str, Any] = {"vocab_size": vocab, "max_context_length": context, "num_gqa_groups": gqa}
+    num_parameters = None if params is None else count(params)
+    size = vocab or (OpenELMConfig.vocab_size if num_parameters is None else usual_vocabulary(num_parameters))
+    rest: dict[str, Any] = {"vocab_size": size, "max_context_length": context, "num_gqa_groups": gqa}
     if layers is not None and model_dim is not None:
         config = OpenELMConfig.layerwise(layers, model_dim, head_dim or HEAD_DIM, **ends, **rest)
     else:
-        assert params is not None, "one of the two ways was checked above"
-        config = fit(count(params), head_dim=head_dim, **ends, **rest)
+        assert num_parameters is not None, "one of the two ways was checked above"
+        config = fit(num_parameters, head_dim=head_dim, **ends, **rest)
     found = design(config)
     with ExitStack() as claims:
         configuration, picture = (
@@ -98,6 +114,9 @@ def design_command(
     for path in (save, plot):
         if path is not None:
             say(f"wrote {path}")
+    if save is not None:
+        line = f'openelm-mlx pretrain --model {quote(str(save))} --data "stories/*.txt" --output run'
+        (say if as_json else write)(f"train it: {line}")
 
 
 def _show(found: Design, uniform: bool) -> None:

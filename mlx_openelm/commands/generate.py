@@ -23,6 +23,7 @@ from ..generation.text import Generation, Stats, stream_generate
 from ..hub import BUILT_IN_MODEL
 from ..loading import dtype_named, load, load_source
 from ..model.openelm import OpenELM
+from ..tokenizer.example_format import parse_columns
 from ..tokenizer.tokenizer import Tokenizer
 from .interrupts import INTERRUPTED, uninterrupted
 from .options import (
@@ -111,6 +112,9 @@ def generate(
         Path | None,
         typer.Option("--input", "-i", help="File of prompts: .jsonl, .json, .csv or .parquet.", metavar="FILE"),
     ] = None,
+    columns: Annotated[
+        str, typer.Option(help="Field names in the --input file, such as prompt=question.", metavar="NAMES")
+    ] = "",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="JSONL file for the answers, in the order of the prompts.", metavar="FILE"),
@@ -127,23 +131,24 @@ def generate(
             if prompt is None
             else "--prompt and --input are mutually exclusive"
         )
+    named = parse_columns(columns)
     text = _read_stdin() if prompt == "-" else prompt
     if text == "":
         raise PromptError("the prompt is empty")
-    _check_options(text, output, force, draft_model, prompt_lookup, prompt_cache, as_json)
+    _check_options(text, columns, output, force, draft_model, prompt_lookup, prompt_cache, as_json)
     # Before the model is loaded, so that a second process fails at once.
     answers = context.with_resource(output_file(output, overwrite=force)) if output else None
     cache_file = context.with_resource(output_file(prompt_cache, overwrite=True)) if prompt_cache else None
     for claimed in filter(None, (answers, cache_file)):
         claimed.protect(prompts)
     network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
-    chat = tokens.uses_chat_template(chat, system)
+    asked = tokens.prompt_format(chat, system)
     if text is None:
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}
-        about = {"chat": chat, "system": system}
+        about = {"chat": chat, "system": system, "columns": named}
         _answer_file(network, tokens, prompts, answers, batch_size, options, about)  # type: ignore[arg-type]
         return
-    ids = tokens.encode_prompt(text, chat=chat, system=system)
+    ids = tokens.encode_as(asked, text, system=system)
 
     result = Generation(text)
     interrupted = False
@@ -158,8 +163,8 @@ def generate(
             cache=cache,
             drafter=_drafter(draft_model, num_draft_tokens, prompt_lookup, dtype, tokens),
         )
-        if is_terminal(sys.stdout) and not as_json and not chat:
-            write_styled(text, "dim")
+        if is_terminal(sys.stdout) and not as_json and asked.style == "plain":
+            write_styled(asked.prompt_text(text), "dim")
         try:
             for chunk in chunks:
                 result.add(chunk)
@@ -216,6 +221,7 @@ def print_stats(stats: Stats | None) -> None:
 
 def _check_options(
     text: str | None,
+    columns: str,
     output: Path | None,
     force: bool,
     draft_model: str | None,
@@ -224,6 +230,8 @@ def _check_options(
     as_json: bool,
 ) -> None:
     """Reject conflicting options before loading a model."""
+    if text is not None and columns:
+        raise PromptError("--columns requires --input")
     if text is not None and output is not None:
         raise PromptError("--output requires --input; with --prompt, the text goes to stdout")
     if draft_model is not None and prompt_lookup:
@@ -268,7 +276,7 @@ def _answer_file(
     from ..generation.batch import check_batch, generate_batch
     from ..generation.prompt_file import AnswerFile, Answers, read_prompts
 
-    prompts = read_prompts(path, tokenizer, chat=about["chat"], system=about["system"])
+    prompts = read_prompts(path, tokenizer, **about)
     ids = [prompt.tokens for prompt in prompts]
     check_batch(network, ids, batch_size=batch_size, max_tokens=options["max_tokens"], cache=options["cache"])
     if output is None:

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
+from ..files.paths import user_path
 from ..hub import BUILT_IN_MODEL
+from ..runs import read_state
 from .options import Adapter, Force, Json, Revision, examples
 from .self_test import FILE, run_self_test
 from .streams import clean, console
@@ -21,7 +23,7 @@ EXAMPLES = examples("openelm-mlx info OpenELM-1_1B", "openelm-mlx info corenet.p
 
 def info(
     model: Annotated[
-        str, typer.Argument(envvar="OPENELM_MLX_MODEL", help="Model folder, hub id, .pt file or built-in model.")
+        str, typer.Argument(envvar="OPENELM_MLX_MODEL", help="Model or run folder, hub id, .pt file or built-in model.")
     ] = BUILT_IN_MODEL,
     config: Annotated[str | None, typer.Option(help="Configuration for a .pt file.", metavar="FILE_OR_NAME")] = None,
     adapter: Adapter = None,
@@ -41,7 +43,11 @@ def info(
         return
     from rich.table import Table
 
-    table = Table(title=clean(found.name), show_footer=True, title_justify="left")
+    run = user_path(model)
+    best = source.folder if source.folder is not None and source.folder.parent.parent == run else None
+    trained = None if best is None else read_state(best)
+    name = found.name if trained is None else f"{run.resolve().name}, {found.name}"
+    table = Table(title=clean(name), show_footer=True, title_justify="left")
     totals = {
         "layer": "total",
         "query heads": str(sum(layer.query_heads for layer in found.layers)),
@@ -74,6 +80,10 @@ def info(
         write(f"             {mib(nbytes):>11} {kind}")
     write(f"on disk      {mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight")
     write(f"tensors      {', '.join(f'{count} {kind}' for kind, count in found.weights.items())}")
+    if trained is not None:
+        loss = "" if trained.get("best_loss") is None else f"; best validation loss {trained['best_loss']:.4f}"
+        steps = trained.table("recipe").whole("steps")
+        write(f"trained      {trained['step']:,} of {steps:,} steps on {trained['tokens']:,} tokens{loss}")
     if on_top is not None:
         write(f"adapter      {on_top.method} on {', '.join(f'{n} {name}' for name, n in on_top.matrices.items())}")
         write(f"             {on_top.parameters:,} parameters, rank {on_top.rank}, scale {on_top.scale:g}")

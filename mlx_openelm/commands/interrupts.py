@@ -78,6 +78,50 @@ def end_interrupted() -> NoReturn:
         os._exit(INTERRUPTED)
 
 
+def acknowledging(message: str) -> AbstractContextManager[None]:
+    """A context in which Ctrl-C, or a request to end, is answered with a message at once.
+
+    Python itself notices a signal only when the computation in progress returns, which may take minutes. So the system
+    writes the signal's number to a pipe, and another thread prints the message. A second Ctrl-C ends the process at
+    once.
+    """
+    import signal
+    import threading
+    from contextlib import contextmanager
+
+    def answer(reader: int) -> None:
+        from .terminal import say
+
+        presses, is_answered = 0, False
+        while data := os.read(reader, 1):
+            if data[0] in (signal.SIGINT, signal.SIGTERM) and not is_answered:
+                say(message)
+                is_answered = True
+            presses += data[0] == signal.SIGINT
+            if presses > 1:
+                _end_at_once()
+
+    @contextmanager
+    def answering() -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+            yield
+            return
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        thread = threading.Thread(target=answer, args=(reader,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(writer)
+            thread.join(timeout=1)
+            os.close(reader)
+
+    return answering()
+
+
 def uninterrupted() -> AbstractContextManager[None]:
     """A context in which Ctrl-C and requests to end are ignored, to save what would otherwise be lost."""
     import signal
@@ -94,6 +138,14 @@ def uninterrupted() -> AbstractContextManager[None]:
                 signal.signal(number, handler)
 
     return ignoring()
+
+
+def _end_at_once() -> NoReturn:
+    shown_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
+    try:
+        os.write(2, shown_cursor + b"openelm-mlx: error: interrupted; steps since the last checkpoint are lost\n")
+    finally:
+        os._exit(INTERRUPTED)
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:

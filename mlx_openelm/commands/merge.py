@@ -1,5 +1,7 @@
 """`openelm-mlx merge`."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +10,7 @@ from typer import Option
 
 from ..hub import BUILT_IN_MODEL
 from .options import Json, Model, Revision, TokenizerOption, examples
-from .terminal import byte_bar, mib, print_json, say, write
+from .terminal import byte_bar, mib, print_json, say, step_bar, write
 
 EXAMPLES = examples(
     "openelm-mlx merge -m OpenELM-270M --adapter arc --output OpenELM-270M-arc",
@@ -51,7 +53,16 @@ def merge(
     if group_size is not None and not wanted:
         raise ConfigError("--group-size requires --quantize or --mode")
     quantization = Quantization.of(quantize, group_size, mode) if wanted else None
-    with byte_bar("merging") as update:
+    with ExitStack() as bars:
+        merging = bars.enter_context(byte_bar("merging"))
+        measuring: list[Callable[[int, int], None]] = []
+
+        def measure(done: int, total: int) -> None:
+            if not measuring:  # the other bar is done
+                bars.close()
+                measuring.append(bars.enter_context(step_bar("measuring what quantizing costs")))
+            measuring[0](done, total)
+
         result = run(
             model,
             adapter,
@@ -62,7 +73,8 @@ def merge(
             config=config,
             force=force,
             revision=revision,
-            on_progress=update,
+            on_progress=merging,
+            on_measuring=measure,
         )
     if as_json:
         print_json({**asdict(result), "folder": str(result.folder)})

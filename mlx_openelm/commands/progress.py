@@ -7,28 +7,34 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..files.names import resolved
-from ..training.checkpoints import checkpoint_folders
-from ..training.run import TrainingCallback
-from .interrupts import INTERRUPTED
+from ..runs import checkpoint_folders, newest_state
+from ..training.callback import TrainingCallback
+from .interrupts import INTERRUPTED, acknowledging
 from .streams import clean, console, is_terminal
-from .terminal import byte_bar, fail, mib, say
+from .terminal import byte_bar, fail, mib, rate, say, write
 
 if TYPE_CHECKING:
-    from ..training.loop import Metrics
+    from ..training.callback import Metrics
+    from ..training.run import TrainingResult
+
+_SPEED_SECONDS = 600  # over which a step's time is averaged; a step may take minutes
+_STOPPING = "stopping once the computation in progress is done; Ctrl-C again stops without saving"
 
 
 class TrainingView(TrainingCallback):
-    """Progress on stderr: on a terminal a bar with the time left, otherwise one line per logged step."""
+    """Progress on stderr: on a terminal bars with the time left, otherwise one line per logged step."""
 
-    unit = "tokens"
+    unit = "tokens"  # what the speed counts
 
     def __init__(self) -> None:
         self._open = ExitStack()
         self._bar: Any = None
         self._steps = 0
+        self._has_validated = False
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
@@ -45,11 +51,38 @@ class TrainingView(TrainingCallback):
         self._bar, self._steps = None, num_steps
         if not is_terminal(sys.stderr):
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = self._open.enter_context(Progress(*columns, console=console(stderr=True)))
-        self._task = self._bar.add_task("", total=num_steps)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = self._open.enter_context(
+            Progress(*columns, console=console(stderr=True), speed_estimate_period=_SPEED_SECONDS)
+        )
+        self._task = self._bar.add_task("training", total=num_steps)
+        self._validation = self._bar.add_task("validating", total=None, visible=False)
+
+    def on_begin(self, step: int) -> None:
+        """Move the bar to the step where a resumed run continues; the time left is that of the steps to come."""
+        if step:
+            say(f"continuing after step {step:,} of {self._steps:,}")
+        if self._bar is not None:
+            self._bar.reset(self._task, total=self._steps, completed=step)
+
+    def on_validating(self, done_batches: int, total_batches: int) -> None:
+        """Show a bar of its own while a validation runs; without a terminal, announce the first one."""
+        if self._bar is not None:
+            begins, ends = done_batches == 0, done_batches == total_batches
+            if begins:
+                self._bar.reset(self._validation, total=total_batches)
+            self._bar.update(self._validation, completed=done_batches, total=total_batches, visible=not ends)
+        elif not self._has_validated:
+            say(f"validating: {total_batches:,} {'batch' if total_batches == 1 else 'batches'}")
+        self._has_validated = True
+
+    def on_testing(self, done_batches: int, total_batches: int) -> None:
+        """Show the progress of the test in the bar of validations."""
+        if self._bar is not None:
+            self._bar.update(self._validation, description="testing")
+        self.on_validating(done_batches, total_batches)
 
     def on_step(self, metrics: Metrics) -> None:
         """Move the bar."""
@@ -75,28 +108,44 @@ class TrainingView(TrainingCallback):
 
 
 @contextmanager
-def resumable(output: Path) -> Iterator[None]:
-    """On Ctrl-C, say whether the run can be resumed, and exit."""
+def resumable(command: str, output: Path) -> Iterator[None]:
+    """On Ctrl-C, say at once that the run stops, later how it can be continued, and exit."""
     try:
-        yield
+        with acknowledging(_STOPPING):
+            yield
     except KeyboardInterrupt:
         saved = checkpoint_folders(resolved(output))
         fail(
-            f"interrupted; use --resume to continue {output}"
+            f"interrupted; to continue: openelm-mlx {command} --resume {quote(str(output))}"
             if saved
             else "interrupted before the first checkpoint; there is nothing to resume",
             INTERRUPTED,
         )
 
 
+def report_finished(command: str, result: TrainingResult) -> None:
+    """Say that the run that should be resumed has no step left, and how to extend it."""
+    step = newest_state(resolved(result.folder))["step"]
+    how = "stopped early, because the validation loss stopped improving," if result.stopped_early else "is finished:"
+    loss = "" if result.validation_loss is None else f"; best validation loss: {result.validation_loss:.4f}"
+    write(f"{result.folder} {how} {step:,} steps{loss}")
+    more = "--early-stop 0" if result.stopped_early else f"--steps {2 * step}"
+    write(f"train it further: openelm-mlx {command} --resume {quote(str(result.folder))} {more}")
+
+
+def perplexity(loss: float) -> str:
+    """The perplexity of a loss in nats per token, with one decimal."""
+    return f"{math.exp(min(loss, 99)):,.1f}"
+
+
 def _text(metrics: Metrics, unit: str) -> str:
     parts = [] if metrics.loss is None else [f"loss {metrics.loss:.4f}"]
     if metrics.validation_loss is not None:
         of_text = "accuracy" not in (metrics.validation or {})
-        perplexity = f" (perplexity {math.exp(min(metrics.validation_loss, 99)):,.1f})" if of_text else ""
-        parts.append(f"validation loss {metrics.validation_loss:.4f}{perplexity}")
+        more = f" (perplexity {perplexity(metrics.validation_loss)})" if of_text else ""
+        parts.append(f"validation loss {metrics.validation_loss:.4f}{more}")
     if "accuracy" in metrics.more:
         parts.append(f"margin {metrics.more['margin']:+.4f}, accuracy {metrics.more['accuracy']:.0%}")
     if metrics.loss is not None:
-        parts.append(f"{metrics.tokens_per_second:,.0f} {unit}/s, peak memory {mib(metrics.peak_memory_bytes)}")
+        parts.append(f"{rate(metrics.tokens_per_second)} {unit}/s, peak memory {mib(metrics.peak_memory_bytes)}")
     return ", ".join(parts)

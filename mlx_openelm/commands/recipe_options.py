@@ -3,19 +3,29 @@
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
+from ..files.names import resolved
 from ..files.yaml_file import parse_yaml
 from ..training.recipe import Recipe, setting_of
 from ..training.tune_recipe import TuneRecipe
 from .options import MODEL_VARIABLE
 
-_SHORT = {"model": "-m", "data": "-d", "batch_size": "-b"}
+RunToResume = Annotated[Path | None, typer.Argument(help="Run folder to continue, with --resume.", metavar="[RUN]")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue RUN from its last checkpoint, with its settings."),
+]
+
+_SHORT = {"model": "-m", "adapter": "-a", "data": "-d", "batch_size": "-b"}
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 _GROUPS = ("Model and data", "Method", "Examples", "Optimizer", "Validation and checkpoints", "Compute")
 
 
@@ -46,8 +56,32 @@ def recipe_options(recipe: type[Recipe]) -> Callable[[Callable[..., None]], Call
     return decorate
 
 
-def tune_recipe(config: str | None, given: dict[str, Any]) -> TuneRecipe:
-    """The recipe of a file with the fields given on the command line; the environment may name the model."""
+def run_folder(run: Path | None, output: Path | None, resume: bool) -> Path:
+    """The folder of a run: `--output RUN` for a new one, `--resume RUN` to continue one.
+
+    Raises:
+        ConfigError: if none is given, or two.
+    """
+    if run is not None and not resume:
+        raise ConfigError(
+            f"unexpected argument {run}; use --output {run} for a new run, or --resume {run} to continue one"
+        )
+    if run is not None and output is not None and resolved(run) != resolved(output):
+        raise ConfigError(f"--resume {run} writes to {run}; leave out --output {output}")
+    if (folder := run or output) is None:
+        raise ConfigError(
+            "which run? use --resume RUN" if resume else "give the folder to write with --output, such as --output run"
+        )
+    return folder
+
+
+def tune_recipe(config: str | None, given: dict[str, Any], resumed: Path | None = None) -> TuneRecipe:
+    """The recipe of a file, or of a run to resume, with the fields given on the command line.
+
+    For a new run, the environment may name the model.
+    """
+    if resumed is not None and config is None:
+        return TuneRecipe.of_run(resumed, given)
     recipe = TuneRecipe.from_file(config, given) if config else TuneRecipe.from_dict(given)
     named = os.environ.get(MODEL_VARIABLE)
     return replace(recipe, model=named) if named and recipe.model == TuneRecipe.model else recipe
@@ -85,7 +119,9 @@ def _kind(entry: "Field[Any]") -> type:
 
 
 def _value(entry: "Field[Any]", value: Any) -> Any:
-    """The value of an option; lists and tables may be written as in YAML."""
+    """The value of an option; lists and tables may be written as in YAML, and some texts with escapes."""
+    if setting_of(entry).escapes and isinstance(value, str):
+        return re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match[0]], value)
     if not isinstance(entry.default, str) and isinstance(value, str) and value.startswith(("[", "{")):
         return parse_yaml(value, f"the value of {entry.name}", ConfigError)
     return value

@@ -54,9 +54,30 @@ def print_json(values: Any) -> None:
     write(json.dumps(values, indent=2, ensure_ascii=False, default=str))
 
 
+def rate(per_second: float) -> str:
+    """A speed as text: with a decimal where a whole number would say little."""
+    return (
+        f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:,.1f}" if per_second >= 1 else f"{per_second:.2f}"
+    )
+
+
 def mib(nbytes: float) -> str:
     """A size in bytes, formatted as MiB."""
     return f"{nbytes / 2**20:,.1f} MiB"
+
+
+@contextmanager
+def step_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr that counts, updated by calling (done, total); no bar when stderr is not a terminal."""
+    if not is_terminal(sys.stderr):
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

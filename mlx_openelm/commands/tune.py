@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,15 +13,16 @@ from typer import Option
 from ..training.tune_recipe import TuneRecipe
 from .options import Json, examples
 from .processes import join_processes
-from .progress import TrainingView, resumable
-from .recipe_options import recipe_options, tune_recipe
+from .progress import TrainingView, report_finished, resumable
+from .recipe_options import Resume, RunToResume, recipe_options, run_folder, tune_recipe
 from .streams import clean, has_styles, styled
-from .terminal import mib, print_json, say, write, write_error
+from .terminal import mib, print_json, say, step_bar, write, write_error
 
 if TYPE_CHECKING:
     from ..data.dataset import Example, ExampleSet
     from ..tokenizer.tokenizer import Tokenizer
-    from ..training.memory import TuningMemory
+    from ..training.evaluation import Evaluation
+    from ..training.memory import StepMemory
     from ..training.run import TrainingResult
     from ..training.tune import Tuning
 
@@ -28,20 +30,24 @@ EXAMPLES = examples(
     "openelm-mlx tune --data answers.jsonl --validation 0.05 --output my-adapter",
     "openelm-mlx tune -m OpenELM-270M --data ARC-Easy --method dora --rank 16 --gradient-checkpointing -o arc",
     "openelm-mlx tune -m OpenELM-270M --config commonsense --data commonsense_170k.json -o commonsense",
-    "openelm-mlx tune -m OpenELM-1_1B --method dpo --data pairs.jsonl --dry-run -o polite",
+    "openelm-mlx tune -m OpenELM-1_1B --data chat.jsonl --chat-template openelm -o chat-adapter",
+    "openelm-mlx tune -m OpenELM-1_1B --adapter chat-adapter --method dpo --data pairs.jsonl -o polite",
+    "openelm-mlx tune -m OpenELM-1_1B --adapter polite --test test.jsonl",
 )
 
 
 @recipe_options(TuneRecipe)
 def tune(
+    run: RunToResume = None,
     output: Annotated[
-        Path, Option("--output", "-o", help="Folder for the adapter, its checkpoints and metrics.", metavar="DIR")
-    ],
+        Path | None,
+        Option("--output", "-o", help="Folder for the adapter, its checkpoints and metrics.", metavar="DIR"),
+    ] = None,
     config: Annotated[
         str | None,
         Option(help="YAML recipe, or commonsense, instruct-270M, -450M, -1.1B or -3B.", metavar="FILE_OR_NAME"),
     ] = None,
-    resume: Annotated[bool, Option("--resume", help="Resume from the last checkpoint.")] = False,
+    resume: Resume = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Show examples, steps and memory, then exit.")] = False,
     as_json: Json = False,
     *,
@@ -49,12 +55,18 @@ def tune(
 ) -> None:
     """Fine-tune a model: LoRA, DoRA, full fine-tuning, or DPO on preference pairs.
 
-    The result is the adapter with the best validation loss. Options override the --config recipe.
+    The result is the adapter with the best validation loss. Options override the --config recipe. With --test and
+    without --data, nothing is trained: the model is measured on the test file, with its --adapter.
     """
     from ..training.run import TrainingCallback, run_tuning
     from ..training.tune import prepare_tuning
 
-    recipe = tune_recipe(config, given)
+    recipe = tune_recipe(config, given) if not resume else None
+    if recipe is not None and recipe.test and not recipe.data:
+        _evaluate(recipe, as_json)
+        return
+    folder = None if dry_run and not resume else run_folder(run, output, resume)
+    recipe = recipe or tune_recipe(config, given, folder)
     group = join_processes()
     is_first = group.rank() == 0
     if dry_run:
@@ -63,6 +75,7 @@ def tune(
         if as_json and is_first:
             print_json({"recipe": tuning.recipe.to_dict(), "memory": memory.to_dict(), **_counts(tuning)})
         return
+    assert folder is not None, "only a dry run has none"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that a shutdown loses nothing
     view = TrainingView() if is_first else TrainingCallback()
     prepared: list[Tuning] = []
@@ -70,12 +83,14 @@ def tune(
     def show(tuning: Tuning) -> None:
         prepared.append(tuning)
         _show(tuning, group.size(), quiet=as_json or not is_first)
-        if isinstance(view, TrainingView) and tuning.recipe.objective == "dpo":
-            view.unit = "pairs"
+        if isinstance(view, TrainingView):
+            view.unit = "pairs" if tuning.recipe.objective == "dpo" else "trained tokens"
 
-    with resumable(output), view:
-        result = run_tuning(recipe, output, resume, group, view, show)
-    if is_first:
+    with resumable("tune", folder), view:
+        result = run_tuning(recipe, folder, resume, group, view, show)
+    if is_first and not prepared:
+        report_finished("tune", result)
+    elif is_first:
         _report(result, prepared[0], as_json)
 
 
@@ -84,22 +99,28 @@ def _counts(tuning: Tuning) -> dict[str, Any]:
         "format": tuning.train.format,
         "examples": len(tuning.train.examples),
         "validation_examples": len(tuning.held_out.examples) if tuning.held_out else 0,
+        "test_examples": len(tuning.test.examples) if tuning.test else 0,
+        "prompt_style": tuning.train.example_format.style,
         "cut": tuning.train.num_cut,
         "dropped": tuning.train.num_dropped,
+        "left_out": dict(tuning.train.left_out),
+        "longest": tuning.train.longest,
         "broken": tuning.train.num_broken,
         "trained_parameters": tuning.num_parameters,
     }
 
 
-def _show(tuning: Tuning, num_processes: int, quiet: bool) -> TuningMemory:
+def _show(tuning: Tuning, num_processes: int, quiet: bool) -> StepMemory:
     """Print what is about to run, with one example as the model will see it, and the memory that it needs."""
     from ..training.memory import tuning_memory
 
     memory = tuning_memory(tuning, num_processes)
     if not quiet:
         _describe(tuning, num_processes)
-        needed, limit = mib(memory.peak_bytes), mib(memory.limit_bytes)
-        say(f"memory: about {needed}, plus Python and MLX themselves; this machine has {limit}")
+        parts = [("model", memory.weights_bytes), ("gradients and optimizer", memory.state_bytes)]
+        parts += [("activations", memory.activation_bytes), ("Python and data", memory.process_bytes)]
+        say(f"memory: about {mib(memory.total_bytes)} of {mib(memory.limit_bytes)}")
+        say("; ".join(f"{what} {mib(nbytes)}" for what, nbytes in parts if nbytes))
     if not memory.fits:
         say(
             "warning: this exceeds the available memory; try --gradient-checkpointing, or a smaller --batch-size or "
@@ -110,12 +131,23 @@ def _show(tuning: Tuning, num_processes: int, quiet: bool) -> TuningMemory:
 
 def _describe(tuning: Tuning, num_processes: int) -> None:
     recipe, counts = tuning.recipe, _counts(tuning)
-    held_out = f"{counts['validation_examples']:,} for validation"
-    say(f"{_described(tuning.train)}, {held_out}; first example, with the trained tokens marked:")
+    parts = [f"{len(tuning.train.examples):,} examples in {_in_format(tuning.train)}"]
+    parts += [f"{counts['validation_examples']:,} for validation"]
+    parts += [f"{counts['test_examples']:,} to test"] if tuning.test else []
+    for found in filter(None, (tuning.train, tuning.held_out, tuning.test)):
+        for line in _left_out(found, recipe.max_length):
+            say(line)
+    say(f"{', '.join(parts)}; the first example, with the trained tokens marked:")
     for side in tuning.train.examples[0].sequences:
         write_error(_marked(side, tuning.tokenizer))
+    if tuning.train.num_meeting * 2 > len(tuning.train.examples):
+        say("warning: prompts and answers meet without a space; --separator puts text between them, such as '\\n'")
     total = tuning.model.config.num_parameters
-    kind = f"{recipe.method}, rank {recipe.rank}, scale {recipe.adapter.scale:g}" if recipe.adapter else "full"
+    kind = (
+        f"{recipe.method}, rank {recipe.rank}, scale {recipe.adapter_config.scale:g}"
+        if recipe.adapter_config
+        else "full"
+    )
     of_all = f"of {total:,} parameters" if recipe.method == "full" else f"parameters; the model has {total:,}"
     say(f"trains {tuning.num_parameters:,} {of_all} ({kind}), {recipe.objective}")
     rows = recipe.batch_size * recipe.grad_accumulation_steps
@@ -123,17 +155,46 @@ def _describe(tuning: Tuning, num_processes: int) -> None:
     say(f"{recipe.steps:,} steps of {rows:,} examples{shared}; {tuning.rows.steps_per_epoch:,} steps per epoch")
 
 
-def _described(found: ExampleSet) -> str:
-    more = [
-        f"{count:,} {what}"
-        for count, what in (
-            (found.num_cut, "cut"),
-            (found.num_dropped, "dropped: too long or no answer left; --max-prompt shortens prompts"),
-            (found.num_broken, "broken lines skipped"),
-        )
-        if count
-    ]
-    return f"{len(found.examples):,} examples in {found.format} format" + (f" ({', '.join(more)})" if more else "")
+def _in_format(found: ExampleSet) -> str:
+    style = found.example_format.style
+    usual = replace(found.example_format, prompt_style="").style
+    return f"{found.format} format" + (f", presented in {style} style" if style != usual else "")
+
+
+def _left_out(found: ExampleSet, max_length: int) -> list[str]:
+    """Lines about the records of a file that are not used as they are, each cause with its number."""
+    lines = []
+    total = len(found.examples) + found.num_dropped
+    if found.left_out:
+        causes = "; ".join(f"{count:,} {cause}" for cause, count in found.left_out.items())
+        lines.append(f"{found.path.name}: left out {found.num_dropped:,} of {total:,} examples: {causes}")
+    if found.num_cut:
+        lines.append(f"{found.path.name}: {found.num_cut:,} examples were cut to {max_length:,} tokens")
+    if lines and found.longest > max_length:
+        lines[-1] += f"; the longest has {found.longest:,} tokens (--max-length, --max-prompt)"
+    if found.num_broken:
+        lines.append(f"{found.path.name}: {found.num_broken:,} broken lines were skipped")
+    return lines
+
+
+def _evaluate(recipe: TuneRecipe, as_json: bool) -> None:
+    """Measure a model on a test file, without training."""
+    from ..training.evaluation import evaluate
+
+    with step_bar("testing") as update:
+        found = evaluate(recipe, update)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print_evaluation(found)
+
+
+def _print_evaluation(found: Evaluation) -> None:
+    more = [f"perplexity {found.perplexity:,.2f}"] if found.perplexity is not None else []
+    more += [f"{name} {value:.4f}" for name, value in found.more.items()]
+    what = "examples" if found.perplexity is not None else "pairs"
+    counted = f"{found.num_tokens:,} tokens of {found.num_examples:,} {what}"
+    write(f"{found.path}: loss {found.loss:.4f}, {', '.join(more)} ({counted})")
 
 
 def _marked(example: Example, tokenizer: Tokenizer) -> str:
@@ -157,6 +218,7 @@ def _report(result: TrainingResult, tuning: Tuning, as_json: bool) -> None:
                 "validation_loss_before": before,
                 "validation_loss": loss,
                 "last": result.metrics.to_dict() if result.metrics else None,
+                "test": result.test.to_dict() if result.test else None,
                 **_counts(tuning),
             }
         )
@@ -172,4 +234,8 @@ def _report(result: TrainingResult, tuning: Tuning, as_json: bool) -> None:
             say("warning: the validation loss did not improve; try a lower --learning-rate")
     else:
         write(f"{output}: adapter from step {result.step:,}")
-    write(f"try it: openelm-mlx generate -m {tuning.recipe.model} --adapter {output} --prompt ...")
+    if result.test is not None:
+        _print_evaluation(result.test)
+    asking = "chat" if tuning.train.example_format.style == "chat" else "generate"
+    prompt = "" if asking == "chat" else ' --prompt "..."'
+    write(f"try it: openelm-mlx {asking} --model {tuning.recipe.model} --adapter {output}{prompt}")

@@ -15,6 +15,7 @@ from ..machine.device import DTYPES, written_dtype
 from ..model.adapters import about_base, check_adapter, write_adapter
 from ..model.openelm import parameter_shapes
 from ..quantization import PackedTensor, Quantization, pack
+from ..runs import checkpoints_to_average
 from ..tensors import LazyTensor, checked_cast
 from ..tokenizer.chat_template import OPENELM
 from ..tokenizer.files import JSON_FILE, tokenizer_files
@@ -164,7 +165,7 @@ def convert(
 
 
 def average(
-    checkpoints: Sequence[str | Path],
+    checkpoints: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     dtype: str = "float32",
@@ -173,11 +174,15 @@ def average(
 ) -> Conversion:
     """Write the average of several checkpoints of one run, as Apple did for its final weights; see `convert`.
 
+    Args:
+        checkpoints: model folders, or the folder of a run for its last checkpoints, as many as it keeps.
     Raises:
+        TrainingError: if there are fewer than two.
         WeightsError: if the models have different configurations.
         OpenELMError: another subclass for each kind of failure; nothing is written.
     """
-    return convert(checkpoints, output, dtype=dtype, force=force, on_progress=on_progress)
+    given = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
+    return convert(checkpoints_to_average(given), output, dtype=dtype, force=force, on_progress=on_progress)
 
 
 def _wanted_quantization(

@@ -104,6 +104,16 @@ class Corpus:
     weights: tuple[float, ...]
     fingerprint: str  # hash of the files, the tokenizer and the filters
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to train on, of all sources."""
+        return sum(file.num_tokens for file in self.train)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents to train on, of all sources."""
+        return sum(file.num_documents for file in self.train)
+
 
 def prepare_corpus(
     sources: Sequence[TextSource],

@@ -2,6 +2,7 @@
 
 import hashlib
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,8 +14,9 @@ import numpy as np
 
 from ..errors import DataError, TokenizerError
 from ..files.paths import is_file, is_folder
+from ..tokenizer.example_format import FIELD_NAMES, ExampleFormat, format_of
 from ..tokenizer.tokenizer import Tokenizer
-from .formats import FIELD_NAMES, Example, PreferencePair, encode_record, format_of
+from .formats import Example, PreferencePair, encode_record, meets_without_space
 from .json_records import BrokenLines
 from .record_files import RECORD_ENDINGS, read_records
 
@@ -32,39 +34,53 @@ class ExampleOptions:
         max_prompt: maximum tokens before the first answer; longer prompts lose their beginning; 0: no limit.
         too_long: "cut" or "drop" longer examples.
         train_on: "completion", or "all" tokens after BOS; pairs always train on the answers.
-        columns: field names in the file, such as {"prompt": "question"}.
-        indent: spaces before an instruction's lines; see `instruction_prompt`.
-    Raises:
-        DataError: if `columns` names a field that no format has.
+        example_format: names of the fields, and how prompts become text; without `records`, the fields of the file say
+            which format it has.
     """
 
     max_length: int = 1024
     max_prompt: int = 0
     too_long: str = "cut"
     train_on: str = "completion"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    indent: int = 0
+    example_format: ExampleFormat = ExampleFormat()  # noqa: RUF009, frozen
 
     def __post_init__(self) -> None:
         assert self.max_length > 1, "max_length must be at least 2"
         assert self.max_prompt >= 0, "max_prompt must not be negative"
         assert self.too_long in TOO_LONG, f"unknown too_long {self.too_long}"
         assert self.train_on in TRAIN_ON, f"unknown train_on {self.train_on}"
-        for name in self.columns:
-            if name not in FIELD_NAMES:
-                raise DataError(f"unknown field {name!r} (choose from {', '.join(sorted(FIELD_NAMES))})")
 
 
 @dataclass(frozen=True, eq=False)
 class ExampleSet:
-    """Examples of one format, and how many records of their file were cut, dropped or broken."""
+    """Examples of one format, and how many records of their file were cut, left out or broken.
 
-    format: str
+    Attributes:
+        example_format: with the format of the records, and the style of their prompts.
+        left_out: number of records that became no example, by cause in words.
+        num_cut: examples that lost their end.
+        longest: tokens of the longest record, before anything was cut.
+        num_meeting: records whose prompt and answer meet without a space; see `meets_without_space`.
+    """
+
+    example_format: ExampleFormat
     examples: tuple[Example, ...] | tuple[PreferencePair, ...]
     path: Path
+    left_out: Mapping[str, int] = field(default_factory=dict)
     num_cut: int = 0
-    num_dropped: int = 0  # too long, without an answer, or pairs with equal answers
     num_broken: int = 0
+    longest: int = 0
+    num_meeting: int = 0
+
+    @property
+    def format(self) -> str:
+        """The format of the records, such as `completion`."""
+        return self.example_format.records
+
+    @property
+    def num_dropped(self) -> int:
+        """Number of records that became no example."""
+        return sum(self.left_out.values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -87,44 +103,55 @@ def read_examples(
             left.
     """
     broken = BrokenLines(path)
-    wanted = {*FIELD_NAMES, *options.columns.values()}
-    format_name = ""
+    wanted = {*FIELD_NAMES, *options.example_format.columns.values()}
+    example_format = options.example_format
     examples: list[Any] = []
-    num_cut = num_dropped = 0
+    left_out: Counter[str] = Counter()
+    num_cut = longest = num_meeting = 0
     for number, record in enumerate(read_records(path, broken, wanted), start=1):
         try:
-            fields = _fields(record, options.columns)
-            found = format_of(fields, options.columns)
-            if format_name and found != format_name:
-                raise DataError(f"{found} format, but earlier records are in {format_name} format")
-            format_name = found
-            whole = encode_record(format_name, fields, tokenizer, indent=options.indent)
+            fields = options.example_format.fields_of(record)
+            example_format = _format_with(fields, example_format)
+            whole = encode_record(example_format, fields, tokenizer)
         except (DataError, TokenizerError) as error:
             raise DataError(f"{path}, record {number + broken.count}: {error}") from error
+        length = max(len(sequence.tokens) for sequence in whole.sequences)
+        longest = max(longest, length)
         example = _fitted(whole, options)
-        too_long = max(len(sequence.tokens) for sequence in whole.sequences) > options.max_length
-        if not _teaches(whole) or not _teaches(example) or (too_long and options.too_long == "drop"):
-            num_dropped += 1
+        if cause := _useless(whole, example, length, options):
+            left_out[cause] += 1
         else:
-            num_cut += too_long
+            num_cut += length > options.max_length
+            num_meeting += meets_without_space(example_format, fields)
             examples.append(example)
     if not examples:
-        reasons = (
-            [f"{num_dropped:,} are too long, have no answer, or are pairs with equal answers"] if num_dropped else []
-        )
+        reasons = [f"{count:,} {cause}" for cause, count in left_out.items()]
+        reasons += [f"the longest has {longest:,} tokens"] if longest > options.max_length else []
         reasons += [f"broken: {broken.first}"] if broken.count else []
         raise DataError(f"{path} contains no example to train on" + (f": {'; '.join(reasons)}" if reasons else ""))
-    return ExampleSet(format_name, tuple(examples), path, num_cut, num_dropped, broken.count)
+    return ExampleSet(example_format, tuple(examples), path, left_out, num_cut, broken.count, longest, num_meeting)
 
 
-def _fields(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of a record under the formats' names, without nulls."""
-    for column in columns.values():
-        if column not in record:
-            raise DataError(f"no column {column!r}; the columns are {', '.join(map(str, record))}")
-    others = {name: value for name, value in record.items() if name not in columns.values()}
-    ours = {name: record[column] for name, column in columns.items()}
-    return {name: value for name, value in {**others, **ours}.items() if value is not None}
+def _format_with(fields: Mapping[str, Any], known: ExampleFormat) -> ExampleFormat:
+    """The format of a record's fields, which must be the one already known, if any."""
+    found = format_of(fields, known.columns)
+    if known.records:
+        if found != known.records:
+            raise DataError(f"{found} format, but earlier records are in {known.records} format")
+        return known
+    of_messages = found == "chat" or (found == "preference" and isinstance(fields["chosen"], list))
+    return replace(known, records=found, prompt_style="chat" if of_messages else known.prompt_style)
+
+
+def _useless(
+    whole: Example | PreferencePair, example: Example | PreferencePair, length: int, options: ExampleOptions
+) -> str:
+    """Why nothing can be learned from an example, in words; empty if something can."""
+    if not _teaches(whole):
+        return "have equal answers" if isinstance(whole, PreferencePair) and _has_answers(whole) else "have no answer"
+    if length > options.max_length and options.too_long == "drop":
+        return f"are longer than {options.max_length:,} tokens"
+    return "" if _teaches(example) else f"have no answer within {options.max_length:,} tokens"
 
 
 def _fitted(example: Example | PreferencePair, options: ExampleOptions) -> Example | PreferencePair:
@@ -155,6 +182,10 @@ def _teaches(example: Example | PreferencePair) -> bool:
     """Whether an example has an answer to train on; a pair needs two different ones."""
     if isinstance(example, PreferencePair) and np.array_equal(example.chosen.tokens, example.rejected.tokens):
         return False
+    return _has_answers(example)
+
+
+def _has_answers(example: Example | PreferencePair) -> bool:
     return all(sequence.completion_mask.any() for sequence in example.sequences)
 
 
@@ -172,6 +203,7 @@ def read_splits(
     options: ExampleOptions = ExampleOptions(),
     validation: str | Path | float | None = None,
     seed: int = 0,
+    test: Path | None = None,
 ) -> tuple[ExampleSet, ExampleSet | None, ExampleSet | None]:
     """Training, validation and test examples.
 
@@ -180,6 +212,7 @@ def read_splits(
         validation: a file, or the share of the training examples to hold out (equal examples stay together);
             replaces the folder's validation file.
         seed: selects which examples are held out.
+        test: a file that replaces the folder's test file.
     Raises:
         DataError: as for `read_examples`; if there is nothing to train on, or the formats differ.
     """
@@ -194,13 +227,15 @@ def read_splits(
     elif validation is not None:
         valid_path = None
     train = read_examples(train_path, tokenizer, options)
-    valid, test = (read_examples(other, tokenizer, options) if other else None for other in (valid_path, test_path))
-    for held_out in (valid, test):
+    valid, tested = (
+        read_examples(other, tokenizer, options) if other else None for other in (valid_path, test or test_path)
+    )
+    for held_out in (valid, tested):
         if held_out is not None and held_out.format != train.format:
             raise DataError(f"{held_out.path} has {held_out.format} format, but {train.path} has {train.format} format")
     if validation is not None:
         train, valid = _held_out(train, validation, seed)
-    return train, valid, test
+    return train, valid, tested
 
 
 def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
@@ -221,7 +256,9 @@ def _held_out(examples: ExampleSet, share: float, seed: int) -> tuple[ExampleSet
         parts[value <= largest].append(example)
     if not parts[0]:
         raise DataError(f"{examples.path} has no example left to train on if a share of {share} is held out")
-    return replace(examples, examples=tuple(parts[0])), ExampleSet(examples.format, tuple(parts[1]), examples.path)
+    return replace(examples, examples=tuple(parts[0])), ExampleSet(
+        examples.example_format, tuple(parts[1]), examples.path
+    )
 
 
 def marked(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

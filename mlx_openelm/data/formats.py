@@ -1,24 +1,14 @@
-"""Dataset formats, and how their records become examples: ids and a completion mask."""
+"""How the records of each dataset format become examples: ids and a completion mask."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError, TokenizerError
+from ..tokenizer.example_format import ExampleFormat, question
 from ..tokenizer.tokenizer import Tokenizer
-
-# Required and optional fields of each format; the first format that matches is used.
-_FIELDS = {
-    "preference": (("chosen", "rejected"), ("prompt",)),
-    "chat": (("messages",), ()),
-    "instruction": (("instruction", "output"), ("input",)),
-    "completion": (("prompt", "completion"), ()),
-    "text": (("text",), ()),
-}
-FORMATS = tuple(_FIELDS)
-FIELD_NAMES = frozenset(name for required, optional in _FIELDS.values() for name in (*required, *optional))
 
 _LOOSE_TOKENS = 2  # at the end of a conversation that more messages may change, such as a line break
 Messages = Sequence[Mapping[str, str]]
@@ -50,60 +40,45 @@ class PreferencePair:
         return self.chosen, self.rejected
 
 
-def format_of(record: Mapping[str, Any], named: Collection[str] = ()) -> str:
-    """The first format whose required fields are all in the record, and which uses all fields in `named`.
-
-    Raises:
-        DataError: listing the record's fields and the known formats, if no format matches.
-    """
-    for name, (required, optional) in _FIELDS.items():
-        if record.keys() >= set(required) and set(named) <= {*required, *optional}:
-            return name
-    known = "; ".join(f"{name}: {', '.join(required)}" for name, (required, _) in _FIELDS.items())
-    raise DataError(f"no format matches the fields {', '.join(map(str, record)) or '(none)'} (expected {known})")
-
-
 def encode_record(
-    format_name: str, record: Mapping[str, Any], tokenizer: Tokenizer, *, indent: int = 0
+    example_format: ExampleFormat, record: Mapping[str, Any], tokenizer: Tokenizer
 ) -> Example | PreferencePair:
-    """The example of a record in the given format, at its full length.
+    """The example of a record, at its full length.
 
     Args:
-        indent: spaces before an instruction's lines; see `instruction_prompt`.
+        example_format: with the kind of `records`.
+        record: its fields; see `ExampleFormat.fields_of`.
     Raises:
         DataError, TokenizerError: if a field has the wrong type, or its text cannot be tokenized.
     """
-    if format_name == "preference":
-        return _preference(record, tokenizer)
-    if format_name == "chat":
-        return encode_conversation(_messages(record, "messages"), tokenizer)
-    if format_name == "instruction":
-        question = _text(record, "input") if "input" in record else ""
-        prompt = instruction_prompt(_text(record, "instruction"), question, indent=indent)
-        return encode_completion(prompt, " " * indent + _text(record, "output"), tokenizer)
-    if format_name == "completion":
-        return encode_completion(_text(record, "prompt"), _text(record, "completion"), tokenizer)
-    return encode_completion("", _text(record, "text"), tokenizer)
+    if example_format.records == "preference":
+        return _preference(example_format, record, tokenizer)
+    if example_format.records == "chat":
+        return encode_conversation(messages_of(record, "messages"), tokenizer)
+    if example_format.records == "text":
+        return encode_completion("", text_of(record, "text"), tokenizer)
+    if example_format.records == "completion":
+        prompt, answer = text_of(record, "prompt"), text_of(record, "completion")
+        return _answered(example_format, prompt, "", answer, tokenizer)
+    context = text_of(record, "input") if "input" in record else ""
+    return _answered(example_format, text_of(record, "instruction"), context, text_of(record, "output"), tokenizer)
 
 
-def instruction_prompt(instruction: str, input: str = "", *, indent: int = 0) -> str:
-    """An instruction in Stanford Alpaca's template, up to the line where the answer begins.
+def meets_without_space(example_format: ExampleFormat, record: Mapping[str, Any]) -> bool:
+    """Whether a plain prompt ends, and its answer begins, with what a space usually separates."""
+    prompt, answer = record.get("prompt"), record.get("completion", record.get("chosen"))
+    if example_format.style != "plain" or not isinstance(prompt, str) or not isinstance(answer, str):
+        return False
+    before, after = example_format.prompt_text(prompt)[-1:], example_format.answer_text(answer)[:1]
+    has_case = after.lower() != after.upper()  # scripts without it, such as Chinese, have no spaces between words
+    return bool(before) and not before.isspace() and (has_case or after.isdecimal())
 
-    Args:
-        input: what the instruction applies to.
-        indent: spaces before every line but the first two; the caller adds them to the answer. With 16, the text is
-            that of CoreNet's `commonsense_170k.py`, including its trailing spaces.
-    """
-    context = ", paired with an input that provides further context" if input else ""
-    margin = " " * indent
-    end = ("" if not indent else " " if input else "  ") + "\n\n"
-    parts = [("Instruction", instruction), *([("Input", input)] if input else [])]
-    return (
-        f"Below is an instruction that describes a task{context}. "
-        f"Write a response that appropriately completes the request.{end}"
-        + "".join(f"{margin}### {name}:\n{margin}{text}\n{margin}\n" for name, text in parts)
-        + f"{margin}### Response:\n"
-    )
+
+def _answered(example_format: ExampleFormat, prompt: str, input: str, answer: str, tokenizer: Tokenizer) -> Example:
+    if example_format.style == "chat":
+        asked = {"role": "user", "content": question(prompt, input)}
+        return encode_conversation([asked, {"role": "assistant", "content": answer}], tokenizer)
+    return encode_completion(example_format.prompt_text(prompt, input), example_format.answer_text(answer), tokenizer)
 
 
 def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Example:
@@ -182,31 +157,61 @@ def _num_shared(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.argmin(np.append(one[:shortest] == other[:shortest], False)))
 
 
-def _preference(record: Mapping[str, Any], tokenizer: Tokenizer) -> PreferencePair:
+def _preference(example_format: ExampleFormat, record: Mapping[str, Any], tokenizer: Tokenizer) -> PreferencePair:
     chosen, rejected = record["chosen"], record["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        prompt = _text(record, "prompt")
-        return PreferencePair(*(encode_completion(prompt, answer, tokenizer) for answer in (chosen, rejected)))
-    before = _messages(record, "prompt") if isinstance(record.get("prompt"), list) else []
-    conversations = [[*before, *_messages(record, name)] for name in ("chosen", "rejected")]
-    shared = 0
-    for one, other in zip(*conversations, strict=False):
-        if (one.get("role"), one.get("content")) != (other.get("role"), other.get("content")):
-            break
-        shared += 1
-    if shared == 0:
-        raise DataError("chosen and rejected must begin with the same message")
+        prompt = text_of(record, "prompt")
+        answers = (chosen, rejected)
+        return PreferencePair(*(_answered(example_format, prompt, "", answer, tokenizer) for answer in answers))
+    conversations = pair_of_conversations(record)
+    shared = len(shared_messages(*conversations))
     return PreferencePair(*(encode_conversation(messages, tokenizer, first=shared) for messages in conversations))
 
 
-def _text(record: Mapping[str, Any], name: str) -> str:
+def pair_of_conversations(record: Mapping[str, Any]) -> tuple[list[Mapping[str, str]], list[Mapping[str, str]]]:
+    """The conversations that end with the chosen and the rejected answer.
+
+    Raises:
+        DataError: if one of them is not a list of messages.
+    """
+    before = messages_of(record, "prompt") if isinstance(record.get("prompt"), list) else []
+    return [*before, *messages_of(record, "chosen")], [*before, *messages_of(record, "rejected")]
+
+
+def shared_messages(one: Sequence[Mapping[str, str]], other: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The messages that two conversations begin with.
+
+    Raises:
+        DataError: if there are none.
+    """
+    shared = []
+    for message, same in zip(one, other, strict=False):
+        if (message.get("role"), message.get("content")) != (same.get("role"), same.get("content")):
+            break
+        shared.append(message)
+    if not shared:
+        raise DataError("chosen and rejected must begin with the same message")
+    return shared
+
+
+def text_of(record: Mapping[str, Any], name: str) -> str:
+    """A field with text.
+
+    Raises:
+        DataError: if it is missing or something else.
+    """
     value = record.get(name)
     if not isinstance(value, str):
         raise DataError(f"{name} is missing" if value is None else f"{name} must be text; got {type(value).__name__}")
     return value
 
 
-def _messages(record: Mapping[str, Any], name: str) -> list[Mapping[str, str]]:
+def messages_of(record: Mapping[str, Any], name: str) -> list[Mapping[str, str]]:
+    """A field with messages.
+
+    Raises:
+        DataError: if it is something else.
+    """
     value = record[name]
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise DataError(f"{name} must be a list of messages with role and content")

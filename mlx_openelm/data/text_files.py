@@ -3,6 +3,7 @@
 import glob
 import gzip
 import io
+import itertools
 import re
 import zlib
 from collections.abc import Collection, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError, quoted
-from ..files.paths import check_regular, exists, is_file, open_regular
+from ..files.paths import check_regular, is_file, is_folder, open_regular
 from ..packages import optional_package
 from .json_records import MAX_BROKEN, BrokenLines, json_objects
 from .limits import BYTES_OF_ROW, PARQUET_ROWS, Unpacked, UnpackedLimit, ZstandardFrames, text_lines
@@ -43,7 +44,7 @@ class TextSource:
         """The files of the source, in order.
 
         Raises:
-            DataError: if a file does not exist, or the weight is not positive.
+            DataError: if a file does not exist, a pattern matches nothing, or the weight is not positive.
         """
         if self.weight <= 0:
             raise DataError(f"the weight of {self.path} must be positive; got {self.weight}")
@@ -53,15 +54,33 @@ class TextSource:
                 _NUMBERED.sub(lambda found, number=number: f"{number:0{found[2] or 1}d}", self.path)  # type: ignore[misc]
                 for number in range(self.first, self.last + 1)
             ]
-        found = [
-            Path(match)
-            for name in names
-            for match in ([name] if exists(Path(name)) else sorted(glob.glob(name, recursive=True)) or [name])
-        ]
-        for path in found:
-            if not is_file(path):
-                raise DataError(f"{path} does not exist")
+        return [path for name in names for path in _matches(name)]
+
+
+def _matches(name: str) -> list[Path]:
+    """The files of a path or a pattern.
+
+    Raises:
+        DataError: if there are none.
+    """
+    path = Path(name)
+    if is_file(path):
+        return [path]
+    if is_folder(path):
+        raise DataError(f"{name} is a folder; name its files, for example {path / '*.txt'}")
+    matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+    if found := [match for match in matches if is_file(match)]:
         return found
+    current = Path.cwd()
+    where = "" if path.is_absolute() else f"; the current folder is {current}"
+    if matches:
+        raise DataError(f"{name} matches only folders, such as {matches[0]}; name their files{where}")
+    if not glob.has_magic(name):
+        raise DataError(f"{name} does not exist{where}")
+    folder = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    if not is_folder(folder):
+        raise DataError(f"{name} matches no file: there is no folder {folder}{where}")
+    raise DataError(f"{name} matches no file in {current / folder}")
 
 
 def read_documents(path: Path, text_key: str = "text", max_broken: int = MAX_BROKEN) -> Iterator[str]:

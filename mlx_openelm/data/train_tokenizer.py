@@ -1,10 +1,11 @@
 """Trains a tokenizer: SentencePiece BPE with byte fallback, built like Llama's."""
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import DataError, TokenizerError
+from ..errors import DataError, TokenizerError, one_line
 from ..files.output import output_file
 from ..tokenizer.tokenizer import Tokenizer
 from .text_files import TextSource, read_documents
@@ -48,8 +49,17 @@ def train_tokenizer(
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise TokenizerError(f"cannot train a tokenizer with {size:,} tokens: {str(error)[:200]}") from error
+            raise TokenizerError(f"cannot train a tokenizer with {size:,} tokens: {_reason(error)}") from error
     return Tokenizer(path)
+
+
+def _reason(error: RuntimeError) -> str:
+    if found := re.search(r"Vocabulary size.*too high.*<= (\d+)", str(error)):
+        return (
+            f"the text suffices for {int(found[1]):,}; use more text, or `train_tokenizer={found[1]}`, which leaves "
+            "the rest of the model's vocabulary unused"
+        )
+    return one_line(error)
 
 
 def _sample(sources: Sequence[TextSource], sample_bytes: int, seed: int) -> Iterator[str]:

@@ -21,6 +21,8 @@ from ..files.paths import exists
 from ..quantization import matrix_shape
 from ..tensors import checked_cast, dtype_name, read_safetensors, save_arrays
 from ..tokenizer.chat_template import TEMPLATE_FILE
+from ..tokenizer.example_format import ExampleFormat, format_entry, saved_format
+from ..tokenizer.tokenizer import Tokenizer
 from ..version import __version__
 from .lora import (
     ADAPTER_METHODS,
@@ -50,6 +52,7 @@ class SavedAdapter:
         alpha, rank_stabilized: what the scale was computed from, if known.
         base: name and widths of the model that the adapter was made for, if known.
         chat_template: of the tuned model, if it is not that of the base.
+        example_format: of the examples that it was tuned on, if known.
 
     Raises:
         AdapterError: if a number or a tensor cannot be right, whatever the format.
@@ -63,6 +66,7 @@ class SavedAdapter:
     rank_stabilized: bool = False
     base: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    example_format: ExampleFormat | None = None
 
     def __post_init__(self) -> None:
         if not abs(self.scale) <= LARGEST_NUMBER:
@@ -82,6 +86,13 @@ class SavedAdapter:
             if not tensor.size:
                 raise AdapterError(f"{readable(name)} of shape {tensor.shape} is empty")
 
+    def prepare(self, tokenizer: Tokenizer) -> None:
+        """Give a model's tokenizer what the adapter records: its chat template and the format of its examples."""
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        if self.example_format is not None:
+            tokenizer.example_format = self.example_format
+
     @property
     def ranks(self) -> dict[str, tuple[int, bool]]:
         """The rank of each path, and whether it has magnitudes (DoRA)."""
@@ -99,6 +110,7 @@ def save_adapter(
     config: AdapterConfig | None,
     base: Mapping[str, Any],
     chat_template: str | None = None,
+    example_format: ExampleFormat | None = None,
 ) -> None:
     """Write an adapter into an existing folder.
 
@@ -106,9 +118,16 @@ def save_adapter(
         tensors: see `SavedAdapter`.
         config: the adapter's settings; `None` if the method is `full`.
         base: the description of its model from `about_base`.
-        chat_template: of the tuned model, if it is not that of the base.
+        chat_template, example_format: see `SavedAdapter`.
     """
-    saved = SavedAdapter(method, 1.0, dict(tensors), base=dict(base), chat_template=chat_template)
+    saved = SavedAdapter(
+        method,
+        1.0,
+        dict(tensors),
+        base=dict(base),
+        chat_template=chat_template,
+        example_format=example_format,
+    )
     if config is not None:
         saved = replace(
             saved,
@@ -140,6 +159,7 @@ def write_adapter(folder: Path, adapter: SavedAdapter) -> None:
         values["alpha"] = adapter.alpha
         values["rank_stabilized"] = adapter.rank_stabilized
     values["base"] = adapter.base
+    values |= format_entry(adapter.example_format)
     values["openelm_mlx_version"] = __version__
     save_arrays(folder / TENSOR_FILE, adapter.tensors, {"format": "mlx"})
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -174,9 +194,12 @@ def read_adapter(folder: Path) -> SavedAdapter:
     base = values.table("base")
     # "rank_stabilised" was written until 2026-11-25
     rank_stabilized = values.flag("rank_stabilized", values.flag("rank_stabilised", False))
+    example_format = saved_format(values)
     tensors = read_tensors(folder / TENSOR_FILE)
     try:
-        return SavedAdapter(method, scale, tensors, dropout, alpha, rank_stabilized, dict(base))
+        return SavedAdapter(
+            method, scale, tensors, dropout, alpha, rank_stabilized, dict(base), example_format=example_format
+        )
     except AdapterError as error:
         raise AdapterError(f"{folder / TENSOR_FILE}: {error}") from error
 
@@ -204,14 +227,16 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
         raise AdapterError(str(error)) from error
 
 
-def apply_adapter(model: OpenELM, adapter: SavedAdapter) -> None:
-    """Apply an adapter to the model that it was made for, in the dtype that the model computes in.
+def apply_adapter(model: OpenELM, adapter: SavedAdapter, dtype: mx.Dtype | None = None) -> None:
+    """Apply an adapter to the model that it was made for.
 
+    Args:
+        dtype: type of the adapter's matrices; by default the one that the model computes in.
     Raises:
         AdapterError: if it was made for another model; the message gives the shapes of both.
         WeightsError: if its values overflow the dtype that the model computes in.
     """
-    dtype = model.transformer.norm.weight.dtype
+    dtype = dtype or model.transformer.norm.weight.dtype
     if adapter.method == "full":
         _check_full(model, adapter)
         model.update(tree_unflatten([(name, checked_cast(name, a, dtype)) for name, a in adapter.tensors.items()]))

@@ -18,6 +18,7 @@ from ..errors import ConfigError
 _ASPECT = 79  # model_dim over depth: 73 to 85 in the four published models
 _PRECISION = 20  # weight of a relative error in the budget, compared with one in the aspect ratio
 _DEPTHS = (*range(2, 16), *range(16, 101, 4))  # layers; the published models have multiples of 4
+_VOCABULARIES = ((20_000_000, 4096), (100_000_000, 16_384))  # below so many parameters; Llama's beyond
 _UNIFORM_DIVISOR = 8  # of the uniform FFN width; fine enough to match the number of parameters
 
 
@@ -65,6 +66,11 @@ def parse_multipliers(name: str, text: str) -> tuple[float, ...]:
     if len(values) not in (1, 2) or not all(0 < value < 1000 for value in values):
         raise ConfigError(f"{name} must be the values of the first and the last layer, such as 0.5:1.0; got {text!r}")
     return values
+
+
+def usual_vocabulary(num_parameters: int) -> int:
+    """A vocabulary size that leaves a model of this size most of its parameters for layers."""
+    return next((size for limit, size in _VOCABULARIES if num_parameters < limit), OpenELMConfig.vocab_size)
 
 
 def design(config: OpenELMConfig) -> Design:

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import HubUnreachableError, OpenELMError, TokenizerError
 from ..files.paths import exists, is_file, user_path
 from ..hub import cached_file, download_file, model_folder
+from .example_format import format_entry
 from .settings import JSON_FILE, SETTINGS_FILE, token_name, unknown_name
 from .tokenizer import Tokenizer
 
@@ -170,6 +171,7 @@ def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {str(token): _entry(entry) for token, entry in tokenizer.added_tokens.items()},
         "chat_template": tokenizer.chat_template,
+        **format_entry(tokenizer.example_format),
     }
     return {name: value for name, value in settings.items() if value is not None}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TokenizerError, quoted
+from ..files.fields import Fields
 from ..files.paths import exists, is_file
 from .chat_template import (
     CHAT_ROLES,
@@ -22,6 +23,7 @@ from .chat_template import (
     openelm_segments,
     render_template,
 )
+from .example_format import CHAT, PLAIN_TEXT, ExampleFormat, question, saved_format
 from .libraries import Library, SentencePiece, Tokenizers, adds_space
 from .settings import (
     ADDED_TOKENS_FILE,
@@ -46,6 +48,7 @@ class Tokenizer:
         vocab_size: number of ids.
         bos_token_id, eos_token_id: ids of the tokens that begin and end a text; `bos_token_id` may be `None`.
         adds_bos: whether texts begin with BOS.
+        example_format: of the examples that the model was tuned on, if known; prompts are presented in the same way.
         settings: what `tokenizer_config.json` and `special_tokens_map.json` beside the file say.
     """
 
@@ -64,6 +67,8 @@ class Tokenizer:
         if not is_file(self.path):
             raise TokenizerError(f"{path} is not a file; expected a tokenizer.model or a tokenizer.json")
         self.settings = settings_beside(self.path)
+        where = str(self.path.with_name(SETTINGS_FILE))
+        self.example_format: ExampleFormat | None = saved_format(Fields(self.settings, where, TokenizerError))
         self._library = _open(self.path, self.settings, vocab_size)
         self.vocab_size = self._library.vocab_size
         self.adds_bos = self._library.adds_bos
@@ -123,30 +128,53 @@ class Tokenizer:
         """A decoder for ids that arrive one at a time."""
         return StreamDecoder(self)
 
-    def encode_prompt(self, text: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:
-        """Ids of a prompt: in the chat template if the model has one, otherwise as plain text.
+    def encode_prompt(
+        self, text: str, *, chat: bool | None = None, system: str | None = None, input: str = ""
+    ) -> list[int]:
+        """Ids of a prompt as the model knows prompts; see `prompt_format`.
 
         Args:
-            chat: whether to use the chat template; by default if the model has one.
+            chat: whether to use the chat template; False: the text as it is.
             system: system message; requires the chat template.
+            input: what an instruction applies to.
         Raises:
             TokenizerError: if the chat template is required and the model has none.
         """
-        if not self.uses_chat_template(chat, system):
-            return self.encode(text)
+        return self.encode_as(self.prompt_format(chat, system), text, input=input, system=system)
+
+    def encode_as(
+        self, example_format: ExampleFormat, text: str, *, input: str = "", system: str | None = None
+    ) -> list[int]:
+        """Ids of a prompt in a format; arguments as for `encode_prompt`.
+
+        Raises:
+            TokenizerError: if it is the chat template's and the model has none.
+        """
+        if example_format.style != "chat":
+            return self.encode(example_format.prompt_text(text, input))
         before = [{"role": "system", "content": system}] if system else []
-        return self.encode_chat([*before, {"role": "user", "content": text}])
+        return self.encode_chat([*before, {"role": "user", "content": question(text, input)}])
+
+    def prompt_format(self, chat: bool | None = None, system: str | None = None) -> ExampleFormat:
+        """How `encode_prompt` presents a prompt; arguments and errors as there.
+
+        By default as in the examples that the model was tuned on, if it records their format. Otherwise in the chat
+        template, or as plain text if there is none.
+        """
+        known = self.example_format if chat is None else None
+        default = CHAT if self.has_chat_template else PLAIN_TEXT
+        asked = known or (default if chat is None else CHAT if chat else PLAIN_TEXT)
+        if system is not None and asked.style != "chat":
+            why = ", but `chat=False` turns it off" if chat is False else ""
+            why = f", but the model was tuned on examples in {asked.records} format" if known else why
+            raise TokenizerError(f"`system` requires a chat template{why}")
+        if asked.style == "chat" and not self.has_chat_template:
+            raise TokenizerError("this is a base model without a chat template; it can only continue text")
+        return asked
 
     def uses_chat_template(self, chat: bool | None = None, system: str | None = None) -> bool:
         """Whether `encode_prompt` uses the chat template; arguments and errors as there."""
-        chosen = self.has_chat_template if chat is None else chat
-        if system is not None and not chosen:
-            raise TokenizerError(
-                "`system` requires a chat template" + (", but `chat=False` turns it off" if chat is False else "")
-            )
-        if chosen and not self.has_chat_template:
-            raise TokenizerError("this is a base model without a chat template; it can only continue text")
-        return chosen
+        return self.prompt_format(chat, system).style == "chat"
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True, bos: bool = True

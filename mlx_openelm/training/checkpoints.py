@@ -1,7 +1,6 @@
 """Checkpoints of a run; one that exists is complete."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,23 +10,19 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..errors import OpenELMError, TrainingError, one_line, quoted
-from ..files.fields import Fields
-from ..files.json_file import read_json_object
+from ..errors import OpenELMError, TrainingError, one_line
 from ..files.lock import LockedFolder, lock_folder
 from ..files.names import resolved
 from ..files.output import output_file, output_folder, remove_folder, write_file
 from ..files.paths import exists, is_folder
+from ..runs import METRICS, checkpoint_folder, checkpoint_folders, read_state
 from ..tensors import read_safetensors, save_arrays
 from .optimizer import Moments, Tensors
 
 PARAMETER_FILES = ("model.safetensors", "adapters.safetensors")
 WriteParameters = Callable[[Path, Tensors], None]
 
-METRICS = "metrics.jsonl"
 _BEGUN = ".openelm-mlx.begun"  # marks the folder of a run that has no checkpoint yet
-
-_NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -37,47 +32,6 @@ class Checkpoint:
     parameters: Tensors
     moments: Moments
     state: dict[str, Any]  # step, recipe, data fingerprint, best validation loss
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """Folder of a step's checkpoint."""
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def checkpoint_folders(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
-
-
-def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the best validation loss; without validation, the last one that can be read."""
-    folders = checkpoint_folders(run)
-    for newest in reversed(folders):
-        try:
-            best = read_state(newest).get("best_step")
-        except TrainingError:  # damaged: resuming starts from an earlier one
-            continue
-        named = checkpoint_folder(run, best) if best is not None else newest
-        return named if named in folders else newest
-    return None
-
-
-def read_state(checkpoint: Path) -> Fields:
-    """State of a checkpoint: step, recipe, best validation loss.
-
-    Raises:
-        TrainingError: if it is damaged.
-    """
-    state = read_json_object(checkpoint / "state.json", TrainingError)
-    state.whole("step")
-    for name in ("best_step", "tokens", "worse"):
-        state.whole(name, None)
-    state.number("best_loss", None)
-    state.table("recipe")
-    pending = state.table("pending")
-    if pending and pending.whole("step") != state["step"]:
-        raise TrainingError(f"{state.where}: pending must be of step {state['step']}; got {quoted(pending['step'])}")
-    return state
 
 
 def check_output(run: Path, resume: bool) -> None:

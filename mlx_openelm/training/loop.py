@@ -6,8 +6,9 @@ the bit to a run without interruption; on GPUs up to rounding where the embeddin
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from ..files.output import move_away, output_file
 from ..files.paths import check_regular, exists
 from ..generation.text import generate
 from ..machine.device import limited_cache, peak_memory_bytes, wired_memory
+from ..runs import METRICS, checkpoint_folders
 from ..tokenizer.tokenizer import Tokenizer
+from .callback import Metrics, TrainingCallback
 from .checkpoints import (
-    METRICS,
     Checkpoint,
     WriteParameters,
     check_fresh,
     check_parameters,
-    checkpoint_folders,
     clear_begun,
     load_checkpoint,
     mark_begun,
@@ -41,30 +42,6 @@ from .trainer import Trainer
 _SAMPLE_TOKENS = 60
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """Metrics of one step; one line of `metrics.jsonl`."""
-
-    step: int  # steps completed
-    loss: float | None  # training loss; for text, cross-entropy in nats per token; None before the first step
-    gradient_norm: float  # before clipping
-    learning_rate: float
-    tokens: int  # tokens in the loss so far; for preferences, pairs
-    tokens_per_second: float
-    peak_memory_bytes: int
-    more: dict[str, float]  # the objective's other metrics: z_loss; for DPO, margin and accuracy
-    validation_loss: float | None = None
-    validation: dict[str, float] | None = None  # the objective's other metrics on the held-out rows
-    sample: str | None = None  # `sample_prompt` and the model's continuation, at each validation
-
-    def to_dict(self) -> dict[str, Any]:
-        """All metrics as a flat dict."""
-        values = asdict(self)
-        values.update(values.pop("more"))
-        values.update({f"validation_{name}": figure for name, figure in (values.pop("validation") or {}).items()})
-        return values
-
-
 def train(
     trainer: Trainer,
     tokenizer: Tokenizer | None,
@@ -72,8 +49,7 @@ def train(
     write: WriteParameters,
     *,
     resume: bool = False,
-    on_step: Callable[[Metrics], None] = lambda metrics: None,
-    on_message: Callable[[str], None] = lambda message: None,
+    callback: TrainingCallback | None = None,
 ) -> Generator[Metrics, None, None]:
     """Train to the recipe's last step; yields metrics every `log_every` steps and at each validation.
 
@@ -85,13 +61,12 @@ def train(
         run: folder of the run, or its lock from `run_lock`.
         write: writes the parameters into a checkpoint folder.
         resume: continue from the last readable checkpoint.
-        on_step: called with the metrics of every step.
-        on_message: called with messages for the user.
+        callback: receives every step, the progress of validations, and messages for the user.
     Raises:
         TrainingError: if the run cannot start or continue; the last good checkpoint is kept.
     """
     with run_lock(run, trainer.group) as folder, wired_memory(), limited_cache():
-        running = _Run(trainer, tokenizer, folder.path, write, on_step, on_message)
+        running = _Run(trainer, tokenizer, folder.path, write, callback or TrainingCallback())
         running.begin(resume)
         try:
             yield from running.steps()
@@ -108,16 +83,15 @@ class _Run:
         tokenizer: Tokenizer | None,
         folder: Path,
         write: WriteParameters,
-        on_step: Callable[[Metrics], None],
-        on_message: Callable[[str], None],
+        callback: TrainingCallback,
     ):
         self._trainer = trainer
         self._recipe = trainer.recipe
         self._tokenizer = tokenizer
         self._folder = folder
         self._write = write
-        self._on_step = on_step
-        self._on_message = on_message
+        self._callback = callback
+        self._base = os.path.relpath(os.getcwd(), folder)  # what the recipe's relative paths are relative to
         self._writes = trainer.group.rank() == 0
         self._loss, *self._more = trainer.objective.names
         self._progress = _Progress()
@@ -126,12 +100,13 @@ class _Run:
         """Start a new run, or restore the last checkpoint."""
         if resume:
             self._progress = together(
-                self._trainer.group, lambda: _resume(self._trainer, self._folder, self._on_message)
+                self._trainer.group, lambda: _resume(self._trainer, self._folder, self._callback.on_message)
             )
         else:
             together(self._trainer.group, lambda: check_fresh(self._folder))
         self._in_first_process(self._tidy)
         self._saved = self._trainer.step
+        self._callback.on_begin(self._trainer.step)
         self._started, self._tokens_before = time.perf_counter(), self._progress.tokens
 
     def steps(self) -> Generator[Metrics, None, None]:
@@ -195,7 +170,7 @@ class _Run:
         if is_reported:
             self._in_first_process(lambda: _append_metrics(self._folder, metrics))
         progress.pending = None
-        self._on_step(metrics)
+        self._callback.on_step(metrics)
         if is_reported:
             yield metrics
         if metrics.step % recipe.checkpoint_every == 0 or is_last or progress.best_step == metrics.step:
@@ -204,7 +179,7 @@ class _Run:
 
     def _validated(self, metrics: Metrics) -> Metrics:
         paused = time.perf_counter()
-        found = self._trainer.validation()
+        found = self._trainer.validation(self._callback.on_validating)
         sample = None
         if self._writes and self._tokenizer and self._recipe.sample_prompt:
             sample = _sample(self._trainer, self._tokenizer)
@@ -224,6 +199,7 @@ class _Run:
             "step": trainer.step,
             "data": trainer.data.fingerprint,
             "recipe": self._recipe.to_dict(),
+            "folder": self._base,
         }
         checkpoint = Checkpoint(trainer.parameters, trainer.moments, state)
         save_checkpoint(self._folder, checkpoint, self._write, self._recipe.keep_checkpoints)
@@ -265,10 +241,7 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
             damaged.append(folder)
             continue
         if found:
-            changes = "; ".join(found)
-            raise TrainingError(
-                f"cannot resume {run}: these settings changed: {changes}; choose another `output` to start over"
-            )
+            raise changed_error(run, found)
         # Keep the network's order, which the file does not have: the gradient norm is summed in this order.
         trainer.parameters = {name: checkpoint.parameters[name] for name in trainer.parameters}
         trainer.moments = checkpoint.moments
@@ -278,6 +251,13 @@ def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _
                 on_message(f"moved the damaged checkpoint to {move_away(later, f'damaged-{later.name}')}")
         return progress
     raise TrainingError(f"{run} has no readable checkpoint; start without `resume`")
+
+
+def changed_error(run: Path, changes: Sequence[str]) -> TrainingError:
+    """The error for a run that would not go on as it began."""
+    return TrainingError(
+        f"cannot resume {run}: these settings changed: {'; '.join(changes)}; choose another `output` to start over"
+    )
 
 
 def _changes(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:

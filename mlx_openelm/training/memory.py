@@ -1,21 +1,24 @@
-"""Predicts the memory of tuning from shapes alone.
+"""Predicts the memory of training from shapes alone.
 
 The peak of a step is counted in numbers per token, relative to the widths of each layer's parts. The factors are fitted
 to 112 measured steps of networks of many shapes, on MLX's CPU backend in float32 (largest error 11 %);
 `benchmarks/tune_memory.py` compares predictions with measurements.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..config import OpenELMConfig
 from ..data.example_batches import row_width
-from ..machine.device import DTYPES, memory_limit_bytes
+from ..machine.device import DTYPES, memory_limit_bytes, on_cpu, peak_memory_bytes
 from .loss import DEFAULT_CHUNK
-from .tune import Tuning
+from .pretrain_recipe import PretrainRecipe
+
+if TYPE_CHECKING:
+    from .tune import Tuning
 
 _STATE_BYTES = 12  # per trained parameter: its gradient and two moments
 _UPDATE_BYTES = 16  # per trained parameter during the update: its gradient, two moments, and the new value
@@ -29,13 +32,19 @@ _MAGNITUDES = 2.0  # times the output widths of all matrices of a DoRA layer
 
 
 @dataclass(frozen=True)
-class TuningMemory:
+class StepMemory:
     """Predicted memory of a step in one process, in bytes."""
 
     weights_bytes: int  # the model, with its adapter
     state_bytes: int  # gradients and moments
     activation_bytes: int  # everything else that a step holds at its peak
     limit_bytes: int  # memory that this machine has for it
+    process_bytes: int = 0  # on the CPU, what the process takes besides: Python, MLX and the examples
+
+    @property
+    def total_bytes(self) -> int:
+        """What the metrics of the run will give as its peak, in bytes."""
+        return self.peak_bytes + self.process_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -45,11 +54,11 @@ class TuningMemory:
     @property
     def fits(self) -> bool:
         """Whether the peak is within this machine's limit."""
-        return self.peak_bytes <= self.limit_bytes
+        return self.total_bytes <= self.limit_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, the peak and whether it fits, for JSON."""
-        return {**asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}
+        """All fields, the sums and whether it fits, for JSON."""
+        return {**asdict(self), "peak_bytes": self.peak_bytes, "total_bytes": self.total_bytes, "fits": self.fits}
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class StepShape:
     dtype: mx.Dtype = mx.float32
 
 
-def tuning_memory(tuning: Tuning, processes: int = 1) -> TuningMemory:
+def tuning_memory(tuning: "Tuning", processes: int = 1) -> StepMemory:
     """Predicted memory of a run's largest step, in each of its processes."""
     recipe, entries = tuning.recipe, tuning.rows.rows_per_entry
     own = dict(tree_flatten(tuning.model.parameters()))
@@ -92,10 +101,55 @@ def tuning_memory(tuning: Tuning, processes: int = 1) -> TuningMemory:
         recipe.loss_chunk,
         DTYPES[recipe.dtype],
     )
-    return step_memory(shape, sum(array.nbytes for array in own.values()), tuning.num_parameters)
+    weights = sum(array.nbytes for array in own.values())
+    process = max(0, peak_memory_bytes() - weights) if on_cpu() else 0  # there, the peak is that of the process
+    return replace(step_memory(shape, weights, tuning.num_parameters), process_bytes=process)
 
 
-def step_memory(shape: StepShape, weights_bytes: int, num_trained: int) -> TuningMemory:
+def pretraining_memory(recipe: PretrainRecipe, processes: int = 1) -> StepMemory:
+    """Predicted memory of a step of pre-training, in each of its processes.
+
+    Args:
+        recipe: without open fields.
+    """
+    config, length = recipe.model, recipe.sequence_length
+    own = max(1, recipe.batch_size // processes)
+    rows = min(recipe.micro_batch_size or own, own)
+    dtype = DTYPES[recipe.dtype]
+    shape = StepShape(
+        config,
+        rows,
+        length,
+        rows * length,
+        "full",
+        recipe.gradient_checkpointing,
+        loss_chunk=recipe.loss_chunk,
+        dtype=dtype,
+    )
+    copies = dtype.size if dtype != mx.float32 else 0
+    of_parts = mx.float32.size if rows < own else 0  # the gradients of two micro-batches exist at once
+    weights = (mx.float32.size + copies + of_parts) * config.num_parameters
+    return step_memory(shape, weights, config.num_parameters)
+
+
+def fitting_rows(recipe: PretrainRecipe, processes: int = 1) -> int:
+    """The micro-batch size whose steps take at most half of this machine's memory, for `micro_batch_size`; 0: all rows.
+
+    Args:
+        recipe: without other open fields.
+    """
+    own = rows = max(1, recipe.batch_size // processes)
+
+    def fits() -> bool:
+        found = pretraining_memory(replace(recipe, micro_batch_size=rows), processes)
+        return found.peak_bytes <= found.limit_bytes // 2
+
+    while rows > 1 and not fits():
+        rows = -(-rows // 2)
+    return 0 if rows == own else rows
+
+
+def step_memory(shape: StepShape, weights_bytes: int, num_trained: int) -> StepMemory:
     """Predicted memory of a step.
 
     Args:
@@ -105,7 +159,7 @@ def step_memory(shape: StepShape, weights_bytes: int, num_trained: int) -> Tunin
     activations = _activation_bytes(shape)
     state = _STATE_BYTES * num_trained
     activations = max(activations, _UPDATE_BYTES * num_trained - state)  # the two peaks do not coincide
-    return TuningMemory(weights_bytes, state, int(activations), memory_limit_bytes())
+    return StepMemory(weights_bytes, state, int(activations), memory_limit_bytes())
 
 
 def _activation_bytes(shape: StepShape) -> float:

@@ -1,152 +1,30 @@
-"""Pre-training: the recipe, the initial weights, and the run.
-
-The defaults are the paper's where it states a value (OpenELM, arXiv:2404.14619, and CoreNet's configurations).
-"""
+"""Pre-training: the initial weights, the data, and the run."""
 
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx.core as mx
 
-from ..config import FFN_MULTIPLIERS, QKV_MULTIPLIERS, OpenELMConfig
-from ..conversion.read.config import config_from_dict
 from ..data.batch import TokenBatch
-from ..data.corpus import PACKINGS, Corpus, CorpusBatches, Filters, prepare_corpus, validation_rows
-from ..data.text_files import TextSource
+from ..data.corpus import Corpus, CorpusBatches, Filters, prepare_corpus, validation_rows
 from ..data.train_tokenizer import train_tokenizer
-from ..errors import ConfigError, quoted
-from ..files.fields import Fields
 from ..files.lock import LockedFolder
 from ..files.paths import exists
 from ..model.openelm import OpenELM, parameter_shapes
 from ..tensors import save_arrays
 from ..tokenizer.files import find_tokenizer, write_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
+from .callback import Metrics, TrainingCallback
 from .checkpoints import together
-from .loop import Metrics, train
+from .loop import train
 from .loss import CrossEntropy
+from .memory import fitting_rows
 from .optimizer import Tensors
-from .recipe import Recipe, changed, setting
+from .pretrain_recipe import PretrainRecipe
 from .trainer import Trainer
-
-RECIPES = Path(__file__).parents[1] / "assets" / "recipes" / "pretrain"
-
-
-_DATA = "Model and data"
-_MOST_FILES = 1_000_000  # of a numbered source
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainRecipe(Recipe):
-    """Everything that determines the result of pre-training.
-
-    Raises:
-        ConfigError: naming the field, if a value is invalid.
-    """
-
-    model: OpenELMConfig = setting(
-        MISSING, "Published size such as 270M, or a mapping of dimensions (in a recipe).", _DATA
-    )
-    data: tuple[TextSource, ...] = setting(
-        (), "Text file or pattern, or a list of sources with weights (in a recipe).", _DATA, is_path=True
-    )
-    tokenizer: str | Path = setting("", "Tokenizer file, folder or hub id.", _DATA, is_path=True)
-    train_tokenizer: int = setting(
-        0, "Train a tokenizer with a vocabulary of N tokens on the data; 0: use `tokenizer`.", _DATA, at_least=0
-    )
-    sequence_length: int = setting(2048, "Tokens per row.", _DATA, above=0)
-    packing: str = setting(
-        "stream",
-        "stream: concatenate documents and split; documents: pack without attention across them; rows: one per row.",
-        _DATA,
-        choices=PACKINGS,
-    )
-    min_characters: int = setting(0, "Skip documents with fewer characters.", _DATA, at_least=0)
-    min_tokens: int = setting(0, "Skip documents with fewer tokens.", _DATA, at_least=0)
-    validation_share: float = setting(0.02, "Share of the documents to hold out.", _DATA, at_least=0, below=1)
-    validation_rows: int = setting(
-        200, "Maximum rows per validation; 0: all.", "Validation and checkpoints", at_least=0, can_change=True
-    )
-    steps: int = changed(Recipe, "steps", 350_000)
-    batch_size: int = changed(Recipe, "batch_size", 2048)
-    micro_batch_size: int = setting(
-        0,
-        "Rows per forward and backward pass on each process; 0: no gradient accumulation.",
-        "Compute",
-        at_least=0,
-        can_change=True,
-    )
-    learning_rate: float = changed(Recipe, "learning_rate", 0.0024)
-    warmup_steps: int = changed(Recipe, "warmup_steps", 5000)
-    z_loss: float = changed(Recipe, "z_loss", 1e-4)
-
-    folder: ClassVar[Path] = RECIPES
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sequence_length > self.model.max_context_length:
-            raise ConfigError(
-                f"sequence_length must be at most {self.model.max_context_length}, the model's context length; "
-                f"got {self.sequence_length}"
-            )
-
-    @classmethod
-    def _placed(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        placed = super()._placed(values, folder)
-        if "data" in values:  # including glob patterns
-            placed["data"] = [replace(source, path=str(folder / source.path)) for source in _sources(values["data"])]
-        return placed
-
-    @classmethod
-    def _read(cls, name: str, value: Any, entry: "Field[Any]") -> Any:
-        if name == "model":
-            return _model(value)
-        if name == "data":
-            return _sources(value)
-        return super()._read(name, value, entry)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe as a dict for YAML and JSON; `from_dict` restores an equal recipe."""
-        return {**asdict(self), "model": self.model.to_dict(), "data": [asdict(source) for source in self.data]}
-
-
-def _model(value: object) -> OpenELMConfig:
-    if isinstance(value, OpenELMConfig):
-        return value
-    if isinstance(value, str):
-        return OpenELMConfig.preset(value)
-    if not isinstance(value, dict):
-        raise ConfigError(f"model must be a name such as 270M, or a table of widths; got {quoted(value)}")
-    if not {"num_query_heads", "model_type", "model_name"} & set(value):  # a table of what `layerwise` needs
-        value = {"qkv_multipliers": QKV_MULTIPLIERS, "ffn_multipliers": FFN_MULTIPLIERS, **value}
-    return config_from_dict(value)
-
-
-def _sources(value: object) -> tuple[TextSource, ...]:
-    return tuple(_source(entry) for entry in (value if isinstance(value, list | tuple) else [value]))
-
-
-def _source(value: object) -> TextSource:
-    if isinstance(value, TextSource):
-        return value
-    if isinstance(value, str | Path):
-        value = {"path": str(value)}
-    names = [entry.name for entry in fields(TextSource)]
-    if not isinstance(value, dict) or "path" not in value or set(value) - set(names):
-        raise ConfigError(f"data: {quoted(value)} is not a source (fields: {', '.join(names)})")
-    read = Fields(value, "data", ConfigError)
-    default = TextSource("")
-    first = read.whole("first", default.first)
-    return TextSource(
-        read.text("path"),
-        read.number("weight", default.weight),
-        read.text("text_key", default.text_key),
-        first,
-        read.whole("last", default.last, at_most=first + _MOST_FILES),
-    )
 
 
 class CorpusRows:
@@ -211,39 +89,61 @@ def fresh_trainer(recipe: PretrainRecipe, corpus: Corpus, group: mx.distributed.
     )
 
 
+@dataclass(frozen=True)
+class Pretraining:
+    """A recipe without open fields, and the data, ready for training."""
+
+    recipe: PretrainRecipe
+    tokenizer: Tokenizer
+    corpus: Corpus
+    steps_taken: int = 0  # by the run that this one continues
+
+
 def prepare_pretraining(
     recipe: PretrainRecipe,
     run: Path,
     group: mx.distributed.Group,
-    *,
-    on_tokenizing: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
-    on_message: Callable[[str], None] = lambda message: None,
-) -> tuple[Tokenizer, Corpus]:
-    """The tokenizer and the tokenized corpus of a run; the first process creates them if they do not exist.
+    callback: TrainingCallback,
+    before: Mapping[str, Any] | None = None,
+    steps_taken: int = 0,
+) -> Pretraining:
+    """Set a recipe's open fields and tokenize its data; the first process writes what does not exist.
 
+    Args:
+        before, steps_taken: the recipe of the run that this one continues, from `to_dict`, and its steps so far.
     Raises:
         DataError: if the data cannot be read.
         TokenizerError: if there is no tokenizer, or it does not fit the model.
     """
+    for source in recipe.data:
+        source.files()  # before a tokenizer is trained, which takes a while
     is_first = group.rank() == 0
+    is_sized = recipe.batch_size > 0
+    if before is not None:
+        recipe = recipe.continued(before)
     filters = Filters(recipe.min_characters, recipe.min_tokens, recipe.validation_share)
     vocabulary = run / "tokenizer.model"
+    size = recipe.vocabulary if before is None or exists(vocabulary) else recipe.train_tokenizer
 
     def make_vocabulary() -> None:
-        if is_first and recipe.train_tokenizer and not exists(vocabulary):
-            on_message(f"training a tokenizer with {recipe.train_tokenizer:,} tokens")
-            train_tokenizer(recipe.data, recipe.train_tokenizer, vocabulary)
+        if is_first and size and not exists(vocabulary):
+            callback.on_message(f"training a tokenizer with {size:,} tokens")
+            train_tokenizer(recipe.data, size, vocabulary)
 
     def find_corpus() -> Corpus:
-        return prepare_corpus(recipe.data, tokenizer, filters, run / "corpus", on_tokenizing)
+        return prepare_corpus(recipe.data, tokenizer, filters, run / "corpus", callback.on_tokenizing)
 
     together(group, make_vocabulary)
-    if recipe.train_tokenizer:
+    if size:
         tokenizer = Tokenizer(vocabulary)
     else:
-        tokenizer, _ = find_tokenizer(recipe.tokenizer or None, None, recipe.model.vocab_size)
+        tokenizer, _ = find_tokenizer(str(recipe.tokenizer) or None, None, recipe.model.vocab_size)
     corpus = together(group, lambda: find_corpus() if is_first else None)  # the others read it from disk
-    return tokenizer, corpus or find_corpus()
+    corpus = corpus or find_corpus()
+    recipe = replace(recipe.resolved(corpus.num_tokens, corpus.num_documents, group.size()), train_tokenizer=size)
+    if not is_sized and not recipe.micro_batch_size:
+        recipe = replace(recipe, micro_batch_size=fitting_rows(recipe, group.size()))
+    return Pretraining(recipe, tokenizer, corpus, steps_taken)
 
 
 def pretraining_steps(
@@ -254,11 +154,12 @@ def pretraining_steps(
     *,
     resume: bool = False,
     group: mx.distributed.Group | None = None,
-    on_step: Callable[[Metrics], None] = lambda metrics: None,
-    on_message: Callable[[str], None] = lambda message: None,
+    callback: TrainingCallback | None = None,
 ) -> Generator[Metrics, None, None]:
     """Train from scratch to the recipe's last step, yielding metrics; see `train`. Each checkpoint is a model folder.
 
+    Args:
+        recipe: without open fields, as `prepare_pretraining` returns it.
     Raises:
         TrainingError: if the run cannot start or continue; the last good checkpoint is kept.
     """
@@ -271,4 +172,4 @@ def pretraining_steps(
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         write_tokenizer(tokenizer, folder)
 
-    yield from train(trainer, tokenizer, run, write, resume=resume, on_step=on_step, on_message=on_message)
+    yield from train(trainer, tokenizer, run, write, resume=resume, callback=callback)

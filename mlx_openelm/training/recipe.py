@@ -15,6 +15,7 @@ from ..errors import ConfigError, quoted, shorten
 from ..files.paths import exists, user_path
 from ..files.yaml_file import read_yaml_object
 from ..machine.device import DTYPES
+from ..runs import newest_state
 from .loss import DEFAULT_CHUNK
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _OLD_NAMES = {  # of fields, in recipes and runs written until 2026-11-25
     "recompute_layers": "gradient_checkpointing",
     "rank_stabilised": "rank_stabilized",
 }
+_OF_A_MODEL = {"model_type", "num_transformer_layers", "model_dim", "model_name"}
 _LARGEST = 2**31 - 1
 _LARGEST_BATCH = 65_536
 _OLD_VALUES = {("objective", "likelihood"): "cross-entropy"}
@@ -44,6 +46,7 @@ class Setting:
         at_least, above, below, at_most: limits of a number; every number has an upper one.
         is_path: whether relative paths in a recipe file are relative to the file's folder.
         can_change: whether a run may be resumed with another value, because the result stays the same.
+        escapes: whether the option understands escapes such as \\n, which a shell passes on as they are typed.
     """
 
     help: str
@@ -55,6 +58,7 @@ class Setting:
     at_most: float = _LARGEST
     is_path: bool = False
     can_change: bool = False
+    escapes: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Raise ConfigError if a value is not allowed."""
@@ -172,7 +176,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            value = self._read(entry.name, getattr(self, entry.name), entry)
+            given = getattr(self, entry.name)
+            if setting_of(entry).is_path and isinstance(given, str) and given.startswith("~"):
+                given = os.path.expanduser(given)
+            value = self._read(entry.name, given, entry)
             setting_of(entry).check(entry.name, value)
             object.__setattr__(self, entry.name, value)
         if self.decay_steps and self.schedule != "constant":
@@ -202,17 +209,19 @@ class Recipe:
         Args:
             path: a file, or the name of a packaged recipe; see `named`.
             overrides: fields that replace those of the file; paths in them are relative to the current folder.
-            folder: base of the relative paths in the file; by default, the file's folder.
+            folder: base of the relative paths in the file; by default, the file's folder, or the current one for a
+                packaged recipe.
         Raises:
             ConfigError: naming the file, if it cannot be read, or a field is unknown or invalid.
         """
         path = cls.named(path)
+        base = Path() if path.parent == cls.folder else path.parent  # nobody's data is in this package
         found = read_yaml_object(path, ConfigError)
         try:
             values = cls._expanded(found)
             cls._check_names(values)
             return cls.from_dict(
-                {**cls._placed(values, Path(folder or path.parent)), **cls._expanded(overrides or {}, old=False)}
+                {**cls._placed(values, user_path(folder or base)), **cls._expanded(overrides or {}, old=False)}
             )
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
@@ -236,26 +245,53 @@ class Recipe:
         return cls(**values)
 
     @classmethod
+    def of_run(cls, run: Path, overrides: Mapping[str, Any] | None = None) -> "Self":
+        """The recipe of a run, to continue it from any current folder.
+
+        Args:
+            overrides: fields that replace those of the run; paths in them are relative to the current folder.
+        Raises:
+            TrainingError: if there is no run to continue.
+            ConfigError: if its recipe is of another kind, or a value is invalid.
+        """
+        state = newest_state(run)
+        values = cls._expanded(state.table("recipe"))
+        if set(values) - {entry.name for entry in fields(cls)}:
+            kind = "pretrain" if "sequence_length" in values else "tune"
+            raise ConfigError(f"{run} is a run of `{kind}`, which continues it")
+        base = os.path.relpath(os.path.join(os.path.realpath(run), state["folder"])) if state.get("folder") else "."
+        return cls.from_dict({**cls._placed(values, Path(base)), **cls._expanded(overrides or {}, old=False)})
+
+    @classmethod
     def _check_names(cls, values: Mapping[str, Any]) -> None:
         known = [entry.name for entry in fields(cls)]
-        if unknown := sorted(set(map(str, values)) - set(known)):
-            raise ConfigError(f"unknown recipe field: {shorten(unknown)} (choose from {', '.join(known)})")
+        if not (unknown := sorted(set(map(str, values)) - set(known))):
+            return
+        if _OF_A_MODEL & set(unknown):
+            raise ConfigError("this is the configuration of a model, not a recipe; pass it as `model`")
+        from difflib import get_close_matches
+
+        close = [match[0] for name in unknown if (match := get_close_matches(name, known, 1))]
+        hint = f"did you mean {shorten(close)}?" if close else f"choose from {', '.join(known)}"
+        raise ConfigError(f"unknown recipe field: {shorten(unknown)} ({hint})")
 
     @classmethod
     def _expanded(cls, values: Mapping[str, Any], *, old: bool = True) -> dict[str, Any]:
         """Values with shorthands expanded and, if `old`, the field names of earlier versions replaced."""
-        return _renamed(values) if old else dict(values)
+        values = _renamed(values) if old else dict(values)
+        if "epochs" in values and "steps" not in values:
+            values["steps"] = 0  # otherwise a file's steps would override the command line's epochs
+        return values
 
     @classmethod
     def _placed(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Values of a recipe file; its relative paths are resolved where that leads to an existing file."""
-        paths = {entry.name for entry in fields(cls) if setting_of(entry).is_path}
-        return {
-            name: str(folder / value)
-            if name in paths and isinstance(value, str) and value and os.path.exists(folder / value)
-            else value
-            for name, value in values.items()
-        }
+        placed = dict(values)
+        for name in (entry.name for entry in fields(cls) if setting_of(entry).is_path):
+            value = values.get(name)
+            if isinstance(value, str) and value and os.path.exists(path := folder / os.path.expanduser(value)):
+                placed[name] = str(path)
+        return placed
 
     @classmethod
     def _read(cls, name: str, value: Any, entry: "Field[Any]") -> Any:

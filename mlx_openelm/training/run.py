@@ -2,47 +2,23 @@
 
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from ..errors import DataError
 from ..files.lock import LockedFolder
-from .checkpoints import best_checkpoint, check_fresh, check_output, checkpoint_folders, read_state, run_lock, together
-from .loop import Metrics
-from .pretrain import PretrainRecipe, prepare_pretraining, pretraining_steps
+from ..runs import best_checkpoint, newest_state, read_state
+from .callback import Metrics, TrainingCallback
+from .checkpoints import check_output, run_lock, together
+from .evaluation import Evaluation, evaluate_run
+from .loop import changed_error
+from .pretrain import Pretraining, prepare_pretraining, pretraining_steps
+from .pretrain_recipe import PretrainRecipe
+from .trainer import Trainer
 from .tune import Tuning, prepare_tuning, tuning_steps
 from .tune_recipe import TuneRecipe
-
-
-class TrainingCallback:
-    """Receives the events of a run; every method does nothing until a subclass overrides it.
-
-    With several processes, each has its own callback. A callback is a context manager, so that it can close what it
-    opens.
-    """
-
-    def __enter__(self) -> "TrainingCallback":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def on_tokenizing(self, done_bytes: int, total_bytes: int) -> None:
-        """Called while `pretrain` tokenizes its corpus, in the first process."""
-
-    def on_prepared(self, num_steps: int) -> None:
-        """Called once before training, with the total number of steps."""
-
-    def on_step(self, metrics: Metrics) -> None:
-        """Called after every step."""
-
-    def on_metrics(self, metrics: Metrics) -> None:
-        """Called when metrics are logged: every `log_every` steps and at each validation."""
-
-    def on_message(self, message: str) -> None:
-        """Called with what the user should know, such as a damaged checkpoint that was skipped."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +34,7 @@ class TrainingResult:
         validation_loss_before: validation loss before the first step, if this call measured it.
         stopped_early: whether `early_stop` ended the run before its last step.
         metrics: the last metrics; None if no step was left to train.
+        test: how well the adapter predicts the test file, if there is one.
     """
 
     folder: Path
@@ -67,12 +44,14 @@ class TrainingResult:
     validation_loss_before: float | None
     stopped_early: bool
     metrics: Metrics | None
+    test: Evaluation | None = None
 
     def __repr__(self) -> str:
         before = f", {self.validation_loss_before:.4f} before" if self.validation_loss_before is not None else ""
         loss = f", validation loss {self.validation_loss:.4f}{before}" if self.validation_loss is not None else ""
         step = f"step {self.step:,}" if self.step is not None else "its checkpoint is in another process's folder"
-        return f"TrainingResult({str(self.folder)!r}: {step}{loss})"
+        tested = f", test loss {self.test.loss:.4f}" if self.test is not None else ""
+        return f"TrainingResult({str(self.folder)!r}: {step}{loss}{tested})"
 
 
 def tune(
@@ -109,14 +88,21 @@ def run_tuning(
     """`tune`, for callers that need the model and the examples before training starts."""
     with run_lock(output, group) as run:
         together(group, lambda: check_output(run.path, resume))
+        if resume and (done := _finished(recipe, run)) is not None:
+            return done
         tuning = prepare_tuning(recipe)
         if on_tuning is not None:
             on_tuning(tuning)
         callback.on_prepared(tuning.recipe.steps)
-        steps = tuning_steps(
-            tuning, run, resume=resume, group=group, on_step=callback.on_step, on_message=callback.on_message
-        )
-        return _taken(steps, tuning.recipe.steps, run, callback)
+        tested: list[Evaluation] = []
+
+        def test(trainer: Trainer) -> None:
+            if tuning.test is not None:
+                tested.append(evaluate_run(trainer, tuning.test, callback.on_testing))
+
+        steps = tuning_steps(tuning, run, resume=resume, group=group, callback=callback, on_end=test)
+        result = _taken(steps, tuning.recipe.steps, run, callback)
+        return replace(result, test=tested[0] if tested else None)
 
 
 def pretrain(
@@ -136,27 +122,55 @@ def pretrain(
     Raises:
         OpenELMError: one of its subclasses; the last good checkpoint is kept.
     """
+    group, callback = group or mx.distributed.init(), callback or TrainingCallback()
+    return run_pretraining(recipe, Path(output), resume, group, callback)
+
+
+def run_pretraining(
+    recipe: PretrainRecipe,
+    output: Path,
+    resume: bool,
+    group: mx.distributed.Group,
+    callback: TrainingCallback,
+    on_pretraining: Callable[[Pretraining], None] | None = None,
+) -> TrainingResult:
+    """`pretrain`, for callers that need the recipe's open fields and the data before training starts."""
     if not recipe.data:
         raise DataError("no data given; set `data`, for example to stories/*.txt")
-    group, callback = group or mx.distributed.init(), callback or TrainingCallback()
-    with run_lock(Path(output), group) as run:
-        if not resume:
-            together(group, lambda: check_fresh(run.path))
-        tokenizer, corpus = prepare_pretraining(
-            recipe, run.path, group, on_tokenizing=callback.on_tokenizing, on_message=callback.on_message
-        )
+    with run_lock(output, group) as run:
+        together(group, lambda: check_output(run.path, resume))
+        if resume and (done := _finished(recipe, run)) is not None:
+            return done
+        state = newest_state(run.path) if resume else None
+        before = None if state is None else state.table("recipe")
+        if before is not None and (changes := recipe.continued(before).differences(before)):
+            raise changed_error(run.path, changes)
+        pretraining = prepare_pretraining(recipe, run.path, group, callback, before, state["step"] if state else 0)
+        if on_pretraining is not None:
+            on_pretraining(pretraining)
+        recipe = pretraining.recipe
         callback.on_prepared(recipe.steps)
         steps = pretraining_steps(
-            recipe,
-            corpus,
-            tokenizer,
-            run,
-            resume=resume,
-            group=group,
-            on_step=callback.on_step,
-            on_message=callback.on_message,
+            recipe, pretraining.corpus, pretraining.tokenizer, run, resume=resume, group=group, callback=callback
         )
         return _taken(steps, recipe.steps, run, callback)
+
+
+def _finished(recipe: PretrainRecipe | TuneRecipe, run: LockedFolder) -> TrainingResult | None:
+    """The result of a run that has no step left to take with this recipe; None if it may have one.
+
+    Neither the model nor the data is read.
+    """
+    state = newest_state(run.path)
+    before = state.table("recipe")
+    if isinstance(recipe, PretrainRecipe):
+        recipe = recipe.continued(before)
+    stopped = bool(recipe.early_stop) and (state.get("worse") or 0) >= recipe.early_stop
+    is_done = 0 < recipe.steps <= state["step"] or (recipe.steps > 0 and stopped)
+    measures = isinstance(recipe, TuneRecipe) and bool(recipe.test)
+    if not is_done or measures or state.get("pending") or recipe.differences(before):
+        return None
+    return _result(run, None, None, stopped_early=state["step"] < recipe.steps)
 
 
 def _taken(
@@ -169,14 +183,17 @@ def _taken(
             callback.on_metrics(metrics)
             last = metrics
             before = metrics.validation_loss if metrics.step == 0 else before
+    return _result(run, before, last, stopped_early=last is not None and last.step < num_steps)
+
+
+def _result(run: LockedFolder, before: float | None, last: Metrics | None, *, stopped_early: bool) -> TrainingResult:
     best = best_checkpoint(run.path)
-    newest = read_state(checkpoint_folders(run.path)[-1]) if best is not None else {}
     return TrainingResult(
         folder=run.name,
         checkpoint=best,
         step=read_state(best)["step"] if best is not None else None,
-        validation_loss=newest.get("best_loss"),
+        validation_loss=newest_state(run.path).get("best_loss") if best is not None else None,
         validation_loss_before=before,
-        stopped_early=last is not None and last.step < num_steps,
+        stopped_early=stopped_early,
         metrics=last,
     )

@@ -6,7 +6,7 @@ not depend on how a batch is split.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -88,6 +88,7 @@ class Trainer:
         self._losses = compile_function(partial(batch_losses, model, objective, dtype))
         self._optimizer = AdamW(recipe)
         self._interruption: KeyboardInterrupt | None = None
+        self._num_validation_batches: int | None = None
         model.train()
 
     def take_step(self) -> dict[str, float]:
@@ -151,19 +152,68 @@ class Trainer:
                 self._interruption = interruption
         self.step += 1
 
-    def validation(self) -> dict[str, float]:
-        """The objective's metrics, averaged over the validation set, or NaN without one."""
-        total = mx.zeros((len(self.objective.names) + 1,))
-        for rows in self.data.validation(self.group.rank(), self.group.size()):
-            total = total + self._losses(self.parameters, self._prepare(make_batch(rows)))[0]
-            mx.eval(total)
-        if self.group.size() > 1:
-            total = mx.distributed.all_sum(total)
-        *figures, count = np.array(total).tolist()
-        return {n: f / count if count else math.nan for n, f in zip(self.objective.names, figures, strict=True)}
+    def validation(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, float]:
+        """The objective's metrics, averaged over the validation set, or NaN without one.
+
+        Args:
+            on_progress: see `measured`.
+        """
+        if self._num_validation_batches is None:  # they are the same at each validation
+            self._num_validation_batches = sum(1 for _ in self._validation_rows())
+        return self.measure(self._validation_rows(), self._num_validation_batches, on_progress)
+
+    def measure(
+        self,
+        batches: Iterable[TokenBatch],
+        num_batches: int,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, float]:
+        """The objective's metrics with the current parameters; see `measured`."""
+        return measured(
+            lambda rows: self._losses(self.parameters, self._prepare(make_batch(rows)))[0],
+            self.objective.names,
+            batches,
+            num_batches,
+            self.group,
+            on_progress,
+        )
+
+    def _validation_rows(self) -> Iterable[TokenBatch]:
+        return self.data.validation(self.group.rank(), self.group.size())
 
     def current_model(self) -> OpenELM:
         """The network with the current parameters, for generation."""
         set_parameters(self.model, DTYPES[self.recipe.dtype], self.parameters)
         set_dropout_keys(self.model)
         return self.model
+
+
+def measured(
+    sums_of: Callable[[TokenBatch], mx.array],
+    names: Sequence[str],
+    batches: Iterable[TokenBatch],
+    num_batches: int,
+    group: mx.distributed.Group,
+    on_progress: Callable[[int, int], None],
+) -> dict[str, float]:
+    """An objective's metrics, averaged over held-out rows, or NaN if there are none; every process takes part.
+
+    Args:
+        sums_of: the sums of the metrics over a batch, and their count last, float32 (K,).
+        names: names of the metrics.
+        batches: this process's share of the rows.
+        num_batches: their number.
+        on_progress: called with the done and the total number of batches in this process, before the first batch and
+            after each.
+    """
+    total = mx.zeros((len(names) + 1,))
+    for done, rows in enumerate(batches):
+        if done == 0:
+            on_progress(0, num_batches)
+        total = total + sums_of(rows)
+        mx.eval(total)
+        on_progress(done + 1, num_batches)
+    if group.size() > 1:
+        total = mx.distributed.all_sum(total)
+    *figures, count = np.array(total).tolist()
+    return {n: f / count if count else math.nan for n, f in zip(names, figures, strict=True)}

@@ -18,27 +18,29 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..data.batch import Batch, TokenBatch
-from ..data.dataset import ExampleOptions, ExampleSet, read_splits
+from ..data.dataset import ExampleSet, read_splits
 from ..data.example_batches import ExampleBatches, all_rows
-from ..errors import AdapterError, ConfigError, DataError, OutputError, TrainingError
+from ..errors import AdapterError, DataError, OutputError, TrainingError
 from ..files.lock import LockedFolder
 from ..files.output import OutputFile, move_away, output_file
 from ..files.paths import exists
-from ..loading import dtype_named, load
 from ..machine.compiler import compile_function
 from ..machine.device import DTYPES, memory_limit_bytes
-from ..model.adapters import CONFIG_FILE, TENSOR_FILE, about_base, save_adapter
+from ..model.adapters import CONFIG_FILE, TENSOR_FILE, SavedAdapter, about_base, save_adapter
 from ..model.lora import MAGNITUDE, AdapterConfig, adapter_parameters, adapter_paths, add_adapter, last_layers
 from ..model.openelm import OpenELM
 from ..quantization import matrix_shape
+from ..runs import best_checkpoint, read_state
 from ..tensors import as_bytes
-from ..tokenizer.chat_template import TEMPLATE_FILE, named_template
+from ..tokenizer.chat_template import TEMPLATE_FILE
 from ..tokenizer.tokenizer import Tokenizer
-from .checkpoints import best_checkpoint, run_lock
+from .callback import Metrics, TrainingCallback
+from .checkpoints import load_checkpoint, run_lock
 from .dpo import DPO, reference_logprobs
-from .loop import Metrics, train
+from .loop import train
 from .loss import CrossEntropy, Objective
 from .optimizer import Tensors
+from .start import load_start
 from .trainer import Trainer
 from .tune_recipe import TuneRecipe
 
@@ -83,6 +85,7 @@ class Tuning:
         recipe: the recipe with its open settings resolved: steps, warm-up, length, dtype.
         parameters: trained parameters by name, float32; a trainer takes them over.
         num_parameters: number of trained parameters.
+        chat_template: recorded with the adapter, if it is not that of the base model.
     """
 
     recipe: TuneRecipe
@@ -90,9 +93,11 @@ class Tuning:
     tokenizer: Tokenizer
     train: ExampleSet
     held_out: ExampleSet | None
+    test: ExampleSet | None
     rows: ExampleRows
     parameters: Tensors
     num_parameters: int
+    chat_template: str | None
 
     @property
     def base(self) -> dict[str, Any]:
@@ -115,28 +120,21 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     """
     if not recipe.data:
         raise DataError("no data given; set `data` to a file or a folder")
-    model, tokenizer = load(recipe.model, dtype=dtype_named(recipe.dtype), tokenizer=recipe.tokenizer or None)
-    if recipe.chat_template:
-        tokenizer.chat_template = named_template(recipe.chat_template)
-    context = model.config.max_context_length
-    if recipe.max_length > context:
-        raise ConfigError(f"max_length must be at most {context}, the model's context length; got {recipe.max_length}")
-    dtype = str(model.transformer.norm.weight.dtype).removeprefix("mlx.core.")
-    recipe = replace(recipe, max_length=recipe.max_length or context, dtype=dtype)
-
-    options = ExampleOptions(
-        max_length=recipe.max_length,
-        max_prompt=recipe.max_prompt,
-        too_long=recipe.too_long,
-        train_on=recipe.train_on,
-        columns=recipe.columns,
-        indent=recipe.indent,
-    )
+    start = load_start(recipe)
+    recipe, model, tokenizer = start.recipe, start.model, start.tokenizer
     share = _share(recipe.validation)
     validation = share if share is not None else str(recipe.validation) or None
     if not exists(Path(recipe.data)):
         raise DataError(f"{recipe.data} does not exist")
-    examples, held_out, _ = read_splits(Path(recipe.data), tokenizer, options, validation, recipe.seed)
+    examples, held_out, test = read_splits(
+        Path(recipe.data),
+        tokenizer,
+        start.options,
+        validation,
+        recipe.seed,
+        test=Path(recipe.test) if recipe.test else None,
+    )
+    start.check(examples)
     if (examples.format == "preference") != (recipe.objective == "dpo"):
         needed = (
             "prompt, chosen and rejected"
@@ -147,11 +145,12 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     if recipe.early_stop and held_out is None:
         raise DataError("early_stop needs validation examples; set `validation` to a file or a share such as 0.05")
     rows = ExampleRows(recipe, examples, held_out, _fingerprint(model))
-    parameters = _trained(model, recipe)
+    parameters = _trained(model, recipe, start.adapter)
+    tokenizer.example_format = examples.example_format
     steps = recipe.steps or max(1, round(recipe.epochs * rows.steps_per_epoch))
     recipe = replace(recipe, steps=steps)
     count = sum(p.size for p in parameters.values())
-    return Tuning(recipe, model, tokenizer, examples, held_out, rows, parameters, count)
+    return Tuning(recipe, model, tokenizer, examples, held_out, test, rows, parameters, count, start.chat_template)
 
 
 def tuning_steps(
@@ -160,40 +159,44 @@ def tuning_steps(
     *,
     resume: bool = False,
     group: mx.distributed.Group | None = None,
-    on_step: Callable[[Metrics], None] = lambda metrics: None,
-    on_message: Callable[[str], None] = lambda message: None,
+    callback: TrainingCallback | None = None,
+    on_end: Callable[[Trainer], None] = lambda trainer: None,
 ) -> Generator[Metrics, None, None]:
     """Train to the recipe's last step, yielding metrics; see `train`. Each checkpoint is an adapter.
 
     When the run ends or is interrupted, `output` itself becomes the adapter with the best validation loss; without
     validation, the last one.
 
+    Args:
+        on_end: called after the last step with a trainer that has the parameters of that adapter.
     Raises:
         TrainingError: if the run cannot start or continue; the last good adapter is kept.
     """
-    group = group or mx.distributed.init()
+    group, callback = group or mx.distributed.init(), callback or TrainingCallback()
     trainer = make_trainer(tuning, group)
-    template = tuning.tokenizer.chat_template if tuning.recipe.chat_template else None
+    template = tuning.chat_template
     names = (TENSOR_FILE, CONFIG_FILE, *([TEMPLATE_FILE] if template is not None else []))
 
     def write(folder: Path, parameters: Tensors) -> None:
-        save_adapter(folder, parameters, tuning.recipe.method, tuning.recipe.adapter, tuning.base, template)
+        recipe = tuning.recipe
+        about = tuning.base, template, tuning.train.example_format
+        save_adapter(folder, parameters, recipe.method, recipe.adapter_config, *about)
 
     with run_lock(output, group) as run, ExitStack() as claims:
         published = {}
         if group.rank() == 0:
-            _move_foreign_away(run.path, names, on_message)
+            _move_foreign_away(run.path, names, callback.on_message)
             for name in names:
                 published[name] = claims.enter_context(output_file(run.path / name, overwrite=True))
         try:
-            yield from train(
-                trainer, tuning.tokenizer, run, write, resume=resume, on_step=on_step, on_message=on_message
-            )
+            yield from train(trainer, tuning.tokenizer, run, write, resume=resume, callback=callback)
         except BaseException:
             with suppress(OutputError):  # the error that ended the run is reported
                 _publish(published, run.path)
             raise
         _publish(published, run.path)
+        _take_best(trainer, run.path)
+        on_end(trainer)
 
 
 def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> Trainer:
@@ -224,7 +227,7 @@ def make_trainer(tuning: Tuning, group: mx.distributed.Group | None = None) -> T
         tuning.rows,
         tuning.objective,
         micro_batch_size=rows,
-        dropout=recipe.adapter is not None and recipe.dropout > 0,
+        dropout=recipe.adapter_config is not None and recipe.dropout > 0,
         prepare=prepare,
         group=group,
     )
@@ -255,11 +258,25 @@ def _publish(outputs: Mapping[str, OutputFile], run: Path) -> None:
             shutil.copyfileobj(best, file)
 
 
-def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
-    """The trained parameters of a model by name, float32; adds the adapter to the model, if there is one."""
-    if recipe.adapter is not None:
-        _check_memory(model, recipe.adapter)
-        add_adapter(model, recipe.adapter, recipe.seed)
+def _take_best(trainer: Trainer, run: Path) -> None:
+    """Give a trainer the parameters of the best checkpoint, which the first process reads for all."""
+    best = best_checkpoint(run) if trainer.group.rank() == 0 else None
+    if best is not None and read_state(best)["step"] != trainer.step:
+        saved = load_checkpoint(best).parameters
+        trainer.parameters = {name: saved[name] for name in trainer.parameters}
+    if trainer.group.size() > 1:
+        first = trainer.group.rank() == 0
+        trainer.parameters = {
+            name: mx.distributed.all_sum(p if first else mx.zeros_like(p)) for name, p in trainer.parameters.items()
+        }
+
+
+def _trained(model: OpenELM, recipe: TuneRecipe, start: SavedAdapter | None) -> Tensors:
+    """The trained parameters of a model by name, float32; adds the adapter to the model, unless it has one already."""
+    if recipe.adapter_config is not None:
+        if start is None:
+            _check_memory(model, recipe.adapter_config)
+            add_adapter(model, recipe.adapter_config, recipe.seed)
         return adapter_parameters(model)
     own = dict(tree_flatten(model.parameters()))
     if any(name.endswith(".scales") for name in own):
@@ -269,6 +286,7 @@ def _trained(model: OpenELM, recipe: TuneRecipe) -> Tensors:
         )
     layers = tuple(f"transformer.layers.{layer}." for layer in last_layers(model, recipe.layers))
     names = [name for name in own if not recipe.layers or name.startswith(layers)]
+    names = names if start is None else [name for name in own if name in start.tensors]
     trained = {name: own[name].astype(mx.float32) for name in names}
     mx.eval(trained)
     return trained

@@ -1,6 +1,5 @@
 """The recipe of fine-tuning and its settings."""
 
-from collections.abc import Mapping
 from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,9 +10,11 @@ from ..hub import BUILT_IN_MODEL
 from ..machine.device import DTYPES
 from ..model.adapters import TUNING_METHODS
 from ..model.lora import LARGEST_RANK, AdapterConfig
+from ..tokenizer.example_format import COLUMNS_EXAMPLE, LARGEST_INDENT, PROMPT_STYLES, ExampleFormat, parse_columns
 from .dpo import PREFERENCE_LOSSES
 from .recipe import Recipe, changed, setting
 
+AUTO = "auto"  # the prompt style follows from the rest
 OBJECTIVES = ("cross-entropy", "dpo")
 RECIPES = Path(__file__).parents[1] / "assets" / "recipes" / "tune"
 
@@ -46,13 +47,23 @@ class TuneRecipe(Recipe):
         is_path=True,
         can_change=True,
     )
+    adapter: str | Path = setting(
+        "", "Adapter to start from, such as an earlier run's.", _DATA, is_path=True, can_change=True
+    )
     data: str | Path = setting(
         "", "Data file, or folder with train and valid files.", _DATA, is_path=True, can_change=True
     )
     validation: str | float | Path = setting(
         "", "Validation file, or share of the examples to hold out.", _DATA, is_path=True, can_change=True
     )
-    columns: dict[str, str] = setting({}, "Field names in the data, such as prompt=question,completion=answer.", _DATA)
+    test: str | Path = setting(
+        "",
+        "Test file, measured at the end; without data: measured alone, with the adapter.",
+        _DATA,
+        is_path=True,
+        can_change=True,
+    )
+    columns: dict[str, str] = setting({}, f"Field names in the data, such as {COLUMNS_EXAMPLE}.", _DATA)
     method: str = setting(
         AdapterConfig.method,
         "lora, dora or full; on preference pairs: dpo (with LoRA), dora+dpo or full+dpo.",
@@ -84,12 +95,22 @@ class TuneRecipe(Recipe):
     too_long: str = setting(ExampleOptions.too_long, "What to do with longer examples.", _EXAMPLES, choices=TOO_LONG)
     train_on: str = setting(ExampleOptions.train_on, "Tokens that count in the loss.", _EXAMPLES, choices=TRAIN_ON)
     pack: bool = setting(False, "Pack several examples into a row; they do not attend to one another.", _EXAMPLES)
+    prompt_style: str = setting(
+        AUTO,
+        "How prompts are presented: plain, as an instruction, in the chat template, or auto, as the records' format "
+        "and a given chat template say.",
+        _EXAMPLES,
+        choices=(AUTO, *PROMPT_STYLES),
+    )
+    separator: str = setting(
+        ExampleFormat.separator, "Text between prompt and completion; \\n: a new line.", _EXAMPLES, escapes=True
+    )
     indent: int = setting(
-        ExampleOptions.indent,
+        ExampleFormat.indent,
         "Spaces to indent the lines of the instruction template; Apple's code uses 16.",
         _EXAMPLES,
         at_least=0,
-        at_most=1000,
+        at_most=LARGEST_INDENT,
     )
     epochs: float = setting(
         1.0, "Passes over the training data, if no steps are given.", "Optimizer", above=0, can_change=True
@@ -133,13 +154,6 @@ class TuneRecipe(Recipe):
             raise ConfigError("pack and dpo are mutually exclusive: the two answers of a pair are separate rows")
 
     @classmethod
-    def _expanded(cls, values: Mapping[str, Any], *, old: bool = True) -> dict[str, Any]:
-        values = super()._expanded(values, old=old)
-        if "epochs" in values and "steps" not in values:
-            values["steps"] = 0  # otherwise a file's steps would override the command line's epochs
-        return values
-
-    @classmethod
     def _read(cls, name: str, value: Any, entry: "Field[Any]") -> Any:
         if name == "targets":
             names = value.split(",") if isinstance(value, str) else value
@@ -148,9 +162,9 @@ class TuneRecipe(Recipe):
             return tuple(n.strip().split(".")[-1] for n in names)  # mlx-lm writes attn.qkv_proj
         if name == "columns":
             if isinstance(value, str):
-                value = dict(pair.split("=", 1) for pair in value.split(",") if "=" in pair) if value else {}
+                value = parse_columns(value)
             if not isinstance(value, dict):
-                raise ConfigError("columns must be a mapping such as prompt=question,completion=answer")
+                raise ConfigError(f"columns must be a mapping such as {COLUMNS_EXAMPLE}; got {quoted(value)}")
             return {str(key).strip(): str(column).strip() for key, column in value.items()}
         if name == "validation" and isinstance(value, float | int) and not isinstance(value, bool):
             return str(value)
@@ -162,7 +176,7 @@ class TuneRecipe(Recipe):
         return self.warmup_steps or round(self.warmup_share * self.steps)
 
     @property
-    def adapter(self) -> AdapterConfig | None:
+    def adapter_config(self) -> AdapterConfig | None:
         """Configuration of the trained adapter; None for full fine-tuning."""
         if self.method == "full":
             return None

@@ -86,6 +86,8 @@ def convert_adapter(
         warnings: tuple[str, ...] = ()
         if to == "mlx-lm":
             found, warnings = _for_mlx_lm(found)
+        if to == "peft" and found.example_format is not None:
+            warnings = (f"PEFT's format does not record that prompts were in {found.example_format.records} format",)
         write = peft.write_peft if to == "peft" else write_adapter
         with place.replaced() as staging:
             write(staging, found)

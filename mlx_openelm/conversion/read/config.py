@@ -111,7 +111,9 @@ def read_config_file(path: Path) -> OpenELMConfig:
     """
     is_yaml = path.suffix in (".yaml", ".yml")
     values: Mapping[str, Any] = read_yaml_object(path, ConfigError) if is_yaml else read_json_object(path, ConfigError)
-    return config_of(values, path, is_corenet=is_yaml)
+    if is_yaml and {"data", "steps", "learning_rate", "tokenizer"} & set(values):
+        raise ConfigError(f"{path} is a recipe, not the configuration of a model; pass it as `config` of a run")
+    return config_of(values, path, is_corenet=is_yaml and "num_transformer_layers" not in values)
 
 
 def config_of(values: Mapping[str, Any], path: Path, *, is_corenet: bool = False) -> OpenELMConfig:

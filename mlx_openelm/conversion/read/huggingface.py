@@ -27,7 +27,9 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
     if config is None and not exists(path):
         if exists(folder / "adapter_config.json"):
             raise SourceError(f"{folder} is an adapter; pass its model, and this folder as `adapter`")
-        raise SourceError(f"{folder} has no config.json; set `config`, or choose another folder")
+        raise SourceError(
+            f"{folder} has no config.json, so it is not a model; for bare weights, `convert` takes `config`"
+        )
     written = read_json_object(path, ConfigError, optional=True)
     quantization = written.get("quantization")
     if quantization is not None and not isinstance(quantization, dict):
