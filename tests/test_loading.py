@@ -32,7 +32,7 @@ def test_a_revision_is_asked_for_of_the_model_and_of_a_tokenizer_by_name(asked_f
 
 
 def test_no_tokenizer_is_refused_for_the_reason_it_is_missing(tiny_folder):
-    with pytest.raises(TokenizerError, match="^`tokenizer=none` leaves the tokenizer out"):
+    with pytest.raises(TokenizerError, match=r"^`tokenizer=none` leaves the tokenizer out"):
         load(tiny_folder, tokenizer="none")
     convert(tiny_folder, tiny_folder.parent / "bare", tokenizer="none")
     with pytest.raises(TokenizerError, match="bare has no tokenizer; set `tokenizer`"):
