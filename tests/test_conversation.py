@@ -47,6 +47,15 @@ class TestCommands:
             assert said.count(f"\n{name} ") + said.startswith(f"{name} ") == 2, name
         assert chat.messages == []
 
+    @pytest.mark.parametrize("columns", [40, 60, 80])
+    def test_help_fits_the_terminal(self, chat, typed, capsys, monkeypatch, columns):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        typed("/help")
+        talk(chat)
+        lines = capsys.readouterr().err.splitlines()
+        assert max(map(len, lines[:-1])) <= columns
+        assert (len(lines) == len(conversation._COMMANDS) + 1) == (columns == 80)
+
     @pytest.mark.parametrize("end", ["/quit", "/exit", "/bye", "/QUIT "])
     def test_an_end_is_the_end(self, chat, typed, end):
         typed("Hello", end, "never")

@@ -1,7 +1,9 @@
 """A conversation in the terminal, or from a pipe: messages, commands that begin with a slash, and their history."""
 
 import re
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,9 +129,11 @@ class Conversation:
         return False
 
     def _help(self) -> None:
-        width = max(len(f"{name} {takes}") for name, (takes, _) in _COMMANDS.items())
+        width = max(len(f"{name} {takes}") for name, (takes, _) in _COMMANDS.items()) + 2
+        columns = max(shutil.get_terminal_size().columns, width + 20)
         for name, (takes, what) in _COMMANDS.items():
-            write_error(f"{f'{name} {takes}':{width}}  {what}")
+            lines = textwrap.wrap(what, columns - width)
+            write_error(f"{f'{name} {takes}':{width}}" + f"\n{'':{width}}".join(lines))
         write_error("Ctrl-C stops an answer, or clears the line.")
 
     def _system(self, text: str) -> None:
@@ -154,7 +158,8 @@ class Conversation:
     def _note(self, text: str) -> None:
         """Tell a person; a program that writes into a pipe need not know."""
         if self._is_interactive:
-            write_error(styled(text, "dim", stream=sys.stderr))
+            lines = textwrap.wrap(text, shutil.get_terminal_size().columns)
+            write_error(styled("\n".join(lines), "dim", stream=sys.stderr))
 
 
 def _as_json(messages: list[dict[str, str]]) -> str:
