@@ -103,6 +103,17 @@ class TestPrefill:
     def test_elsewhere_nothing_waits_in_the_background(self):
         assert PrefillProgress()._timer is None
 
+    def test_loading_says_so_where_nothing_is_downloaded(self, screen, monkeypatch, tmp_path):
+        lines = []
+        monkeypatch.setattr(text_view, "StatusLine", lambda text: lines.append(text) or SimpleNamespace(close=str))
+        found = screen()
+        monkeypatch.chdir(tmp_path)
+        for names in (("openelm-tiny", None), (".", "openelm-tiny"), ("apple/OpenELM-3B",), (".", "apple/OpenELM-3B")):
+            with text_view.loading(*names):
+                terminal.say("warning: it is late")
+        assert lines == ["loading openelm-tiny", f"loading {tmp_path.name}"]
+        assert found.getvalue() == "openelm-mlx: warning: it is late\n" * 4
+
     def test_the_line_is_gone_when_the_text_comes(self, screen):
         found = screen()
         with TextView("Once") as view:

@@ -38,6 +38,7 @@ from .options import (
     TopP,
     examples,
 )
+from .text_view import loading
 
 EXAMPLES = examples(
     "openelm-mlx chat",
@@ -71,7 +72,8 @@ def chat(
 ) -> None:
     """Chat with an Instruct model.
 
-    /help lists the commands within the chat. Ctrl-C stops an answer, or clears the line; Ctrl-D ends the chat.
+    /help lists the commands within the chat. Ctrl-C stops an answer, or clears the line; Ctrl-D ends the chat. What
+    you type is kept for the next chat; OPENELM_MLX_CHAT_HISTORY names the file, or is off.
     """
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
     check_prompt_cache(prompt_cache)
@@ -80,10 +82,11 @@ def chat(
         cache_file = context.with_resource(output_file(prompt_cache, overwrite=True))  # before the model is loaded
         for number in (signal.SIGTERM, signal.SIGHUP):  # save the KV cache however the chat ends
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
+    with loading(model, tokenizer, adapter):
+        network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     with open_prompt_cache(
         network, cache_file, CacheConfig(kv_bits, quantized_kv_start, max_kv_size, kv_sinks)
     ) as cache:
         options: dict[str, Any] = {"sampling": sampling, "max_tokens": max_tokens, "stop": stop or (), "cache": cache}
         talk = Conversation(Chat(network, tokens, system=system, **options))
-        talk.run(Path(model).name, seed_is_drawn=sampling.with_seed() != sampling)
+        talk.run(Path(model).resolve().name, seed_is_drawn=sampling.with_seed() != sampling)

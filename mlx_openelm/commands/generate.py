@@ -50,7 +50,7 @@ from .options import (
 )
 from .streams import is_terminal, read_stdin
 from .terminal import fail, print_json, say
-from .text_view import TextView, print_stats, prompt_end
+from .text_view import TextView, loading, print_stats, prompt_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,7 +143,8 @@ def generate(
     cache_file = context.with_resource(output_file(prompt_cache, overwrite=True)) if prompt_cache else None
     for claimed in filter(None, (answers, cache_file)):
         claimed.protect(prompts)
-    network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
+    with loading(model, tokenizer, adapter):
+        network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     chat = tokens.uses_chat_template(chat, system)
     if text is None:
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}
@@ -261,10 +262,11 @@ def _drafter(
 ) -> Drafter | None:
     if draft_model is None:
         return PromptLookup(prompt_lookup) if prompt_lookup else None
-    opened = open_model([draft_model])
-    if opened.tokenizer is not None and opened.tokenizer.vocab_hash() != tokenizer.vocab_hash():
-        raise TokenizerError(f"the vocabulary of --draft-model {draft_model} differs from the model's")
-    return DraftModel(load_source(opened.source, dtype_named(dtype)), num_draft_tokens)
+    with loading(draft_model):
+        opened = open_model([draft_model])
+        if opened.tokenizer is not None and opened.tokenizer.vocab_hash() != tokenizer.vocab_hash():
+            raise TokenizerError(f"the vocabulary of --draft-model {draft_model} differs from the model's")
+        return DraftModel(load_source(opened.source, dtype_named(dtype)), num_draft_tokens)
 
 
 def _read_stdin() -> str:

@@ -36,9 +36,9 @@ def say(message: str) -> None:
 
 @contextmanager
 def messages_after_text() -> Iterator[None]:
-    """Where text and messages share a terminal, hold the messages back until this context ends."""
+    """On a terminal, hold messages back until this context ends, so that they run into no text and no status line."""
     global _held
-    if _held is not None or not (is_terminal(sys.stdout) and is_terminal(sys.stderr)):
+    if _held is not None or not is_terminal(sys.stderr):
         yield
         return
     _held = []

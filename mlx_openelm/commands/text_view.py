@@ -1,4 +1,4 @@
-"""What `generate` and `chat` show while they work: progress of the prompt, text as it comes, and statistics."""
+"""What `generate` and `chat` show: what takes long, text as it comes, and statistics."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import sys
 import textwrap
 import threading
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files.paths import exists, user_path
 from ..generation.text import Stats
-from .streams import console, is_terminal, styled
+from ..hub import BUILT_IN_MODELS
+from .streams import clean, console, is_terminal, styled
 from .terminal import messages_after_text, mib, write, write_error, write_styled
 
 if TYPE_CHECKING:
@@ -67,33 +70,39 @@ class TextView:
             self._wrote = True
 
 
-class PrefillProgress:
-    """A line on stderr that says how much of a prompt is read; it appears on a terminal that was silent for a while.
+class StatusLine:
+    """A line on stderr that says what takes so long; it appears on a terminal that was silent for a while.
 
-    It is called with the number of prompt tokens done and their total, as `stream_generate` does.
+    Attributes:
+        text: what it says.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, text: str):
         self._lock = threading.Lock()
         self._closed = False
+        self._text = text
         self._line: Any = None  # on the screen
         self._spinner: Any = None  # within it
-        self._text = "reading the prompt"
         self._timer: threading.Timer | None = None
         if is_terminal(sys.stderr):
             self._timer = threading.Timer(_PATIENCE, self.show)
             self._timer.daemon = True
             self._timer.start()
 
-    def __call__(self, done: int, total: int) -> None:
-        """Update the line."""
-        self._text = f"reading the prompt: {done:,} of {total:,} tokens"
+    @property
+    def text(self) -> str:
+        """What it says."""
+        return self._text
+
+    @text.setter
+    def text(self, text: str) -> None:
         with self._lock:
+            self._text = text
             if self._spinner is not None:
-                self._spinner.update(text=self._text)
+                self._spinner.update(text=text)
 
     def show(self) -> None:
-        """Show the line, unless the prompt has been read."""
+        """Show the line, unless it was closed."""
         from rich.live import Live
         from rich.spinner import Spinner
 
@@ -119,6 +128,35 @@ class PrefillProgress:
             if self._line is not None:
                 self._line.stop()
                 self._line = None
+
+
+class PrefillProgress(StatusLine):
+    """Says how much of a prompt is read; called with the number of prompt tokens done and their total."""
+
+    def __init__(self) -> None:
+        super().__init__("reading the prompt")
+
+    def __call__(self, done: int, total: int) -> None:
+        """Update the line."""
+        self.text = f"reading the prompt: {done:,} of {total:,} tokens"
+
+
+@contextmanager
+def loading(*names: str | None) -> Iterator[None]:
+    """Say so if it takes long to load these models, tokenizers or adapters.
+
+    Where one may have to be downloaded there is no line: a download shows its own progress.
+    """
+    given = [name for name in names if name is not None]
+    if not all(name in BUILT_IN_MODELS or exists(user_path(name)) for name in given):
+        yield
+        return
+    line = StatusLine(f"loading {clean(Path(given[0]).resolve().name)}")
+    with messages_after_text():
+        try:
+            yield
+        finally:
+            line.close()
 
 
 def prompt_end(text: str) -> str:
