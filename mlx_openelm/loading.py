@@ -52,8 +52,9 @@ def load(
     opened = open_model([model], tokenizer=tokenizer, config=config, revision=revision)
     if opened.tokenizer is None:
         raise TokenizerError(
-            f"{model} has no tokenizer; set `tokenizer` to a file, a folder or a hub id, "
-            "or load the network alone with load_model"
+            "`tokenizer=none` leaves the tokenizer out, but text needs one; name one, or leave `tokenizer` out"
+            if tokenizer == "none"
+            else f"{model} has no tokenizer; set `tokenizer` to a file, a folder or a hub id"
         )
     found = _adapter(adapter, opened.source)
     if found is not None:

@@ -48,6 +48,34 @@ class TestChat:
         assert chat.messages == [{"role": "system", "content": "Be brief."}]
         assert self.answer(chat, "Hello") == first
 
+    def test_undo_takes_back_the_last_message_and_its_answer(self, tiny_model, chat_tokenizer):
+        chat = Chat(tiny_model, chat_tokenizer, system="Be brief.", max_tokens=4)
+        assert chat.undo() is None
+        self.answer(chat, "Hello")
+        before, second = list(chat.messages), self.answer(chat, "Why?")
+        assert chat.undo() == "Why?"
+        assert chat.messages == before
+        assert self.answer(chat, "Why?") == second
+        assert [chat.undo(), chat.undo(), chat.undo()] == ["Why?", "Hello", None]
+        assert chat.messages == [{"role": "system", "content": "Be brief."}]
+
+    def test_another_system_message_takes_the_place_of_the_first(self, tiny_model, chat_tokenizer):
+        chat = Chat(tiny_model, chat_tokenizer, max_tokens=4)
+        self.answer(chat, "Hello")
+        turns = list(chat.messages)
+        for text in ("Be brief.", "Be long."):
+            chat.system = text
+            assert (chat.system, chat.messages) == (text, [{"role": "system", "content": text}, *turns])
+        whole = chat_tokenizer.encode_chat([*chat.messages, {"role": "user", "content": "Why?"}])
+        assert self.answer(chat, "Why?") == generate(tiny_model, chat_tokenizer, whole, max_tokens=4)
+        chat.system = None
+        assert (chat.system, chat.messages[: len(turns)]) == (None, turns)
+
+    def test_progress_of_a_long_message_is_reported(self, tiny_model, chat_tokenizer):
+        chat, seen = Chat(tiny_model, chat_tokenizer, max_tokens=1), []
+        (chunk,) = chat.reply("Hello", on_prefill=lambda done, total: seen.append((done, total)))
+        assert seen == [(0, chunk.stats.prompt_tokens), (chunk.stats.prompt_tokens,) * 2]
+
     def test_a_message_that_fails_changes_nothing(self, tiny_model, chat_tokenizer):
         chat = Chat(tiny_model, chat_tokenizer, max_tokens=4)
         self.answer(chat, "Hello")
@@ -65,6 +93,23 @@ class TestChat:
         sampling = SamplingConfig(temperature=1.0, seed=3)
         answers = [self.answer(Chat(tiny_model, chat_tokenizer, sampling=sampling, max_tokens=8), "Hi") for _ in "ab"]
         assert answers[0] == answers[1]
+
+    @pytest.mark.parametrize("seed", [3, (1 << 63) - 1])
+    def test_each_answer_has_a_seed_of_its_own(self, tiny_model, chat_tokenizer, seed):
+        chat = Chat(tiny_model, chat_tokenizer, sampling=SamplingConfig(temperature=1.0, seed=seed), max_tokens=2)
+        used = []
+        for _ in range(3):
+            (*_, last) = chat.reply("Hi")
+            used.append(last.stats.seed)
+            chat.undo()
+        assert used == [(seed + number) % (1 << 63) for number in range(3)]
+
+    def test_a_seed_that_was_drawn_is_told_and_repeats_the_answers(self, tiny_model, chat_tokenizer):
+        first = Chat(tiny_model, chat_tokenizer, sampling=SamplingConfig(temperature=1.0), max_tokens=8)
+        again = Chat(tiny_model, chat_tokenizer, sampling=first.sampling, max_tokens=8)
+        for text in ("Hi", "And?"):
+            assert self.answer(first, text) == self.answer(again, text)
+        assert Chat(tiny_model, chat_tokenizer).sampling.seed is None
 
 
 class TestOtherFormats:

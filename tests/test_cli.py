@@ -1,6 +1,6 @@
 """The commands as people run them: text on stdout, one line on stderr and status 2 for a mistake."""
 
-import io
+import fcntl
 import json
 import os
 import pty
@@ -9,16 +9,14 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from conftest import GOLDEN, refused, run
 from mlx_openelm import SamplingConfig, __version__, config_from_dict, convert, generate, load, load_model
-from mlx_openelm.commands import chat as chat_command
-from mlx_openelm.errors import MemoryLimitError
 
 PROMPT = "Once upon a time"
 
@@ -211,10 +209,12 @@ class TestGenerate:
         assert b"Traceback" not in done.stderr
 
 
-def on_a_terminal(*arguments, typed=b"", until=None):
-    """What a person sees, with what is typed once the first prompt or text is there."""
+def on_a_terminal(*arguments, typed=(), until=None):
+    """What a person sees, with what is typed, one after the other, each time that a prompt or text is there."""
+    typed = list(typed)
     main, other = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    environment["OPENELM_MLX_CHAT_HISTORY"] = "off"
     process = subprocess.Popen(
         [sys.executable, "-m", "mlx_openelm", *map(str, arguments)],
         stdin=other,
@@ -222,13 +222,14 @@ def on_a_terminal(*arguments, typed=b"", until=None):
         stderr=other,
         env=environment,
         start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
     )
     os.close(other)
-    seen, deadline = b"", time.monotonic() + 60
+    seen, answered, deadline = b"", 0, time.monotonic() + 60
     while time.monotonic() < deadline:
-        if typed and until in seen:
-            os.write(main, typed)
-            typed = b""
+        if typed and until in seen[answered:]:
+            answered = len(seen)
+            os.write(main, typed.pop(0))
         if select.select([main], [], [], 0.2)[0]:
             try:
                 seen += os.read(main, 65536)
@@ -247,8 +248,7 @@ class TestTerminal:
         seen = on_a_terminal("generate", "-m", folders / "base", "-p", PROMPT, "-n", 5)
         assert seen.startswith(PROMPT)
         assert re.search(
-            r"\d+ prompt tokens, 5 generated; prefill [\d,.]+ tokens/s, decoding [\d,.]+ tokens/s; "
-            r"peak memory [\d,.]+ MiB",
+            r"\d+ prompt tokens at [\d,.]+/s, 5 generated at [\d,.]+/s, peak memory [\d,.]+ MiB\n",
             seen,
         )
 
@@ -257,9 +257,17 @@ class TestTerminal:
         assert "bits per weight" in seen
 
     def test_chat_talks(self, folders):
-        typed = b"Hello\n/reset\nAgain\n/quit\n"
+        typed = [b"Hello\n/reset\nAgain\n/quit\n"]
         seen = on_a_terminal("chat", "-m", folders / "chat", "-n", 4, typed=typed, until=b"> ")
-        assert len(re.findall(r"4 generated; prefill", seen)) == 2
+        assert len(re.findall(r"4 generated at ", seen)) == 2
+        assert "Chat with chat: type a message, or /help" in seen
+
+    def test_ctrl_c_at_the_prompt_of_a_chat_clears_the_line(self, folders):
+        typed = [b"Hel\x03", b"\x03", b"/system\n", b"/quit\n"]
+        seen = on_a_terminal("chat", "-m", folders / "chat", "-n", 4, typed=typed, until=b"> ")
+        assert "Ctrl-D or /quit ends the chat." in seen
+        assert "system message: none" in seen
+        assert "interrupted" not in seen
 
 
 class TestChat:
@@ -278,72 +286,6 @@ class TestChat:
         assert out == run(*words, stdin=b"Hello\nAgain")[1]
         assert cache.exists()
 
-    def test_a_turn_that_fails_does_not_end_the_conversation(self, monkeypatch, capsys):
-        class Failing:
-            def reply(self, line):
-                if line == "too long":
-                    raise MemoryLimitError(9, 2, 1)
-                yield SimpleNamespace(text=f"you said {line}", stats=None)
-
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"too long\nHello\n")))
-        chat_command._talk(Failing())
-        said = capsys.readouterr()
-        assert "error: a prompt of 9 tokens" in said.err
-        assert said.out == "you said Hello\n\n"
-
-    @pytest.mark.parametrize(
-        ("error", "said"),
-        [
-            (RuntimeError("[malloc] Unable to allocate"), "[malloc] Unable to allocate"),
-            (MemoryError(), "not enough memory for this turn"),
-        ],
-    )
-    def test_a_turn_that_fails_in_the_middle_does_not_end_the_conversation(self, monkeypatch, capsys, error, said):
-        class Failing:
-            def reply(self, line):
-                yield SimpleNamespace(text=f"to {line}", stats=object())
-                if line == "first":
-                    raise error
-
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"first\nsecond\n")))
-        chat_command._talk(Failing())
-        seen = capsys.readouterr()
-        assert seen.err == f"openelm-mlx: error: {said}\n"
-        assert seen.out == "to first\nto second\n\n"
-
-    def test_ctrl_c_at_the_prompt_ends_it(self, monkeypatch, capsys):
-        def pressed(whole):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        monkeypatch.setattr(chat_command, "read_stdin", pressed)
-        with pytest.raises(SystemExit) as ended:
-            chat_command._talk(None)
-        assert ended.value.code == 130
-        assert capsys.readouterr().err == "openelm-mlx: error: interrupted\n"
-
-    @pytest.mark.parametrize(
-        ("library", "expected"),
-        [
-            ({"__doc__": "Importing this module enables command line editing using GNU readline."}, True),
-            ({"__doc__": "Importing this module enables command line editing using libedit readline."}, False),
-            ({"__doc__": "", "backend": "editline"}, False),
-        ],
-    )
-    def test_line_editing_knows_what_takes_no_space(self, monkeypatch, library, expected):
-        monkeypatch.setitem(sys.modules, "readline", SimpleNamespace(**library))
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.delenv("NO_COLOR", raising=False)
-        assert chat_command._prompt() == ("\x01\x1b[1m\x02> \x01\x1b[0m\x02" if expected else "> ")
-        monkeypatch.setenv("NO_COLOR", "1")
-        assert chat_command._prompt() == "> "
-
-    def test_the_prompt_goes_to_stderr_where_stdout_is_no_terminal(self, monkeypatch, capsys):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\n".encode())))
-        assert chat_command._read_line("> ") == "é\n"
-        assert capsys.readouterr() == ("", "> ")
-
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
     def test_whatever_ends_it_the_prompt_cache_is_written(self, folders, tmp_path, number):
         words = [sys.executable, "-m", "mlx_openelm", "chat", "-m", folders / "chat", "-n", "4"]
@@ -358,8 +300,19 @@ class TestChat:
         assert process.returncode in (0, 128 + number)
         assert os.listdir(tmp_path) == ["cache"]
 
-    def test_base_models_are_refused(self, folders):
-        assert "base model" in refused("chat", "-m", folders / "base", stdin=b"")
+    def test_base_models_are_refused_with_what_else_to_do(self, folders):
+        err = refused("chat", "-m", folders / "base", stdin=b"")
+        for words in ("base model", "openelm-tiny-instruct", "--chat-template openelm"):
+            assert words in err
+
+    def test_the_built_in_model_chats(self):
+        status, out, err = run("chat", "-n", 4, stdin=b"Hello\n")
+        assert (status, err) == (0, "")
+        assert out.strip()
+
+    def test_a_prompt_cache_in_a_folder_that_does_not_exist_is_refused(self, tmp_path):
+        assert f"{tmp_path}/no does not exist" in refused("chat", "--prompt-cache", tmp_path / "no" / "x", stdin=b"")
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestInfoAndDoctor:

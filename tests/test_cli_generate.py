@@ -1,6 +1,7 @@
 """What `generate` does beyond one prompt: files of prompts, guesses, keys and values kept in other ways."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +61,40 @@ class TestAFileOfPrompts:
         assert run(*command)[1] == (tmp_path / "a.jsonl").read_text()
         assert not part.exists()
 
+    def test_a_finished_run_that_is_repeated_says_so_and_is_no_error(self, place, tmp_path):
+        command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-n", 2, "-o", tmp_path / "a.jsonl"]
+        assert run(*command)[::2] == (0, f"openelm-mlx: wrote 6 answers to {tmp_path}/a.jsonl\n")
+        before = (tmp_path / "a.jsonl").read_bytes()
+        status, out, err = run(*command)
+        assert (status, out, err.count("\n")) == (0, "", 1)
+        assert "a.jsonl is finished: 6 answers" in err
+        assert (tmp_path / "a.jsonl").read_bytes() == before
+        assert "already exists" in refused(*command, "--temperature", 0.5)
+        assert run(*command, "--force")[0] == 0
+
+    def test_sampled_answers_can_be_repeated(self, place, tmp_path):
+        command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-n", 2, "--temperature", 0.9]
+        _, out, err = run(*command)
+        seed = re.search(r"the seed was random; --seed (\d+) gives the same answers\n", err)[1]
+        texts = [json.loads(line)["text"] for line in out.splitlines()]
+        status, out, err = run(*command, "--seed", seed)
+        assert (status, err) == (0, "")
+        assert [json.loads(line)["text"] for line in out.splitlines()] == texts
+        assert run(*command, "-o", tmp_path / "a.jsonl")[0] == 0
+        assert "is finished" in run(*command, "-o", tmp_path / "a.jsonl")[2]
+
+    def test_an_interrupted_run_says_which_options_were_others(self, place, tmp_path):
+        command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-o", tmp_path / "a.jsonl"]
+        code = "import mlx_openelm.generation.batch as b\nrows = b.generate_batch\n"
+        code += "def first(*a, **k):\n    yield next(rows(*a, **k))\n    raise KeyboardInterrupt\n"
+        code += "b.generate_batch = first\nfrom mlx_openelm.cli import main\nmain()"
+        words = [sys.executable, "-c", code, *map(str, command), "-n", "3", "--kv-bits", "8"]
+        assert subprocess.run(words, capture_output=True, timeout=60).returncode == 130
+        err = refused(*command, "-n", 4, "--stop", "x", "--chat")
+        assert "base model" in err
+        err = refused(*command, "-n", 4, "--stop", "x")
+        assert "these changed: --max-tokens 3 -> 4, --stop [] -> ['x'], --kv-bits 8 -> none;" in err
+
     def test_an_answer_is_not_overwritten_unless_told_to(self, place, tmp_path):
         (tmp_path / "a.jsonl").write_text("precious")
         command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-n", 2, "-o", tmp_path / "a.jsonl"]
@@ -72,6 +107,14 @@ class TestAFileOfPrompts:
         command = ["generate", "-m", place / "base", "-i", place / "prompts.jsonl", "-n", 2, "-o", tmp_path / "a.jsonl"]
         refused(*command, "--max-kv-size", 50)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_the_prompt_is_echoed_where_it_is_wanted(place):
+    command = ["generate", "-m", place / "base", "-p", f"{'The fox. ' * 20}She said", "-n", 3]
+    status, out, err = run(*command)
+    assert (status, err) == (0, "")
+    assert run(*command, "--echo")[1] == f"{'The fox. ' * 20}She said{out}"
+    assert run(*command, "--no-echo")[1] == out
 
 
 class TestGuesses:
@@ -138,6 +181,12 @@ class TestKeysAndValues:
         (["-p", "x", "--draft-model", "{p}/nowhere"], "nowhere"),
         (["-p", "x", "--prompt-lookup", "-1"], "must not be negative"),
         (["-p", "x", "--prompt-lookup", "3", "--max-kv-size", "50"], "cannot be used with --max-kv-size"),
+        (["-p", "x", "--prompt-cache", "{p}/no/x"], "the folder {p}/no does not exist"),
+        (["-p", "x", "--tokenizer", "none"], "--tokenizer none leaves the tokenizer out"),
+        (["-i", "{p}/prompts.jsonl", "-o", "{p}/q.csv"], "a file of JSON lines; name it .jsonl instead of q.csv"),
+        (["-i", "{p}/prompts.jsonl", "-o", "{p}/q.jsonl.gz"], "a file of JSON lines"),
+        (["-i", "{p}/prompts.jsonl", "--echo"], "--echo cannot be used with --input"),
+        (["-p", "x", "--echo", "--json"], "--echo and --json are mutually exclusive"),
         (["-p", "x", "--kv-bits", "5"], "got 5"),
         (["-p", "x", "--kv-bits", "4", "--max-kv-size", "50"], "mutually exclusive"),
         (["-p", "x", "--max-kv-size", "3"], "--max-kv-size must be greater than the 4 --kv-sinks; got 3"),
@@ -145,4 +194,5 @@ class TestKeysAndValues:
     ],
 )
 def test_mistakes_are_one_line(place, arguments, said):
-    assert said in refused("generate", "-m", place / "base", *(argument.format(p=place) for argument in arguments))
+    err = refused("generate", "-m", place / "base", *(argument.format(p=place) for argument in arguments))
+    assert said.format(p=place) in err

@@ -39,9 +39,11 @@ def test_tokens_and_log_probabilities_are_those_of_brute_force(tiny_model):
     assert np.allclose([step.logprob for step in steps], logprobs, atol=1e-4)
 
 
+@pytest.mark.parametrize("queues", [False, True])
 @pytest.mark.parametrize("chunk", [1, 3, 8, 100])
-def test_prefill_in_chunks_matches_one_pass(tiny_model, monkeypatch, chunk):
+def test_prefill_in_chunks_matches_one_pass(tiny_model, monkeypatch, chunk, queues):
     whole = tiny_model.transformer(mx.array([PROMPT]))[:, -1:]
+    monkeypatch.setattr(engine, "queues_prefill", lambda: queues)
     monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
     cache = tiny_model.make_cache()
     seen = []
@@ -49,6 +51,21 @@ def test_prefill_in_chunks_matches_one_pass(tiny_model, monkeypatch, chunk):
     assert_close(hidden, whole, 1e-5)
     assert cache.offset == len(PROMPT)
     assert seen == [(done, 8) for done in range(0, 8, chunk)]
+
+
+@pytest.mark.parametrize("queues", [False, True])
+def test_prefill_reports_what_is_computed_rather_than_queued(tiny_model, monkeypatch, queues):
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 3)
+    monkeypatch.setattr(engine, "queues_prefill", lambda: queues)
+    computed, seen = [], []
+    evaluate = mx.eval
+    monkeypatch.setattr(engine.mx, "eval", lambda *arrays: (computed.append(arrays), evaluate(*arrays)))
+
+    def report(done, total):
+        seen.append((done, total, len(computed)))
+
+    next(generate_tokens(tiny_model, PROMPT, max_tokens=2, on_prefill=report, compiled=False))
+    assert seen == [(0, 8, 0), (3, 8, 1), (6, 8, 2), (8, 8, 3)]
 
 
 def test_a_cache_is_continued(tiny_model):

@@ -42,6 +42,18 @@ def tree(folder, hidden=False):
     return found
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "MODEL.PT"])
+def test_a_new_folder_does_not_get_the_name_of_a_model_file(tmp_path, name):
+    with pytest.raises(OutputError, match=r"would be a folder, not a .* file; choose another `output`"):
+        write_folder(tmp_path / "new" / name)
+    with pytest.raises(OutputError, match="would be a folder"), lock_folder(tmp_path / name):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / name).mkdir()
+    with lock_folder(tmp_path / name):
+        pass
+
+
 class TestFile:
     def test_is_replaced_only_if_asked_to(self, tmp_path):
         write_file(tmp_path / "new" / "a", "old")

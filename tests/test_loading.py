@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from conftest import SMALL_CONFIG, assert_close, random_model, write_folder
 from mlx_openelm import OpenELM, OpenELMConfig, Tokenizer, convert, hub, load, load_model
-from mlx_openelm.errors import ConfigError, SourceError, WeightsError
+from mlx_openelm.errors import ConfigError, SourceError, TokenizerError, WeightsError
 from mlx_openelm.machine.device import replaced_choices
 
 
@@ -29,6 +29,14 @@ def test_a_revision_is_asked_for_of_the_model_and_of_a_tokenizer_by_name(asked_f
     load("some/model", revision="v1")
     load("some/model", tokenizer="some/tokenizer", revision="v2")
     assert asked_for == [("some/model", "v1"), ("some/model", "v2"), ("some/tokenizer", "v2")]
+
+
+def test_no_tokenizer_is_refused_for_the_reason_it_is_missing(tiny_folder):
+    with pytest.raises(TokenizerError, match=r"^`tokenizer=none` leaves the tokenizer out"):
+        load(tiny_folder, tokenizer="none")
+    convert(tiny_folder, tiny_folder.parent / "bare", tokenizer="none")
+    with pytest.raises(TokenizerError, match="bare has no tokenizer; set `tokenizer`"):
+        load(tiny_folder.parent / "bare")
 
 
 def test_a_model_and_its_tokenizer(tiny_folder):

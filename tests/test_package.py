@@ -214,6 +214,7 @@ def test_models_and_tokenizers_print_in_a_line(tiny_model, tokenizer, chat_token
     assert repr(tokenizer) == f"Tokenizer('{tokenizer.path}', 400 tokens, no chat template)"
     chat = Chat(tiny_model, chat_tokenizer, system="Be brief.", max_tokens=2)
     assert repr(chat) == f"Chat({tiny_model!r}, 1 messages, 0 tokens in the cache)"
+    assert repr(chat.cache) == "PromptCache(0 tokens, full)"
     cache = tiny_model.make_cache()
     tiny_model(mx.array([[1, 2, 3]]), cache=cache)
     assert repr(cache).startswith("KVCache(3 tokens, full, ")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing, contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +11,14 @@ import typer
 
 from ..cache.config import CacheConfig
 from ..conversion.open import open_model
-from ..errors import OutputError, OutputExistsError, PromptError, TokenizerError
+from ..errors import CacheError, PromptError, TokenizerError
 from ..files.output import OutputFile, output_file
 from ..files.paths import exists, is_folder
 from ..generation.drafters import DEFAULT_MAX_DRAFT, Drafter, DraftModel, PromptLookup
 from ..generation.engine import BATCH_SIZE, MAX_TOKENS
-from ..generation.prompt_cache import PromptCache, model_fingerprint, write_prompt_cache
+from ..generation.prompt_cache import PromptCache, write_prompt_cache
 from ..generation.sampling import SamplingConfig
-from ..generation.text import Generation, Stats, stream_generate
+from ..generation.text import Generation, stream_generate
 from ..hub import BUILT_IN_MODEL
 from ..loading import dtype_named, load, load_source
 from ..model.openelm import OpenELM
@@ -36,6 +35,7 @@ from .options import (
     MaxTokens,
     MinP,
     Model,
+    NeededTokenizer,
     PromptCacheFile,
     QuantizedKvStart,
     RepetitionContext,
@@ -45,16 +45,16 @@ from .options import (
     Stop,
     System,
     Temperature,
-    TokenizerOption,
     TopK,
     TopP,
     examples,
 )
-from .streams import console, is_terminal, read_stdin, styled
-from .terminal import fail, mib, print_json, say, write, write_error, write_styled
+from .streams import is_terminal, read_stdin
+from .terminal import fail, print_json, say
+from .text_view import TextView, loading, print_stats, prompt_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 EXAMPLES = examples(
     'openelm-mlx generate --prompt "Once upon a time there was"',
@@ -89,7 +89,7 @@ def generate(
     ] = None,
     system: System = None,
     dtype: Dtype = "auto",
-    tokenizer: TokenizerOption = None,
+    tokenizer: NeededTokenizer = None,
     adapter: Adapter = None,
     revision: Revision = None,
     draft_model: Annotated[
@@ -108,6 +108,12 @@ def generate(
     max_kv_size: MaxKvSize = CacheConfig.window,
     kv_sinks: KvSinks = CacheConfig.sinks,
     prompt_cache: PromptCacheFile = None,
+    echo: Annotated[
+        bool | None,
+        typer.Option(
+            "--echo/--no-echo", help="Print the prompt before the text; default: on a terminal, its end if it is long."
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option("--input", "-i", help="File of prompts: .jsonl, .json, .csv or .parquet.", metavar="FILE"),
@@ -135,52 +141,68 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     if text == "":
         raise PromptError("the prompt is empty")
-    _check_options(text, columns, output, force, draft_model, prompt_lookup, prompt_cache, as_json)
+    _check_options(text, columns, output, force, draft_model, prompt_lookup, prompt_cache, as_json, echo)
     # Before the model is loaded, so that a second process fails at once.
-    answers = context.with_resource(output_file(output, overwrite=force)) if output else None
+    is_there = output is not None and exists(output) and not force
+    answers = context.with_resource(output_file(output, overwrite=force)) if output and not is_there else None
     cache_file = context.with_resource(output_file(prompt_cache, overwrite=True)) if prompt_cache else None
     for claimed in filter(None, (answers, cache_file)):
         claimed.protect(prompts)
-    network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
+    with loading(model, tokenizer, adapter):
+        network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     asked = tokens.prompt_format(chat, system)
     if text is None:
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}
         about = {"chat": chat, "system": system, "columns": named}
-        _answer_file(network, tokens, prompts, answers, batch_size, options, about)  # type: ignore[arg-type]
+        from .answer_prompts import answer_prompts
+
+        there = output if is_there else None
+        answer_prompts(network, tokens, prompts, answers, batch_size, options, about, there)  # type: ignore[arg-type]
         return
     ids = tokens.encode_as(asked, text, system=system)
+    drafter = _drafter(draft_model, num_draft_tokens, prompt_lookup, dtype, tokens)
 
+    drawn = sampling.with_seed()
     result = Generation(text)
     interrupted = False
     with open_prompt_cache(network, cache_file, kept) as cache:
-        chunks = stream_generate(
-            network,
-            tokens,
-            ids,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop=stop or (),
-            cache=cache,
-            drafter=_drafter(draft_model, num_draft_tokens, prompt_lookup, dtype, tokens),
-        )
-        if is_terminal(sys.stdout) and not as_json and asked.style == "plain":
-            write_styled(asked.prompt_text(text), "dim")
-        try:
-            for chunk in chunks:
-                result.add(chunk)
-                if not as_json:
-                    write(chunk.text, end="")
-        except KeyboardInterrupt:
-            interrupted = True
-            result.finish_reason = "interrupted"
-        chunks.close()
+        echoed = _echo(asked.prompt_text(text), echo, as_json or asked.style != "plain")
+        with TextView(echoed, shown=not as_json) as view:
+            chunks = stream_generate(
+                network,
+                tokens,
+                ids,
+                max_tokens=max_tokens,
+                sampling=drawn,
+                stop=stop or (),
+                cache=cache,
+                drafter=drafter,
+                on_prefill=view.on_prefill,
+            )
+            try:
+                for chunk in chunks:
+                    result.add(chunk)
+                    view.add(chunk.text)
+            except KeyboardInterrupt:
+                interrupted = True
+                result.finish_reason = "interrupted"
+            chunks.close()
         if as_json:
             print_json(result.to_dict())
         else:
-            write("")
-            print_stats(result.stats)
+            print_stats(result.stats, None if drawn == sampling else drawn.seed)
     if interrupted:
         fail("interrupted", INTERRUPTED)
+
+
+def check_prompt_cache(path: Path | None) -> None:
+    """Make sure that the folder of a prompt cache exists: one of that name is more likely mistyped than wanted.
+
+    Raises:
+        CacheError: if it does not.
+    """
+    if path is not None and not is_folder(path.expanduser().parent):
+        raise CacheError(f"--prompt-cache {path}: the folder {path.parent} does not exist")
 
 
 @contextmanager
@@ -198,27 +220,6 @@ def open_prompt_cache(network: OpenELM, output: OutputFile | None, config: Cache
                 write_prompt_cache(cache, output)
 
 
-def print_stats(stats: Stats | None) -> None:
-    """Print statistics of a generation when stderr is a terminal."""
-    if stats is None or not is_terminal(sys.stderr):
-        return
-    reused = f" ({stats.reused_tokens} cached)" if stats.reused_tokens else ""
-    drafted = (
-        f" ({stats.acceptance:.0%} of {stats.drafted_tokens} draft tokens accepted)" if stats.drafted_tokens else ""
-    )
-    seed = f"; seed {stats.seed}" if stats.seed is not None else ""
-    write_error(
-        styled(
-            f"{stats.prompt_tokens} prompt tokens{reused}, {stats.generated_tokens} generated; "
-            f"prefill {stats.prefill_tokens_per_second:,.1f} tokens/s, "
-            f"decoding {stats.decode_tokens_per_second:,.1f} tokens/s{drafted}; "
-            f"peak memory {mib(stats.peak_memory_bytes)}{seed}",
-            "dim",
-            stream=sys.stderr,
-        )
-    )
-
-
 def _check_options(
     text: str | None,
     columns: str,
@@ -228,6 +229,7 @@ def _check_options(
     prompt_lookup: int,
     prompt_cache: Path | None,
     as_json: bool,
+    echo: bool | None,
 ) -> None:
     """Reject conflicting options before loading a model."""
     if text is not None and columns:
@@ -238,19 +240,30 @@ def _check_options(
         raise PromptError("--draft-model and --prompt-lookup are mutually exclusive")
     if prompt_lookup < 0:
         raise PromptError(f"--prompt-lookup must not be negative; got {prompt_lookup}")
+    if as_json and echo:
+        raise PromptError("--echo and --json are mutually exclusive; the JSON contains the prompt")
+    check_prompt_cache(prompt_cache)
     if text is None:
         alone = {
             "--draft-model": draft_model,
             "--prompt-lookup": prompt_lookup,
             "--prompt-cache": prompt_cache,
             "--json": as_json,
+            "--echo": echo,
         }
         if given := [name for name, value in alone.items() if value]:
             raise PromptError(f"{given[0]} cannot be used with --input")
-        if output is not None and is_folder(output):
-            raise OutputError(f"--output must be a file; {output} is a folder")
-        if output is not None and exists(output) and not force:
-            raise OutputExistsError(output)
+    if output is not None:
+        from .answer_prompts import check_output
+
+        check_output(output, force)
+
+
+def _echo(text: str, wanted: bool | None, is_message: bool) -> str:
+    """What is printed before a text: on a terminal the prompt that it continues, of a long one the end."""
+    if wanted is None:
+        return prompt_end(text) if is_terminal(sys.stdout) and not is_message else ""
+    return (f"{text}\n" if is_message else text) if wanted else ""
 
 
 def _drafter(
@@ -258,77 +271,16 @@ def _drafter(
 ) -> Drafter | None:
     if draft_model is None:
         return PromptLookup(prompt_lookup) if prompt_lookup else None
-    opened = open_model([draft_model])
-    if opened.tokenizer is not None and opened.tokenizer.vocab_hash() != tokenizer.vocab_hash():
-        raise TokenizerError(f"the vocabulary of --draft-model {draft_model} differs from the model's")
-    return DraftModel(load_source(opened.source, dtype_named(dtype)), num_draft_tokens)
-
-
-def _answer_file(
-    network: OpenELM,
-    tokenizer: Tokenizer,
-    path: Path,
-    output: OutputFile | None,
-    batch_size: int,
-    options: dict[str, Any],
-    about: dict[str, Any],
-) -> None:
-    from ..generation.batch import check_batch, generate_batch
-    from ..generation.prompt_file import AnswerFile, Answers, read_prompts
-
-    prompts = read_prompts(path, tokenizer, **about)
-    ids = [prompt.tokens for prompt in prompts]
-    check_batch(network, ids, batch_size=batch_size, max_tokens=options["max_tokens"], cache=options["cache"])
-    if output is None:
-        answers = Answers(prompts, write)
-    else:
-        described = {"sampling": asdict(options["sampling"]), "cache": asdict(options["cache"])}
-        settings = {**about, **options, **described, "model": model_fingerprint(network)}
-        answers = AnswerFile(prompts, output, settings)
-    missing = answers.missing
-    if len(missing) < len(prompts):
-        say(f"{len(prompts) - len(missing):,} of {len(prompts):,} prompts already answered")
-    try:
-        with closing(answers), _answer_bar(len(prompts), len(prompts) - len(missing)) as moved:
-            for number, generation in generate_batch(
-                network, tokenizer, ids, batch_size=batch_size, numbers=missing, **options
-            ):
-                answers.add(number, generation)
-                moved(len(generation.tokens))
-            answers.finish()
-    except KeyboardInterrupt:
-        done = len(prompts) - len(answers.missing)
-        kept = f"; run the same command again to resume from {output.name}.part" if output is not None and done else ""
-        say(f"interrupted after {done:,} of {len(prompts):,} answers{kept}")
-        raise typer.Exit(INTERRUPTED) from None
-
-
-@contextmanager
-def _answer_bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; call the result with the number of tokens of each finished answer."""
-    if not is_terminal(sys.stderr):
-        yield lambda num_tokens: None
-        return
-    import time
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    started = time.perf_counter()
-    tokens = 0
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total, completed=done)
-
-        def moved(num_tokens: int) -> None:
-            nonlocal tokens
-            tokens += num_tokens
-            rate = tokens / (time.perf_counter() - started)
-            progress.update(task, advance=1, description=f"{rate:,.0f} tokens/s")
-
-        yield moved
+    with loading(draft_model):
+        opened = open_model([draft_model])
+        if opened.tokenizer is not None and opened.tokenizer.vocab_hash() != tokenizer.vocab_hash():
+            raise TokenizerError(f"the vocabulary of --draft-model {draft_model} differs from the model's")
+        return DraftModel(load_source(opened.source, dtype_named(dtype)), num_draft_tokens)
 
 
 def _read_stdin() -> str:
+    if is_terminal(sys.stdin):
+        say("type the prompt; Ctrl-D on an empty line ends it")
     try:
         return read_stdin().decode("utf-8")
     except UnicodeDecodeError as error:

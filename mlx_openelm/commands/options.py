@@ -46,6 +46,14 @@ TokenizerOption = Annotated[
         metavar="FILE_OR_REPO",
     ),
 ]
+NeededTokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help="Tokenizer file, folder or Hugging Face repo id; default: the model's.",
+        metavar="FILE_OR_REPO",
+    ),
+]
 ChatTemplate = Annotated[
     str | None,
     typer.Option(help="Chat template: openelm (CoreNet's), or a file; default: the source's.", metavar="NAME_OR_FILE"),

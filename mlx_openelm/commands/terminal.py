@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 from .streams import clean, console, is_terminal, lose, styled
 
 _as_flags: Callable[[str], str] = str  # rewrites library messages to name flags instead of parameters
+_held: list[str] | None = None  # messages that wait for the end of a text
+_line_is_open = False  # whether the last line that a terminal got from `write` has no end yet
 
 
 def speak_flags(translate: Callable[[str], str]) -> None:
@@ -24,25 +26,59 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def say(message: str) -> None:
-    """Print one line on stderr."""
-    write_error(clean(f"openelm-mlx: {' '.join(_as_flags(message).split())}"))
+    """Print one line on stderr; within `messages_after_text`, at the end of that."""
+    line = clean(f"openelm-mlx: {' '.join(_as_flags(message).split())}")
+    if _held is None:
+        write_error(line)
+    else:
+        _held.append(line)
+
+
+@contextmanager
+def messages_after_text() -> Iterator[None]:
+    """On a terminal, hold messages back until this context ends, so that they run into no text and no status line."""
+    global _held
+    if _held is not None or not is_terminal(sys.stderr):
+        yield
+        return
+    _held = []
+    try:
+        yield
+    finally:
+        lines, _held = _held, None
+        for line in lines:
+            write_error(line)
 
 
 def write(text: str, end: str = "\n") -> None:
     """Print text on stdout at once: cleaned on a terminal, as it is elsewhere."""
-    sys.stdout.write((clean(text) if is_terminal(sys.stdout) else text) + end)
-    sys.stdout.flush()
+    _put((clean(text) if is_terminal(sys.stdout) else text) + end)
 
 
 def write_styled(text: str, *styles: str) -> None:
     """Print text on stdout in a style, without a new line."""
-    sys.stdout.write(styled(text, *styles, stream=sys.stdout))
+    if text:
+        _put(styled(text, *styles, stream=sys.stdout), ends_line=text.endswith("\n"))
+
+
+def _put(text: str, ends_line: bool | None = None) -> None:
+    global _line_is_open
+    sys.stdout.write(text)
     sys.stdout.flush()
+    if text:
+        _line_is_open = is_terminal(sys.stdout) and not (text.endswith("\n") if ends_line is None else ends_line)
 
 
 def write_error(text: str, end: str = "\n") -> None:
-    """Print lines on stderr that are clean already; where they cannot be written, they are lost."""
+    """Print lines on stderr that are clean already; where they cannot be written, they are lost.
+
+    If stdout is on a terminal too and its last line has no end yet, they begin a new line.
+    """
+    global _line_is_open
     try:
+        if _line_is_open and is_terminal(sys.stderr):
+            sys.stderr.write("\n")
+        _line_is_open = False
         sys.stderr.write(text + end)
         sys.stderr.flush()
     except (OSError, ValueError):

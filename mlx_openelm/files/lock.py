@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import OutputError, OutputLockedError
 from .manifest import UNFINISHED, foreign, remove_unfinished, remove_written
-from .names import aside_name, identity, leftovers, lock_name, reported, resolved
+from .names import aside_name, check_folder_name, identity, leftovers, lock_name, reported, resolved
 from .rename import rename_new
 
 _FOLDER_LOCK = ".openelm-mlx.lock"  # in a folder to which a process adds files
@@ -57,8 +57,9 @@ def lock_folder(folder: str | Path, *subfolders: str) -> Iterator[LockedFolder]:
         subfolders: names of subfolders; leftovers of killed processes are removed from these too.
     Raises:
         OutputLockedError: if another holder has the lock, in this process or another one.
-        OutputError: if the folder is not writable.
+        OutputError: if the folder is not writable, or has the name of a model file.
     """
+    check_folder_name(folder)
     target = resolved(folder)
     if target.exists() and not target.is_dir():
         raise OutputError(f"{folder} is a file; expected a folder")

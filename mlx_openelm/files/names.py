@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 
+_MODEL_FILES = (".gguf", ".safetensors", ".npz", ".onnx", ".pt", ".pth", ".bin", ".ckpt", ".zip")
 _LONGEST_ALLOWED = 255  # bytes of a name
 _LONGEST_NAME = 150  # bytes of a target's name to repeat in temporary names; file systems allow 255 in total
 
@@ -32,6 +33,17 @@ def resolved(path: str | Path) -> Path:
         if not target.name:
             raise OutputError(f"{path} cannot be written: it is the root of the file system")
         return target
+
+
+def check_folder_name(path: str | Path) -> None:
+    """Make sure that a new folder does not get the name of a model file, which would not be what its user expects.
+
+    Raises:
+        OutputError: if it would.
+    """
+    ending = Path(path).suffix.lower()
+    if ending in _MODEL_FILES and not os.path.isdir(path):
+        raise OutputError(f"{path} would be a folder, not a {ending} file; choose another `output`")
 
 
 def identity(path: Path, content: bool = True) -> tuple[int, ...] | None:

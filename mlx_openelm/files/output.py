@@ -28,7 +28,7 @@ from .manifest import (
     touch,
     write_manifest,
 )
-from .names import aside_name, identity, reported
+from .names import aside_name, check_folder_name, identity, reported
 from .rename import exchange, rename_new
 
 
@@ -210,8 +210,10 @@ def output_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Outp
     Raises:
         OutputExistsError: if the folder exists and may not be replaced.
         OutputLockedError: if another process is writing it.
-        OutputError: if replacing it would remove anything that this package did not write, or it cannot be written.
+        OutputError: if replacing it would remove anything that this package did not write, or it cannot be written, or
+            it has the name of a model file.
     """
+    check_folder_name(path)
     with lock(path) as target:
         with reported(Path(path)):
             output = OutputFolder(Path(path), target, overwrite)

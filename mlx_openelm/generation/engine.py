@@ -14,7 +14,7 @@ import numpy as np
 from ..cache.config import CacheConfig, kv_cache_bytes
 from ..cache.kv_cache import KVCache
 from ..errors import MemoryLimitError, PromptError, WeightsError
-from ..machine.device import memory_limit_bytes, pays_to_compile, reads_tokens_first
+from ..machine.device import memory_limit_bytes, pays_to_compile, queues_prefill, reads_tokens_first
 from ..model.openelm import OpenELM
 from .decode_step import DecodeStep, evaluate_step
 from .sampling import Sampler, SamplingConfig, State
@@ -191,20 +191,25 @@ class DecodeBatch:
 def prefill(model: OpenELM, prompt: mx.array, cache: KVCache, on_prefill: Progress | None = None) -> mx.array:
     """Put a prompt (L,) into the cache, chunk by chunk; returns the last position's hidden state (1, 1, M).
 
-    The caller computes logits, because only those of the last position are needed. While the device computes a chunk,
-    the next one is queued.
+    The caller computes logits, because only those of the last position are needed. Where it pays, the next chunk is
+    queued while the device computes one.
     """
-    before: mx.array | None = None  # the result of the chunk before
-    for start in range(0, prompt.size, PREFILL_CHUNK):
-        if on_prefill is not None:
-            on_prefill(start, prompt.size)
+    report = on_prefill or (lambda done, total: None)
+
+    def queue(start: int) -> mx.array:
         hidden = model.transformer(prompt[None, start : start + PREFILL_CHUNK], cache, last_only=True)
         if prompt.size > PREFILL_CHUNK:
             mx.async_eval(hidden, cache.arrays)
-        if before is not None:
-            mx.eval(before)
-            mx.clear_cache()  # the buffers of a chunk; MLX keeps them, and they are of no use to single tokens
-        before = hidden
+        return hidden
+
+    report(0, prompt.size)
+    hidden = queue(0)
+    for start in range(PREFILL_CHUNK, prompt.size, PREFILL_CHUNK):
+        following = queue(start) if queues_prefill() else None
+        mx.eval(hidden)
+        mx.clear_cache()  # the buffers of a chunk; MLX keeps them, and they are of no use to single tokens
+        report(start, prompt.size)
+        hidden = queue(start) if following is None else following
     return hidden
 
 
@@ -219,6 +224,7 @@ def first_choice(
     logprob = mx.where(logits.max() > logits.min(), logprob, math.nan)
     mx.async_eval(token, logprob)
     if on_prefill is not None:
+        mx.eval(token, logprob)
         on_prefill(prompt.size, prompt.size)
     return token, logprob, state
 

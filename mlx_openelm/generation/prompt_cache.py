@@ -39,6 +39,9 @@ class PromptCache:
         self.config = config
         self.clear()
 
+    def __repr__(self) -> str:
+        return f"PromptCache({len(self.tokens):,} tokens, {self.config.label})"
+
     def clear(self) -> None:
         """Remove the text, its keys and its values."""
         self.tokens: list[int] = []

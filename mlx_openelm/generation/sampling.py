@@ -10,6 +10,7 @@ from ..errors import SamplingError
 # Outside these ranges logits overflow float32, or all of them become equal.
 _TEMPERATURES = (1e-5, 1e5)
 _PENALTIES = (0.01, 100)
+SEEDS = 1 << 63  # number of possible seeds, which begin at 0
 _LARGEST_CONTEXT = 65_536
 _LEAST_TOP_P = 1e-30  # smaller values are 0 in float32, and would drop the most likely token too
 
@@ -43,7 +44,7 @@ class SamplingConfig:
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         low, high = _PENALTIES
         _check("repetition_penalty", self.repetition_penalty, low <= self.repetition_penalty <= high, _range(low, high))
-        _check("seed", self.seed or 0, 0 <= (self.seed or 0) < 1 << 63, "from 0 to 2**63 - 1")
+        _check("seed", self.seed or 0, 0 <= (self.seed or 0) < SEEDS, "from 0 to 2**63 - 1")
         low, high = 1, _LARGEST_CONTEXT
         _check("repetition_context", self.repetition_context, low <= self.repetition_context <= high, _range(low, high))
 

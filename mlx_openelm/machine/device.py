@@ -191,6 +191,14 @@ def reads_tokens_first(kv_bytes: int) -> bool:
     return found.backend == "metal" and kv_bytes > _LARGEST_COPIED
 
 
+def queues_prefill() -> bool:
+    """Whether to queue a chunk of a prompt while the one before is computed: on a GPU, which would wait otherwise.
+
+    On the CPU queueing takes as long as computing, so that nobody would learn that a chunk is done.
+    """
+    return not on_cpu()
+
+
 def pays_to_compile(num_tokens: int) -> bool:
     """Whether compiling the decoding step pays off for an answer of at most `num_tokens` tokens.
 
