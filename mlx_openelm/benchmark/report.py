@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,10 @@ HEADINGS = (
     "decode tokens/s",
     "first token ms",
     "peak MiB",
-    "of bandwidth",
+    "of the limit",
     "watts",
 )
+NUM_KEYS = 7  # columns that say what was measured
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,20 @@ class BenchReport:
     """All results of one benchmark."""
 
     results: tuple[Result, ...]
-    bandwidth: float  # bytes per second
+    bandwidth: float  # of the memory, in bytes per second
     machine: dict[str, Any]
+
+    @classmethod
+    def of(cls, results: Sequence[Result], bandwidth: float, machine: dict[str, Any]) -> "BenchReport":
+        """A report with the limits of all results computed from the same bandwidth.
+
+        Args:
+            bandwidth: the best that reading memory gave, in bytes per second. If decoding read faster, that counts.
+        """
+        first = [result.limited_by(bandwidth) for result in results]
+        raised = [of.limit_bytes_per_second for of in first if of.limit_was_raised and not of.fits_in_cache]
+        memory = max([bandwidth, *raised])
+        return cls(tuple(result.limited_by(memory) for result in results), memory, machine)
 
     def to_dict(self) -> dict[str, Any]:
         """All results, the bandwidth and the machine, for JSON."""
@@ -50,6 +64,21 @@ class BenchReport:
             for who, figures in result.figures.items()
         ]
         return "\n".join(["BenchReport(", *lines, ")"])
+
+    def notes(self) -> list[str]:
+        """What there is to know about the limits: which models fit in a cache, and where decoding beat the probe."""
+        lines = []
+        for result in self.results:
+            what = f"{result.model}, {weights_label(result.dtype, result.bits)}"
+            size, speed = (
+                f"{result.bytes_per_step / 2**20:,.1f} MiB",
+                f"{result.limit_bytes_per_second / 1e9:,.1f} GB/s",
+            )
+            if result.fits_in_cache:
+                lines.append(f"{what}: the {size} read for a token fit in a cache; the limit is its {speed}")
+            if result.limit_was_raised:
+                lines.append(f"{what}: decoding read faster than the probe, so the limit was raised to {speed}")
+        return list(dict.fromkeys(lines))
 
     def shared(self) -> dict[int, str]:
         """The values that all results have in common, by column of `HEADINGS`."""

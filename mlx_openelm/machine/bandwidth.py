@@ -11,7 +11,7 @@ import numpy as np
 from .device import backend_in_use
 
 LARGE_BYTES = 1 << 28  # an array that does not fit into caches
-_SECONDS = 0.15  # of a sample
+SAMPLE_SECONDS = 0.15
 _SMALLEST_PART = 4096  # bytes that a core reads at least
 _PASS_BYTES = 1 << 28  # to read at least in a pass, so that starting it takes little of its time
 _GPU_PASS_SECONDS = 0.02  # likewise; a GPU reads from 50 GB/s to several TB/s
@@ -34,7 +34,7 @@ class BandwidthProbe:
         self.best = 0.0  # bytes per second
         self._read: Callable[[], int] | None = None  # of the CPU, which keeps its array
 
-    def sample(self, seconds: float = _SECONDS) -> float:
+    def sample(self, seconds: float = SAMPLE_SECONDS) -> float:
         """Read for this time, but at least three times; gives the best so far, in bytes per second.
 
         The array of a GPU is freed afterwards, because it would count as memory of what is measured next.

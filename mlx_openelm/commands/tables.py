@@ -1,0 +1,155 @@
+"""Tables and lists that fit the width of the terminal; nothing is cut off."""
+
+import shutil
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count
+from textwrap import TextWrapper
+
+from .streams import clean, is_terminal, styled
+from .terminal import write
+
+_GAP = "  "
+_NARROWEST = 20  # characters; in less, lines become wider than the terminal
+
+Row = Sequence[str]
+
+
+def line_width() -> int | None:
+    """Characters in a line of stdout; `None`, no limit, if it is neither a terminal nor COLUMNS is set."""
+    columns = shutil.get_terminal_size((0, 0)).columns
+    if not columns and is_terminal(sys.stdout):
+        columns = 80
+    return max(columns, _NARROWEST) if columns else None
+
+
+def write_table(
+    headings: Row, sections: Sequence[Sequence[Row]], *, left: Collection[int] = (), num_keys: int = 1
+) -> None:
+    """Print a table, its sections divided by lines.
+
+    Headings are wrapped if the table is too wide otherwise. If it still is, it becomes several tables one below the
+    other, each with the columns that say what a row is about, or if those are too wide, with the number of the row.
+
+    Args:
+        left: numbers of the columns that are aligned at the left.
+        num_keys: number of the first columns, those to repeat.
+    """
+    limit = line_width()
+    sections = [[[clean(cell) for cell in row] for row in section] for section in sections]
+    wide, narrow = _widths(headings, sections)
+    widths = wide if limit is None or _total(wide) <= limit else narrow
+    if limit is not None and _total([*widths[:num_keys], max(widths[num_keys:], default=0)]) > limit:
+        numbers = count(1)
+        sections = [[[str(next(numbers)), *row] for row in section] for section in sections]
+        headings, left, num_keys = ["#", *headings], [at + 1 for at in left], 1
+        _, widths = _widths(headings, sections)
+    for number, columns in enumerate(_groups(widths, num_keys, limit)):
+        if number:
+            write("")
+        _write_columns(headings, sections, columns, widths, left)
+
+
+def write_list(values: Mapping[str, str]) -> None:
+    """Print names and values, one per line; long values go on below their beginning."""
+    column = max(map(_cells, values)) + len(_GAP)
+    for name, value in values.items():
+        write_text(_padded(name, column) + value, " " * column)
+
+
+def write_text(text: str, indent: str = "") -> None:
+    """Print lines of text, wrapped between words; what goes on is indented."""
+    width = line_width()
+    for line in text.split("\n"):
+        write(line if width is None else _wrapped(line, width, indent))
+
+
+def in_lines(parts: Sequence[str], width: int | None, indent: str = "  ") -> str:
+    """Parts with commas between them, in as many lines as needed; no part is divided."""
+    lines = [""]
+    for number, part in enumerate(parts):
+        last = part + ("," if number < len(parts) - 1 else "")
+        joined = f"{lines[-1]} {last}" if lines[-1].strip() else lines[-1] + last
+        if width is not None and lines[-1].strip() and _cells(joined) > width:
+            lines.append(indent + last)
+        else:
+            lines[-1] = joined
+    return "\n".join(lines)
+
+
+def _wrapped(line: str, width: int, indent: str) -> str:
+    if _cells(line) <= width:
+        return line
+    if _cells(indent) > width // 2:
+        indent = "  "
+    # Spaces that align a value are not to be wrapped at, so the first word is everything up to it.
+    wrapper = TextWrapper(
+        width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
+    return "\n".join(wrapper.wrap(line))
+
+
+def _widths(headings: Row, sections: Sequence[Sequence[Row]]) -> tuple[list[int], list[int]]:
+    """Widths of the columns with whole headings, and with headings wrapped at spaces."""
+    values = [
+        max((_cells(row[at]) for section in sections for row in section), default=0) for at in range(len(headings))
+    ]
+    whole = [max(value, _cells(heading)) for value, heading in zip(values, headings, strict=True)]
+    words = [max([value, *map(_cells, heading.split())]) for value, heading in zip(values, headings, strict=True)]
+    return whole, words
+
+
+def _groups(widths: Sequence[int], num_keys: int, limit: int | None) -> list[list[int]]:
+    """Numbers of the columns of each table; all have the keys."""
+    keys = list(range(num_keys))
+    groups = [list(keys)]
+    for column in range(num_keys, len(widths)):
+        fits = limit is None or _total([widths[at] for at in [*groups[-1], column]]) <= limit
+        if not fits and len(groups[-1]) > num_keys:
+            groups.append(list(keys))
+        groups[-1].append(column)
+    return groups
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
+
+
+def _write_columns(
+    headings: Row,
+    sections: Sequence[Sequence[Row]],
+    columns: Sequence[int],
+    widths: Sequence[int],
+    left: Collection[int],
+) -> None:
+    def line(row: Row) -> str:
+        padded = [_padded(row[at], widths[at], left=at in left) for at in columns]
+        return _GAP.join(padded).rstrip()
+
+    wrapped = [_heading_lines(heading, width) for heading, width in zip(headings, widths, strict=True)]
+    height = max(len(wrapped[at]) for at in columns)
+    for number in range(height, 0, -1):
+        write(styled(line([at[-number] if number <= len(at) else "" for at in wrapped]), "bold", stream=sys.stdout))
+    rule = "-" * _total([widths[at] for at in columns])
+    for section in sections:
+        write(rule)
+        for row in section:
+            write(line(row))
+
+
+def _heading_lines(heading: str, width: int) -> list[str]:
+    return TextWrapper(width, break_long_words=False, break_on_hyphens=False).wrap(heading)
+
+
+def _padded(text: str, width: int, left: bool = True) -> str:
+    spaces = " " * (width - _cells(text))
+    return text + spaces if left else spaces + text
+
+
+def _cells(text: str) -> int:
+    """Places of a terminal that a text takes."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)

@@ -1,0 +1,129 @@
+import sys
+
+import pytest
+
+from mlx_openelm.commands import tables
+from mlx_openelm.commands.tables import in_lines, line_width, write_list, write_table, write_text
+
+HEADINGS = ["layer", "query heads", "parameters", "KV bytes/token"]
+ROWS = [["0", "12", "1,234,567", "1,536"], ["10", "4", "234,567", "512"]]
+TOTAL = [["total", "16", "1,469,134", "2,048"]]
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """What a function prints at this width, in lines."""
+
+    def call(width, function, *arguments, **options):
+        monkeypatch.setattr(tables, "line_width", lambda: width)
+        function(*arguments, **options)
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+def test_a_table_that_fits(printed):
+    assert printed(None, write_table, HEADINGS, [ROWS, TOTAL]) == [
+        "layer  query heads  parameters  KV bytes/token",
+        "----------------------------------------------",
+        "    0           12   1,234,567           1,536",
+        "   10            4     234,567             512",
+        "----------------------------------------------",
+        "total           16   1,469,134           2,048",
+    ]
+    assert printed(46, write_table, HEADINGS, [ROWS, TOTAL])[0] == "layer  query heads  parameters  KV bytes/token"
+
+
+def test_headings_are_wrapped_first(printed):
+    lines = printed(45, write_table, HEADINGS, [ROWS], left=[0])
+    assert lines[:4] == [
+        "       query                       KV",
+        "layer  heads  parameters  bytes/token",
+        "-------------------------------------",
+        "0         12   1,234,567        1,536",
+    ]
+
+
+def test_columns_that_do_not_fit_follow_below_with_the_first_ones(printed):
+    assert printed(25, write_table, HEADINGS, [ROWS]) == [
+        "       query",
+        "layer  heads  parameters",
+        "------------------------",
+        "    0     12   1,234,567",
+        "   10      4     234,567",
+        "",
+        "                KV",
+        "layer  bytes/token",
+        "------------------",
+        "    0        1,536",
+        "   10          512",
+    ]
+
+
+def test_every_value_is_there_at_every_width(printed):
+    for width in range(20, 60):
+        lines = printed(width, write_table, HEADINGS, [ROWS, TOTAL])
+        text = "\n".join(lines)
+        assert all(cell in text for row in [*ROWS, *TOTAL] for cell in row)
+        assert max(map(len, lines)) <= width
+
+
+def test_rows_are_numbered_if_what_they_are_about_is_too_wide_to_repeat(printed):
+    rows = [["a-long-name", "4 bits", "12.5"], ["another-name", "float32", "3.5"]]
+    lines = printed(24, write_table, ["model", "weights", "tokens/s"], [rows], left=[0, 1], num_keys=2)
+    assert lines == [
+        "#  model         weights",
+        "------------------------",
+        "1  a-long-name   4 bits",
+        "2  another-name  float32",
+        "",
+        "#  tokens/s",
+        "-----------",
+        "1      12.5",
+        "2       3.5",
+    ]
+
+
+def test_wide_characters_take_two_places(printed):
+    lines = printed(None, write_table, ["model", "n"], [[["火車", "1"], ["train", "2"]]], left=[0])
+    assert lines[2:] == ["火車   1", "train  2"]
+
+
+def test_what_a_terminal_would_obey_is_escaped(printed):
+    assert printed(None, write_table, ["m"], [[["a\x1b[2Jb"]]])[2] == "a\\u001b[2Jb"
+
+
+def test_values_of_a_list_go_on_below_their_beginning(printed):
+    values = {"width": "1,280", "vocabulary": "32,000 tokens, tied to the output"}
+    assert printed(30, write_list, values) == [
+        "width       1,280",
+        "vocabulary  32,000 tokens,",
+        "            tied to the output",
+    ]
+    assert printed(None, write_list, values)[1] == "vocabulary  32,000 tokens, tied to the output"
+
+
+def test_a_word_longer_than_a_line_stays_whole(printed):
+    path = "/a/path/that/is/longer-than/the-line"
+    assert printed(20, write_text, f"see {path} now", "  ") == ["see", f"  {path}", "  now"]
+    assert printed(20, write_text, "one\ntwo") == ["one", "two"]
+
+
+def test_parts_are_not_divided():
+    parts = ["step 10: loss 2.5", "validation loss 2.6 (perplexity 13.5)", "120 tokens/s"]
+    assert in_lines(parts, None) == "step 10: loss 2.5, validation loss 2.6 (perplexity 13.5), 120 tokens/s"
+    assert in_lines(parts, 60) == ("step 10: loss 2.5, validation loss 2.6 (perplexity 13.5),\n  120 tokens/s")
+    assert in_lines(parts, 20).splitlines()[1] == "  validation loss 2.6 (perplexity 13.5),"
+
+
+def test_the_width_is_that_of_the_terminal_or_as_asked(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert line_width() == 60
+    monkeypatch.setenv("COLUMNS", "5")
+    assert line_width() == 20
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setattr(sys, "__stdout__", None)
+    monkeypatch.setattr(tables, "is_terminal", lambda stream: False)
+    assert line_width() is None
+    monkeypatch.setattr(tables, "is_terminal", lambda stream: True)
+    assert line_width() == 80
