@@ -1,3 +1,4 @@
+import io
 import sys
 
 import pytest
@@ -101,6 +102,29 @@ def test_values_of_a_list_go_on_below_their_beginning(printed):
         "            tied to the output",
     ]
     assert printed(None, write_list, values)[1] == "vocabulary  32,000 tokens, tied to the output"
+
+
+def test_lines_of_a_value_begin_below_each_other(printed):
+    values = {"KV cache": "at 512 tokens:\n 1.4 MiB full, in 16 bits\n10.2 MiB other", "x": "y"}
+    assert printed(26, write_list, values) == [
+        "KV cache  at 512 tokens:",
+        "           1.4 MiB full,",
+        "          in 16 bits",
+        "          10.2 MiB other",
+        "x         y",
+    ]
+
+
+def test_headings_are_bold_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    write_table(["n"], [[["1"]]])
+    assert sys.stdout.getvalue() == "\x1b[1mn\x1b[0m\n-\n1\n"
 
 
 def test_a_word_longer_than_a_line_stays_whole(printed):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..plot import percent
 from .measure import Figures, Result
 
 HEADINGS = (
@@ -68,17 +69,23 @@ class BenchReport:
     def notes(self) -> list[str]:
         """What there is to know about the limits: which models fit in a cache, and where decoding beat the probe."""
         lines = []
-        for result in self.results:
-            what = f"{result.model}, {weights_label(result.dtype, result.bits)}"
-            size, speed = (
-                f"{result.bytes_per_step / 2**20:,.1f} MiB",
-                f"{result.limit_bytes_per_second / 1e9:,.1f} GB/s",
-            )
-            if result.fits_in_cache:
+        for what, results in self._by_weights().items():
+            cached = [result for result in results if result.fits_in_cache]
+            if cached:
+                size = _range([result.bytes_per_step / 2**20 for result in cached], "MiB")
+                speed = _range([result.limit_bytes_per_second / 1e9 for result in cached], "GB/s")
                 lines.append(f"{what}: the {size} read for a token fit in a cache; the limit is its {speed}")
-            if result.limit_was_raised:
+            raised = [result.limit_bytes_per_second / 1e9 for result in results if result.limit_was_raised]
+            if raised:
+                speed = _range(raised, "GB/s")
                 lines.append(f"{what}: decoding read faster than the probe, so the limit was raised to {speed}")
-        return list(dict.fromkeys(lines))
+        return lines
+
+    def _by_weights(self) -> dict[str, list[Result]]:
+        found: dict[str, list[Result]] = {}
+        for result in self.results:
+            found.setdefault(f"{result.model}, {weights_label(result.dtype, result.bits)}", []).append(result)
+        return found
 
     def shared(self) -> dict[int, str]:
         """The values that all results have in common, by column of `HEADINGS`."""
@@ -129,6 +136,11 @@ def _values(figures: Figures) -> list[Any]:
     return ["" if value is None else getattr(value, "median", value) for value in values]
 
 
+def _range(values: Sequence[float], unit: str) -> str:
+    ends = dict.fromkeys(f"{value:,.1f}" for value in (min(values), max(values)))
+    return f"{' to '.join(ends)} {unit}"
+
+
 def weights_label(dtype: str, bits: int | None) -> str:
     """How weights are stored, such as "4 bits, float32"."""
     return dtype if bits is None else f"{bits} bits, {dtype}"
@@ -160,7 +172,7 @@ def _rows(result: Result) -> list[list[str]]:
                 f"{decode.median:,.1f}" + (f" ±{spread / 2:.0%}" if decode.max > decode.min else ""),
                 f"{figures.first_token_seconds.median * 1e3:,.0f}",
                 f"{figures.peak_memory_bytes / 2**20:,.0f}",
-                f"{figures.bandwidth_share:.0%}",
+                percent(figures.bandwidth_share),
                 "" if figures.watts is None else f"{figures.watts:.1f}",
             ]
         )

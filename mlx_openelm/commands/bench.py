@@ -178,7 +178,7 @@ def _measure(
 
                 def show_round(who: str, number: int, name: str = name) -> None:
                     which = f"round {number} of {options['rounds']}" if number else "warm-up"
-                    show(f"{name}: {who}, {which}")
+                    show(f"{name}: {who}, {which}" if options["against"] else f"{name}: {which}")
 
                 cases = grid.cases(network.config.max_context_length)
                 for result in bench_cases(network, cases, name=name, memory=memory, on_round=show_round, **options):
@@ -266,7 +266,7 @@ class _Status:
         if is_terminal(sys.stderr):
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+            columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
             self._live = Progress(*columns, console=console(stderr=True), transient=True)
             self._live.add_task(self._text, total=None)
             self._live.start()
@@ -278,7 +278,7 @@ class _Status:
     def show(self, text: str) -> None:
         """Replace the line."""
         if self._live is not None:
-            self._live.reset(self._live.task_ids[0], description=clean(text))
+            self._live.update(self._live.task_ids[0], description=clean(text))
 
     def stop(self) -> None:
         """Remove the line."""
@@ -304,5 +304,5 @@ def _print_table(report: BenchReport) -> None:
         left=[at for at, column in enumerate(shown) if column in (0, 1, 5, 6)],
         num_keys=num_keys,
     )
-    for note in report.notes():
-        write_text(f"\n* {note}", "  ")
+    for number, note in enumerate(report.notes()):
+        write_text(f"* {note}" if number else f"\n* {note}", "  ")

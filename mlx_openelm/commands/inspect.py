@@ -75,13 +75,13 @@ def info(
 def _about(found: ModelInfo, on_top: AdapterInfo | None) -> dict[str, str]:
     tied = "tied to the output" if found.tied_embeddings else "separate output matrix"
     gated = "gated" if found.gated_ffn else "plain"
-    kv = [f"{mib(nbytes)} {kind}" for kind, nbytes in found.kv_cache_bytes.items()]
+    kv = [f"{mib(nbytes):>11} {kind}" for kind, nbytes in found.kv_cache_bytes.items()]
     values = {
         "parameters": f"{found.parameters:,}, including the embedding ({tied})",
         "width": f"{found.model_dim:,}, head width {found.head_dim}, {gated} FFN",
         "vocabulary": f"{found.vocab_size:,}",
         "context": f"{found.max_context_length:,} tokens",
-        "KV cache": f"{', '.join(kv)}, at that length, for a 16-bit model",
+        "KV cache": "\n".join(["at that length, of a 16-bit model:", *kv]),
         "on disk": f"{mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight",
         "tensors": ", ".join(f"{count} {kind}" for kind, count in found.weights.items()),
     }

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import count
 from textwrap import TextWrapper
 
-from .streams import clean, is_terminal, styled
-from .terminal import write
+from .streams import clean, is_terminal
+from .terminal import write, write_styled
 
 _GAP = "  "
 _NARROWEST = 20  # characters; in less, lines become wider than the terminal
@@ -51,10 +51,12 @@ def write_table(
 
 
 def write_list(values: Mapping[str, str]) -> None:
-    """Print names and values, one per line; long values go on below their beginning."""
+    """Print names and values, one per line; values that are long or have several lines go on below their beginning."""
     column = max(map(_cells, values)) + len(_GAP)
     for name, value in values.items():
-        write_text(_padded(name, column) + value, " " * column)
+        first, *more = value.split("\n")
+        for line in (_padded(name, column) + first, *(" " * column + line for line in more)):
+            write_text(line, " " * column)
 
 
 def write_text(text: str, indent: str = "") -> None:
@@ -129,7 +131,8 @@ def _write_columns(
     wrapped = [_heading_lines(heading, width) for heading, width in zip(headings, widths, strict=True)]
     height = max(len(wrapped[at]) for at in columns)
     for number in range(height, 0, -1):
-        write(styled(line([at[-number] if number <= len(at) else "" for at in wrapped]), "bold", stream=sys.stdout))
+        write_styled(line([at[-number] if number <= len(at) else "" for at in wrapped]), "bold")
+        write("")
     rule = "-" * _total([widths[at] for at in columns])
     for section in sections:
         write(rule)
