@@ -1,10 +1,12 @@
 import io
+import re
 import sys
 
 import pytest
 
 from mlx_openelm.commands import tables
 from mlx_openelm.commands.tables import in_lines, line_width, write_list, write_table, write_text
+from mlx_openelm.commands.terminal import byte_bar
 
 HEADINGS = ["layer", "query heads", "parameters", "KV bytes/token"]
 ROWS = [["0", "12", "1,234,567", "1,536"], ["10", "4", "234,567", "512"]]
@@ -115,11 +117,29 @@ def test_lines_of_a_value_begin_below_each_other(printed):
     ]
 
 
-def test_headings_are_bold_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+@pytest.mark.parametrize(("width", "has_speed"), [(40, False), (60, True), (120, True)])
+def test_a_bar_of_bytes_shows_its_numbers_whole(monkeypatch, width, has_speed):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    with byte_bar("tokenizing") as update:
+        update(1, 999 << 20)
+        update(900 << 20, 999 << 20)
+    lines = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", sys.stderr.getvalue()).replace("\r", "\n").splitlines()
+    last = [line for line in lines if line.strip()][-1]
+    assert "tokenizing" in last
+    assert "900.0/999.0 MiB" in last
+    assert re.search(r"\d:\d\d:\d\d$", last.rstrip())
+    assert ("B/s" in last) == has_speed
+    assert len(last) <= width
+
+
+def test_headings_are_bold_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -133,11 +153,24 @@ def test_a_word_longer_than_a_line_stays_whole(printed):
     assert printed(20, write_text, "one\ntwo") == ["one", "two"]
 
 
-def test_parts_are_not_divided():
+def test_parts_stay_whole():
     parts = ["step 10: loss 2.5", "validation loss 2.6 (perplexity 13.5)", "120 tokens/s"]
     assert in_lines(parts, None) == "step 10: loss 2.5, validation loss 2.6 (perplexity 13.5), 120 tokens/s"
     assert in_lines(parts, 60) == ("step 10: loss 2.5, validation loss 2.6 (perplexity 13.5),\n  120 tokens/s")
-    assert in_lines(parts, 20).splitlines()[1] == "  validation loss 2.6 (perplexity 13.5),"
+    assert in_lines(parts, 45).splitlines() == [
+        "step 10: loss 2.5,",
+        "  validation loss 2.6 (perplexity 13.5),",
+        "  120 tokens/s",
+    ]
+
+
+def test_a_part_longer_than_a_line_is_divided_between_words():
+    assert in_lines(["step 10: loss 2.5", "validation loss 2.6 (perplexity 13.5)", "12 tokens/s"], 30).splitlines() == [
+        "step 10: loss 2.5,",
+        "  validation loss 2.6",
+        "    (perplexity 13.5),",
+        "  12 tokens/s",
+    ]
 
 
 def test_the_width_is_that_of_the_terminal_or_as_asked(monkeypatch):

@@ -14,6 +14,7 @@ from ..training.checkpoints import checkpoint_folders
 from ..training.run import TrainingCallback
 from .interrupts import INTERRUPTED
 from .streams import clean, console, is_terminal
+from .tables import in_lines
 from .terminal import byte_bar, fail, mib, say
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class TrainingView(TrainingCallback):
             return
         self.on_step(metrics)
         line = f"step {metrics.step:,}: {_text(metrics, self.unit)}"
-        self._bar.console.print(line)
+        self._bar.console.print(in_lines(line.split(", "), self._bar.console.width))
         if metrics.sample:
             self._bar.console.print(clean(metrics.sample), style="dim")
 

@@ -67,15 +67,16 @@ def write_text(text: str, indent: str = "") -> None:
 
 
 def in_lines(parts: Sequence[str], width: int | None, indent: str = "  ") -> str:
-    """Parts with commas between them, in as many lines as needed; no part is divided."""
-    lines = [""]
+    """Parts with commas between them, in as many lines as needed; only a part longer than a line is divided."""
+    if width is None:
+        return ", ".join(parts)
+    lines: list[str] = []
     for number, part in enumerate(parts):
         last = part + ("," if number < len(parts) - 1 else "")
-        joined = f"{lines[-1]} {last}" if lines[-1].strip() else lines[-1] + last
-        if width is not None and lines[-1].strip() and _cells(joined) > width:
-            lines.append(indent + last)
+        if lines and _cells(f"{lines[-1]} {last}") <= width:
+            lines[-1] += f" {last}"
         else:
-            lines[-1] = joined
+            lines += _wrapped((indent if lines else "") + last, width, 2 * indent).split("\n")
     return "\n".join(lines)
 
 
