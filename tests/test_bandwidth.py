@@ -45,7 +45,7 @@ def test_the_array_has_the_size_asked_for_up_to_what_no_cache_holds():
 def test_all_cores_read_arrays_that_were_written(nbytes, monkeypatch):
     seen = []
     monkeypatch.setattr(bandwidth, "_PASS_BYTES", 1 << 22)
-    monkeypatch.setattr(bandwidth, "_usable_cores", lambda: 3)
+    monkeypatch.setattr(bandwidth, "usable_cores", lambda: 3)
     largest = np.max
     monkeypatch.setattr(np, "max", lambda part: seen.append((threading.current_thread().name, part)) or largest(part))
     moved = bandwidth._cpu_reader(nbytes)()

@@ -64,7 +64,7 @@ def _cpu_reader(nbytes: int) -> Callable[[], int]:
     Without large pages the CPU spends a third to half of the time on finding pages. MLX's own reductions read at a
     third of the speed.
     """
-    cores = _usable_cores()
+    cores = usable_cores()
     count = max(nbytes // cores, _SMALLEST_PART) // 4
     repeats = max(1, round(_PASS_BYTES / (4 * count * cores)))
     # Written, because all pages that never were are one page of zeros. Repeated by a stride of 0, to stay in one call.
@@ -119,7 +119,7 @@ def _repeated(graph: Callable[[int], list[mx.array]], moved: int) -> Callable[[]
     return read
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
