@@ -1,5 +1,7 @@
 import csv
+import io
 import json
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -21,6 +23,7 @@ from mlx_openelm.benchmark.measure import (
 )
 from mlx_openelm.benchmark.models import Ours, Peer, Run, random_network
 from mlx_openelm.benchmark.report import BenchReport
+from mlx_openelm.commands.bench import _print_table, _Status
 from mlx_openelm.errors import BenchError, MemoryLimitError
 from mlx_openelm.generation import engine
 from mlx_openelm.machine.hardware import battery_watts, chip_name, describe, power_meter
@@ -260,6 +263,11 @@ def test_the_papers_prompt_is_of_its_length():
     assert PAPER_PROMPT[0] == 1
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 class TestCommand:
     QUICK = ("--prompt-tokens", 8, "-n", 4, "--rounds", 1)
 
@@ -267,6 +275,25 @@ class TestCommand:
         status, out, err = run("bench", "-m", tiny_folder, "--rounds", 1)
         assert (status, err) == (0, "")
         assert "prompt 192, completion 64" in out  # of a context of 256 tokens
+
+    @pytest.mark.parametrize("width", [40, 60, 80, 120])
+    def test_nothing_is_cut_off_at_any_width(self, width, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", str(width))
+        found = report()
+        _print_table(found)
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= width
+        words = {word.rstrip(",") for line in lines for word in line.split()}
+        assert {word.rstrip(",") for row in found.rows() for cell in row for word in cell.split()} <= words
+
+    def test_a_terminal_gets_a_sign_before_anything_is_loaded(self, monkeypatch):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setenv("TERM", "xterm")
+        with _Status("loading") as status:
+            assert "loading" in sys.stderr.getvalue()
+            status.show("270M: warm-up")
+            status.stop()
+        assert "270M: warm-up" in sys.stderr.getvalue()
 
     def test_the_built_in_model_against_mlx_lm(self, tmp_path):
         status, out, _ = run("bench", "--against", "mlx-lm", *self.QUICK, "-o", tmp_path / "r.json")

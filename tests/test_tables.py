@@ -5,8 +5,13 @@ import sys
 import pytest
 
 from mlx_openelm.commands import tables
+from mlx_openelm.commands.design import _show
+from mlx_openelm.commands.inspect import doctor, info
 from mlx_openelm.commands.tables import in_lines, line_width, write_list, write_table, write_text
 from mlx_openelm.commands.terminal import byte_bar
+from mlx_openelm.config import OpenELMConfig
+from mlx_openelm.machine import doctor as doctor_module
+from mlx_openelm.model.design import design
 
 HEADINGS = ["layer", "query heads", "parameters", "KV bytes/token"]
 ROWS = [["0", "12", "1,234,567", "1,536"], ["10", "4", "234,567", "512"]]
@@ -184,3 +189,26 @@ def test_the_width_is_that_of_the_terminal_or_as_asked(monkeypatch):
     assert line_width() is None
     monkeypatch.setattr(tables, "is_terminal", lambda stream: True)
     assert line_width() == 80
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("command", ["info", "design", "doctor"])
+def test_commands_fit_their_terminal(command, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    if command == "info":
+        info()
+        expected = ["4,788,224", "983,680", "3.79", "2,816"]
+    elif command == "design":
+        found = design(OpenELMConfig.preset("3B"))
+        _show(found, uniform=False)
+        both = [*found.layerwise.layer_parameters, *found.uniform.layer_parameters, found.layerwise.num_parameters]
+        expected = [f"{number:,}" for number in both]
+    else:
+        monkeypatch.setattr(doctor_module, "_matmul_gflops", lambda: 1.5)
+        doctor(only=None, output=None)
+        expected = ["GFLOP/s", "MiB,"]
+    lines = capsys.readouterr().out.splitlines()
+    too_long = [line for line in lines if len(line) > width and len(line.split()) > 1]  # a path is not divided
+    assert too_long == []
+    words = {word for line in lines for word in line.split()}
+    assert {word.rstrip(",") for word in expected} <= {word.rstrip(",") for word in words}

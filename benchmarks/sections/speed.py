@@ -158,8 +158,8 @@ def bandwidth() -> str:
     rows.append(["probe over the best of C and NumPy", *(f"**{share}**" for share in shares)])
     text = table(["GB/s", *sizes], rows)
     note = (
-        f"{len(runs)} runs, each the best of many turns; arrays of {sizes[0]} are in no cache, the others in one.\nC is "
-        "`benchmarks/read_memory.c`, with a thread per core, on pages of either size; NumPy its maximum, likewise. MLX\nreads "
-        "with a stream per core."
+        f"{len(runs)} runs, each the best of many turns; arrays of {sizes[0]} are in no cache, the others in one. "
+        "C is\n`benchmarks/read_memory.c` with a thread per core, on pages of either size; NumPy is its maximum, "
+        "likewise. MLX\nreads with a stream per core."
     )
     return f"## Memory bandwidth\n\n{note}\n\n{text}\n\n{where(run)}\n"
