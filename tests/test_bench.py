@@ -23,6 +23,7 @@ from mlx_openelm.benchmark.measure import (
 )
 from mlx_openelm.benchmark.models import Ours, Peer, Run, random_network
 from mlx_openelm.benchmark.report import BenchReport
+from mlx_openelm.commands import tables
 from mlx_openelm.commands.bench import _print_table, _Status
 from mlx_openelm.errors import BenchError, MemoryLimitError
 from mlx_openelm.generation import engine
@@ -278,7 +279,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("width", [40, 60, 80, 120])
     def test_nothing_is_cut_off_at_any_width(self, width, monkeypatch, capsys):
-        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr(tables, "line_width", lambda: width)
         found = report()
         _print_table(found)
         lines = capsys.readouterr().out.splitlines()

@@ -178,21 +178,30 @@ def test_a_part_longer_than_a_line_is_divided_between_words():
     ]
 
 
-def test_the_width_is_that_of_the_terminal_or_as_asked(monkeypatch):
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setattr(tables, "is_terminal", lambda stream: stream is sys.stdout)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_the_width_is_that_of_the_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     assert line_width() == 60
     monkeypatch.setenv("COLUMNS", "5")
     assert line_width() == 20
     monkeypatch.delenv("COLUMNS")
     monkeypatch.setattr(sys, "__stdout__", None)
-    monkeypatch.setattr(tables, "is_terminal", lambda stream: False)
-    assert line_width() is None
-    monkeypatch.setattr(tables, "is_terminal", lambda stream: True)
     assert line_width() == 80
+
+
+def test_a_pipe_has_no_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert line_width() is None
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 @pytest.mark.parametrize("command", ["info", "design", "doctor"])
+@pytest.mark.usefixtures("terminal")
 def test_commands_fit_their_terminal(command, width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
     if command == "info":

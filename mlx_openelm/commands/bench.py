@@ -18,7 +18,7 @@ from ..files.output import output_file
 from .interrupts import INTERRUPTED
 from .options import Adapter, Force, Json, Revision, examples
 from .streams import clean, console, is_terminal
-from .tables import in_lines, line_width, write_table, write_text
+from .tables import write_parts, write_table, write_text
 from .terminal import print_json, say, write
 
 if TYPE_CHECKING:
@@ -291,8 +291,8 @@ def _print_table(report: BenchReport) -> None:
 
     machine, shared, rows = report.machine, report.shared(), report.rows()
     where = [machine["chip"], machine["device"], f"memory {report.bandwidth / 1e9:,.1f} GB/s"]
-    write(in_lines([*where, f"MLX {machine['versions']['mlx']}"], line_width()))
-    write(in_lines([f"{HEADINGS[column]} {value}" for column, value in shared.items()], line_width()))
+    write_parts([*where, f"MLX {machine['versions']['mlx']}"])
+    write_parts([f"{HEADINGS[column]} {value}" for column, value in shared.items()])
     compared = any(len(result.figures) > 1 for result in report.results)
     hidden = {*shared, *([] if compared else [HEADINGS.index("")])}
     shown = [c for c in range(len(HEADINGS)) if c not in hidden and any(row[c] for row in rows)]

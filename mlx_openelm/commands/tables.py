@@ -16,11 +16,10 @@ Row = Sequence[str]
 
 
 def line_width() -> int | None:
-    """Characters in a line of stdout; `None`, no limit, if it is neither a terminal nor COLUMNS is set."""
-    columns = shutil.get_terminal_size((0, 0)).columns
-    if not columns and is_terminal(sys.stdout):
-        columns = 80
-    return max(columns, _NARROWEST) if columns else None
+    """Characters in a line of the terminal that shows stdout; `None`, no limit, if it is a file or a pipe."""
+    if not is_terminal(sys.stdout):
+        return None
+    return max(shutil.get_terminal_size().columns, _NARROWEST)
 
 
 def write_table(
@@ -64,6 +63,11 @@ def write_text(text: str, indent: str = "") -> None:
     width = line_width()
     for line in text.split("\n"):
         write(line if width is None else _wrapped(line, width, indent))
+
+
+def write_parts(parts: Sequence[str]) -> None:
+    """Print parts with commas between them; see `in_lines`."""
+    write(in_lines(parts, line_width()))
 
 
 def in_lines(parts: Sequence[str], width: int | None, indent: str = "  ") -> str:
