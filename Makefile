@@ -50,6 +50,7 @@ bench: install
 	  --output benchmarks/results/sizes.json --plot benchmarks/results/sizes.png --force
 	$(BIN)/openelm-mlx bench --preset 270M --prompt-tokens 512 -n 16 --against mlx-lm \
 	  --output benchmarks/results/prefill.json --force
+	$(BIN)/python benchmarks/bandwidth.py
 	$(BIN)/python benchmarks/batch.py
 	$(BIN)/python benchmarks/speculate.py
 	$(BIN)/python benchmarks/context.py

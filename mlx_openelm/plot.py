@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from .cache.config import CacheConfig
@@ -16,6 +17,8 @@ from .packages import optional_package
 
 _INCHES = (8.0, 6.4)
 _DOTS_PER_INCH = 100
+_TITLE, _LABEL = 75, 30  # characters that fit in a line of a title, and beside an axis
+_SMOOTHED = 40  # points, from which a smoothed line says more than the points
 _LAYERWISE, _UNIFORM, _PALE = "#1f77b4", "#d95f02", "#b8cfe4"
 
 
@@ -31,34 +34,49 @@ def plot_run(run: Path, picture: OutputFile) -> None:
     lines = read_metrics(run)
     held_out = [(line["step"], line["validation_loss"]) for line in lines if line["validation_loss"] is not None]
     lines = [line for line in lines if line["loss"] is not None] or lines
-    steps = [line["step"] for line in lines]
     with _figure(picture, 2, 2) as (figure, axes):
         pairs = "accuracy" in lines[-1]
-        counted = f"{lines[-1]['tokens']:,} {'pairs' if pairs else 'tokens'} seen"
-        figure.suptitle(f"Training run {run.resolve().name}: {counted}")
+        unit = "pairs" if pairs else "tokens"
+        _title(figure, f"Training run {run.resolve().name}: {lines[-1]['tokens']:,} {unit} seen")
         loss, rate, norm, speed = axes.flat
-        loss.plot(
-            steps, [line["loss"] for line in lines], ".-", color=_PALE, markersize=2, linewidth=0.8, label="training"
-        )
-        loss.plot(steps, _smooth([line["loss"] for line in lines]), color=_LAYERWISE, label="training, smoothed")
-        if held_out:
-            loss.plot(*zip(*held_out, strict=True), "o-", color=_UNIFORM, markersize=3, label="held-out")
-        loss.set(title="Loss", ylabel="preference loss" if pairs else "nats per token")
-        loss.legend()
-        rate.plot(steps, [line["learning_rate"] for line in lines], color=_LAYERWISE)
+        _draw_loss(loss, lines, held_out, "preference loss" if pairs else "nats per token")
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        others = {"learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}
+        for name, axis in others.items():
+            _draw_line(axis, [line["step"] for line in lines], [line[name] for line in lines], color=_LAYERWISE)
         rate.set(title="Learning rate", ylabel="learning rate")
-        norm.plot(steps, [line["gradient_norm"] for line in lines], color=_LAYERWISE, linewidth=0.8)
-        norm.set(title="Gradient norm, before clipping", ylabel="norm", yscale="log")
-        norm.yaxis.set_major_formatter("{x:g}")
+        norm.set(title="Gradient norm, before clipping", ylabel="norm")
         norms = [line["gradient_norm"] for line in lines if line["gradient_norm"] > 0]
-        within_a_decade = not norms or max(norms) < 10 * min(norms)
-        norm.yaxis.set_minor_formatter("{x:g}" if within_a_decade else "")
-        speed.plot(steps, [line["tokens_per_second"] for line in lines], color=_LAYERWISE)
-        speed.set(
-            title="Speed since the last start", ylabel=f"{'pairs' if pairs else 'tokens'} per second", ylim=(0, None)
-        )
+        if norms and max(norms) > 10 * min(norms):
+            norm.set_yscale("log", subs=(2, 5))
+            norm.yaxis.set_minor_formatter("{x:g}")
+        speed.set(title="Speed since the last start", ylabel=f"{unit} per second")
+        speed.set_ylim(0, 1.1 * max(1, *(line["tokens_per_second"] for line in lines)))
         for axis in axes.flat:
+            axis.yaxis.set_major_formatter("{x:,g}")
+            axis.xaxis.set_major_formatter("{x:,g}")
+            axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+            if len(lines) == 1:
+                axis.set_xticks([lines[0]["step"]])
             axis.set_xlabel("step")
+
+
+def _draw_loss(axis: Any, lines: Sequence[Mapping[str, Any]], held_out: Sequence[Any], unit: str) -> None:
+    """Training and held-out loss; many points have a smoothed line too."""
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    if len(lines) < _SMOOTHED:
+        _draw_line(axis, steps, losses, color=_LAYERWISE, label="training")
+    else:
+        axis.plot(steps, losses, ".-", color=_PALE, markersize=2, linewidth=0.8, label="training")
+        axis.plot(steps, _smooth(losses), color=_LAYERWISE, label="training, smoothed")
+    if held_out:
+        axis.plot(*zip(*held_out, strict=True), "o-", color=_UNIFORM, markersize=3, label="held-out")
+    axis.set(title="Loss", ylabel=unit)
+
+
+def _draw_line(axis: Any, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
+    """A line, with its points marked if there are few: one alone would not show."""
+    axis.plot(steps, values, "o-" if len(steps) < _SMOOTHED else "-", markersize=3, linewidth=1.2, **style)
 
 
 def plot_design(design: Design, picture: OutputFile) -> None:
@@ -72,25 +90,29 @@ def plot_design(design: Design, picture: OutputFile) -> None:
     layers = range(design.layerwise.num_transformer_layers)
     with _figure(picture, 3, 1) as (figure, axes):
         figure.suptitle(
-            f"{design.layerwise.num_parameters / 1e6:,.1f} million parameters in {len(layers)} layers "
-            f"of width {design.layerwise.model_dim:,}"
+            f"{_millions(design.layerwise)} in {len(layers)} layers of width {design.layerwise.model_dim:,}"
         )
         titles = ("Query heads", "FFN width", "Million parameters")
         for axis, title, values, uniform in zip(
             axes, titles, _columns(design.layerwise), _columns(design.uniform), strict=True
         ):
-            axis.bar(layers, values, color=_LAYERWISE, label="layer-wise")
+            axis.bar(layers, values, color=_LAYERWISE, label=f"layer-wise, {_millions(design.layerwise)}")
             axis.step(
                 [-0.5, *(layer + 0.5 for layer in layers)],
                 [uniform[0], *uniform],
                 color=_UNIFORM,
                 linewidth=2,
-                label=f"uniform, {design.uniform.num_parameters / 1e6:,.1f} million parameters",
+                label=f"uniform, {_millions(design.uniform)}",
             )
-            axis.set(ylabel=title, xlim=(-0.7, len(layers) - 0.3))
+            axis.set(ylabel=title, xlim=(-0.7, len(layers) - 0.3), ylim=(0, 1.08 * max(*values, *uniform)))
+            axis.yaxis.set_major_formatter("{x:,g}")
             axis.xaxis.get_major_locator().set_params(integer=True)
-        axes[0].legend(loc="upper left", fontsize="small")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         axes[-1].set_xlabel("layer")
+
+
+def _millions(config: OpenELMConfig) -> str:
+    return f"{config.num_parameters / 1e6:,.1f} million parameters"
 
 
 def check_picture(path: Path) -> None:
@@ -116,70 +138,78 @@ def plot_bench(report: Mapping[str, Any], picture: OutputFile) -> None:
     """
     results = report["results"]
     names = list(results[0]["figures"])
-    with _figure(picture, 1, 1, 1.6 + 0.45 * len(names) * len(results) + 0.25 * len(results)) as (figure, axis):
-        height = 0.8 / len(names)
-        bars: dict[str, Any] = {}
+    machine = report["machine"]
+    labels, shared = _bench_labels(results)
+    lines = sum(max(label.count("\n") + 1, len(names)) for label in labels)
+    with _figure(picture, 1, 1, 1.7 + 0.3 * lines + 0.15 * len(results)) as (figure, axis):
+        where = f"{machine['chip']}, {machine['device']}, memory {report['bandwidth_gb_per_second']:,.1f} GB/s"
+        _title(figure, "\n".join(filter(None, [where, shared])))
+        handles = [_draw_bench(axis, results, number, name) for number, name in enumerate(names)]
         for place, result in enumerate(results):
-            for number, name in enumerate(names):
-                reached = result["figures"][name]["decode_tokens_per_second"]
-                y = place + (number - (len(names) - 1) / 2) * height
-                least, most = reached["median"] - reached["min"], reached["max"] - reached["median"]
-                color = _LAYERWISE if number == 0 else _UNIFORM
-                bars[name] = axis.barh(
-                    y, reached["median"], height * 0.9, xerr=[[least], [most]], color=color, capsize=2
-                )
-                share = result["figures"][name]["bandwidth_share"]
-                axis.annotate(
-                    f"{reached['median']:,.1f} ({share:.0%})",
-                    (reached["max"], y),
-                    xytext=(5, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=8,
-                )
             limit = result["limit_tokens_per_second"]
             axis.vlines(limit, place - 0.42, place + 0.42, colors="black", linestyles="dotted")
-        (limit_line,) = axis.plot([], [], color="black", linestyle="dotted")
-        handles = [*(bars[name] for name in names), limit_line]
-        axis.set_yticks(range(len(results)), [_bench_label(result, results) for result in results])
-        axis.invert_yaxis()
+        handles += axis.plot([], [], color="black", linestyle="dotted")
+        axis.set_yticks(range(len(results)), labels, fontsize=8)
         longest = max(
             max(
                 result["limit_tokens_per_second"],
-                *(f["decode_tokens_per_second"]["max"] for f in result["figures"].values()),
+                *(figures["decode_tokens_per_second"]["max"] for figures in result["figures"].values()),
             )
             for result in results
         )
-        axis.set(xlabel="decoding speed, tokens per second", xlim=(0, 1.12 * longest))
-        machine = report["machine"]
-        figure.suptitle(f"{machine['chip']}, {machine['device']}, {report['bandwidth_gb_per_second']:,.1f} GB/s")
-        labels = [*names, "limit of memory bandwidth"]
-        axis.legend(
-            handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=8
+        axis.set(xlabel="decoding speed, tokens per second", xlim=(0, 1.25 * longest), ylim=(len(results) - 0.5, -0.5))
+        entries = [*names, "limit of the memory or cache (100%)"]
+        figure.legend(handles, entries, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+
+
+def _draw_bench(axis: Any, results: Sequence[Mapping[str, Any]], number: int, name: str) -> Any:
+    """The bars of one contestant, with speed and share of the limit beside them; returns what a legend shows."""
+    height = 0.8 / len(results[0]["figures"])
+    bars = None
+    for place, result in enumerate(results):
+        figures = result["figures"][name]
+        reached = figures["decode_tokens_per_second"]
+        y = place - 0.4 + (number + 0.5) * height
+        error = [[reached["median"] - reached["min"]], [reached["max"] - reached["median"]]]
+        color = _LAYERWISE if number == 0 else _UNIFORM
+        bars = axis.barh(y, reached["median"], height * 0.9, xerr=error, color=color, capsize=2)
+        axis.annotate(
+            f"{reached['median']:,.1f} ({percent(figures['bandwidth_share'])})",
+            (reached["max"], y),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},  # over the line of a limit
         )
+    return bars
 
 
-def _bench_label(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
-    """The model of a result, and the settings in which it differs from other results."""
-    case = result["case"]
-    parts = {
-        "weights": f"{result['bits']} bits" if result["bits"] else result["dtype"],
-        "prompt": f"{case['prompt_tokens']:,} + {case['max_tokens']:,} tokens",
-        "rows": f"{case['batch_size']} row" + "s" * (case["batch_size"] > 1),
-        "cache": _cache_label(CacheConfig(**case["cache"])),
-    }
-    others = [
-        (r["bits"] or r["dtype"], (r["case"]["prompt_tokens"], r["case"]["max_tokens"]), r["case"]["batch_size"],
-         str(r["case"]["cache"]))
-        for r in results
-    ]  # fmt: skip
-    varies = [len(set(of)) > 1 for of in zip(*others, strict=True)]
-    own = [text for text, does in zip(parts.values(), varies, strict=True) if does]
-    return "\n".join([result["model"], ", ".join(own)])
+def _bench_labels(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
+    """Model, weights, and the settings in which results differ, of each; and the settings that all share."""
+    settings = []
+    for result in results:
+        case = result["case"]
+        rows = f"{case['batch_size']} row" + "s" * (case["batch_size"] > 1)
+        lengths = f"{case['prompt_tokens']:,} + {case['max_tokens']:,} tokens"
+        settings.append((lengths, rows, _cache_label(CacheConfig(**case["cache"]))))
+    shared = [len(set(of)) == 1 for of in zip(*settings, strict=True)]
+    labels = []
+    for result, of in zip(results, settings, strict=True):
+        weights = f"{result['bits']} bits" if result["bits"] else result["dtype"]
+        own = [text for text, is_shared in zip(of, shared, strict=True) if not is_shared]
+        parts = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in (weights, *own)]
+        labels.append("\n".join([fill(result["model"], _LABEL), fill(", ".join(parts), _LABEL)]))
+    return labels, ", ".join(text for text, is_shared in zip(settings[0], shared, strict=True) if is_shared)
 
 
 def _cache_label(cache: CacheConfig) -> str:
     return f"window {cache.window:,}" if cache.window else f"KV {cache.bits} bits" if cache.bits else "unquantized KV"
+
+
+def percent(share: float) -> str:
+    """A share in percent, with a decimal if it is small."""
+    return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -211,6 +241,11 @@ def _columns(config: OpenELMConfig) -> tuple[list[float], ...]:
         list(config.ffn_dims),
         [parameters / 1e6 for parameters in config.layer_parameters],
     )
+
+
+def _title(figure: Any, text: str) -> None:
+    """A title in as many lines as it needs."""
+    figure.suptitle("\n".join(fill(line, _TITLE) for line in text.split("\n")))
 
 
 @contextmanager

@@ -64,6 +64,18 @@ def add(x, y): return x + y  # a line of code, with_underscores and [brackets] {
 """
 
 
+class FixedProbe:
+    """A probe of the memory that found this speed, in bytes per second; counts its samples."""
+
+    def __init__(self, best):
+        self.best = best
+        self.samples = 0
+
+    def sample(self, seconds=0.0):
+        self.samples += 1
+        return self.best
+
+
 def assert_close(found, expected, atol):
     """Arrays of one shape whose largest difference is at most `atol`; says how large it was."""
     found = np.array(found.astype(mx.float32) if isinstance(found, mx.array) else found)

@@ -1,10 +1,17 @@
+import copy
 import json
+from itertools import combinations
+from pathlib import Path
 
 import pytest
 
 from conftest import draw, refused, run
 from mlx_openelm.errors import OutputError, TrainingError
-from mlx_openelm.plot import plot_run, read_metrics
+from mlx_openelm.model.design import design, fit
+from mlx_openelm.plot import percent, plot_bench, plot_design, plot_run, read_metrics
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "sizes.json"
+LONG = "a-name-that-someone-gave-because-it-says-all-the-settings-learning-rate-3e-4-batch-32"
 
 
 def write_run(folder, steps=30):
@@ -64,3 +71,89 @@ def test_the_command_says_what_it_wrote(tmp_path):
     assert (folder / "metrics.png").read_bytes() == drawn
     assert run("plot", folder, "--force")[0] == 0
     assert "not a training run" in refused("plot", tmp_path / "missing")
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """The figure that a function draws, laid out."""
+    figures = pytest.importorskip("matplotlib.figure")
+    seen = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda self, *of, **more: (seen.append(self), save(self, *of, **more))
+    )
+
+    def call(function, what):
+        draw(function, what, tmp_path / "picture.png")
+        return seen[-1]
+
+    return call
+
+
+def check_layout(figure):
+    """Everything is inside the picture, no text lies on another, and no legend on the data."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    texts = [figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
+    for axis in figure.axes:
+        assert axis.get_legend() is None
+        texts += [axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts]
+        for line, ends in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            texts += [tick.label1 for tick in line.get_major_ticks() if min(ends) <= tick.get_loc() <= max(ends)]
+    boxes = {text: text.get_window_extent(renderer) for text in texts if text.get_visible() and text.get_text()}
+    for text, box in boxes.items():
+        assert box.x0 >= 0 <= box.y0, text
+        assert box.x1 <= figure.bbox.x1, text
+        assert box.y1 <= figure.bbox.y1, text
+    for (one, first), (other, second) in combinations(boxes.items(), 2):
+        assert not first.padded(-0.5).overlaps(second.padded(-0.5)), (one, other)
+    (legend,) = figure.legends
+    box = legend.get_window_extent(renderer)
+    assert not any(box.overlaps(axis.get_window_extent(renderer)) for axis in figure.axes)
+    assert figure.bbox.width == 800
+
+
+@pytest.mark.parametrize(("name", "steps"), [("one", 1), ("ten", 10), (LONG, 60)])
+def test_the_layout_of_a_run(drawn, tmp_path, name, steps):
+    figure = drawn(plot_run, write_run(tmp_path / name, steps))
+    check_layout(figure)
+    loss, *others = figure.axes
+    labels = [line.get_label() for line in loss.lines]
+    assert ("training, smoothed" in labels) == (steps >= 40)
+    few = [line for axis in figure.axes for line in axis.lines if len(line.get_xdata()) < 11]
+    assert all(line.get_marker() == "o" for line in few)  # or they would not show
+    assert len(others) == 3
+
+
+@pytest.mark.parametrize("parameters", [5e6, 3e9])
+def test_the_layout_of_a_design(drawn, parameters):
+    check_layout(drawn(plot_design, design(fit(int(parameters), vocab_size=4096))))
+
+
+@pytest.mark.parametrize("results", ["one", "many"])
+def test_the_layout_of_a_benchmark(drawn, results):
+    report = json.loads(RESULTS.read_text())
+    if results == "one":
+        report["results"] = report["results"][1:2]
+        del report["results"][0]["figures"]["mlx-lm"]
+    if results == "many":
+        more = copy.deepcopy(report["results"])
+        for result in more:
+            result["model"] = LONG
+            result["case"]["cache"]["bits"] = 8
+            result["case"]["prompt_tokens"] = 2048
+        report["results"] += more
+    figure = drawn(plot_bench, report)
+    check_layout(figure)
+    (axis,) = figure.axes
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert len(labels) == len(report["results"])
+    assert "4\N{NO-BREAK SPACE}bits" in labels[0 if results == "one" else 1]
+    assert ("KV" in labels[0]) == (results == "many")
+    assert figure.legends[0].get_texts()[-1].get_text() == "limit of the memory or cache (100%)"
+
+
+def test_small_shares_have_a_decimal():
+    assert [percent(share) for share in (0.0071, 0.0999, 0.13, 1.0)] == ["0.7%", "10.0%", "13%", "100%"]

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from conftest import refused, run
-from mlx_openelm.commands import self_test as command
+from mlx_openelm.commands import self_test as command, tables
 from mlx_openelm.errors import ConfigError, MemoryLimitError
 from mlx_openelm.machine import device
 from mlx_openelm.machine.device import choices
@@ -192,6 +192,21 @@ class TestCommand:
         assert lines[3].startswith("  differs by 1.0e-06 of a word")
         assert lines[4].endswith("; allowed: 1.0e-04")
         assert all(len(line) <= 80 for line in lines[:5])
+
+    def test_in_a_very_narrow_terminal_all_but_the_name_has(self, printed, monkeypatch):
+        monkeypatch.setattr(command, "is_terminal", lambda stream: True)
+        monkeypatch.setattr(tables, "is_terminal", lambda stream: True)
+        monkeypatch.setenv("COLUMNS", "40")
+        compared = Check("a check with a name", lambda session: Outcome("passed", "differs by 1.0e-06", "1.0e-04"))
+        _, out, _ = printed(compared)
+        assert out.splitlines()[:5] == [
+            "check",
+            "  status, seconds, found",
+            "a check with a name",
+            "  passed in 0.0 s, differs by 1.0e-06,",
+            "  allowed: 1.0e-04",
+        ]
+        assert all(len(line) <= 40 or "/" in line for line in out.splitlines())
 
     def test_prints_a_table_and_writes_a_file(self, printed):
         status, out, found = printed(Check("one", passing), Check("two", raising(Skip("no GPU"))))

@@ -8,6 +8,8 @@ import pytest
 from host_kernels import HostKernels
 from mlx.utils import tree_map
 
+from conftest import FixedProbe
+from mlx_openelm.benchmark import measure
 from mlx_openelm.cache.kv_cache import KVCache, StepCache
 from mlx_openelm.cache.layouts import QuantizedKV, RotatingKV
 from mlx_openelm.generation import engine
@@ -45,7 +47,8 @@ def tiny(monkeypatch, tiny_config):
     for module in (samples, logits, fused, speed):
         monkeypatch.setattr(module, "PRESETS", {"tiny": config})
     samples.sample_arrays.cache_clear()
-    monkeypatch.setattr(Session, "bandwidth", 1e9)
+    monkeypatch.setattr(Session, "memory", FixedProbe(1e9))
+    monkeypatch.setattr(measure, "BandwidthProbe", lambda nbytes: FixedProbe(1e9))
     monkeypatch.setattr(memory, "_ALLOWED", 1 << 13)
 
 
@@ -92,7 +95,7 @@ class TestSound:
         assert found("speed, tiny")["speed, tiny"].found.startswith("needs ")
 
     def test_what_takes_too_long_is_skipped(self, monkeypatch):
-        monkeypatch.setattr(Session, "bandwidth", 1.0)
+        monkeypatch.setattr(Session, "memory", FixedProbe(1.0))
         with pytest.raises(Skip, match="would take about"):
             speed.random_of_size("tiny", None, speed.Case(8, 4), 2, Session(EXTENT))
 

@@ -223,12 +223,13 @@ class TestEscapes:
 
     def test_names_of_models_are_not_markup(self, place, screen):
         seen = screen()
-        with bench._progress() as show:
-            show("[red]a:smile:\x1b[31m")
+        with bench._Status("loading") as status:
+            status.show("[red]a:smile:\x1b[31m")
+            status.stop()
         assert r"[red]a:smile:\u001b[31m" in seen.err.getvalue()
         status, out, _ = run("info", place / "[red]a:smile:")
         assert status == 0
-        assert out.startswith("[red]a:smile: ")
+        assert out.startswith("[red]a:smile:\n")
 
 
 class TestStyles:

@@ -8,10 +8,11 @@ import mlx.core as mx
 from ..errors import BenchError
 from ..generation.engine import check_memory
 from ..loading import load_model
+from ..machine.bandwidth import BandwidthProbe
 from ..machine.device import wired_memory
-from ..machine.hardware import describe, memory_bandwidth
+from ..machine.hardware import describe
 from ..model.openelm import OpenELM
-from .measure import PAPER_PROMPT, Case, Result, measure, weight_bytes
+from .measure import PAPER_PROMPT, Case, Result, default_lengths, measure
 from .models import Contestant, Ours, Peer
 from .report import BenchReport
 
@@ -21,7 +22,7 @@ _MOST_TOKENS, _MOST_ROUNDS = 1 << 20, 10_000
 
 def bench(
     model: str | Path | OpenELM,
-    cases: Sequence[Case] = (Case(),),
+    cases: Sequence[Case] | None = None,
     *,
     against: str | None = None,
     rounds: int = 3,
@@ -35,7 +36,8 @@ def bench(
 
     Args:
         model: a network, or a folder, hub id or built-in model.
-        cases: what to measure, such as `[Case(prompt_tokens=128, max_tokens=64)]`.
+        cases: what to measure, such as `[Case(prompt_tokens=128, max_tokens=64)]`; default: a prompt of 512 tokens and
+            128 more, or less if the model's context is shorter.
         against: `"mlx-lm"` also measures mlx-lm, in turn with this package, on the same weights.
         rounds: measured rounds, after one warm-up round.
         compiled: whether to compile the decoding step; by default, where it pays off.
@@ -49,19 +51,19 @@ def bench(
         network, name = model, "model"
     else:
         network, name = load_model(model, dtype=dtype, adapter=adapter, revision=revision), Path(model).name
-    bandwidth = memory_bandwidth()
+    memory = BandwidthProbe()
     with wired_memory():
         results = bench_cases(
             network,
-            cases,
+            cases or [Case(*default_lengths(network.config.max_context_length))],
             name=name,
-            bandwidth=bandwidth,
+            memory=memory,
             against=against,
             rounds=rounds,
             compiled=compiled,
             on_round=on_round,
         )
-        return BenchReport(tuple(results), bandwidth, describe("mlx_openelm.bench"))
+        return BenchReport.of(list(results), memory.best, describe("mlx_openelm.bench"))
 
 
 def bench_cases(
@@ -69,7 +71,7 @@ def bench_cases(
     cases: Sequence[Case],
     *,
     name: str,
-    bandwidth: float,
+    memory: BandwidthProbe,
     against: str | None = None,
     rounds: int = 3,
     compiled: bool | None = None,
@@ -80,8 +82,8 @@ def bench_cases(
 
     Args:
         name: of the model.
-        bandwidth: of the memory, in bytes per second; the limit of a model that fits into caches is theirs, measured
-            on arrays of the size of its weights.
+        memory: measures the memory between the runs. Its best grows with each case, so `BenchReport.of` computes the
+            limits of all results again.
         paper: use the paper's prompt, in place of random tokens.
     Raises:
         MemoryLimitError: if a case does not fit into memory.
@@ -90,7 +92,6 @@ def bench_cases(
     check_cases(cases, against, rounds)
     if paper and max(PAPER_PROMPT) >= network.config.vocab_size:
         raise BenchError(f"the vocabulary of {name} is too small for the prompt of `paper`")
-    bandwidth = max(bandwidth, memory_bandwidth(weight_bytes(network)))
     contestants: list[Contestant] = [Ours(network, compiled), *([Peer(network)] if against else [])]
     for case in cases:
         check_memory(network, case.prompt_tokens + case.max_tokens, case.cache, case.batch_size)
@@ -99,7 +100,7 @@ def bench_cases(
             contestants,
             case,
             model=name,
-            bandwidth=bandwidth,
+            memory=memory,
             rounds=rounds,
             prompts=[list(PAPER_PROMPT)] * case.batch_size if paper else None,
             on_round=on_round or (lambda who, number: None),

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from ..cache.config import CacheConfig, kv_cache_bytes
 from ..config import OpenELMConfig
+from ..machine.bandwidth import LARGE_BYTES, SAMPLE_SECONDS, BandwidthProbe
 from ..machine.hardware import power_meter
 from ..model.openelm import OpenELM
 from .models import Contestant, Run
@@ -44,6 +45,17 @@ class Case:
 
 
 PAPER_CASE = Case(len(PAPER_PROMPT), 1024)
+_CACHE_SPEEDUP = 1.5  # of a small array over a large one, from which it must be in a cache: two probes differ by less
+
+
+def default_lengths(context: int, prompt_tokens: int | None = None, max_tokens: int | None = None) -> tuple[int, int]:
+    """Lengths of prompt and completion: those that are not given have their default, or fit into a short context."""
+    if max_tokens is None:
+        room = context // 4 if prompt_tokens is None else context - prompt_tokens
+        max_tokens = min(Case.max_tokens, room) if room > 1 else 2
+    if prompt_tokens is None:
+        prompt_tokens = max(1, min(Case.prompt_tokens, context - max_tokens))
+    return prompt_tokens, max_tokens
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,12 @@ class Figures:
     total_tokens_per_second: Spread  # prompt and generated tokens over the total time, as in the paper
     first_token_seconds: Spread
     peak_memory_bytes: int
-    bandwidth_share: float  # decoding speed as a share of the limit that reading weights, keys and values sets
+    bandwidth_share: float  # decoding speed as a share of `Result.limit_tokens_per_second`
     watts: float | None
+
+    def limited_by(self, tokens_per_second: float) -> "Figures":
+        """These figures with their share of a limit."""
+        return replace(self, bandwidth_share=min(1.0, self.decode_tokens_per_second.median / tokens_per_second))
 
 
 @dataclass(frozen=True)
@@ -81,9 +97,40 @@ class Result:
     dtype: str
     bits: int | None  # of quantized weights
     case: Case
-    limit_tokens_per_second: float
+    bytes_per_step: float  # of weights, keys and values that decoding reads for one token of each row
+    cache_bytes_per_second: float | None  # of reading as many bytes again and again; None if no cache holds them
     figures: dict[str, Figures] = field(default_factory=dict)
     same_tokens: float | None = None  # share of the tokens on which this package and its peer agree
+    limit_bytes_per_second: float = 0.0  # see `limited_by`
+    fits_in_cache: bool = False  # what is read for a token
+    limit_was_raised: bool = False  # because decoding read faster than the probe
+
+    @property
+    def limit_tokens_per_second(self) -> float:
+        """Decoding speed if nothing but reading took time."""
+        return self.case.batch_size * self.limit_bytes_per_second / self.bytes_per_step
+
+    @property
+    def reached_bytes_per_second(self) -> float:
+        """What the fastest contestant read while decoding."""
+        fastest = max(figures.decode_tokens_per_second.median for figures in self.figures.values())
+        return fastest / self.case.batch_size * self.bytes_per_step
+
+    def limited_by(self, memory: float) -> "Result":
+        """This result with its limit: that of the memory, of a cache that holds all, or at least what was reached.
+
+        Args:
+            memory: the memory's bandwidth, in bytes per second.
+        """
+        cache = self.cache_bytes_per_second or 0.0
+        found = replace(
+            self,
+            limit_bytes_per_second=max(memory, cache, self.reached_bytes_per_second),
+            fits_in_cache=cache > _CACHE_SPEEDUP * memory,
+            limit_was_raised=self.reached_bytes_per_second >= max(memory, cache),
+        )
+        limit = found.limit_tokens_per_second
+        return replace(found, figures={name: of.limited_by(limit) for name, of in self.figures.items()})
 
     def ratios(self) -> dict[str, float]:
         """This package relative to its peer: above 1 is better, but for memory and the first token, below 1."""
@@ -101,7 +148,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the ratios, for JSON."""
-        return {**asdict(self), "ratios": self.ratios()}
+        return {**asdict(self), "limit_tokens_per_second": self.limit_tokens_per_second, "ratios": self.ratios()}
 
 
 def measure(
@@ -110,7 +157,7 @@ def measure(
     case: Case,
     *,
     model: str,
-    bandwidth: float,
+    memory: BandwidthProbe,
     rounds: int = 3,
     prompts: list[list[int]] | None = None,
     on_round: Callable[[str, int], None] = lambda name, number: None,
@@ -119,42 +166,45 @@ def measure(
 
     Args:
         model: name of the model.
-        bandwidth: memory bandwidth, in bytes per second.
+        memory: measures the memory between the runs.
         prompts: ids of each prompt, instead of random ones.
         on_round: called before each run with the contestant's name and the number of the round; 0 is the warm-up.
     """
     given = prompts or case.prompts(network.config.vocab_size)
     runs: dict[str, list[Run]] = {contestant.name: [] for contestant in contestants}
     watts: dict[str, list[float | None]] = {contestant.name: [] for contestant in contestants}
+    nbytes = bytes_per_step(network.config, weight_bytes_per_step(network), case, network_dtype(network))
+    cache = BandwidthProbe(nbytes) if nbytes < LARGE_BYTES else None
+    seconds = 0.0
     for number in range(rounds + 1):
         for contestant in contestants:
             on_round(contestant.name, number)
+            for probe in filter(None, (memory, cache)):
+                probe.sample(min(seconds, SAMPLE_SECONDS))
             drawn = power_meter()
             run = contestant.run(given, case.max_tokens, case.cache)
+            seconds = run.first_token_seconds + run.decode_seconds  # short runs do not wait for long samples
             if number:
                 runs[contestant.name].append(run)
                 watts[contestant.name].append(drawn())
-    limit = (
-        case.batch_size
-        * bandwidth
-        / bytes_per_step(network.config, weight_bytes(network), case, network_dtype(network))
-    )
     quantized = [layer.bits for _, layer in network.named_modules() if hasattr(layer, "bits")]
     return Result(
         model,
         str(network_dtype(network)).removeprefix("mlx.core."),
         quantized[0] if quantized else None,
         case,
-        limit,
-        {name: _figures(of, case, limit, watts[name]) for name, of in runs.items()},
+        nbytes,
+        None if cache is None else cache.best,
+        {name: _figures(of, case, watts[name]) for name, of in runs.items()},
         _agreement([of[-1] for of in runs.values()]),
-    )
+    ).limited_by(memory.best)
 
 
-def weight_bytes(network: OpenELM) -> int:
-    """Size of a network's weights, in bytes."""
+def weight_bytes_per_step(network: OpenELM) -> int:
+    """Bytes of weights that a decoding step reads: all, but of an embedding that is not the output only some rows."""
     parameters: Any = tree_flatten(network.parameters())
-    return sum(array.nbytes for _, array in parameters)
+    skipped = () if network.config.share_input_output_layers else ("transformer.token_embeddings.",)
+    return sum(array.nbytes for name, array in parameters if not name.startswith(skipped))
 
 
 def network_dtype(network: OpenELM) -> mx.Dtype:
@@ -163,12 +213,12 @@ def network_dtype(network: OpenELM) -> mx.Dtype:
 
 
 def bytes_per_step(config: OpenELMConfig, weights: int, case: Case, dtype: mx.Dtype) -> float:
-    """Bytes to read for one token of each row: all weights once, and each row's keys and values."""
+    """Bytes to read for one token of each row: the weights once, and each row's keys and values."""
     middle = case.prompt_tokens + case.max_tokens // 2
     return weights + case.batch_size * kv_cache_bytes(config, middle, dtype, case.cache)
 
 
-def _figures(runs: Sequence[Run], case: Case, limit: float, watts: Sequence[float | None]) -> Figures:
+def _figures(runs: Sequence[Run], case: Case, watts: Sequence[float | None]) -> Figures:
     prompt_tokens = case.batch_size * case.prompt_tokens
     behind = case.batch_size * (case.max_tokens - 1)
     total = prompt_tokens + case.batch_size * case.max_tokens
@@ -180,7 +230,7 @@ def _figures(runs: Sequence[Run], case: Case, limit: float, watts: Sequence[floa
         Spread.of([total / (run.first_token_seconds + run.decode_seconds) for run in runs]),
         Spread.of([run.first_token_seconds for run in runs]),
         max(run.peak_memory_bytes for run in runs),
-        decode.median / limit,
+        0.0,
         statistics.median(known) if known else None,
     )
 

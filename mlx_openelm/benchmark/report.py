@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..plot import percent
 from .measure import Figures, Result
 
 HEADINGS = (
@@ -20,9 +22,10 @@ HEADINGS = (
     "decode tokens/s",
     "first token ms",
     "peak MiB",
-    "of bandwidth",
+    "of the limit",
     "watts",
 )
+NUM_KEYS = 7  # columns that say what was measured
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,20 @@ class BenchReport:
     """All results of one benchmark."""
 
     results: tuple[Result, ...]
-    bandwidth: float  # bytes per second
+    bandwidth: float  # of the memory, in bytes per second
     machine: dict[str, Any]
+
+    @classmethod
+    def of(cls, results: Sequence[Result], bandwidth: float, machine: dict[str, Any]) -> "BenchReport":
+        """A report with the limits of all results computed from the same bandwidth.
+
+        Args:
+            bandwidth: the best that reading memory gave, in bytes per second. If decoding read faster, that counts.
+        """
+        first = [result.limited_by(bandwidth) for result in results]
+        raised = [of.limit_bytes_per_second for of in first if of.limit_was_raised and not of.fits_in_cache]
+        memory = max([bandwidth, *raised])
+        return cls(tuple(result.limited_by(memory) for result in results), memory, machine)
 
     def to_dict(self) -> dict[str, Any]:
         """All results, the bandwidth and the machine, for JSON."""
@@ -50,6 +65,27 @@ class BenchReport:
             for who, figures in result.figures.items()
         ]
         return "\n".join(["BenchReport(", *lines, ")"])
+
+    def notes(self) -> list[str]:
+        """What there is to know about the limits: which models fit in a cache, and where decoding beat the probe."""
+        lines = []
+        for what, results in self._by_weights().items():
+            cached = [result for result in results if result.fits_in_cache]
+            if cached:
+                size = _range([result.bytes_per_step / 2**20 for result in cached], "MiB")
+                speed = _range([result.limit_bytes_per_second / 1e9 for result in cached], "GB/s")
+                lines.append(f"{what}: the {size} read for a token fit in a cache; the limit is its {speed}")
+            raised = [result.limit_bytes_per_second / 1e9 for result in results if result.limit_was_raised]
+            if raised:
+                speed = _range(raised, "GB/s")
+                lines.append(f"{what}: decoding read faster than the probe, so the limit was raised to {speed}")
+        return lines
+
+    def _by_weights(self) -> dict[str, list[Result]]:
+        found: dict[str, list[Result]] = {}
+        for result in self.results:
+            found.setdefault(f"{result.model}, {weights_label(result.dtype, result.bits)}", []).append(result)
+        return found
 
     def shared(self) -> dict[int, str]:
         """The values that all results have in common, by column of `HEADINGS`."""
@@ -100,6 +136,11 @@ def _values(figures: Figures) -> list[Any]:
     return ["" if value is None else getattr(value, "median", value) for value in values]
 
 
+def _range(values: Sequence[float], unit: str) -> str:
+    ends = dict.fromkeys(f"{value:,.1f}" for value in (min(values), max(values)))
+    return f"{' to '.join(ends)} {unit}"
+
+
 def weights_label(dtype: str, bits: int | None) -> str:
     """How weights are stored, such as "4 bits, float32"."""
     return dtype if bits is None else f"{bits} bits, {dtype}"
@@ -131,7 +172,7 @@ def _rows(result: Result) -> list[list[str]]:
                 f"{decode.median:,.1f}" + (f" ±{spread / 2:.0%}" if decode.max > decode.min else ""),
                 f"{figures.first_token_seconds.median * 1e3:,.0f}",
                 f"{figures.peak_memory_bytes / 2**20:,.0f}",
-                f"{figures.bandwidth_share:.0%}",
+                percent(figures.bandwidth_share),
                 "" if figures.watts is None else f"{figures.watts:.1f}",
             ]
         )

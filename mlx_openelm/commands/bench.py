@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,14 +18,17 @@ from ..files.output import output_file
 from .interrupts import INTERRUPTED
 from .options import Adapter, Force, Json, Revision, examples
 from .streams import clean, console, is_terminal
+from .tables import write_parts, write_table, write_text
 from .terminal import print_json, say, write
 
 if TYPE_CHECKING:
-    from ..benchmark.measure import Result
+    from ..benchmark.measure import Case, Result
     from ..benchmark.report import BenchReport
     from ..cache.config import CacheConfig
+    from ..machine.bandwidth import BandwidthProbe
     from ..model.openelm import OpenELM
 
+_LONG_CONTEXT = 1 << 20  # tokens, before the context of a model is known
 EXAMPLES = examples(
     "openelm-mlx bench --preset 1.1B --quantize 4",
     "openelm-mlx bench --preset 270M,1.1B --dtype bfloat16 --quantize 0,4,8 --against mlx-lm",
@@ -48,10 +51,19 @@ def bench(
     quantize: Annotated[
         str, typer.Option(help="Bits per weight of a --preset; 0: not quantized.", metavar="BITS")
     ] = "0",
-    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths in tokens.", metavar="N,...")] = "512",
+    prompt_tokens: Annotated[
+        str | None,
+        typer.Option(help="Prompt lengths in tokens; default: 512, or less in a short context.", metavar="N,..."),
+    ] = None,
     tokens: Annotated[
-        str, typer.Option("--tokens", "-n", help="Completion lengths in tokens.", metavar="N,...")
-    ] = "128",
+        str | None,
+        typer.Option(
+            "--tokens",
+            "-n",
+            help="Completion lengths in tokens; default: 128, or less in a short context.",
+            metavar="N,...",
+        ),
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="Sequences decoded at once.", metavar="N,...")] = "1",
     kv: Annotated[str, typer.Option(help="KV caches: full, 8 or 4 (bits), or window:N.", metavar="KIND,...")] = "full",
     rounds: Annotated[int, typer.Option(help="Measured rounds, after one warm-up round.", metavar="N")] = 3,
@@ -80,53 +92,37 @@ def bench(
     revision: Revision = None,
 ) -> None:
     """Measure tokens per second, time to first token, peak memory, and how close decoding is to the bandwidth limit."""
-    from ..benchmark.bench import bench_cases, check_cases
-    from ..benchmark.measure import PAPER_CASE, Case
-    from ..benchmark.report import BenchReport
-    from ..machine.device import wired_memory
-    from ..machine.hardware import describe, memory_bandwidth
-    from ..plot import check_picture, plot_bench
-
     if as_json + as_csv + as_markdown > 1:
         raise BenchError("--json, --csv and --markdown are mutually exclusive")
-    lengths = (_numbers("--prompt-tokens", prompt_tokens), _numbers("--tokens", tokens, least=2))
-    if paper:
-        lengths = ([PAPER_CASE.prompt_tokens], [PAPER_CASE.max_tokens])
-    kinds = [_kind(name) for name in _split(kv)]
-    cases = [Case(*values) for values in product(*lengths, _numbers("--batch-size", batch_size), kinds)]
-    check_cases(cases, against, rounds)
-    networks = _networks(model or [], preset, dtype, _numbers("--quantize", quantize, least=0), adapter, revision)
-    with ExitStack() as claims:
+    with _Status("loading") as status, ExitStack() as claims:  # a sign first: loading modules takes a while
+        from ..benchmark.bench import check_cases
+        from ..benchmark.report import BenchReport
+        from ..machine.bandwidth import BandwidthProbe
+        from ..machine.hardware import describe
+        from ..plot import check_picture, plot_bench
+
+        grid = _Grid(
+            _numbers("--prompt-tokens", prompt_tokens) if prompt_tokens else [None],
+            _numbers("--tokens", tokens, least=2) if tokens else [None],
+            _numbers("--batch-size", batch_size),
+            [_kind(name) for name in _split(kv)],
+            paper,
+        )
+        check_cases(grid.cases(), against, rounds)
+        bits = _numbers("--quantize", quantize, least=0)
+        networks = _networks(model or [], preset, dtype, bits, adapter, revision, status.show)
         figures, picture = (
             None if path is None else claims.enter_context(output_file(path, overwrite=force))
             for path in (output, plot)
         )
         if plot is not None:
             check_picture(plot)
-        bandwidth = memory_bandwidth()
+        memory = BandwidthProbe()
         results: list[Result] = []
-        interrupted = False
-        try:
-            with _progress() as moved, wired_memory():
-                for name, network in networks:
-                    for result in bench_cases(
-                        network,
-                        cases,
-                        name=name,
-                        bandwidth=bandwidth,
-                        against=against,
-                        rounds=rounds,
-                        compiled=compiled,
-                        paper=paper,
-                        on_round=partial(_show_round, moved, name, rounds),
-                    ):
-                        results.append(result)
-        except KeyboardInterrupt:
-            if not results:
-                raise
-            interrupted = True
-            say(f"interrupted; showing the {len(results)} results so far")
-        report = BenchReport(tuple(results), bandwidth, describe(shlex.join(["openelm-mlx", *sys.argv[1:]])))
+        options = {"against": against, "rounds": rounds, "compiled": compiled, "paper": paper}
+        is_complete = _measure(networks, grid, memory, status.show, results, options)
+        status.stop()
+        report = BenchReport.of(results, memory.best, describe(shlex.join(["openelm-mlx", *sys.argv[1:]])))
         if as_json:
             print_json(report.to_dict())
         elif as_csv:
@@ -139,12 +135,60 @@ def bench(
             figures.write(report.to_json())
         if picture is not None:
             plot_bench(report.to_dict(), picture)
-    if interrupted:
+    if not is_complete:
         raise typer.Exit(INTERRUPTED)
 
 
-def _show_round(show: Callable[[str], None], name: str, rounds: int, who: str, number: int) -> None:
-    show(f"{name}: {who}, round {number} of {rounds}")
+@dataclass(frozen=True)
+class _Grid:
+    """All combinations of these values; a length that is not given, `None`, depends on the model."""
+
+    prompt_tokens: Sequence[int | None]
+    max_tokens: Sequence[int | None]
+    batch_sizes: Sequence[int]
+    caches: Sequence[CacheConfig]
+    paper: bool
+
+    def cases(self, context: int = _LONG_CONTEXT) -> list[Case]:
+        """The cases for a model with this context."""
+        from ..benchmark.measure import PAPER_CASE, Case, default_lengths
+
+        if self.paper:
+            lengths = [(PAPER_CASE.prompt_tokens, PAPER_CASE.max_tokens)]
+        else:
+            lengths = [default_lengths(context, *given) for given in product(self.prompt_tokens, self.max_tokens)]
+        return [Case(*of, size, cache) for of, size, cache in product(lengths, self.batch_sizes, self.caches)]
+
+
+def _measure(
+    networks: Iterable[tuple[str, OpenELM]],
+    grid: _Grid,
+    memory: BandwidthProbe,
+    show: Callable[[str], None],
+    results: list[Result],
+    options: Mapping[str, Any],
+) -> bool:
+    """Append results as they are measured; whether Ctrl-C did not end it."""
+    from ..benchmark.bench import bench_cases
+    from ..machine.device import wired_memory
+
+    try:
+        with wired_memory():
+            for name, network in networks:
+
+                def show_round(who: str, number: int, name: str = name) -> None:
+                    which = f"round {number} of {options['rounds']}" if number else "warm-up"
+                    show(f"{name}: {who}, {which}" if options["against"] else f"{name}: {which}")
+
+                cases = grid.cases(network.config.max_context_length)
+                for result in bench_cases(network, cases, name=name, memory=memory, on_round=show_round, **options):
+                    results.append(result)
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        say(f"interrupted; showing the {len(results)} results so far")
+        return False
+    return True
 
 
 def _networks(
@@ -154,8 +198,9 @@ def _networks(
     bits: Sequence[int],
     adapter: str | None,
     revision: str | None,
+    show: Callable[[str], None],
 ) -> Iterator[tuple[str, OpenELM]]:
-    """Names and networks, only one in memory at a time."""
+    """Names and networks, only one in memory at a time; shows which one is being loaded."""
     import mlx.core as mx
 
     from ..benchmark.models import random_network
@@ -176,8 +221,11 @@ def _networks(
 
     def networks() -> Iterator[tuple[str, OpenELM]]:
         for name in models or ([] if sizes else [BUILT_IN_MODEL]):
+            show(f"loading {name}")
             yield Path(name).name, load_model(name, dtype=chosen, adapter=adapter, revision=revision)
         for size, quantization in product(sizes, quantizations):
+            how = "random weights" + (f" in {quantization.bits} bits" if quantization else "")
+            show(f"creating {size} with {how}")
             yield size, random_network(configs[size], chosen or compute_dtype(mx.bfloat16), quantization)
 
     return networks()
@@ -207,36 +255,54 @@ def _kind(name: str) -> CacheConfig:
     raise BenchError(f"--kv must be full, 8, 4 or window:N; got {name!r}")
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Shows the current measurement when stderr is a terminal."""
-    if not is_terminal(sys.stderr):
-        yield lambda text: None
-        return
-    from rich.text import Text
+class _Status:
+    """One line on stderr, if it is a terminal, that says what is happening and how long it has taken."""
 
-    with console(stderr=True).status("measuring memory bandwidth") as status:
-        yield lambda text: status.update(Text(clean(text)))
+    def __init__(self, text: str):
+        self._text = text
+        self._live: Any = None
+
+    def __enter__(self) -> _Status:
+        if is_terminal(sys.stderr):
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+            self._live = Progress(*columns, console=console(stderr=True), transient=True)
+            self._live.add_task(self._text, total=None)
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], description=clean(text))
+
+    def stop(self) -> None:
+        """Remove the line."""
+        if self._live is not None:
+            self._live.stop()
 
 
 def _print_table(report: BenchReport) -> None:
-    from rich.table import Table
+    from ..benchmark.report import HEADINGS, NUM_KEYS
 
-    from ..benchmark.report import HEADINGS
-
-    rows = report.rows()
-    machine = report.machine
-    shared = report.shared()
-    where = (
-        f"{machine['chip']}, {machine['device']}, {report.bandwidth / 1e9:,.1f} GB/s, MLX {machine['versions']['mlx']}"
-    )
-    what = ", ".join(f"{HEADINGS[column]} {value}" for column, value in shared.items())
-    table = Table(title=clean(f"{where}\n{what}"), title_justify="left")
+    machine, shared, rows = report.machine, report.shared(), report.rows()
+    where = [machine["chip"], machine["device"], f"memory {report.bandwidth / 1e9:,.1f} GB/s"]
+    write_parts([*where, f"MLX {machine['versions']['mlx']}"])
+    write_parts([f"{HEADINGS[column]} {value}" for column, value in shared.items()])
     compared = any(len(result.figures) > 1 for result in report.results)
     hidden = {*shared, *([] if compared else [HEADINGS.index("")])}
     shown = [c for c in range(len(HEADINGS)) if c not in hidden and any(row[c] for row in rows)]
-    for column in shown:
-        table.add_column(HEADINGS[column], justify="left" if column in (0, 1, 5, 6) else "right", no_wrap=column == 8)
-    for row in rows:
-        table.add_row(*(clean(row[column]) for column in shown))
-    console().print(table)
+    num_keys = sum(column < NUM_KEYS for column in shown)
+    write("")
+    write_table(
+        [HEADINGS[column] for column in shown],
+        [[[row[column] for column in shown] for row in rows]],
+        left=[at for at, column in enumerate(shown) if column in (0, 1, 5, 6)],
+        num_keys=num_keys,
+    )
+    for number, note in enumerate(report.notes()):
+        write_text(f"* {note}" if number else f"\n* {note}", "  ")

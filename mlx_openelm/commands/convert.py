@@ -8,7 +8,8 @@ import typer
 
 from .interrupts import INTERRUPTED
 from .options import ChatTemplate, Json, Revision, TokenizerOption, examples
-from .terminal import byte_bar, fail, mib, print_json, say, write
+from .tables import write_text
+from .terminal import byte_bar, fail, mib, print_json, say
 
 EXAMPLES = examples(
     "openelm-mlx convert apple/OpenELM-1_1B-Instruct --quantize 4",
@@ -151,16 +152,16 @@ def convert(
         return
     quantization = result.quantization
     kind = f"{quantization.bits}-bit {quantization.mode}" if quantization else result.dtype
-    write(
+    write_text(
         f"{result.folder}: {result.num_parameters:,} parameters in {kind}, "
         f"{result.bits_per_weight:.2f} bits per weight, "
         f"{mib(result.output_bytes)} (source: {mib(result.source_bytes)})"
     )
     if result.not_quantized:
-        write(f"not quantized (width is not a multiple of the group size): {', '.join(result.not_quantized)}")
-    write(f"tokenizer: {result.tokenizer or 'none'}")
+        write_text(f"not quantized (width is not a multiple of the group size): {', '.join(result.not_quantized)}")
+    write_text(f"tokenizer: {result.tokenizer or 'none'}")
     if result.adapter:
-        write(f"adapter: {result.adapter}")
+        write_text(f"adapter: {result.adapter}")
 
 
 def _convert_adapter(
@@ -178,4 +179,4 @@ def _convert_adapter(
     if as_json:
         print_json({**asdict(result), "folder": str(result.folder)})
         return
-    write(f"{result.folder}: {result.method} on {result.num_matrices} matrices, {result.form} format")
+    write_text(f"{result.folder}: {result.method} on {result.num_matrices} matrices, {result.form} format")

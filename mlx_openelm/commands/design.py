@@ -21,7 +21,7 @@ from ..model.design import (
     usual_vocabulary,
 )
 from .options import Force, Json, examples
-from .streams import console
+from .tables import write_list, write_table
 from .terminal import print_json, say, write
 
 HEAD_DIM = 64  # with --layers
@@ -121,37 +121,35 @@ def design_command(
 
 def _show(found: Design, uniform: bool) -> None:
     """Print the chosen model layer by layer with totals, then one line for the uniform model's identical layers."""
-    from rich.table import Table
-
     config = found.uniform if uniform else found.layerwise
-    table = Table()
-    for heading in ("layer", "query heads", "kv heads", "FFN width", "parameters", "KV bytes"):
-        table.add_column(heading, justify="right")
+    headings = ("layer", "query heads", "kv heads", "FFN width", "parameters", "KV bytes")
 
     def columns(config: OpenELMConfig) -> list[list[int]]:
         heads = list(config.num_query_heads), list(config.num_kv_heads)
         return [*heads, list(config.ffn_dims), list(config.layer_parameters), list(kv_bytes_per_layer(config))]
 
-    def add(name: str, numbers: list[int | None]) -> None:
-        table.add_row(name, *("" if number is None else f"{number:,}" for number in numbers))
+    def row(name: str, numbers: list[int | None]) -> list[str]:
+        return [name, *("" if number is None else f"{number:,}" for number in numbers)]
 
-    def add_totals(name: str, config: OpenELMConfig) -> None:
-        add(name, [None if at == 2 else sum(values) for at, values in enumerate(columns(config))])
+    def totals(config: OpenELMConfig) -> list[str]:
+        return row("total", [None if at == 2 else sum(values) for at, values in enumerate(columns(config))])
 
-    for layer in range(config.num_transformer_layers):
-        add(str(layer), [values[layer] for values in columns(config)])
-    table.add_section()
-    add_totals("total", config)
+    layers = [
+        row(str(layer), [values[layer] for values in columns(config)]) for layer in range(config.num_transformer_layers)
+    ]
+    sections = [layers, [totals(config)]]
     if not uniform:
-        table.add_section()
-        add("uniform", [values[0] for values in columns(found.uniform)])
-        add_totals("total", found.uniform)
-    console().print(table)
+        sections.append([row("uniform", [values[0] for values in columns(found.uniform)]), totals(found.uniform)])
+    write_table(headings, sections)
     shared = f"{config.num_gqa_groups} query heads per key/value head"
-    write("KV bytes: 16-bit keys and values of one token. All layers of the uniform model are identical.")
-    write(f"layers       {config.num_transformer_layers}")
-    write(f"width        {config.model_dim:,}, head width {config.head_dim}, {shared}")
-    write(f"vocabulary   {config.vocab_size:,}, tied to the output")
-    write(f"parameters   {config.num_parameters:,}, including the embedding")
+    write("")
+    values = {
+        "KV bytes": "16-bit keys and values of one token",
+        "layers": f"{config.num_transformer_layers}",
+        "width": f"{config.model_dim:,}, head width {config.head_dim}, {shared}",
+        "vocabulary": f"{config.vocab_size:,}, tied to the output",
+        "parameters": f"{config.num_parameters:,}, including the embedding",
+    }
     if not uniform:
-        write(f"uniform      {found.uniform.num_parameters:,}, including the embedding")
+        values["uniform"] = f"{found.uniform.num_parameters:,}, including the embedding; all its layers are identical"
+    write_list(values)

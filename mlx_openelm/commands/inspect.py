@@ -1,8 +1,10 @@
 """`openelm-mlx info` and `openelm-mlx doctor`."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +14,12 @@ from ..hub import BUILT_IN_MODEL
 from ..runs import read_state
 from .options import Adapter, Force, Json, Revision, examples
 from .self_test import FILE, run_self_test
-from .streams import clean, console
+from .tables import write_list, write_table, write_text
 from .terminal import mib, print_json, write
+
+if TYPE_CHECKING:
+    from ..conversion.describe import AdapterInfo, ModelInfo
+    from ..files.fields import Fields
 
 DOCTOR_EXAMPLES = examples(
     "openelm-mlx doctor", "openelm-mlx doctor --self-test", "openelm-mlx doctor --self-test --only speed --force"
@@ -41,26 +47,13 @@ def info(
     if as_json:
         print_json({**found.to_dict(), **({"adapter": asdict(on_top)} if on_top else {})})
         return
-    from rich.table import Table
-
     run = user_path(model)
     best = source.folder if source.folder is not None and source.folder.parent.parent == run else None
     trained = None if best is None else read_state(best)
-    name = found.name if trained is None else f"{run.resolve().name}, {found.name}"
-    table = Table(title=clean(name), show_footer=True, title_justify="left")
-    totals = {
-        "layer": "total",
-        "query heads": str(sum(layer.query_heads for layer in found.layers)),
-        "kv heads": str(sum(layer.kv_heads for layer in found.layers)),
-        "FFN width": "",
-        "parameters": f"{sum(layer.parameters for layer in found.layers):,}",
-        "MiB": f"{sum(layer.nbytes for layer in found.layers) / 2**20:,.2f}",
-        "KV bytes/token": f"{found.kv_bytes_per_token:,}",
-    }
-    for heading, total in totals.items():
-        table.add_column(heading, total, justify="right")
-    for number, layer in enumerate(found.layers):
-        table.add_row(
+    write_text(found.name if trained is None else f"{run.resolve().name}, {found.name}")
+    headings = ("layer", "query heads", "kv heads", "FFN width", "parameters", "MiB", "KV bytes/token")
+    layers = [
+        (
             str(number),
             str(layer.query_heads),
             str(layer.kv_heads),
@@ -69,24 +62,44 @@ def info(
             f"{layer.nbytes / 2**20:,.2f}",
             f"{layer.kv_bytes_per_token:,}",
         )
-    console().print(table)
+        for number, layer in enumerate(found.layers)
+    ]
+    totals = (
+        "total",
+        str(sum(layer.query_heads for layer in found.layers)),
+        str(sum(layer.kv_heads for layer in found.layers)),
+        "",
+        f"{sum(layer.parameters for layer in found.layers):,}",
+        f"{sum(layer.nbytes for layer in found.layers) / 2**20:,.2f}",
+        f"{found.kv_bytes_per_token:,}",
+    )
+    write_table(headings, [layers, [totals]])
+    write("")
+    write_list(_about(found, on_top, trained))
+
+
+def _about(found: ModelInfo, on_top: AdapterInfo | None, trained: Fields | None) -> dict[str, str]:
     tied = "tied to the output" if found.tied_embeddings else "separate output matrix"
     gated = "gated" if found.gated_ffn else "plain"
-    write(f"parameters   {found.parameters:,}, including the embedding ({tied})")
-    write(f"width        {found.model_dim:,}, head width {found.head_dim}, {gated} FFN")
-    write(f"vocabulary   {found.vocab_size:,}")
-    write(f"context      {found.max_context_length:,} tokens; KV cache at that length (16-bit model):")
-    for kind, nbytes in found.kv_cache_bytes.items():
-        write(f"             {mib(nbytes):>11} {kind}")
-    write(f"on disk      {mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight")
-    write(f"tensors      {', '.join(f'{count} {kind}' for kind, count in found.weights.items())}")
+    kv = [f"{mib(nbytes):>11} {kind}" for kind, nbytes in found.kv_cache_bytes.items()]
+    values = {
+        "parameters": f"{found.parameters:,}, including the embedding ({tied})",
+        "width": f"{found.model_dim:,}, head width {found.head_dim}, {gated} FFN",
+        "vocabulary": f"{found.vocab_size:,}",
+        "context": f"{found.max_context_length:,} tokens",
+        "KV cache": "\n".join(["at that length, of a 16-bit model:", *kv]),
+        "on disk": f"{mib(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight",
+        "tensors": ", ".join(f"{count} {kind}" for kind, count in found.weights.items()),
+    }
     if trained is not None:
         loss = "" if trained.get("best_loss") is None else f"; best validation loss {trained['best_loss']:.4f}"
         steps = trained.table("recipe").whole("steps")
-        write(f"trained      {trained['step']:,} of {steps:,} steps on {trained['tokens']:,} tokens{loss}")
+        values["trained"] = f"{trained['step']:,} of {steps:,} steps on {trained['tokens']:,} tokens{loss}"
     if on_top is not None:
-        write(f"adapter      {on_top.method} on {', '.join(f'{n} {name}' for name, n in on_top.matrices.items())}")
-        write(f"             {on_top.parameters:,} parameters, rank {on_top.rank}, scale {on_top.scale:g}")
+        matrices = ", ".join(f"{count} {name}" for name, count in on_top.matrices.items())
+        size = f"{on_top.parameters:,} parameters, rank {on_top.rank}, scale {on_top.scale:g}"
+        values["adapter"] = f"{on_top.method} on {matrices}; {size}"
+    return values
 
 
 def doctor(
@@ -133,7 +146,6 @@ def doctor(
         "float32 matmul": "not measured" if gflops is None else f"{gflops:,.1f} GFLOP/s",
         "BLAS": report.blas or "system default",
     }
-    for name, value in lines.items():
-        write(f"{name:<16} {value}")
+    write_list(lines)
     for advice in report.advice:
-        write(f"\n* {advice}")
+        write_text(f"\n* {advice}", "  ")

@@ -10,7 +10,8 @@ from typer import Option
 
 from ..hub import BUILT_IN_MODEL
 from .options import Json, Model, Revision, TokenizerOption, examples
-from .terminal import byte_bar, mib, print_json, say, step_bar, write
+from .tables import write_text
+from .terminal import byte_bar, mib, print_json, say, step_bar
 
 EXAMPLES = examples(
     "openelm-mlx merge -m OpenELM-270M --adapter arc --output OpenELM-270M-arc",
@@ -79,16 +80,16 @@ def merge(
     if as_json:
         print_json({**asdict(result), "folder": str(result.folder)})
         return
-    write(f"{result.folder}: {result.num_merged} matrices merged, {mib(result.output_bytes)}")
+    write_text(f"{result.folder}: {result.num_merged} matrices merged, {mib(result.output_bytes)}")
     if result.unties:
-        write("the output matrix is no longer tied to the embedding: the adapter changes only the input side")
+        write_text("the output matrix is no longer tied to the embedding: the adapter changes only the input side")
     if result.dequantized:
-        write(
+        write_text(
             "the result is not quantized, because quantization can erase small changes; "
             "use --quantize to quantize it anyway and report the cost"
         )
     if result.divergence is not None:
-        write(
+        write_text(
             f"quantizing the result costs {result.divergence:.4f} nats per token (KL divergence from the model with "
             f"its adapter, on text it generates); the adapter itself changes it by {result.adapter_divergence:.4f}"
         )

@@ -15,6 +15,7 @@ from ..runs import checkpoint_folders, newest_state
 from ..training.callback import TrainingCallback
 from .interrupts import INTERRUPTED, acknowledging
 from .streams import clean, console, is_terminal
+from .tables import in_lines
 from .terminal import byte_bar, fail, mib, rate, say, write
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class TrainingView(TrainingCallback):
             return
         self.on_step(metrics)
         line = f"step {metrics.step:,}: {_text(metrics, self.unit)}"
-        self._bar.console.print(line)
+        self._bar.console.print(in_lines(line.split(", "), self._bar.console.width))
         if metrics.sample:
             self._bar.console.print(clean(metrics.sample), style="dim")
 

@@ -13,6 +13,7 @@ import typer
 from ..files.output import output_file
 from .interrupts import INTERRUPTED, uninterrupted
 from .streams import console, is_terminal
+from .tables import write_text
 from .terminal import say, write
 
 if TYPE_CHECKING:
@@ -56,14 +57,17 @@ def run_self_test(only: Sequence[str], output: Path, force: bool, as_json: bool)
 class _Table:
     """Prints the name of a check when it begins and the rest of its row when it ends.
 
-    In a terminal that is too narrow for a row, what was found has a line of its own.
+    In a terminal that is too narrow for a row, what was found has a line of its own. In a still narrower one, all but
+    the name has.
     """
 
     def __init__(self, silent: bool):
         self._silent = silent
         self._done = 0
         self._begun: str | None = None
-        self._is_narrow = is_terminal(sys.stdout) and console().width < sum(_WIDTHS) + 2 * (len(_WIDTHS) - 1)
+        width = console().width if is_terminal(sys.stdout) else sys.maxsize
+        self._is_narrow = width < _total(_WIDTHS)
+        self._is_very_narrow = width < _total([_WIDTHS[0], *_WIDTHS[3:]])
         if not silent:
             self._print(_HEADINGS, 0)
 
@@ -76,14 +80,19 @@ class _Table:
             self._done, self._begun = self._done + 1, None
         if report.running != self._begun and report.running is not None:
             self._begun = report.running
-            write(f"{report.running:<{_WIDTHS[0]}}", end="")
+            write(report.running if self._is_very_narrow else f"{report.running:<{_WIDTHS[0]}}", end="")
         if report.is_interrupted:
             write("")
 
     def _print(self, cells: Sequence[str], first: int) -> None:
         """Print the cells of a row from the first one on; numbers at the right."""
         widths: Sequence[int] = _WIDTHS
-        _, found, allowed, *_ = cells
+        name, found, allowed, status, seconds = cells
+        if self._is_very_narrow:
+            rest = [f"{status} in {seconds} s", found] if first else [status, seconds, found]
+            write("" if first else name)
+            write_text(f"  {', '.join([*rest, f'allowed: {allowed}'] if allowed and first else rest)}", "  ")
+            return
         if self._is_narrow:
             cells, widths = [cells[0], *cells[3:]], [_WIDTHS[0], *_WIDTHS[3:]]
         padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
@@ -92,6 +101,10 @@ class _Table:
         if self._is_narrow:
             text = f"{found}; allowed: {allowed}" if allowed and first else found
             write(fill(text, console().width, initial_indent="  ", subsequent_indent="  "))
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -105,13 +118,14 @@ def _print_end(report: Report, output: Path) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in sorted(report.counts.items()))
     write(f"\n{counts or 'no checks'} in {sum(row.seconds for row in report.rows):,.0f} s")
     for advice in report.advice:
-        write(f"* {advice}")
+        write_text(f"* {advice}", "  ")
     failed = [row.name for row in report.rows if row.outcome.status == FAILED]
     if failed:
-        write(
-            f"* what this package computes on this machine may be wrong; please report it. Failed: {', '.join(failed)}"
+        write_text(
+            f"* what this package computes on this machine may be wrong; please report it. Failed: {', '.join(failed)}",
+            "  ",
         )
-    write(
+    write_text(
         f"\n{output} contains all figures and no personal data: versions, chip, memory, and what is above.\n"
         "Please attach it to an issue of the project, also if everything passed."
     )

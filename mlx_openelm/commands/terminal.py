@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from .streams import clean, console, is_terminal, lose, styled
 
+_BYTE_COLUMNS = 45  # characters beside the label of a bar: its own, "999.9/999.9 MiB", "999.9 MB/s", "0:00:00"
 _as_flags: Callable[[str], str] = str  # rewrites library messages to name flags instead of parameters
 _held: list[str] | None = None  # messages that wait for the end of a text
 _line_is_open = False  # whether the last line that a terminal got from `write` has no end yet
@@ -123,8 +124,21 @@ def byte_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.table import Column
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+    def whole() -> Column:  # not wrapped: the bar gives way, and the speed in a narrow terminal
+        return Column(no_wrap=True)
+
+    shown = console(stderr=True)
+    columns = [
+        TextColumn(what, table_column=whole()),
+        BarColumn(None, table_column=Column(ratio=1)),
+        DownloadColumn(True, table_column=whole()),
+        TransferSpeedColumn(table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
+    ]
+    if shown.width < len(what) + _BYTE_COLUMNS:
+        del columns[3]
+    with Progress(*columns, console=shown, transient=True, expand=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -70,6 +70,7 @@ class Chat:
         """Whether each message is answered without those before it, as in the examples the model was tuned on."""
         return self._asked.style != "chat"
 
+    @property
     def system(self) -> str | None:
         """The system message; a new one takes the place of the old one, and all turns stay."""
         first = self.messages[:1]

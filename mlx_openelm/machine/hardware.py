@@ -1,4 +1,4 @@
-"""The machine of a benchmark: what it is, its memory bandwidth, and the power it draws."""
+"""The machine of a benchmark: what it is, and the power it draws."""
 
 import os
 import platform
@@ -11,15 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..packages import installed_version
 from ..version import __version__
-from .device import backend_in_use, compute_streams, device_name, gpu_name
+from .device import backend_in_use, device_name, gpu_name
 
-_LARGE_BYTES = 1 << 28  # more than any cache
-_COLUMNS = 1024
-_ROUNDS = 7
 _RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
@@ -64,33 +59,6 @@ def chip_name() -> str:
     return found[1].strip() if found else platform.machine()
 
 
-def memory_bandwidth(working_set: int = _LARGE_BYTES) -> float:
-    """Bytes per second that this machine reads: the fastest of several passes over arrays, on a CPU by all cores.
-
-    Three kinds of pass compete, because which one is fastest depends on the machine: a copy (reads and writes count), a
-    matrix-vector product, and a maximum.
-
-    Args:
-        working_set: bytes of all arrays; those of a small model fit into caches, which are faster than memory.
-    """
-    streams = compute_streams()
-    rows = max(1, min(working_set, _LARGE_BYTES) // (len(streams) * _COLUMNS * 4))
-    parts = [mx.zeros((rows, _COLUMNS), mx.float32) for _ in streams]
-    vector = mx.zeros((1, _COLUMNS), mx.float32)
-    mx.eval(parts, vector)
-    nbytes = sum(part.nbytes for part in parts)
-
-    def together(action: Callable[[mx.array, mx.Stream], mx.array]) -> Callable[[], None]:
-        return lambda: mx.eval([action(part, stream) for part, stream in zip(parts, streams, strict=True)])
-
-    passes = {
-        together(lambda part, stream: mx.add(part, 1, stream=stream)): 2 * nbytes,
-        together(lambda part, stream: mx.matmul(vector, part.T, stream=stream)): nbytes,
-        together(lambda part, stream: mx.max(part, stream=stream)): nbytes,
-    }
-    return max(moved / _fastest(run) for run, moved in passes.items())
-
-
 def power_meter() -> Callable[[], float | None]:
     """Start measuring power; the returned function gives the watts drawn since, or `None` if they are not known.
 
@@ -121,15 +89,6 @@ def battery_watts(text: str) -> float | None:
     milliamperes = int(fields["InstantAmperage"])
     milliamperes -= 1 << 64 if milliamperes >= 1 << 63 else 0  # negative while it discharges
     return -milliamperes * int(fields["Voltage"]) / 1e6
-
-
-def _fastest(work: Callable[[], None]) -> float:
-    seconds = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 def _energy() -> float | None:

@@ -98,7 +98,7 @@ def _timed(name: str, size: str, context: int, session: Session) -> Outcome:
     network = random_of_size(size, None, case, 2 * (extent.rounds + 1), session)
     ways = [_Way(network, name, value) for value in (True, False)]
     with wired_memory():
-        result = measure(network, ways, case, model=size, bandwidth=session.bandwidth, rounds=extent.rounds)
+        result = measure(network, ways, case, model=size, memory=session.memory, rounds=extent.rounds)
     on, off = (_speed(result.figures[way.name]) for way in ways)
     is_on = getattr(choices(), name)
     if is_on is None:

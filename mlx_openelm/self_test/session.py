@@ -8,9 +8,9 @@ import mlx.core as mx
 
 from ..config import PRESETS
 from ..loading import load_model
+from ..machine.bandwidth import BandwidthProbe
 from ..machine.device import compute_dtype, on_cpu
 from ..machine.doctor import Diagnosis, examine
-from ..machine.hardware import memory_bandwidth
 from ..model.openelm import OpenELM
 from .golden import MODEL_FOLDER
 
@@ -101,9 +101,11 @@ class Session:
         return examine()
 
     @cached_property
-    def bandwidth(self) -> float:
-        """Of the memory, in bytes per second."""
-        return memory_bandwidth()
+    def memory(self) -> BandwidthProbe:
+        """Measures the memory's bandwidth; it has taken a sample."""
+        probe = BandwidthProbe()
+        probe.sample()
+        return probe
 
     def built_in(self, dtype: mx.Dtype) -> OpenELM:
         """The model that comes with the package, on the default device."""

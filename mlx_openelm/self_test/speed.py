@@ -33,7 +33,7 @@ def _speed(size: str, quantization: Quantization | None, session: Session) -> Ou
     case = Case(extent.prompt_tokens, extent.measured_tokens)
     network = random_of_size(size, quantization, case, extent.rounds + 1, session)
     with wired_memory():
-        (result,) = bench_cases(network, [case], name=size, bandwidth=session.bandwidth, rounds=extent.rounds)
+        (result,) = bench_cases(network, [case], name=size, memory=session.memory, rounds=extent.rounds)
     figures: dict[str, Any] = result.to_dict()
     (ours,) = result.figures.values()
     return Outcome(
@@ -68,6 +68,6 @@ def _expected_seconds(config: OpenELMConfig, nbytes: float, case: Case, rounds: 
     """A rough estimate: twice what the memory and matrix products would take at their best."""
     flops = (session.diagnosis.float32_matmul_gflops or 1) * 1e9
     prompt = 2 * config.num_parameters * case.prompt_tokens / flops
-    decoding = case.max_tokens * nbytes / session.bandwidth
+    decoding = case.max_tokens * nbytes / session.memory.best
     creation = config.num_parameters / (_CREATED_PER_SECOND / (10 if session.is_on_cpu else 1))
     return creation + 2 * rounds * (prompt + decoding)

@@ -1,0 +1,1 @@
+"""The sections of `docs/benchmarks.md`, by theme; each is a function of a stored result."""
