@@ -12,6 +12,7 @@ import typer
 import typer.core
 
 from ..errors import OpenELMError
+from ..machine.blas import load_fast_blas
 from ..version import __version__
 from .interrupts import is_interrupt
 from .streams import StdoutError, finish_streams, lose, no_styles, prepare_streams
@@ -36,6 +37,8 @@ _COMMANDS = {  # name: module in `commands`, function, and the constant with its
     "info": ("inspect", "info", "EXAMPLES"),
     "doctor": ("inspect", "doctor", "DOCTOR_EXAMPLES"),
 }
+# Commands without matrix products, or without any computing: they do not look for a fast library.
+_WITHOUT_PRODUCTS = {None, "convert", "average", "design", "plot", "info"}
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 _MARKUP: dict[str, Any] = {"rich_markup_mode": None} if no_styles() else {}  # without Rich, help has no styles
 
@@ -108,6 +111,12 @@ def _options(
 def all_commands() -> dict[str, Any]:
     """Every command by name."""
     return {name: _command(name) for name in _COMMANDS}
+
+
+def _named(arguments: list[str]) -> str | None:
+    """The command among these arguments; `None` if none is there, as with --help alone."""
+    first = next((argument for argument in arguments if not argument.startswith("-")), None)
+    return first if first in _COMMANDS else None
 
 
 _PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
@@ -197,6 +206,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _status(arguments: list[str]) -> int:
+    if _named(arguments) not in _WITHOUT_PRODUCTS:
+        load_fast_blas()
     group = typer.main.get_command(app)
     try:
         with group.make_context("openelm-mlx", list(arguments) or ["--help"]) as context:

@@ -229,6 +229,7 @@ def _print_table(report: BenchReport) -> None:
     shared = report.shared()
     where = (
         f"{machine['chip']}, {machine['device']}, {report.bandwidth / 1e9:,.1f} GB/s, MLX {machine['versions']['mlx']}"
+        + (f", BLAS {machine['blas']}" if machine["blas"] else "")
     )
     what = ", ".join(f"{HEADINGS[column]} {value}" for column, value in shared.items())
     table = Table(title=clean(f"{where}\n{what}"), title_justify="left")

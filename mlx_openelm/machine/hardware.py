@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..packages import installed_version
 from ..version import __version__
+from .blas import blas_in_use
 from .device import backend_in_use, compute_streams, device_name, gpu_name
 
 _LARGE_BYTES = 1 << 28  # more than any cache
@@ -31,7 +32,7 @@ def describe(command: str) -> dict[str, Any]:
         "system": _system(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "preloaded": Path(os.environ["LD_PRELOAD"]).name if os.environ.get("LD_PRELOAD") else None,
+        "blas": _blas_name(),
         "versions": {
             "mlx": installed_version("mlx"),
             "mlx-lm": installed_version("mlx-lm"),
@@ -41,6 +42,12 @@ def describe(command: str) -> dict[str, Any]:
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _blas_name() -> str | None:
+    """File name of the library for matrix products where they run on the CPU; `None` elsewhere."""
+    blas = blas_in_use() if backend_in_use() == "cpu" else None
+    return None if blas is None else blas.name
 
 
 def _system() -> str:
