@@ -76,7 +76,7 @@ class TestConvert:
             (["nobody/Nothing-1B"], "nobody/Nothing-1B"),
             (["{p}/tiny", "-q", "7"], "got 7"),
             (["{p}/tiny", "-q", "4", "--group-size", "5"], "group_size must be one of .*; got 5"),
-            (["{p}/tiny", "-q", "x"], "(?i)valid int"),
+            (["{p}/tiny", "-q", "x"], "--quantize must be a whole number; got 'x'"),
             (["{p}/tiny", "--mode", "nf4"], "nf4"),
             (["{p}/tiny", "-o", "{p}/base"], "--force"),
             (["{p}/tiny", "--dtype", "float64"], "float64"),

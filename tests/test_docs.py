@@ -25,9 +25,14 @@ COMMANDS = all_commands()
 def commands_document():
     """Every command with its options, as a table."""
     lines = ["# Commands", "", "Made from the program itself; `openelm-mlx COMMAND --help` says the same."]
+    lines += ["", "Every command has these options too:", "", "| option | |", "|---|---|"]
+    common = [option for option in COMMANDS["info"].params if option.name in ("verbose", "quiet")]
+    lines += [f"| {', '.join(f'`{text}`' for text in option.opts)} | {option.help} |" for option in common]
     for name, command in COMMANDS.items():
         lines += ["", f"## {name}", "", command.help, "", "| option | | default |", "|---|---|---|"]
         for option in command.params:
+            if option.name in ("verbose", "quiet"):
+                continue
             names = ", ".join(f"`{text}`" for text in [*option.opts, *option.secondary_opts])
             default = "" if option.default in (None, False) or option.required else f"`{option.default}`"
             lines.append(f"| {names} | {getattr(option, 'help', None) or ''} | {default} |")

@@ -85,7 +85,7 @@ def test_commands_are_refused_in_one_line(command, tmp_path):
 
 def test_mistakes_are_still_found():
     _, _, err = without_packages(MAIN, MISSING, "generate", "--prmpt", "x")
-    assert "No such option: --prmpt" in err
+    assert "No such option: --prmpt; did you mean --prompt?" in err
 
 
 def test_the_line_names_the_extra_for_the_system(monkeypatch):

@@ -16,7 +16,9 @@ from ..machine.blas import load_fast_blas
 from ..version import __version__
 from .interrupts import is_interrupt
 from .streams import StdoutError, finish_streams, lose, no_styles, prepare_streams
-from .terminal import fail, say, speak_flags, write
+from .terminal import fail, say, show_traceback, speak_flags, write
+from .usage import unknown_command, usage_message
+from .verbosity import Quiet, Verbose, reset_verbosity, set_verbosity, with_verbosity
 
 # Typer brings its own copy of Click or uses the installed one, as its version goes; these are those of either.
 _UsageError: type[Any]
@@ -52,6 +54,11 @@ class _Commands(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return _command(cmd_name) if cmd_name in _COMMANDS else None
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in _COMMANDS and not args[0].startswith("-"):
+            raise _UsageError(unknown_command(args[0], _COMMANDS), ctx)
+        return super().resolve_command(ctx, args)
+
 
 @cache
 def _command(name: str) -> Any:
@@ -70,7 +77,7 @@ def _command(name: str) -> Any:
             module = import_module(f"mlx_openelm.commands.{module_name}")
     alone = typer.Typer(add_completion=False, **_MARKUP)
     alone.command(name, epilog=getattr(module, examples) if examples else None, context_settings=_SETTINGS)(
-        getattr(module, function)
+        with_verbosity(getattr(module, function), say)
     )
     command = typer.main.get_command(alone)
     if missing is not None:
@@ -102,10 +109,12 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
-    pass
+    set_verbosity(verbose, quiet)
 
 
 def all_commands() -> dict[str, Any]:
@@ -130,6 +139,11 @@ def _options_of_commands() -> dict[str, list[str]]:
         for command in all_commands().values()
         for parameter in command.params
     }
+
+
+def _spellings(command: Any) -> list[str]:
+    """Spellings of all options of a command."""
+    return [spelling for parameter in command.params for spelling in (*parameter.opts, *parameter.secondary_opts)]
 
 
 # Parameters of the library whose options have other names.
@@ -175,6 +189,7 @@ def run(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     prepare_streams()
+    reset_verbosity()
     speak_flags(as_flags)
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     try:
@@ -182,10 +197,12 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status
     except OpenELMError as error:
+        show_traceback()
         fail(str(error))
     except _UsageError as error:
-        command = error.ctx.command_path if error.ctx else app.info.name
-        fail(f"{error.format_message()} (see `{command} --help`)")
+        options = {name: _spellings(command) for name, command in all_commands().items()}
+        command = " ".join(filter(None, ("openelm-mlx", _named(arguments))))
+        fail(f"{usage_message(error, arguments, options)} (see `{command} --help`)")
     except _ClickError as error:
         fail(error.format_message())
     except ImportError as error:
@@ -193,11 +210,13 @@ def _run(arguments: list[str]) -> int:
 
         if is_interrupt(error) or (message := missing_package(error)) is None:
             raise
+        show_traceback()
         fail(message)
     except MemoryError:
         fail("not enough memory")
     except OSError as error:
         if not isinstance(error, StdoutError):
+            show_traceback()
             fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
         lose(1)
         if error.errno == errno.EPIPE:  # the reader of our output has gone
@@ -208,6 +227,8 @@ def _run(arguments: list[str]) -> int:
 def _status(arguments: list[str]) -> int:
     if _named(arguments) not in _WITHOUT_PRODUCTS:
         load_fast_blas()
+    if arguments[:1] == ["help"]:  # as in `openelm-mlx help tune`
+        arguments = [*arguments[1:2], "--help"]
     group = typer.main.get_command(app)
     try:
         with group.make_context("openelm-mlx", list(arguments) or ["--help"]) as context:

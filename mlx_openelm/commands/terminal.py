@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from .streams import clean, console, is_terminal, lose, styled
+from .verbosity import is_quiet, is_verbose
 
 _as_flags: Callable[[str], str] = str  # rewrites library messages to name flags instead of parameters
 
@@ -24,8 +25,10 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def say(message: str) -> None:
-    """Print one line on stderr."""
-    write_error(clean(f"openelm-mlx: {' '.join(_as_flags(message).split())}"))
+    """Print one line on stderr; with --quiet, only warnings and errors."""
+    if is_quiet() and not message.startswith(("error: ", "warning: ")):
+        return
+    _to_stderr(clean(f"openelm-mlx: {' '.join(_as_flags(message).split())}"))
 
 
 def write(text: str, end: str = "\n") -> None:
@@ -40,8 +43,22 @@ def write_styled(text: str, *styles: str) -> None:
     sys.stdout.flush()
 
 
+def show_traceback() -> None:
+    """With --verbose, print where the error that is being handled comes from."""
+    if is_verbose():
+        import traceback
+
+        _to_stderr(clean(traceback.format_exc().rstrip("\n")))
+
+
 def write_error(text: str, end: str = "\n") -> None:
-    """Print lines on stderr that are clean already; where they cannot be written, they are lost."""
+    """Print lines on stderr that are clean already, unless --quiet was given."""
+    if not is_quiet():
+        _to_stderr(text, end)
+
+
+def _to_stderr(text: str, end: str = "\n") -> None:
+    """Write on stderr; where that cannot be, the text is lost."""
     try:
         sys.stderr.write(text + end)
         sys.stderr.flush()
