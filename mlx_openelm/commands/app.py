@@ -37,10 +37,11 @@ _COMMANDS = {  # name: module in `commands`, function, and the constant with its
     "merge": ("merge", "merge", "EXAMPLES"),
     "plot": ("pretrain", "plot", "PLOT_EXAMPLES"),
     "info": ("inspect", "info", "EXAMPLES"),
+    "models": ("models", "models", "EXAMPLES"),
     "doctor": ("inspect", "doctor", "DOCTOR_EXAMPLES"),
 }
 # Commands without matrix products, or without any computing: they do not look for a fast library.
-_WITHOUT_PRODUCTS = {None, "convert", "average", "design", "plot", "info"}
+_WITHOUT_PRODUCTS = {None, "convert", "average", "design", "plot", "info", "models"}
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 _MARKUP: dict[str, Any] = {"rich_markup_mode": None} if no_styles() else {}  # without Rich, help has no styles
 

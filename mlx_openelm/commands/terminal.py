@@ -2,11 +2,11 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from .streams import clean, console, is_terminal, lose, styled
+from .streams import clean, console, is_terminal, lose, read_stdin, styled
 from .verbosity import is_quiet, is_verbose
 
 _as_flags: Callable[[str], str] = str  # rewrites library messages to name flags instead of parameters
@@ -41,6 +41,14 @@ def write_styled(text: str, *styles: str) -> None:
     """Print text on stdout in a style, without a new line."""
     sys.stdout.write(styled(text, *styles, stream=sys.stdout))
     sys.stdout.flush()
+
+
+def ask(question: str, about: Iterable[str] = ()) -> bool:
+    """Ask for a yes on stderr, after lines about what; anything but y or yes is a no."""
+    for line in about:
+        _to_stderr(clean(line))
+    _to_stderr(f"{question} [y/N] ", end="")
+    return read_stdin(whole=False).decode(errors="replace").strip().lower() in ("y", "yes")
 
 
 def show_traceback() -> None:
