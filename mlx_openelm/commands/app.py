@@ -39,9 +39,10 @@ _COMMANDS = {  # name: module in `commands`, function, and the constant with its
     "info": ("inspect", "info", "EXAMPLES"),
     "models": ("models", "models", "EXAMPLES"),
     "doctor": ("inspect", "doctor", "DOCTOR_EXAMPLES"),
+    "completion": ("completion", "completion", "EXAMPLES"),
 }
 # Commands without matrix products, or without any computing: they do not look for a fast library.
-_WITHOUT_PRODUCTS = {None, "convert", "average", "design", "plot", "info", "models"}
+_WITHOUT_PRODUCTS = {None, "convert", "average", "design", "plot", "info", "models", "completion"}
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 _MARKUP: dict[str, Any] = {"rich_markup_mode": None} if no_styles() else {}  # without Rich, help has no styles
 

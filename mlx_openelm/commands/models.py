@@ -25,11 +25,11 @@ EXAMPLES = examples(
 
 def models(
     action: Annotated[
-        str, typer.Argument(help="list, or remove and the names of models, which asks first.", metavar="[list|remove]")
+        str, typer.Argument(help="list, or remove and the names of models, which asks first.", metavar="list|remove")
     ] = "list",
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Models to remove, as they are listed.", metavar="[NAME]..."),
+        typer.Argument(help="Models to remove, as they are listed.", metavar="NAME..."),
     ] = None,
     folder: Annotated[
         str, typer.Option("--folder", help="Folder of models, or of folders of them.", metavar="DIR")

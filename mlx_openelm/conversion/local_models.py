@@ -50,7 +50,7 @@ def local_models(folder: str | Path = ".") -> list[LocalModel]:
     path = user_path(folder)
     if not is_folder(path):
         raise SourceError(f"{folder} is not a folder")
-    found = [_model(place.name, BUILT_IN, place, [place]) for place in sorted(_ASSETS.iterdir()) if is_folder(place)]
+    found = [_model(place.name, BUILT_IN, place, [place]) for place in built_in_models()]
     for repository in sorted(_cache().glob("models--*--*")):
         if (snapshot := _snapshot(repository)) is not None:
             name = repository.name.removeprefix("models--").replace("--", "/", 1)
@@ -59,6 +59,11 @@ def local_models(folder: str | Path = ".") -> list[LocalModel]:
         name = str(folder) if place == path else os.path.join(folder, place.relative_to(path))
         found.append(_model(os.path.normpath(name), FOLDER, place, [place]))
     return [model for model in found if model is not None]
+
+
+def built_in_models() -> list[Path]:
+    """Folders of the models that come with the package."""
+    return sorted(path.parent for path in _ASSETS.glob("*/config.json"))
 
 
 def remove_model(model: LocalModel) -> None:
