@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import mlx_openelm
+from conftest import run
 from mlx_openelm.commands.app import all_commands
 from mlx_openelm.packages import _BACKENDS, install_command, missing_package
 
@@ -75,6 +76,13 @@ def test_doctor_says_what_to_install(reason):
     assert found["memory_bytes"] > 0
     assert "pip install" in found["advice"][0]
     assert "none: MLX cannot be loaded" in without_packages(MAIN, reason, "doctor")[1]
+
+
+def test_shells_can_complete():
+    for shell in ("bash", "zsh", "fish"):
+        status, out, err = without_packages(MAIN, BROKEN, "completion", shell)
+        assert (status, err) == (0, "")
+        assert out == run("completion", shell)[1]
 
 
 COMMANDS = ["info", "generate -p x", "tune -o out -d x", "pretrain --config tiny -o out", "design --params 1B", "chat"]

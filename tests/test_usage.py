@@ -8,10 +8,10 @@ import pytest
 from conftest import refused, run
 from mlx_openelm import __version__
 from mlx_openelm.commands import usage
-from mlx_openelm.commands.app import _spellings, all_commands, run as run_here
+from mlx_openelm.commands.app import all_commands, run as run_here
 
 COMMANDS = all_commands()
-OPTIONS = {name: _spellings(command) for name, command in COMMANDS.items()}
+OPTIONS = {name: usage.spellings(command) for name, command in COMMANDS.items()}
 
 
 def said(capsys, *arguments):

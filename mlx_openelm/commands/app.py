@@ -143,11 +143,6 @@ def _options_of_commands() -> dict[str, list[str]]:
     }
 
 
-def _spellings(command: Any) -> list[str]:
-    """Spellings of all options of a command."""
-    return [spelling for parameter in command.params for spelling in (*parameter.opts, *parameter.secondary_opts)]
-
-
 # Parameters of the library whose options have other names.
 _ALIASES = {
     "window": "--max-kv-size",
@@ -202,9 +197,8 @@ def _run(arguments: list[str]) -> int:
         show_traceback()
         fail(str(error))
     except _UsageError as error:
-        options = {name: _spellings(command) for name, command in all_commands().items()}
         command = " ".join(filter(None, ("openelm-mlx", _named(arguments))))
-        fail(f"{usage_message(error, arguments, options)} (see `{command} --help`)")
+        fail(f"{usage_message(error, arguments, all_commands)} (see `{command} --help`)")
     except _ClickError as error:
         fail(error.format_message())
     except ImportError as error:

@@ -60,8 +60,13 @@ class CompletedCommand:
 def described_commands() -> list[CompletedCommand]:
     """All commands, from the program itself."""
     from .app import all_commands
+    from .stand_ins import stand_ins
 
-    words = _words()
+    try:
+        words = _words()
+    except ImportError:  # the names are known without the packages that compute
+        with stand_ins():
+            words = _words()
     return [_described(name, command, words) for name, command in all_commands().items()]
 
 

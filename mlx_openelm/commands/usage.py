@@ -1,8 +1,7 @@
 """What the command line says about words it does not know: what was typed, and what that is called here."""
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # Commands of other programs: what to use here instead.
@@ -79,20 +78,21 @@ def unknown_command(name: str, names: Iterable[str]) -> str:
     """The message about a command that does not exist."""
     if name.lower() in _COMMANDS_ELSEWHERE:
         return f"No such command {name!r}; use {_COMMANDS_ELSEWHERE[name.lower()]}"
-    similar = difflib.get_close_matches(name.lower(), list(names), 1)
+    similar = _similar(name.lower(), names, 1, 0.6)
     return f"No such command {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else "")
 
 
-def usage_message(error: Any, arguments: Sequence[str], options: Mapping[str, Sequence[str]]) -> str:
+def usage_message(error: Any, arguments: Sequence[str], all_commands: Callable[[], Mapping[str, Any]]) -> str:
     """The message of a usage error of Typer's, which quotes what was typed and says what may have been meant.
 
     Args:
-        options: the spellings of every option, by command.
+        all_commands: gives the commands by name; they are loaded only for an option before the name of a command.
     """
     option, context = str(getattr(error, "option_name", None) or ""), error.ctx
     command = context.info_name if context is not None and context.parent is not None else None
     if type(error).__name__ == "NoSuchOption":
-        return f"No such option: {option}{_instead(option, command, options)}"
+        hint = _instead(option, context.command) if command is not None else _after(option, all_commands())
+        return f"No such option: {option}{hint}"
     if extra := re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)\.?", error.format_message()):
         hint = "; give a text with --prompt" if command == "generate" else ""
         return f"unexpected argument {extra[1]!r}{hint}"
@@ -108,21 +108,36 @@ def usage_message(error: Any, arguments: Sequence[str], options: Mapping[str, Se
     return f"{message}; got {given!r}" if given is not None else message
 
 
-def _instead(option: str, command: str | None, options: Mapping[str, Sequence[str]]) -> str:
-    if command is None:
-        holder = next((name for name, known in options.items() if option in known), None)
-        return f"; an option follows its command, as in `openelm-mlx {holder} {option}`" if holder else ""
-    known = options[command]
-    other = _OPTIONS_ELSEWHERE.get(option.lower().replace("_", "-"))
-    if option == "--hf-path" and command == "convert":
+def spellings(command: Any) -> list[str]:
+    """Spellings of all options of a command."""
+    return [spelling for parameter in command.params for spelling in (*parameter.opts, *parameter.secondary_opts)]
+
+
+def _after(option: str, commands: Mapping[str, Any]) -> str:
+    """A hint about an option before the name of a command."""
+    holder = next((name for name, command in commands.items() if option in spellings(command)), None)
+    return f"; an option follows its command, as in `openelm-mlx {holder} {option}`" if holder else ""
+
+
+def _instead(option: str, command: Any) -> str:
+    """A hint about an option that a command does not have."""
+    known = spellings(command)
+    plain = option.lower().replace("_", "-")
+    if option == "--hf-path" and command.name == "convert":
         return "; give the source without an option, as in `openelm-mlx convert apple/OpenELM-270M`"
-    for candidate in (other, option.lower().replace("_", "-")):
+    for candidate in (_OPTIONS_ELSEWHERE.get(plain), plain):
         if candidate in known:
             return f"; use {candidate}"
-    similar = difflib.get_close_matches(option, [name for name in known if name.startswith("--")], 3, 0.7)
+    similar = _similar(option, [name for name in known if name.startswith("--")], 3, 0.7)
     if not similar:
         similar = sorted(name for name in known if len(option) > 3 and name.startswith(option))[:3]
     return f"; did you mean {' or '.join(similar)}?" if similar else ""
+
+
+def _similar(word: str, words: Iterable[str], count: int, cutoff: float) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(word, list(words), count, cutoff)
 
 
 def _typed(error: Any) -> str | None:

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Annotated
 
@@ -73,6 +72,8 @@ def with_verbosity(command: Callable[..., None], show: Callable[[str], None]) ->
 
 
 def _show_log(show: Callable[[str], None]) -> None:
+    import logging
+
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             show(record.getMessage())
