@@ -398,6 +398,13 @@ def test_help_and_nothing(folders):
         assert command == "doctor" or "Example" in out
 
 
+def test_help_names_no_types_of_python():
+    for words in (["--help"], ["models", "--help"], ["convert", "--help"]):
+        out = run(*words)[1]
+        assert "--verbose" in out
+        assert not re.search(r"bool|<str>|list\[", out)
+
+
 def test_version():
     assert run("--version")[:2] == (0, f"openelm-mlx {__version__}\n")
 

@@ -81,9 +81,26 @@ def _command(name: str) -> Any:
     alone.command(name, epilog=getattr(module, examples) if examples else None, context_settings=_SETTINGS)(
         with_verbosity(getattr(module, function), say)
     )
-    command = typer.main.get_command(alone)
+    command = _without_types(typer.main.get_command(alone))
     if missing is not None:
         command.callback = partial(_refuse, missing)
+    return command
+
+
+def _without_types(command: Any) -> Any:
+    """The command, whose help says nothing of the types of arguments, and of options that take no value."""
+    help_option = command.get_help_option
+
+    def plain(parameter: Any) -> Any:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+        elif parameter is not None and parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None
+        return parameter
+
+    for parameter in command.params:
+        plain(parameter)
+    command.get_help_option = lambda ctx: plain(help_option(ctx))
     return command
 
 
@@ -225,7 +242,7 @@ def _status(arguments: list[str]) -> int:
         load_fast_blas()
     if arguments[:1] == ["help"]:  # as in `openelm-mlx help tune`
         arguments = [*arguments[1:2], "--help"]
-    group = typer.main.get_command(app)
+    group = _without_types(typer.main.get_command(app))
     try:
         with group.make_context("openelm-mlx", list(arguments) or ["--help"]) as context:
             group.invoke(context)

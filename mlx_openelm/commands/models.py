@@ -25,7 +25,7 @@ EXAMPLES = examples(
 
 def models(
     action: Annotated[
-        str, typer.Argument(help="list, or remove and the names of models, which asks first.", metavar="list|remove")
+        str, typer.Argument(help="list, or remove and the names of models, which asks first.", metavar="ACTION")
     ] = "list",
     names: Annotated[
         list[str] | None,
