@@ -58,7 +58,7 @@ def typed_lines():
 
 @pytest.mark.parametrize("line", typed_lines())
 def test_commands_in_documents_can_be_typed(line):
-    _, name, *arguments = shlex.split(line.split("<")[0], comments=True)
+    _, name, *arguments = shlex.split(re.split(r"\s[<>]\s", line)[0], comments=True)
     COMMANDS[name].make_context(name, arguments, resilient_parsing=False)
 
 
