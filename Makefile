@@ -43,6 +43,7 @@ torch:
 
 bench: install
 	$(BIN)/python benchmarks/cold_start.py
+	test "$$(uname -s)" != Linux || $(BIN)/python benchmarks/blas_start.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/decode_host.py
 	$(BIN)/python benchmarks/launches.py

@@ -1,5 +1,7 @@
 """Loading models into memory from any supported format, converted or not."""
 
+import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,6 +23,7 @@ from .quantization import PackedTensor, Quantization
 from .tensors import LazyTensor, checked_cast
 from .tokenizer.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
 _UNDER_WAY = 50  # a model is cast in such parts of it, or tensor by tensor
 
 
@@ -112,6 +115,7 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
     Raises:
         WeightsError: if a tensor contains NaN or infinity, or values that `dtype` cannot hold.
     """
+    started = time.perf_counter()
     dtype = dtype or compute_dtype(source.tensors["transformer.norm.weight"].dtype)
     packed = {
         name.removesuffix(".weight"): tensor.quantization
@@ -128,6 +132,8 @@ def load_source(source: Source, dtype: mx.Dtype | None = None) -> OpenELM:
             mx.eval(under_way.popleft())  # then the values that it was cast from are freed
     network = assemble(source.config, arrays, packed, dtype)
     mx.clear_cache()  # a GPU keeps what was freed
+    seconds, kind = time.perf_counter() - started, str(dtype).rpartition(".")[2]
+    _log.debug("loaded %s in %.2f s: %s bytes, to compute in %s", source.name, seconds, f"{source.nbytes:,}", kind)
     return network
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
 from .errors import MissingPackageError
@@ -12,14 +13,18 @@ def optional_package(name: str, what: str, extra: str) -> Any:
 
     Args:
         what: start of the message, such as `plots need`.
-        extra: the extra of this package that installs it.
+        extra: the extra of this package that installs it as well.
     Raises:
         MissingPackageError: if it is not installed.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingPackageError(f"{what} an optional package: pip install 'openelm-mlx[{extra}]'") from error
+        package = name.partition(".")[0]
+        raise MissingPackageError(
+            f"{what} {package}, which is not installed: `{install_command(package)}` (or install this package with its "
+            f"extra {extra!r})"
+        ) from error
 
 
 def installed_version(name: str) -> str | None:
@@ -39,12 +44,33 @@ def missing_package(error: ImportError) -> str | None:
     if name == __package__.partition(".")[0]:
         return None
     if name.startswith("mlx") or "libmlx" in reason:
-        return f"MLX cannot be loaded ({reason}); install it with {_install_command()}"
-    return f"a package that openelm-mlx needs cannot be loaded ({reason}); install it with {_install_command()}"
+        return f"MLX cannot be loaded ({reason}); install it with {_install_mlx()}"
+    how = f"`{install_command(_DISTRIBUTIONS.get(name, name))}`" if name else "this package's requirements"
+    return f"a package that openelm-mlx needs cannot be loaded ({reason}); install it with {how}"
 
 
-def _install_command() -> str:
-    """What installs this package with a backend for this machine."""
+_DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "google": "protobuf"}  # by import name
+_BACKENDS = {"cpu": "mlx[cpu]", "cuda": "mlx[cuda13]"}  # by the extra of this package that installs the same
+
+
+def install_command(requirement: str, upgrade: bool = False) -> str:
+    """What to type to install a package where this one is installed, also if pipx or uv made the environment.
+
+    It names the package itself, so that it works whether this one came from an index or from a copy of its code.
+    """
+    quoted = f'"{requirement}"' if "[" in requirement else requirement
+    parts = Path(sys.prefix).parts
+    options = "--upgrade " if upgrade else ""
+    if "pipx" in parts and "venvs" in parts:
+        return f"pipx runpip {parts[-1]} install {options}{quoted}"
+    if "uv" in parts and "tools" in parts:
+        return f"uv pip install --python {sys.prefix} {options}{quoted}"
+    return f"pip install {options}{quoted}"
+
+
+def _install_mlx() -> str:
+    """What installs MLX with a backend for this machine, or a newer MLX."""
     if not sys.platform.startswith("linux"):
-        return "`pip install openelm-mlx`"
-    return '`pip install "openelm-mlx[cpu]"`, or `pip install "openelm-mlx[cuda]"` for an NVIDIA GPU'
+        return f"`{install_command('mlx', upgrade=True)}`"
+    cpu, cuda = (f"`{install_command(requirement, upgrade=True)}`" for requirement in _BACKENDS.values())
+    return f"{cpu}, or {cuda} for an NVIDIA GPU"

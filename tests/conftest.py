@@ -23,6 +23,7 @@ from mlx_openelm.files.output import output_file
 from mlx_openelm.model.lora import AdapterConfig
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # full float32 on every GPU; MLX reads it at the first product, commands inherit it
+os.environ["OPENELM_MLX_BLAS"] = "off"  # commands compute as this process does, to compare the two to the bit
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CASES = ["tied_gqa2", "untied_mha_noglu"]

@@ -74,7 +74,7 @@ class TestConvert:
             (["nobody/Nothing-1B"], "nobody/Nothing-1B"),
             (["{p}/tiny", "-q", "7"], "got 7"),
             (["{p}/tiny", "-q", "4", "--group-size", "5"], "group_size must be one of .*; got 5"),
-            (["{p}/tiny", "-q", "x"], "(?i)valid int"),
+            (["{p}/tiny", "-q", "x"], "--quantize must be a whole number; got 'x'"),
             (["{p}/tiny", "--mode", "nf4"], "nf4"),
             (["{p}/tiny", "-o", "{p}/base"], "--force"),
             (["{p}/tiny", "--dtype", "float64"], "float64"),
@@ -194,12 +194,12 @@ class TestGenerate:
             "--raw",
         ]
         process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        time.sleep(3)
+        seen = process.stdout.read(200)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert out.endswith(b"\n")
-        assert len(out) > 100
+        assert len(seen) == 200
         assert b"Traceback" not in err
 
     def test_a_reader_that_leaves_is_no_error(self, folders):
@@ -349,6 +349,13 @@ def test_help_and_nothing(folders):
         status, out, _ = run(command, "--help")
         assert status == 0
         assert command == "doctor" or "Example" in out
+
+
+def test_help_names_no_types_of_python():
+    for words in (["--help"], ["models", "--help"], ["convert", "--help"]):
+        out = run(*words)[1]
+        assert "--verbose" in out
+        assert not re.search(r"bool|<str>|list\[", out)
 
 
 def test_version():

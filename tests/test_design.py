@@ -131,5 +131,7 @@ def test_pictures_say_what_they_need(tmp_path, monkeypatch):
     from mlx_openelm.plot import plot_design
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingPackageError, match=r"openelm-mlx\[plot\]"):
+    with pytest.raises(
+        MissingPackageError, match="plots need matplotlib, which is not installed: `pip install matplotlib`"
+    ):
         draw(plot_design, design(PRESETS["270M"]), tmp_path / "a.png")

@@ -26,9 +26,14 @@ COMMANDS = all_commands()
 def commands_document():
     """Every command with its options, as a table."""
     lines = ["# Commands", "", "Made from the program itself; `openelm-mlx COMMAND --help` says the same."]
+    lines += ["", "Every command has these options too:", "", "| option | |", "|---|---|"]
+    common = [option for option in COMMANDS["info"].params if option.name in ("verbose", "quiet")]
+    lines += [f"| {', '.join(f'`{text}`' for text in option.opts)} | {option.help} |" for option in common]
     for name, command in COMMANDS.items():
         lines += ["", f"## {name}", "", command.help, "", "| option | | default |", "|---|---|---|"]
         for option in command.params:
+            if option.name in ("verbose", "quiet"):
+                continue
             names = ", ".join(f"`{text}`" for text in [*option.opts, *option.secondary_opts])
             default = "" if option.default in (None, False) or option.required else f"`{option.default}`"
             lines.append(f"| {names} | {getattr(option, 'help', None) or ''} | {default} |")
@@ -54,7 +59,7 @@ def typed_lines():
 
 @pytest.mark.parametrize("line", typed_lines())
 def test_commands_in_documents_can_be_typed(line):
-    _, name, *arguments = shlex.split(line.split("<")[0], comments=True)
+    _, name, *arguments = shlex.split(re.split(r"\s[<>]\s", line)[0], comments=True)
     COMMANDS[name].make_context(name, arguments, resilient_parsing=False)
 
 
@@ -170,7 +175,7 @@ def library_strings():
 
 def test_the_library_names_parameters_and_no_flags():
     """But for the command in a model card, and those of other programs."""
-    allowed = "conversion/convert.py", "conversion/write/model_card.py", "machine/hardware.py"
+    allowed = "conversion/convert.py", "conversion/write/model_card.py", "machine/hardware.py", "packages.py"
     flags = [(place, text) for place, text in library_strings() if re.search(r"(?<![\w-])--[a-z]", text)]
     assert [found for found in flags if not found[0].startswith(allowed)] == []
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,8 @@ def machine(monkeypatch):
             "platform": "linux",
             "gflops": 100.0,
             "compiler": "/usr/bin/g++",
+            "installed": [],
+            "used": None,
             **values,
         }
         monkeypatch.setattr(device, "on_cpu", lambda: settings["on_cpu"])
@@ -27,6 +30,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(doctor.sys, "platform", settings["platform"])
         monkeypatch.setattr(doctor, "_matmul_gflops", lambda: settings["gflops"])
         monkeypatch.setattr(shutil, "which", lambda name: settings["compiler"])
+        monkeypatch.setattr(doctor, "installed_blas", lambda: iter(settings["installed"]))
+        monkeypatch.setattr(doctor, "blas_in_use", lambda: settings["used"])
+        monkeypatch.delenv("LD_PRELOAD", raising=False)
         return " ".join(doctor.examine().advice)
 
     return change
@@ -42,6 +48,18 @@ def test_a_fast_cpu_is_told_of_16_bit_arithmetic_alone(machine):
 @pytest.mark.parametrize(("gflops", "said"), [(19.9, True), (20.0, False)])
 def test_a_slow_blas_is_named_with_what_to_install(machine, gflops, said):
     assert ("libopenblas0-pthread" in machine(gflops=gflops)) == said
+
+
+def test_what_is_installed_but_not_used_is_named(machine, monkeypatch):
+    library, own = Path("/lib/libopenblas.so.0"), Path("/x/mlx_cpu.libs/libblas-1.so.3")
+    assert "OPENELM_MLX_BLAS is set; unset it" in machine(gflops=1.0, installed=[library], used=own)
+    monkeypatch.delenv("OPENELM_MLX_BLAS")
+    assert "start with LD_PRELOAD=/lib/libopenblas.so.0" in machine(gflops=1.0, installed=[library], used=own)
+
+
+def test_a_library_that_was_found_is_not_there_for_programs(machine):
+    library = Path("/lib/libopenblas.so.0").resolve()
+    assert f"unless they start with LD_PRELOAD={library}" in machine(installed=[library], used=library)
 
 
 def test_a_missing_compiler_is_named(machine):

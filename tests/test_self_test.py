@@ -14,7 +14,7 @@ import typer
 from conftest import refused, run
 from mlx_openelm.commands import self_test as command, tables
 from mlx_openelm.errors import ConfigError, MemoryLimitError
-from mlx_openelm.machine import device
+from mlx_openelm.machine import device, doctor
 from mlx_openelm.machine.device import choices
 from mlx_openelm.self_test import runner, suite
 from mlx_openelm.self_test.check import Check, Comparison, Outcome, Skip, judged
@@ -140,7 +140,7 @@ class TestPersonalData:
         home = tmp_path / "zaphod-b"
         home.mkdir()
         monkeypatch.setenv("HOME", str(home))
-        monkeypatch.setenv("LD_PRELOAD", f"{home}/lib/libheart.so")
+        monkeypatch.setattr(doctor, "blas_in_use", lambda: home / "lib" / "libheart.so")
         monkeypatch.setenv("OPENELM_MLX_CHOICES", "")
         monkeypatch.setenv("MLX_ENABLE_TF32", f"0 {home}")
         monkeypatch.setattr(getpass, "getuser", lambda: "zaphod")
@@ -155,7 +155,7 @@ class TestPersonalData:
         for personal in ("zaphod", "heart-of-gold", str(owner), str(owner.parent), "secret", "/tmp"):
             assert personal not in text, personal
         machine = json.loads(text)["machine"]
-        assert machine["preloaded"] == "libheart.so"
+        assert machine["blas"] == "libheart.so"
         assert machine["environment"] == {}
         assert {"chip", "device", "memory_bytes", "system", "versions", "choices"} <= machine.keys()
 

@@ -2,13 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import mlx_openelm
+from conftest import run
 from mlx_openelm.commands.app import all_commands
-from mlx_openelm.packages import missing_package
+from mlx_openelm.packages import _BACKENDS, install_command, missing_package
+
+HINT = re.compile(r'optional_package\("([^"]+)", "[^"]+", "([^"]+)"\)')
 
 PREPARED = """
 import importlib.abc, json, os, sys
@@ -72,6 +78,13 @@ def test_doctor_says_what_to_install(reason):
     assert "none: MLX cannot be loaded" in without_packages(MAIN, reason, "doctor")[1]
 
 
+def test_shells_can_complete():
+    for shell in ("bash", "zsh", "fish"):
+        status, out, err = without_packages(MAIN, BROKEN, "completion", shell)
+        assert (status, err) == (0, "")
+        assert out == run("completion", shell)[1]
+
+
 COMMANDS = ["info", "generate -p x", "tune -o out -d x", "pretrain --config tiny -o out", "design --params 1B", "chat"]
 
 
@@ -85,16 +98,48 @@ def test_commands_are_refused_in_one_line(command, tmp_path):
 
 def test_mistakes_are_still_found():
     _, _, err = without_packages(MAIN, MISSING, "generate", "--prmpt", "x")
-    assert "No such option: --prmpt" in err
+    assert "No such option: --prmpt; did you mean --prompt?" in err
 
 
-def test_the_line_names_the_extra_for_the_system(monkeypatch):
+def test_the_line_names_what_can_be_installed_on_this_system(monkeypatch):
     error = ImportError(BROKEN, name="mlx.core")
     monkeypatch.setattr(sys, "platform", "linux")
-    assert '`pip install "openelm-mlx[cpu]"`' in missing_package(error)
-    assert '`pip install "openelm-mlx[cuda]"`' in missing_package(error)
+    assert '`pip install --upgrade "mlx[cpu]"`' in missing_package(error)
+    assert '`pip install --upgrade "mlx[cuda13]"` for an NVIDIA GPU' in missing_package(error)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert missing_package(error).endswith("`pip install openelm-mlx`")
+    assert missing_package(error).endswith("`pip install --upgrade mlx`")
+    assert missing_package(ImportError("no yaml", name="yaml")).endswith("`pip install pyyaml`")
+
+
+def test_what_hints_name_is_what_the_extras_install():
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for extra, requirement in _BACKENDS.items():
+        assert extras[extra][0].startswith(f"{requirement}>=")
+    code = Path(mlx_openelm.__file__).parent
+    calls = [found for path in code.rglob("*.py") for found in HINT.findall(path.read_text(encoding="utf-8"))]
+    assert {("matplotlib.figure", "plot"), ("zstandard", "train")} <= set(calls)
+    for name, extra in calls:
+        assert any(requirement.startswith(name.partition(".")[0]) for requirement in extras[extra]), name
+    needed = [re.split(r"[>\[]", requirement)[0] for requirement in project["dependencies"]]
+    assert {"pyyaml", "huggingface-hub"} <= set(needed)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("/home/a/project/.venv", "pip install matplotlib"),
+        ("/home/a/.local/share/pipx/venvs/openelm-mlx", "pipx runpip openelm-mlx install matplotlib"),
+        (
+            "/home/a/.local/share/uv/tools/openelm-mlx",
+            "uv pip install --python /home/a/.local/share/uv/tools/openelm-mlx matplotlib",
+        ),
+    ],
+)
+def test_the_command_installs_into_this_environment(monkeypatch, prefix, expected):
+    monkeypatch.setattr(sys, "prefix", prefix)
+    assert install_command("matplotlib") == expected
 
 
 def test_a_module_of_this_package_is_a_bug():

@@ -13,7 +13,8 @@ def result(name: str) -> dict[str, Any]:
 def where(run: dict[str, Any]) -> str:
     machine = run["machine"]
     versions = ", ".join(f"{package} {number}" for package, number in machine["versions"].items())
-    blas = f", {machine['preloaded']} preloaded" if machine["preloaded"] else ""
+    name = machine.get("blas", machine.get("preloaded"))  # results name the library in use, older ones LD_PRELOAD
+    blas = f", {name}{'' if 'blas' in machine else ' preloaded'}" if name else ""
     return (
         f"{machine['date']}, {machine['device']} of a {machine['system']} machine with {machine['cores']} cores{blas}; "
         f"Python {machine['python']}, {versions}; commit {machine['commit']}.\n\n`{machine['command']}`"

@@ -12,10 +12,13 @@ import typer
 import typer.core
 
 from ..errors import OpenELMError
+from ..machine.blas import load_fast_blas
 from ..version import __version__
 from .interrupts import is_interrupt
 from .streams import StdoutError, finish_streams, lose, no_styles, prepare_streams
-from .terminal import fail, say, speak_flags, write
+from .terminal import fail, say, show_traceback, speak_flags, write
+from .usage import unknown_command, usage_message
+from .verbosity import Quiet, Verbose, reset_verbosity, set_verbosity, with_verbosity
 
 # Typer brings its own copy of Click or uses the installed one, as its version goes; these are those of either.
 _UsageError: type[Any]
@@ -34,8 +37,12 @@ _COMMANDS = {  # name: module in `commands`, function, and the constant with its
     "merge": ("merge", "merge", "EXAMPLES"),
     "plot": ("pretrain", "plot", "PLOT_EXAMPLES"),
     "info": ("inspect", "info", "EXAMPLES"),
+    "models": ("models", "models", "EXAMPLES"),
     "doctor": ("inspect", "doctor", "DOCTOR_EXAMPLES"),
+    "completion": ("completion", "completion", "EXAMPLES"),
 }
+# Commands without matrix products, or without any computing: they do not look for a fast library.
+_WITHOUT_PRODUCTS = {None, "convert", "average", "design", "plot", "info", "models", "completion"}
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 _MARKUP: dict[str, Any] = {"rich_markup_mode": None} if no_styles() else {}  # without Rich, help has no styles
 
@@ -48,6 +55,11 @@ class _Commands(typer.core.TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return _command(cmd_name) if cmd_name in _COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in _COMMANDS and not args[0].startswith("-"):
+            raise _UsageError(unknown_command(args[0], _COMMANDS), ctx)
+        return super().resolve_command(ctx, args)
 
 
 @cache
@@ -67,11 +79,28 @@ def _command(name: str) -> Any:
             module = import_module(f"mlx_openelm.commands.{module_name}")
     alone = typer.Typer(add_completion=False, **_MARKUP)
     alone.command(name, epilog=getattr(module, examples) if examples else None, context_settings=_SETTINGS)(
-        getattr(module, function)
+        with_verbosity(getattr(module, function), say)
     )
-    command = typer.main.get_command(alone)
+    command = _without_types(typer.main.get_command(alone))
     if missing is not None:
         command.callback = partial(_refuse, missing)
+    return command
+
+
+def _without_types(command: Any) -> Any:
+    """The command, whose help says nothing of the types of arguments, and of options that take no value."""
+    help_option = command.get_help_option
+
+    def plain(parameter: Any) -> Any:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+        elif parameter is not None and parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None
+        return parameter
+
+    for parameter in command.params:
+        plain(parameter)
+    command.get_help_option = lambda ctx: plain(help_option(ctx))
     return command
 
 
@@ -99,15 +128,23 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
-    pass
+    set_verbosity(verbose, quiet)
 
 
 def all_commands() -> dict[str, Any]:
     """Every command by name."""
     return {name: _command(name) for name in _COMMANDS}
+
+
+def _named(arguments: list[str]) -> str | None:
+    """The command among these arguments; `None` if none is there, as with --help alone."""
+    first = next((argument for argument in arguments if not argument.startswith("-")), None)
+    return first if first in _COMMANDS else None
 
 
 _PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
@@ -167,6 +204,7 @@ def run(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     prepare_streams()
+    reset_verbosity()
     speak_flags(as_flags)
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     try:
@@ -174,10 +212,11 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status
     except OpenELMError as error:
+        show_traceback()
         fail(str(error))
     except _UsageError as error:
-        command = error.ctx.command_path if error.ctx else app.info.name
-        fail(f"{error.format_message()} (see `{command} --help`)")
+        command = " ".join(filter(None, ("openelm-mlx", _named(arguments))))
+        fail(f"{usage_message(error, arguments, all_commands)} (see `{command} --help`)")
     except _ClickError as error:
         fail(error.format_message())
     except ImportError as error:
@@ -185,11 +224,13 @@ def _run(arguments: list[str]) -> int:
 
         if is_interrupt(error) or (message := missing_package(error)) is None:
             raise
+        show_traceback()
         fail(message)
     except MemoryError:
         fail("not enough memory")
     except OSError as error:
         if not isinstance(error, StdoutError):
+            show_traceback()
             fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
         lose(1)
         if error.errno == errno.EPIPE:  # the reader of our output has gone
@@ -198,7 +239,11 @@ def _run(arguments: list[str]) -> int:
 
 
 def _status(arguments: list[str]) -> int:
-    group = typer.main.get_command(app)
+    if _named(arguments) not in _WITHOUT_PRODUCTS:
+        load_fast_blas()
+    if arguments[:1] == ["help"]:  # as in `openelm-mlx help tune`
+        arguments = [*arguments[1:2], "--help"]
+    group = _without_types(typer.main.get_command(app))
     try:
         with group.make_context("openelm-mlx", list(arguments) or ["--help"]) as context:
             group.invoke(context)

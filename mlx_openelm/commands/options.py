@@ -20,7 +20,10 @@ MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", help="Maximum number of tokens to generate.", metavar="N")
 ]
 Temperature = Annotated[
-    float, typer.Option(help="Sampling temperature; 0: always take the most likely token.", metavar="T")
+    float,
+    typer.Option(
+        "--temperature", "--temp", help="Sampling temperature; 0: always take the most likely token.", metavar="T"
+    ),
 ]
 TopP = Annotated[
     float,

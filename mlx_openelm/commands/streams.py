@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
+from .verbosity import is_quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,9 @@ def lose(number: int) -> None:
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a stream is a terminal; a missing or closed one is not."""
+    """Whether a stream is a terminal; a missing or closed one is not, nor is stderr with --quiet: no progress there."""
+    if stream is sys.stderr and is_quiet():
+        return False
     try:
         return stream is not None and bool(stream.isatty())
     except ValueError:

@@ -2,11 +2,12 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from .streams import clean, console, is_terminal, lose, styled
+from .streams import clean, console, is_terminal, lose, read_stdin, styled
+from .verbosity import is_quiet, is_verbose
 
 _BYTE_COLUMNS = 45  # characters beside the label of a bar: its own, "999.9/999.9 MiB", "999.9 MB/s", "0:00:00"
 _as_flags: Callable[[str], str] = str  # rewrites library messages to name flags instead of parameters
@@ -27,10 +28,12 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def say(message: str) -> None:
-    """Print one line on stderr; within `messages_after_text`, at the end of that."""
+    """Print one line on stderr; with --quiet, only warnings and errors. In `messages_after_text`, at the end of that."""
+    if is_quiet() and not message.startswith(("error: ", "warning: ")):
+        return
     line = clean(f"openelm-mlx: {' '.join(_as_flags(message).split())}")
     if _held is None:
-        write_error(line)
+        _to_stderr(line)
     else:
         _held.append(line)
 
@@ -48,7 +51,7 @@ def messages_after_text() -> Iterator[None]:
     finally:
         lines, _held = _held, None
         for line in lines:
-            write_error(line)
+            _to_stderr(line)
 
 
 def write(text: str, end: str = "\n") -> None:
@@ -70,10 +73,32 @@ def _put(text: str, ends_line: bool | None = None) -> None:
         _line_is_open = is_terminal(sys.stdout) and not (text.endswith("\n") if ends_line is None else ends_line)
 
 
-def write_error(text: str, end: str = "\n") -> None:
-    """Print lines on stderr that are clean already; where they cannot be written, they are lost.
+def ask(question: str, about: Iterable[str] = ()) -> bool:
+    """Ask for a yes on stderr, after lines about what; anything but y or yes is a no."""
+    for line in about:
+        _to_stderr(clean(line))
+    _to_stderr(f"{question} [y/N] ", end="")
+    return read_stdin(whole=False).decode(errors="replace").strip().lower() in ("y", "yes")
 
-    If stdout is on a terminal too and its last line has no end yet, they begin a new line.
+
+def show_traceback() -> None:
+    """With --verbose, print where the error that is being handled comes from."""
+    if is_verbose():
+        import traceback
+
+        _to_stderr(clean(traceback.format_exc().rstrip("\n")))
+
+
+def write_error(text: str, end: str = "\n") -> None:
+    """Print lines on stderr that are clean already, unless --quiet was given."""
+    if not is_quiet():
+        _to_stderr(text, end)
+
+
+def _to_stderr(text: str, end: str = "\n") -> None:
+    """Write on stderr; where that cannot be, the text is lost.
+
+    If stdout is on a terminal too and its last line has no end yet, the text begins a new line.
     """
     global _line_is_open
     try:

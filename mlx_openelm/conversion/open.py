@@ -1,5 +1,6 @@
 """Opening OpenELM weights in any supported format, which is detected from the files."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from .average import averaged_source
 from .read.config import read_config
 from .read.huggingface import read_huggingface
 from .source import Source
+
+_log = logging.getLogger(__name__)
 
 # The readers of CoreNet's files are imported when they are needed: `generate` seldom needs them.
 
@@ -44,6 +47,7 @@ def open_source(
 
         return read_checkpoint(path, named)
     folder = model_folder(sources[0], revision)
+    _log.debug("%s is the folder %s", sources[0], folder)
     if exists(folder / "weights.safetensors") and not exists(folder / "model.safetensors"):
         from .read.corenet import read_apple_mlx
 

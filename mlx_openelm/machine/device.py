@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import ConfigError
+from .blas import blas_in_use, is_bundled
 from .system import physical_memory_bytes
 
 _OLDEST_MLX = "0.32.1"  # as in pyproject.toml; older versions have bugs in RoPE and attention that give wrong text
@@ -207,23 +207,10 @@ def pays_to_compile(num_tokens: int) -> bool:
     return num_tokens >= (_COMPILED_ON_CPU if on_cpu() else _COMPILED_ON_GPU)
 
 
-@cache
-def blas_in_use() -> str | None:
-    """Folder and file name of a Linux process's BLAS: a preloaded one takes precedence over MLX's own."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    paths = dict.fromkeys(Path(line.split()[-1]) for line in maps.splitlines() if ".so" in line)
-    found = [path for path in paths if path.name.startswith(("libblas", "libopenblas", "libmkl", "libblis"))]
-    preloaded = [path for path in found if "mlx" not in str(path.parent)]
-    return next((f"{path.parent.name}/{path.name}" for path in [*preloaded, *found]), None)
-
-
 def has_fast_matmul() -> bool:
-    """Whether matrix products use vector instructions; the BLAS that comes with MLX on Linux does not."""
-    blas = blas_in_use() if sys.platform.startswith("linux") else None
-    return blas is None or "mlx" not in blas
+    """Whether matrix products on the CPU use vector instructions; the BLAS that comes with MLX on Linux does not."""
+    blas = blas_in_use()
+    return blas is None or not is_bundled(blas)
 
 
 def memory_limit_bytes() -> int:

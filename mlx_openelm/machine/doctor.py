@@ -1,5 +1,6 @@
 """What this machine offers MLX, what is slow about it, and what to do."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 from ..packages import installed_version, missing_package
 from ..version import __version__
+from .blas import VARIABLE, blas_in_use, installed_blas, is_bundled
 from .system import physical_memory_bytes
 
 _PACKAGES = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "huggingface-hub", "typer")
@@ -51,19 +53,19 @@ def examine() -> Diagnosis:
         "memory_bytes": physical_memory_bytes(),
     }
     try:
-        from .device import blas_in_use, device_name, memory_limit_bytes, on_cpu
+        from .device import device_name, memory_limit_bytes, on_cpu
     except ImportError as error:
         return _without_mlx(common, error)
 
     gflops = _matmul_gflops()
-    blas = blas_in_use() if sys.platform.startswith("linux") and on_cpu() else None
+    blas = blas_in_use() if on_cpu() else None
     return Diagnosis(
         **common,
         device=device_name(),
         memory_limit_bytes=memory_limit_bytes(),
         wired_limit_bytes=_wired_limit(),
         float32_matmul_gflops=gflops,
-        blas=blas,
+        blas=None if blas is None else f"{blas.parent.name}/{blas.name}",
         advice=tuple(_advice(gflops, blas)),
     )
 
@@ -83,7 +85,7 @@ def _without_mlx(common: dict[str, Any], error: ImportError) -> Diagnosis:
     )
 
 
-def _advice(gflops: float, blas: str | None) -> list[str]:
+def _advice(gflops: float, blas: Path | None) -> list[str]:
     from .device import on_cpu, rounds_float32
 
     advice: list[str] = []
@@ -101,15 +103,31 @@ def _advice(gflops: float, blas: str | None) -> list[str]:
         "without a GPU, 16-bit arithmetic is slow and 16-bit quantized arithmetic very slow; models run in float32 "
         "here unless `dtype` is set"
     )
-    if gflops < _SLOW_GFLOPS:
-        advice.append(
-            f"float32 matrix products run at {gflops:.1f} GFLOP/s with {blas or 'the BLAS in use'}, which is slow: "
-            "install OpenBLAS (Debian and Ubuntu: libopenblas0-pthread) and start with "
-            f"LD_PRELOAD={_openblas() or 'the path of its libblas.so.3'}"
-        )
+    advice += _about_blas(gflops, blas)
     if shutil.which("g++") is None:
         advice.append("g++ is missing; MLX needs it to compile fused kernels on the CPU, and training uses them")
     return advice
+
+
+def _about_blas(gflops: float, blas: Path | None) -> list[str]:
+    """What to do about slow matrix products: in the command line, which looks for a fast library, or in programs."""
+    installed = next(installed_blas(), None)
+    if gflops >= _SLOW_GFLOPS:
+        if blas is None or installed is None or blas != installed.resolve() or os.environ.get("LD_PRELOAD"):
+            return []
+        return [
+            f"the command line found {installed} by itself; Python programs of your own use the slow BLAS that comes "
+            f"with MLX, unless they start with LD_PRELOAD={installed}"
+        ]
+    slow = f"float32 matrix products run at {gflops:.1f} GFLOP/s with {blas or 'the BLAS in use'}, which is slow"
+    if installed is not None and os.environ.get(VARIABLE):
+        return [f"{slow}: {installed} is installed, but the environment variable {VARIABLE} is set; unset it"]
+    if installed is not None and (blas is None or is_bundled(blas)):
+        return [f"{slow}: start with LD_PRELOAD={installed}"]
+    return [
+        f"{slow}: install OpenBLAS, which openelm-mlx then finds by itself (Debian and Ubuntu: "
+        "apt install libopenblas0-pthread; Fedora: dnf install openblas-threads; Arch: pacman -S openblas)"
+    ]
 
 
 def _matmul_gflops(size: int = 512) -> float:
@@ -123,11 +141,6 @@ def _matmul_gflops(size: int = 512) -> float:
         mx.eval(a @ a)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e9
-
-
-def _openblas() -> str | None:
-    """Path of OpenBLAS, if it is installed."""
-    return next((str(path) for path in sorted(Path("/usr/lib").glob("*/openblas*/libblas.so.3"))), None)
 
 
 def _wired_limit() -> int | None:

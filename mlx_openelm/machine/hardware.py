@@ -13,6 +13,7 @@ from typing import Any
 
 from ..packages import installed_version
 from ..version import __version__
+from .blas import blas_in_use
 from .device import backend_in_use, device_name, gpu_name
 
 _RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
@@ -26,7 +27,7 @@ def describe(command: str) -> dict[str, Any]:
         "system": _system(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "preloaded": Path(os.environ["LD_PRELOAD"]).name if os.environ.get("LD_PRELOAD") else None,
+        "blas": _blas_name(),
         "versions": {
             "mlx": installed_version("mlx"),
             "mlx-lm": installed_version("mlx-lm"),
@@ -36,6 +37,12 @@ def describe(command: str) -> dict[str, Any]:
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _blas_name() -> str | None:
+    """File name of the library for matrix products where they run on the CPU; `None` elsewhere."""
+    blas = blas_in_use() if backend_in_use() == "cpu" else None
+    return None if blas is None else blas.name
 
 
 def _system() -> str:

@@ -21,7 +21,7 @@ FORMAT = 1  # of the JSON; higher if a field changes its meaning
 _VARIABLES = ("OPENELM_MLX_CHOICES", "MLX_ENABLE_TF32", "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
 _HARMLESS = re.compile(r"[\w=,. -]{0,100}")
 _FOLDERS = re.compile(r"(?<![\w/~])~?/(?:[^/'\":\n]*/)*")  # names may contain spaces: rather too much than too little
-_KEPT = ("chip", "device", "system", "cores", "python", "preloaded", "commit", "date")
+_KEPT = ("chip", "device", "system", "cores", "python", "commit", "date")
 
 
 @dataclass(frozen=True)
