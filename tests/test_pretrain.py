@@ -298,7 +298,7 @@ class TestCommand:
         words = shlex.split(line.replace("stories", "texts"))[1:]
         status, out, err = run(*words, "--steps", 4, "--dry-run")
         assert (status, out, (files / "run").exists()) == (0, "", False)
-        assert "28,224 parameters, 2 layers, vocabulary 300" in err
+        assert "63,552 parameters, 2 layers, vocabulary 300" in err
         status, out, err = run(*words, "--steps", 4, "--batch-size", 4)
         assert status == 0, err
         assert "training a tokenizer with 300 tokens" in err
@@ -325,11 +325,11 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["--data", "x"], "which model? use --model with a file of `openelm-mlx design --save`"),
+            (["--data", "x", "-o", "run"], "which model? use --model with a file of `openelm-mlx design --save`"),
             (["--model", "270M", "--data", "x"], "give the folder to write with --output"),
             (["--model", "270M", "-o", "run"], "no data given; set --data, for example to stories/*.txt"),
             (["--model", "270M", "-o", "run", "-d", "x/*.txt"], "x/*.txt matches no file: there is no folder x"),
-            (["run", "--model", "270M"], "unexpected argument run; use --output run to start a run"),
+            (["run", "--model", "270M"], "unexpected argument run; use --output run for a new run"),
             (["--resume"], "which run? use --resume RUN"),
             (["--resume", "missing"], "missing does not exist"),
             (["--resume", "one", "--output", "two"], "--resume one writes to one; leave out --output two"),

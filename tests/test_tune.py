@@ -510,6 +510,20 @@ class TestCommand:
         more = ["--resume"] if checkpoint_folders(run) else []
         return killed_at(self.words(files, run, *more, processes=processes), step)
 
+    def test_an_adapter_is_resumed_by_its_folder_alone(self, files, tmp_path, monkeypatch):
+        assert self.tune(files, tmp_path / "run", "--steps", "2").returncode == 0
+        monkeypatch.chdir(tmp_path)
+        status, out, err = run("tune", "--resume", "run")
+        assert (status, err) == (0, "")
+        assert out.splitlines()[0].startswith("run is finished: 2 steps; best validation loss: ")
+        assert "openelm-mlx tune --resume run --steps 4" in out
+        status, out, err = run("tune", "--resume", "run", "--json")
+        assert (status, json.loads(out)["step"], err) == (0, 2, "")
+        status, out, err = run("tune", "--resume", "run", "--steps", "3")
+        assert status == 0, err
+        assert "continuing after step 2 of 3" in err
+        assert checkpoint_folders(tmp_path / "run")[-1].name == "step-00000003"
+
     def test_two_processes_make_the_same_run(self, files, tmp_path):
         more = ["--dropout", "0"]
         assert self.tune(files, tmp_path / "one", *more).returncode == 0

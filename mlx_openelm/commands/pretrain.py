@@ -18,7 +18,7 @@ from ..training.pretrain_recipe import PretrainRecipe
 from .options import Force, Json, examples
 from .pretrain_plan import describe
 from .processes import join_processes
-from .progress import TrainingView, perplexity, report_finished, resumable
+from .progress import TrainingView, perplexity, report_finished, result_json, resumable
 from .recipe_options import Resume, RunToResume, recipe_options, run_folder
 from .terminal import print_json, write
 
@@ -102,10 +102,10 @@ def pretrain(
         result = run_pretraining(recipe, folder, resume, group, view, show)
     if not is_first:
         return
-    if as_json:
-        print_json(_result(result))
-    elif not plans:
-        report_finished("pretrain", result)
+    if not plans:
+        report_finished("pretrain", result, as_json)
+    elif as_json:
+        print_json(result_json(result))
     else:
         _report(result)
     if not as_json:
@@ -134,16 +134,6 @@ def _show(plan: Plan, as_json: bool) -> None:
         print_json(plan.to_dict())
     else:
         describe(plan)
-
-
-def _result(result: TrainingResult) -> dict[str, Any]:
-    return {
-        "run": str(result.folder),
-        "checkpoint": str(result.checkpoint),
-        "step": result.step,
-        "validation_loss": result.validation_loss,
-        "last": result.metrics.to_dict() if result.metrics else None,
-    }
 
 
 def _report(result: TrainingResult) -> None:

@@ -16,7 +16,7 @@ from ..training.callback import TrainingCallback
 from .interrupts import INTERRUPTED, acknowledging
 from .streams import clean, console, is_terminal
 from .tables import in_lines
-from .terminal import byte_bar, fail, mib, rate, say, write
+from .terminal import byte_bar, fail, mib, print_json, rate, say, write
 
 if TYPE_CHECKING:
     from ..training.callback import Metrics
@@ -124,8 +124,22 @@ def resumable(command: str, output: Path) -> Iterator[None]:
         )
 
 
-def report_finished(command: str, result: TrainingResult) -> None:
+def result_json(result: TrainingResult) -> dict[str, Any]:
+    """The result of a run, for JSON."""
+    return {
+        "folder": str(result.folder),
+        "checkpoint": str(result.checkpoint),
+        "step": result.step,
+        "validation_loss": result.validation_loss,
+        "last": result.metrics.to_dict() if result.metrics else None,
+    }
+
+
+def report_finished(command: str, result: TrainingResult, as_json: bool) -> None:
     """Say that the run that should be resumed has no step left, and how to extend it."""
+    if as_json:
+        print_json(result_json(result))
+        return
     step = newest_state(resolved(result.folder))["step"]
     how = "stopped early, because the validation loss stopped improving," if result.stopped_early else "is finished:"
     loss = "" if result.validation_loss is None else f"; best validation loss: {result.validation_loss:.4f}"

@@ -28,7 +28,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def say(message: str) -> None:
-    """Print one line on stderr; with --quiet, only warnings and errors. In `messages_after_text`, at the end of that."""
+    """Print one line on stderr, after the text within `messages_after_text`; with --quiet, only warnings and errors."""
     if is_quiet() and not message.startswith(("error: ", "warning: ")):
         return
     line = clean(f"openelm-mlx: {' '.join(_as_flags(message).split())}")

@@ -89,7 +89,7 @@ def tune(
     with resumable("tune", folder), view:
         result = run_tuning(recipe, folder, resume, group, view, show)
     if is_first and not prepared:
-        report_finished("tune", result)
+        report_finished("tune", result, as_json)
     elif is_first:
         _report(result, prepared[0], as_json)
 
