@@ -6,14 +6,16 @@ from pathlib import Path
 from .errors import SourceError
 from .files.paths import check_links, exists, is_folder, user_path
 
-BUILT_IN_MODEL = "openelm-tiny"  # included in the package
-_BUILT_IN_FOLDER = Path(__file__).parent / "assets" / BUILT_IN_MODEL
+BUILT_IN_MODEL = "openelm-tiny"  # continues text
+BUILT_IN_CHAT_MODEL = "openelm-tiny-instruct"
+_ASSETS = Path(__file__).parent / "assets"
+BUILT_IN_MODELS = {name: _ASSETS / name for name in (BUILT_IN_MODEL, BUILT_IN_CHAT_MODEL)}  # included in the package
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The model folder for a path, a hub id, or the name of the built-in model.
+    """The model folder for a path, a hub id, or the name of a built-in model.
 
     A model on the hub is downloaded unless it is cached; an interrupted download is resumed.
 
@@ -25,8 +27,8 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
     path = user_path(name)
     if is_folder(path):
         return check_links(path)
-    if str(name) == BUILT_IN_MODEL:
-        return _BUILT_IN_FOLDER
+    if str(name) in BUILT_IN_MODELS:
+        return BUILT_IN_MODELS[str(name)]
     if exists(path):
         raise SourceError(f"{name} is a file; a model is a folder (use `convert` for .pt files)")
     if isinstance(name, Path) or not _REPO_ID.fullmatch(name) or name.startswith("."):

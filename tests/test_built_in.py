@@ -1,14 +1,13 @@
-"""The model that comes with the package: it is there, small, and says something without a network."""
+"""The models that come with the package: they are there, small, and say something without a network."""
 
 import json
 import re
 
 import pytest
 
-import mlx_openelm
 from conftest import run
 from mlx_openelm import SamplingConfig, generate, load
-from mlx_openelm.hub import BUILT_IN_MODEL, model_folder
+from mlx_openelm.hub import BUILT_IN_CHAT_MODEL, BUILT_IN_MODEL, BUILT_IN_MODELS, model_folder
 from mlx_openelm.training.pretrain import RECIPES, PretrainRecipe
 
 FOLDER = model_folder(BUILT_IN_MODEL)
@@ -19,8 +18,24 @@ def built_in():
     return load()
 
 
-def test_it_is_small_enough_for_a_wheel():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 6 * 2**20
+@pytest.mark.parametrize("name", BUILT_IN_MODELS)
+def test_each_is_small_enough_for_a_wheel(name):
+    assert sum(path.stat().st_size for path in model_folder(name).iterdir()) < 7_500_000
+
+
+@pytest.mark.parametrize("name", BUILT_IN_MODELS)
+def test_each_has_a_card_and_the_attribution_of_its_corpus(name):
+    card = (model_folder(name) / "README.md").read_text(encoding="utf-8")
+    assert f"# {name}\n" in card
+    for file in re.findall(r"\]\((?!http)([^)#]+)", card):
+        assert (model_folder(name) / file).exists(), file
+
+
+def test_only_the_chat_model_has_a_chat_template():
+    assert {name: load(name)[1].has_chat_template for name in BUILT_IN_MODELS} == {
+        BUILT_IN_MODEL: False,
+        BUILT_IN_CHAT_MODEL: True,
+    }
 
 
 def test_it_is_what_its_recipe_says(built_in):
@@ -75,8 +90,8 @@ def test_it_is_the_default_and_needs_no_network():
     assert run("info", "openelm-tiny")[1] == run("info")[1]
 
 
-def test_a_folder_of_its_name_goes_before(tmp_path, monkeypatch):
-    (tmp_path / BUILT_IN_MODEL).mkdir()
+@pytest.mark.parametrize("name", BUILT_IN_MODELS)
+def test_a_folder_of_the_same_name_comes_first(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    assert model_folder(BUILT_IN_MODEL).resolve() == tmp_path / BUILT_IN_MODEL
-    assert mlx_openelm.hub.model_folder("openelm-tiny") == model_folder(BUILT_IN_MODEL)
+    assert model_folder(name).resolve() == tmp_path / name

@@ -16,6 +16,7 @@ import yaml
 import mlx_openelm
 from conftest import SMALL_CONFIG, random_model, write_folder
 from mlx_openelm.commands.app import all_commands, as_flags
+from mlx_openelm.hub import BUILT_IN_MODELS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,7 +79,7 @@ def test_python_in_documents_type_checks(tmp_path):
 def test_python_in_documents_runs(document, tmp_path, chat_tokenizer):
     """On a small random model in a folder of the name that the document says."""
     program = python_of(document)
-    for name in {*re.findall(r'"(OpenELM-[\w.]+(?:-Instruct)?)"', program), "openelm-tiny"}:
+    for name in {*re.findall(r'"(OpenELM-[\w.]+(?:-Instruct)?)"', program), *BUILT_IN_MODELS}:
         write_folder(tmp_path / name, random_model(replace(SMALL_CONFIG, max_context_length=512)), chat_tokenizer)
     records = [{"prompt": f"{number} and", "completion": f" {number + 1}."} for number in range(20)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -50,8 +50,10 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     assert hub.model_folder("~/model") == tmp_path / "model"
 
 
-def test_the_built_in_model_needs_no_hub(downloads):
-    assert (hub.model_folder(hub.BUILT_IN_MODEL) / "config.json").is_file()
+@pytest.mark.parametrize("name", ["openelm-tiny", "openelm-tiny-instruct"])
+def test_a_built_in_model_needs_no_hub(name, downloads):
+    assert (hub.model_folder(name) / "config.json").is_file()
+    assert name in hub.BUILT_IN_MODELS
     assert downloads == []
 
 

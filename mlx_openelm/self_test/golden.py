@@ -5,19 +5,17 @@
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import SourceError
 from ..generation.engine import generate_tokens
-from ..hub import BUILT_IN_MODEL
+from ..hub import BUILT_IN_MODEL, BUILT_IN_MODELS
 from ..model.openelm import OpenELM
 
-_ASSETS = Path(__file__).parents[1] / "assets"
-MODEL_FOLDER = _ASSETS / BUILT_IN_MODEL  # a folder of this name elsewhere does not go before
-GOLDEN_FILE = _ASSETS / "self_test" / f"{BUILT_IN_MODEL}.safetensors"
+MODEL_FOLDER = BUILT_IN_MODELS[BUILT_IN_MODEL]  # a folder of this name elsewhere does not go before
+GOLDEN_FILE = MODEL_FOLDER.parent / "self_test" / f"{BUILT_IN_MODEL}.safetensors"
 _POSITIONS = 8  # whose logits are stored
 _GREEDY_TOKENS = 48
 
