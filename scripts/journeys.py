@@ -3,11 +3,11 @@
     python scripts/journeys.py [DOCUMENT ...] [--environment FOLDER]
 
 Each document is a journey: its `sh` and `python` blocks run from top to bottom in a copy of the repository, with one
-shell per block and `pip` and `openelm-mlx` of a new environment. `--environment` uses an existing one instead.
+shell per command and `pip` and `openelm-mlx` of a new environment. `--environment` uses an existing one instead.
 
-There is no network for the commands themselves. Where one needs Apple's weights, there is a small folder of that name
-with random weights, and a `chat` gets its messages from here. Left out are only the lines of `LEFT_OUT`, with a reason,
-and comments. The first command that fails ends the run with its output.
+There is no network for the commands themselves. Where one needs Apple's weights, there is a folder of that name with
+those of a built-in model, and a `chat` gets its messages from here. Left out are only comments and the lines of
+`LEFT_OUT`, with a reason. The first command that fails ends the run with its output.
 """
 
 import argparse
@@ -41,29 +41,25 @@ LEFT_OUT = {  # beginnings of lines, and why they do not run
     "pipx install": "needs pipx",
     "openelm-mlx pretrain --config 270M": "takes days",
 }
-APPLE = "OpenELM-270M", "OpenELM-1_1B-Instruct"
+APPLE = {"OpenELM-270M": "openelm-tiny", "OpenELM-1_1B-Instruct": "openelm-tiny-instruct"}
 CHAT = "Hello!\nWhat does a cow say?\n/quit\n"
 _SECONDS = 300  # more than this is a command that hangs
 _BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-# Runs in the new environment, which alone has MLX: a folder as Apple's, with small random weights and a tokenizer.
+# Runs in the new environment, which alone has MLX: a built-in model in the layout of Apple's repositories.
 _SMALL_MODEL = """
-import json, shutil, sys
-from dataclasses import replace
+import json, sys
 from pathlib import Path
-import mlx.core as mx
-from mlx.utils import tree_flatten
-from mlx_openelm import OpenELM, OpenELMConfig
-from mlx_openelm.hub import model_folder
+from mlx_openelm import convert
 folder = Path(sys.argv[1])
-folder.mkdir(parents=True)
-config = OpenELMConfig.layerwise(num_transformer_layers=4, model_dim=128, head_dim=32, vocab_size=4096)
-config = replace(config, max_context_length=512, bos_token_id=1, eos_token_id=2)
-mx.random.seed(0)
-weights = dict(tree_flatten(OpenELM(config).parameters()))
-mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
-(folder / "config.json").write_text(json.dumps({**config.to_dict(), "torch_dtype": "float32"}))
-shutil.copy(model_folder("openelm-tiny") / "tokenizer.model", folder)
+folder.parent.mkdir(exist_ok=True)
+convert(sys.argv[2], folder, dequantize=True, dtype="float16")
+config = json.loads((folder / "config.json").read_text())
+del config["openelm_mlx_version"]
+for path in folder.iterdir():
+    if path.name not in ("model.safetensors", "tokenizer.model"):
+        path.unlink()
+(folder / "config.json").write_text(json.dumps(config))
 """
 
 
@@ -75,10 +71,18 @@ class Block(NamedTuple):
     line: int
 
 
-def blocks(document: str) -> Iterator[Block]:
-    """The blocks of a document, from top to bottom."""
-    for match in _BLOCK.finditer(document):
-        yield Block(match[1], match[2], document.count("\n", 0, match.start()) + 2)
+def blocks(document: str) -> list[Block]:
+    """The blocks of a document, from top to bottom; those of Python are one program, where the last of them is."""
+    found = [
+        Block(match[1], match[2], document.count("\n", 0, match.start()) + 2) for match in _BLOCK.finditer(document)
+    ]
+    python = [block for block in found if block.language == "python"]
+    program = "\n".join(block.text for block in python)
+    return [
+        block._replace(text=program) if block.language == "python" else block
+        for block in found
+        if block.language == "sh" or block is python[-1]
+    ]
 
 
 def commands(block: Block) -> Iterator[str]:
@@ -135,6 +139,12 @@ class Place:
         variables = self.variables()
         if cached:  # pip finds its settings and what it downloaded before in the real home
             variables["HOME"] = os.environ.get("HOME", "/")
+        try:
+            return self._run(words, text, variables)
+        except subprocess.TimeoutExpired as error:
+            sys.exit(f"{words[-1]}\n\ndid not end within {_SECONDS} s; its output so far:\n{error.output or ''}")
+
+    def _run(self, words: list[str], text: str, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             words,
             cwd=self.repository,
@@ -148,12 +158,11 @@ class Place:
         )
 
     def provide(self) -> None:
-        """The folders and files that the documents take for granted: Apple's models, and data of the reader's."""
-        for name in APPLE:
-            done = self.run([str(self.programs / "python"), "-c", _SMALL_MODEL, f"apple/{name}"])
+        """The folders that the documents take for granted: Apple's models."""
+        for name, built_in in APPLE.items():
+            done = self.run([str(self.programs / "python"), "-c", _SMALL_MODEL, f"apple/{name}", built_in])
             if done.returncode:
                 sys.exit(f"the small model cannot be made:\n{done.stdout}")
-        shutil.copy(self.repository / "examples" / "chat.jsonl", self.repository / "answers.jsonl")
 
     def tidy(self) -> None:
         """Remove what a journey wrote, so that the next one starts as a reader does."""

@@ -148,6 +148,7 @@ class TestJourneys:
         text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in journeys.DOCUMENTS)
         commands = re.findall(r"openelm-mlx convert apple/([\w.-]+)", text)
         assert set(commands) == set(journeys.APPLE)
+        assert {"openelm-tiny", "openelm-tiny-instruct"} == set(journeys.APPLE.values())
 
     def test_a_command_that_fails_ends_the_run_with_its_place(self, tmp_path, monkeypatch):
         class Failing:
