@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # MLX brings its own backend on a Mac; elsewhere the one for the CPU has to be asked for.
 EXTRAS := $(if $(filter Darwin,$(shell uname -s)),dev,dev,cpu)
 
-.PHONY: install demo test check slow torch bench clean
+.PHONY: install demo test check docs notebook readme package slow torch bench clean
 
 install: $(BIN)/openelm-mlx
 
@@ -30,6 +30,34 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# The documentation, the notebook and the commands in the documents have environments of their own: what they need is
+# neither in the package nor in the tests. PIP is where to find a constrained pip.
+PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+docs:
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python $(PIP) --requirement docs/requirements.txt
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet --clean
+
+notebook: install
+	$(BIN)/python $(PIP) --editable ".[$(EXTRAS),notebook]"
+	$(BIN)/python scripts/run_notebook.py notebooks/tour.ipynb
+
+# Every command of the README and the tutorials, as written, in a new environment.
+readme:
+	$(PYTHON) scripts/journeys.py
+
+# The wheel and the source archive, each installed in an empty environment.
+package:
+	$(PYTHON) -m venv $(VENV)-package
+	$(VENV)-package/bin/python -m pip install --quiet build twine
+	rm -rf dist
+	$(VENV)-package/bin/python -m build
+	$(VENV)-package/bin/twine check --strict dist/*
+	$(PYTHON) scripts/release.py --files dist
+	$(PYTHON) scripts/try_package.py dist/*.whl
+	$(PYTHON) scripts/try_package.py dist/*.tar.gz
 
 slow: install
 	$(BIN)/python -m pytest -m slow
@@ -65,4 +93,4 @@ bench: install
 	$(BIN)/python benchmarks/tune_memory.py
 
 clean:
-	rm -rf build $(VENV) $(VENV)-torch *.egg-info
+	rm -rf build dist site $(VENV) $(VENV)-docs $(VENV)-package $(VENV)-torch *.egg-info

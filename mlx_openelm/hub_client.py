@@ -16,7 +16,8 @@ from .errors import HubUnreachableError, OpenELMError, SourceError, one_line
 from .files.paths import check_links
 
 # The files to download from a repository; images and code are not needed, and PyTorch's weights only without others.
-_PATTERNS = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+# The card says which licence the weights have.
+_PATTERNS = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "README.md"]
 _TORCH_PATTERNS = ["pytorch_model*.bin"]
 _TIMEOUT = 5.0  # seconds in which the hub must begin to answer
 _FIRST_CONTACT = 8.0  # seconds for its first answer, the look-up of its address included

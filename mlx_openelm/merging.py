@@ -15,6 +15,7 @@ from .conversion.adapters.forms import open_adapter
 from .conversion.open import open_model, open_source
 from .conversion.source import Source, Tensor
 from .conversion.write.folder import write_model
+from .conversion.write.model_card import merged_card, write_card
 from .errors import AdapterError
 from .evaluation.divergence import NUM_TEXTS, divergences
 from .files.output import OutputFolder, output_folder
@@ -81,9 +82,7 @@ def merge(
             found.prepare(text)
 
         def add_files(staging: Path) -> None:
-            (staging / "README.md").write_text(
-                _card(source, adapter, found, quantization), encoding="utf-8", errors="replace"
-            )
+            write_card(staging, merged_card(folder, source, found, user_path(adapter).name, quantization))
             if text is not None:
                 write_tokenizer(text, staging)
 
@@ -96,14 +95,6 @@ def merge(
     exact = load_source(merged_source(source, found))
     of_merged, of_base = divergences(exact, [merged, base], on_progress=report)
     return replace(result, divergence=of_merged, adapter_divergence=of_base)
-
-
-def _card(source: Source, adapter: str | Path, found: SavedAdapter, quantization: Quantization | None) -> str:
-    kind = f", quantized to {quantization.bits} bits" if quantization else ""
-    return (
-        f"# {source.name} with {Path(adapter).name}\n\n{source.name} with the adapter {Path(adapter).name} "
-        f"({found.method}) merged into it by `openelm-mlx merge`{kind}. The licence of {source.name} still applies.\n"
-    )
 
 
 def merged_source(source: Source, adapter: SavedAdapter, dtype: mx.Dtype | None = None) -> Source:

@@ -724,7 +724,12 @@ class TestFolder:
         with pytest.raises(OutputExistsError, match="force"):
             convert_adapter(ours, tmp_path / "out")
         convert_adapter(ours, tmp_path / "out", force=True)
-        assert sorted(os.listdir(tmp_path / "out")) == [MANIFEST, "adapter_config.json", "adapters.safetensors"]
+        assert sorted(os.listdir(tmp_path / "out")) == [
+            MANIFEST,
+            "README.md",
+            "adapter_config.json",
+            "adapters.safetensors",
+        ]
         assert sorted(os.listdir(tmp_path)) == ["ours", "out"]
 
     def test_with_more_than_an_adapter_is_never_replaced(self, tmp_path, ours):

@@ -19,7 +19,7 @@ from mlx_openelm.commands.app import all_commands, as_flags
 from mlx_openelm.hub import BUILT_IN_MODELS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = all_commands()
 
 
@@ -49,7 +49,11 @@ def test_commands_document_is_up_to_date():
 
 def blocks(language):
     pattern = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
-    return [(path.name, block) for path in DOCUMENTS for block in pattern.findall(path.read_text(encoding="utf-8"))]
+    return [
+        (str(path.relative_to(ROOT)), block)
+        for path in DOCUMENTS
+        for block in pattern.findall(path.read_text(encoding="utf-8"))
+    ]
 
 
 def typed_lines():
@@ -74,7 +78,7 @@ DOCUMENTS_WITH_PYTHON = sorted({name for name, _ in blocks("python")})
 def test_python_in_documents_type_checks(tmp_path):
     paths = []
     for document in DOCUMENTS_WITH_PYTHON:
-        paths.append(tmp_path / f"{Path(document).stem.lower()}_md.py")
+        paths.append(tmp_path / f"{re.sub(r'[^a-z]', '_', document.lower())}.py")
         paths[-1].write_text(python_of(document), encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "mypy", *paths], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout
@@ -89,7 +93,9 @@ def test_python_in_documents_runs(document, tmp_path, chat_tokenizer):
     records = [{"prompt": f"{number} and", "completion": f" {number + 1}."} for number in range(20)]
     for name in ("answers", "test"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    program = re.sub(r"\[\[1, 9038, 2501\]\]", "[[1, 38, 251]]", program).replace("steps=100", "steps=2")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    program = re.sub(r"\[\[1, 9038, 2501\]\]", "[[1, 38, 251]]", program)
+    program = program.replace("steps=100", "steps=2").replace("steps=10)", "steps=2)").replace("steps=10,", "steps=2,")
     program = program.replace("rank=16,", "rank=2, steps=2,")
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -103,16 +109,40 @@ def test_python_in_documents_runs(document, tmp_path, chat_tokenizer):
     assert done.stdout
 
 
+def test_the_reference_lists_every_public_name():
+    text = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: mlx_openelm\.(\w+)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(set(mlx_openelm.__all__) - {"__version__"})
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    found = set()
+    todo = [navigation]
+    while todo:
+        entry = todo.pop()
+        if isinstance(entry, str):
+            found.add(entry)
+        else:
+            todo += entry.values() if isinstance(entry, dict) else entry
+    expected = {path.relative_to(ROOT / "docs").as_posix() for path in DOCUMENTS if path.is_relative_to(ROOT / "docs")}
+    assert expected <= found
+
+
 def test_links_between_documents_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+def workflow(name):
+    return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
+
+
 class TestWorkflow:
     """The workflow of the hosted runners, which nothing here runs."""
 
-    JOBS = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"]
+    JOBS = workflow("tests.yml")["jobs"]
 
     def lines(self):
         """Every line that a step runs, without the variables before it."""
@@ -159,7 +189,7 @@ def library_strings():
     package = ROOT / "mlx_openelm"
     for path in sorted(package.rglob("*.py")):
         name = str(path.relative_to(package))
-        if name == "cli.py" or name.startswith("commands/"):
+        if name in ("cli.py", "llm_plugin.py") or name.startswith("commands/"):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef)

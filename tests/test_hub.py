@@ -61,7 +61,7 @@ def test_a_repository_is_downloaded_at_its_revision_without_what_nobody_reads(do
     assert hub.model_folder("apple/OpenELM-270M", "v1") == tmp_path
     ((repo_id, options),) = downloads
     assert (repo_id, options["revision"]) == ("apple/OpenELM-270M", "v1")
-    assert set(options["allow_patterns"]) == {"*.json", "*.jinja", "*.safetensors", "tokenizer.model"}
+    assert set(options["allow_patterns"]) == {"*.json", "*.jinja", "*.safetensors", "tokenizer.model", "README.md"}
 
 
 def test_weights_of_pytorch_are_downloaded_where_there_are_no_others(downloads, monkeypatch):

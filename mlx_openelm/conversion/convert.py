@@ -20,9 +20,10 @@ from ..tensors import LazyTensor, checked_cast
 from ..tokenizer.chat_template import OPENELM
 from ..tokenizer.files import JSON_FILE, tokenizer_files
 from .open import TORCH_SUFFIXES, open_model
+from .origin import origin_of
 from .source import Source, Tensor
 from .write.folder import write_model
-from .write.model_card import model_card
+from .write.model_card import adapter_card, model_card, write_card
 
 ADAPTER_FOLDER = "adapter"  # inside the model folder
 
@@ -145,12 +146,15 @@ def convert(
         )
 
         def add_files(staging: Path) -> None:
-            (staging / "README.md").write_text(model_card(result, found, command), encoding="utf-8", errors="replace")
+            write_card(staging, model_card(result, found, command))
             for name, content in files.items():
                 (staging / name).write_bytes(content)
             if adapter is not None:
                 (staging / ADAPTER_FOLDER).mkdir()
                 write_adapter(staging / ADAPTER_FOLDER, adapter)
+                origin = origin_of(found.folder, found.config)
+                card = adapter_card(ADAPTER_FOLDER, adapter.method, folder.name, origin, found.chat_template)
+                write_card(staging / ADAPTER_FOLDER, card)
 
         done_bytes = 0
 

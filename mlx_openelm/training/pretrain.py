@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..conversion.write.model_card import trained_card, write_card
 from ..data.batch import TokenBatch
 from ..data.corpus import Corpus, CorpusBatches, Filters, prepare_corpus, validation_rows
 from ..data.train_tokenizer import train_tokenizer
@@ -164,6 +165,7 @@ def pretraining_steps(
         TrainingError: if the run cannot start or continue; the last good checkpoint is kept.
     """
     trainer = fresh_trainer(recipe, corpus, group)
+    name = (run.path if isinstance(run, LockedFolder) else run).resolve().name
     bos = recipe.model.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     config = replace(recipe.model, bos_token_id=bos, eos_token_id=tokenizer.eos_token_id)
 
@@ -171,5 +173,15 @@ def pretraining_steps(
         save_arrays(folder / "model.safetensors", parameters, {"format": "mlx"})
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         write_tokenizer(tokenizer, folder)
+        write_card(folder, trained_card(name, config, _settings(recipe)))
 
     yield from train(trainer, tokenizer, run, write, resume=resume, callback=callback)
+
+
+def _settings(recipe: PretrainRecipe) -> dict[str, str]:
+    """The settings of a run for its card: nothing about where its data was."""
+    return {
+        "steps of the run": f"{recipe.steps:,}, of {recipe.batch_size:,} rows of {recipe.sequence_length:,} tokens",
+        "learning rate": f"{recipe.learning_rate:g}, {recipe.schedule}",
+        "seed": str(recipe.seed),
+    }

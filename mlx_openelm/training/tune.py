@@ -17,6 +17,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..conversion.origin import CARD, Origin, origin_of_model
+from ..conversion.write.model_card import adapter_card, write_card
 from ..data.batch import Batch, TokenBatch
 from ..data.dataset import ExampleSet, read_splits
 from ..data.example_batches import ExampleBatches, all_rows
@@ -86,6 +88,7 @@ class Tuning:
         parameters: trained parameters by name, float32; a trainer takes them over.
         num_parameters: number of trained parameters.
         chat_template: recorded with the adapter, if it is not that of the base model.
+        origin: base model on the hub and licence, for the card.
     """
 
     recipe: TuneRecipe
@@ -98,6 +101,7 @@ class Tuning:
     parameters: Tensors
     num_parameters: int
     chat_template: str | None
+    origin: Origin
 
     @property
     def base(self) -> dict[str, Any]:
@@ -150,7 +154,19 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
     steps = recipe.steps or max(1, round(recipe.epochs * rows.steps_per_epoch))
     recipe = replace(recipe, steps=steps)
     count = sum(p.size for p in parameters.values())
-    return Tuning(recipe, model, tokenizer, examples, held_out, test, rows, parameters, count, start.chat_template)
+    return Tuning(
+        recipe,
+        model,
+        tokenizer,
+        examples,
+        held_out,
+        test,
+        rows,
+        parameters,
+        count,
+        start.chat_template,
+        origin_of_model(recipe.model, model.config),
+    )
 
 
 def tuning_steps(
@@ -174,13 +190,16 @@ def tuning_steps(
     """
     group, callback = group or mx.distributed.init(), callback or TrainingCallback()
     trainer = make_trainer(tuning, group)
+    name = (output.path if isinstance(output, LockedFolder) else output).resolve().name
     template = tuning.chat_template
-    names = (TENSOR_FILE, CONFIG_FILE, *([TEMPLATE_FILE] if template is not None else []))
+    names = (TENSOR_FILE, CONFIG_FILE, CARD, *([TEMPLATE_FILE] if template is not None else []))
 
     def write(folder: Path, parameters: Tensors) -> None:
         recipe = tuning.recipe
         about = tuning.base, template, tuning.train.example_format
         save_adapter(folder, parameters, recipe.method, recipe.adapter_config, *about)
+        spoken = tuning.tokenizer.chat_template
+        write_card(folder, adapter_card(name, recipe.method, Path(recipe.model).name, tuning.origin, spoken))
 
     with run_lock(output, group) as run, ExitStack() as claims:
         published = {}
@@ -241,9 +260,9 @@ def _move_foreign_away(run: Path, names: Sequence[str], on_message: Callable[[st
     """Rename files in place of the final adapter, unless they are copies of those in the best checkpoint."""
     best = best_checkpoint(run)
     for path in (run / name for name in names):
-        if best is not None and exists(path) and not _same(path, best / path.name):
+        if exists(path) and (best is None or not _same(path, best / path.name)):
             place = move_away(path, f"{path.stem}-old{path.suffix}")
-            on_message(f"{path} was modified after the run; moved it to {place.name}")
+            on_message(f"{path} was not written by this run; moved it to {place.name}")
 
 
 def _same(path: Path, other: Path) -> bool:

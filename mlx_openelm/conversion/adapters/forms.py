@@ -12,6 +12,8 @@ from ...model.adapters import TENSOR_FILE, SavedAdapter, read_adapter, write_ada
 from ...model.lora import EMBEDDING, EMBEDDING_TARGET
 from ...tokenizer.chat_template import read_chat_template
 from ..open import TORCH_SUFFIXES
+from ..origin import origin_from_card
+from ..write.model_card import adapter_card, write_card
 from . import peft
 from .common import with_vocabulary
 from .corenet import read_corenet_adapter
@@ -91,6 +93,10 @@ def convert_adapter(
         write = peft.write_peft if to == "peft" else write_adapter
         with place.replaced() as staging:
             write(staging, found)
+            base = str(found.base.get("name") or "MODEL")
+            library = "peft" if to == "peft" else "mlx"
+            card = adapter_card(folder.name, found.method, base, origin_from_card(path), found.chat_template, library)
+            write_card(staging, card)
     return AdapterConversion(folder, to, found.method, len(found.ranks) or len(found.tensors), warnings)
 
 
