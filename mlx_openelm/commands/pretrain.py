@@ -74,8 +74,9 @@ def pretrain(
 ) -> None:
     """Train a model from scratch.
 
-    Options override the --config recipe; anything that neither sets follows from the model and the data. The fields of
-    a recipe are the options below, with _ in place of -.
+    Options override the --config recipe; what neither sets follows from the model and the data.
+
+    The fields of a recipe are the options below, with _ in place of -.
     """
     from ..training.plan import estimated_plan, plan_of
     from ..training.run import TrainingCallback, run_pretraining

@@ -18,7 +18,7 @@ from ..training.recipe import Recipe, setting_of
 from ..training.tune_recipe import TuneRecipe
 from .options import MODEL_VARIABLE
 
-RunToResume = Annotated[Path | None, typer.Argument(help="Run folder to continue, with --resume.", metavar="[RUN]")]
+RunToResume = Annotated[Path | None, typer.Argument(help="Run folder to continue, with --resume.", metavar="RUN")]
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Continue RUN from its last checkpoint, with its settings."),
