@@ -110,7 +110,7 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_a_generation_says_so_and_keeps_what_was_written(model):
-    code = "import os, signal, mlx_openelm.commands.generate as g; write = g.write\n"
+    code = "import os, signal, mlx_openelm.commands.text_view as g; write = g.write\n"
     code += "def pressed(text, **options):\n    write(text, **options)\n    g.write = write\n"
     code += "    os.kill(os.getpid(), signal.SIGINT)\n"
     code += "g.write = pressed\nfrom mlx_openelm.cli import main\nmain()"
