@@ -43,7 +43,7 @@ class OpenELMModel(llm.Model):
     """
 
     can_stream = True
-    Options = Options
+    Options = Options  # type: ignore[assignment]  # llm wants the class under this name
 
     def __init__(self, model_id: str, model: str, adapter: str | None = None):
         self.model_id = model_id

@@ -131,6 +131,10 @@ class TestOtherFormats:
     def test_there_is_no_system_message(self, tiny_model, instructed):
         with pytest.raises(TokenizerError, match="requires a chat template, but the model was tuned on single"):
             Chat(tiny_model, instructed, system="Be brief.")
+        chat = Chat(tiny_model, instructed)
+        with pytest.raises(TokenizerError, match="requires a chat template"):
+            chat.system = "Be brief."
+        chat.system = None
 
     def test_a_model_that_only_continues_text_does_not_chat(self, tiny_model, instructed, tokenizer_path):
         instructed.example_format = ExampleFormat("text")

@@ -133,13 +133,13 @@ class Conversation:
         columns = max(shutil.get_terminal_size().columns, width + 20)
         for name, (takes, what) in _COMMANDS.items():
             lines = textwrap.wrap(what, columns - width)
-            write_error(f"{f'{name} {takes}':{width}}" + f"\n{'':{width}}".join(lines))
-        write_error("Ctrl-C stops an answer, or clears the line.")
+            write_error(f"{f'{name} {takes}':{width}}" + f"\n{'':{width}}".join(lines), is_asked=True)
+        write_error("Ctrl-C stops an answer, or clears the line.", is_asked=True)
 
     def _system(self, text: str) -> None:
         if text:
             self._chat.system = None if text == _NONE else text
-        write_error(clean(f"system message: {self._chat.system or _NONE}"))
+        write_error(clean(f"system message: {self._chat.system or _NONE}"), is_asked=True)
 
     def _save(self, name: str) -> None:
         if not name.endswith((*_JSON_ENDINGS, *_TEXT_ENDINGS)):

@@ -42,7 +42,7 @@ class LineInput:
                 self._history.add(line)
             return line
         if self._prompt:  # stdout goes elsewhere and gets the answers alone
-            write_error(self._prompt, end="")
+            write_error(self._prompt, end="", is_asked=True)
         raw = read_stdin(whole=False)
         if not raw:
             raise EOFError

@@ -89,9 +89,9 @@ def show_traceback() -> None:
         _to_stderr(clean(traceback.format_exc().rstrip("\n")))
 
 
-def write_error(text: str, end: str = "\n") -> None:
-    """Print lines on stderr that are clean already, unless --quiet was given."""
-    if not is_quiet():
+def write_error(text: str, end: str = "\n", is_asked: bool = False) -> None:
+    """Print lines on stderr that are clean already; with --quiet, only what the user asked for."""
+    if is_asked or not is_quiet():
         _to_stderr(text, end)
 
 

@@ -48,11 +48,7 @@ class Chat:
                 f"{BUILT_IN_CHAT_MODEL}, tune this one on conversations with `chat_template={OPENELM}`, or use "
                 "generate to continue text"
             )
-        if system and self._asked.style != "chat":
-            raise TokenizerError(
-                "`system` requires a chat template, but the model was tuned on single questions in "
-                f"{self._asked.records} format"
-            )
+        self._check_system(system)
         self.model = model
         self.tokenizer = tokenizer
         self.sampling = sampling.with_seed()
@@ -78,8 +74,16 @@ class Chat:
 
     @system.setter
     def system(self, text: str | None) -> None:
+        self._check_system(text)
         turns = self.messages[1:] if self.system is not None else self.messages
         self.messages = [*_beginning(text), *turns]
+
+    def _check_system(self, text: str | None) -> None:
+        if text and self.answers_alone:
+            raise TokenizerError(
+                "`system` requires a chat template, but the model was tuned on single questions in "
+                f"{self._asked.records} format"
+            )
 
     def reset(self) -> None:
         """Remove all turns; the system message stays."""
