@@ -142,7 +142,8 @@ class Place:
         try:
             return self._run(words, text, variables)
         except subprocess.TimeoutExpired as error:
-            sys.exit(f"{words[-1]}\n\ndid not end within {_SECONDS} s; its output so far:\n{error.output or ''}")
+            output = (error.output or b"").decode(errors="replace")
+            sys.exit(f"{words[-1]}\n\ndid not end within {_SECONDS} s; its output so far:\n{output}")
 
     def _run(self, words: list[str], text: str, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
