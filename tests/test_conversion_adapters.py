@@ -738,7 +738,7 @@ class TestFolder:
         (tmp_path / "out" / "checkpoints").mkdir()
         with pytest.raises(OutputError, match="checkpoints"):
             convert_adapter(ours, tmp_path / "out", force=True)
-        with pytest.raises(OutputError, match="is not a folder"):
+        with pytest.raises(OutputError, match="would be a folder"):
             convert_adapter(ours, ours / "adapters.safetensors", force=True)
 
     def test_an_error_half_way_leaves_nothing(self, tmp_path, ours, monkeypatch):

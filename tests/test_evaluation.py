@@ -125,4 +125,4 @@ def test_the_command_measures_without_training(place, recipe, adapter):
     found = json.loads(tuned)
     assert found["loss"] == pytest.approx(evaluate(replace(recipe, adapter=str(adapter))).loss, rel=1e-4)
     assert float(base.split("loss ")[1].split(",")[0]) > found["loss"]
-    assert "give --output" in refused("tune", "-m", place / "model", "-d", place / "train.jsonl")
+    assert "with --output" in refused("tune", "-m", place / "model", "-d", place / "train.jsonl")

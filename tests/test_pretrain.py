@@ -305,7 +305,7 @@ class TestCommand:
         assert "4 of 4 rows of 32 tokens: 512 tokens" in err
         assert out.splitlines()[0].startswith("run: trained 4 steps on 512 tokens; best validation loss: ")
         assert '  openelm-mlx generate --model run --prompt "Once upon a time"' in out
-        assert "trained      4 of 4 steps" in run("info", "run")[1]
+        assert re.search(r"trained +4 of 4 steps", run("info", "run")[1])
         assert run("generate", "-m", "run", "-p", "The fox", "-n", 3)[0] == 0
         status, out, err = run("average", "run", "--output", "mean")
         assert (status, "averaging step-00000002, step-00000003, step-00000004" in err) == (0, True)

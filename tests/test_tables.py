@@ -206,7 +206,7 @@ def test_commands_fit_their_terminal(command, width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
     if command == "info":
         info()
-        expected = ["4,788,224", "983,680", "3.79", "2,816"]
+        expected = ["6,067,456", "983,680", "5.09", "3,840"]
     elif command == "design":
         found = design(OpenELMConfig.preset("3B"))
         _show(found, uniform=False)

@@ -592,9 +592,12 @@ class TestCommand:
         words = ("generate", "-p", "The fox", "-n", "3", "--json")
         found = json.loads(run(*words, "-m", files / "model", "-a", tmp_path / "run")[1])
         plain = json.loads(run(*words, "-m", files / "model", "-a", tmp_path / "run", "--raw")[1])
-        assert found["prompt_tokens"] == plain["prompt_tokens"] + 1  # the separator
+        assert found["stats"]["prompt_tokens"] == plain["stats"]["prompt_tokens"] + 1  # the separator
         assert run("merge", "-m", files / "model", "-a", tmp_path / "run", "-o", tmp_path / "merged")[0] == 0
-        assert json.loads(run(*words, "-m", tmp_path / "merged")[1])["prompt_tokens"] == found["prompt_tokens"]
+        assert (
+            json.loads(run(*words, "-m", tmp_path / "merged")[1])["stats"]["prompt_tokens"]
+            == found["stats"]["prompt_tokens"]
+        )
 
     def test_causes_and_memory_are_told(self, files, tmp_path):
         done = self.tune(files, tmp_path / "run", "--dry-run", "--max-length", "14", "--too-long", "drop")

@@ -10,8 +10,9 @@ import typer
 from ..cache.config import CacheConfig
 from ..files.output import output_file
 from ..generation.chat import Chat
+from ..generation.defaults import sampling_of
 from ..generation.sampling import SamplingConfig
-from ..hub import BUILT_IN_CHAT_MODEL
+from ..hub import BUILT_IN_CHAT_MODEL, model_folder
 from ..loading import dtype_named, load
 from .conversation import Conversation
 from .generate import check_prompt_cache, open_prompt_cache
@@ -53,11 +54,11 @@ def chat(
     model: Model = BUILT_IN_CHAT_MODEL,
     system: System = None,
     max_tokens: MaxTokens = MAX_TOKENS,
-    temperature: Temperature = SamplingConfig.temperature,
-    top_p: TopP = SamplingConfig.top_p,
-    top_k: TopK = SamplingConfig.top_k,
-    min_p: MinP = SamplingConfig.min_p,
-    repetition_penalty: RepetitionPenalty = SamplingConfig.repetition_penalty,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     repetition_context: RepetitionContext = SamplingConfig.repetition_context,
     stop: Stop = None,
     seed: Seed = SamplingConfig.seed,
@@ -76,7 +77,11 @@ def chat(
     /help lists the commands within the chat. Ctrl-C stops an answer, or clears the line; Ctrl-D ends the chat. What
     you type is kept for the next chat; OPENELM_MLX_CHAT_HISTORY names the file, or is off.
     """
-    sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
+    chosen: dict[str, Any] = {
+        **{"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
+        **{"repetition_penalty": repetition_penalty, "repetition_context": repetition_context},
+    }
+    SamplingConfig(**{name: value for name, value in chosen.items() if value is not None})  # before the model is loaded
     check_prompt_cache(prompt_cache)
     cache_file = None
     if prompt_cache is not None:
@@ -85,6 +90,7 @@ def chat(
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     with loading(model, tokenizer, adapter):
         network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
+    sampling = sampling_of(model_folder(model, revision), **chosen)
     with open_prompt_cache(
         network, cache_file, CacheConfig(kv_bits, quantized_kv_start, max_kv_size, kv_sinks)
     ) as cache:

@@ -14,12 +14,13 @@ from ..conversion.open import open_model
 from ..errors import CacheError, PromptError, TokenizerError
 from ..files.output import OutputFile, output_file
 from ..files.paths import exists, is_folder
+from ..generation.defaults import sampling_of
 from ..generation.drafters import DEFAULT_MAX_DRAFT, Drafter, DraftModel, PromptLookup
 from ..generation.engine import BATCH_SIZE, MAX_TOKENS
 from ..generation.prompt_cache import PromptCache, write_prompt_cache
 from ..generation.sampling import SamplingConfig
 from ..generation.text import Generation, stream_generate
-from ..hub import BUILT_IN_MODEL
+from ..hub import BUILT_IN_MODEL, model_folder
 from ..loading import dtype_named, load, load_source
 from ..model.openelm import OpenELM
 from ..tokenizer.example_format import parse_columns
@@ -72,11 +73,11 @@ def generate(
     ] = None,
     model: Model = BUILT_IN_MODEL,
     max_tokens: MaxTokens = MAX_TOKENS,
-    temperature: Temperature = SamplingConfig.temperature,
-    top_p: TopP = SamplingConfig.top_p,
-    top_k: TopK = SamplingConfig.top_k,
-    min_p: MinP = SamplingConfig.min_p,
-    repetition_penalty: RepetitionPenalty = SamplingConfig.repetition_penalty,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     repetition_context: RepetitionContext = SamplingConfig.repetition_context,
     stop: Stop = None,
     seed: Seed = SamplingConfig.seed,
@@ -129,7 +130,11 @@ def generate(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the answer file.")] = False,
 ) -> None:
     """Continue a prompt, or answer it with an Instruct model; with --input, do so for every prompt in a file."""
-    sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, repetition_context, seed)
+    chosen: dict[str, Any] = {
+        **{"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
+        **{"repetition_penalty": repetition_penalty, "repetition_context": repetition_context},
+    }
+    SamplingConfig(**{name: value for name, value in chosen.items() if value is not None})  # before the model is loaded
     kept = CacheConfig(kv_bits, quantized_kv_start, max_kv_size, kv_sinks)
     if (prompt is None) == (prompts is None):
         raise PromptError(
@@ -150,6 +155,7 @@ def generate(
         claimed.protect(prompts)
     with loading(model, tokenizer, adapter):
         network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
+    sampling = sampling_of(model_folder(model, revision), **chosen)
     asked = tokens.prompt_format(chat, system)
     if text is None:
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}

@@ -20,19 +20,31 @@ MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", help="Maximum number of tokens to generate.", metavar="N")
 ]
 Temperature = Annotated[
-    float,
+    float | None,
     typer.Option(
-        "--temperature", "--temp", help="Sampling temperature; 0: always take the most likely token.", metavar="T"
+        help="Sampling temperature; 0: always take the most likely token. Default: the model's, else 0.", metavar="T"
     ),
 ]
 TopP = Annotated[
-    float,
-    typer.Option(help="Sample from the smallest set of tokens whose probabilities sum to P.", metavar="P"),
+    float | None,
+    typer.Option(
+        help="Sample from the smallest set of tokens whose probabilities sum to P. Default: the model's, else 1.",
+        metavar="P",
+    ),
 ]
-TopK = Annotated[int, typer.Option(help="Sample from the K most likely tokens; 0: all.", metavar="K")]
-MinP = Annotated[float, typer.Option(help="Exclude tokens less likely than P times the most likely.", metavar="P")]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Sample from the K most likely tokens; 0: all. Default: the model's, else 0.", metavar="K"),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Exclude tokens less likely than P times the most likely. Default: the model's, else 0.", metavar="P"
+    ),
+]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Penalty on recent tokens; 1: none, 1.2 is typical.", metavar="R")
+    float | None,
+    typer.Option(help="Penalty on recent tokens; 1: none, 1.2 is typical. Default: the model's, else 1.", metavar="R"),
 ]
 RepetitionContext = Annotated[int, typer.Option(help="Recent tokens the repetition penalty covers.", metavar="N")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.", metavar="S")]
