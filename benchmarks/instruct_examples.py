@@ -3,7 +3,8 @@
 python benchmarks/instruct_examples.py --corpus CORPUS --output FOLDER
 
 Writes train.jsonl and valid.jsonl with one conversation (`messages`) per line. Examples from stories that were held out
-of pre-training go into valid.jsonl only. The same corpus gives the same files.
+of pre-training go into valid.jsonl only. pairs.jsonl has preference pairs: both answers to a request are short stories of
+train.jsonl, but only the chosen one has what was asked for. The same corpus gives the same files.
 """
 
 import argparse
@@ -89,6 +90,10 @@ def main() -> None:
         lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in examples[split])
         (arguments.output / name).write_text("".join(lines), encoding="utf-8")
         print(f"{name}: {len(examples[split]):,} conversations")
+    chosen = list(preference_pairs(examples["train"], random.Random(arguments.seed + 1)))
+    lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in chosen)
+    (arguments.output / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    print(f"pairs.jsonl: {len(chosen):,} pairs")
 
 
 def from_stories(corpus: Path, random_numbers: random.Random) -> Iterator[tuple[str, Messages]]:
@@ -205,6 +210,26 @@ def read_questions(corpus: Path) -> Iterator[Messages]:
         short = [record for record in records if 0 < len(record["input"]) <= LONGEST_CONTEXT]
         for record in short[:at_most]:
             yield dialogue(f"{record['instruction']}\n\n{record['input']}", record["output"])
+
+
+def preference_pairs(conversations: list[Messages], random_numbers: random.Random) -> Iterator[dict[str, Messages]]:
+    """Requests for a story with the story that they were made of, and one of the same length without their things."""
+    stories = []
+    for messages in conversations:
+        _, about, rest = messages[0]["content"].partition("story about")
+        things = re.findall(r"\ban? ([a-z]+)", rest)
+        short = len(messages) == 2 and len(messages[1]["content"]) < 650
+        if about and things and short and "named" not in rest and not messages[0]["content"].startswith("Finish"):
+            stories.append((messages, things))
+    for messages, things in stories:
+        story = messages[1]["content"]
+        if not all(thing in story[:400].lower() for thing in things):
+            continue
+        for _ in range(50):
+            other = random_numbers.choice(stories)[0][1]
+            if abs(len(other["content"]) - len(story)) < 80 and not any(t in other["content"].lower() for t in things):
+                yield {"chosen": messages, "rejected": [messages[0], other]}
+                break
 
 
 def dialogue(request: str, answer: str) -> Messages:
