@@ -3,8 +3,8 @@
 python benchmarks/instruct_examples.py --corpus CORPUS --output FOLDER
 
 Writes train.jsonl and valid.jsonl with one conversation (`messages`) per line. Examples from stories that were held out
-of pre-training go into valid.jsonl only. pairs.jsonl has preference pairs: both answers to a request are short stories of
-train.jsonl, but only the chosen one has what was asked for. The same corpus gives the same files.
+of pre-training go into valid.jsonl only. pairs.jsonl has preference pairs: both answers to a request are short stories,
+but only the chosen one is about what was asked for. The same corpus gives the same files.
 """
 
 import argparse
