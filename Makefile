@@ -18,7 +18,7 @@ $(BIN)/openelm-mlx: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/openelm-mlx generate --prompt "Once upon a time there was" --max-tokens 100 --echo
+	$(BIN)/openelm-mlx generate --prompt "Once upon a time there was" --echo
 	$(BIN)/openelm-mlx info
 
 test: install
