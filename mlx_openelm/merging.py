@@ -175,7 +175,7 @@ def _merge(
         if on_progress is not None:
             on_progress(done, total)
 
-    write_model(output, merged.config, tensors, add_files=add_files, on_written=on_written)
+    write_model(output, merged.config, tensors, sampling=merged.sampling, add_files=add_files, on_written=on_written)
     return Merge(
         output.name,
         len(adapter.ranks) or len(adapter.tensors),

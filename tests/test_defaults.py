@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_openelm import SamplingConfig
+from mlx_openelm import SamplingConfig, convert
 from mlx_openelm.errors import ConfigError, SamplingError
 from mlx_openelm.generation.defaults import sampling_of
 
@@ -29,6 +29,14 @@ def test_the_penalty_counts_in_any_case_and_the_rest_where_the_model_samples(tmp
 def test_what_is_given_goes_before(tmp_path):
     folder = written(tmp_path, do_sample=True, temperature=0.7, repetition_penalty=1.1)
     assert sampling_of(folder, temperature=0.0, repetition_penalty=1.0) == SamplingConfig()
+
+
+def test_conversion_and_merging_keep_it(tmp_path, tiny_folder):
+    (tiny_folder / "generation_config.json").write_text(
+        '{"repetition_penalty": 1.3, "do_sample": false, "eos_token_id": 2}'
+    )
+    convert(tiny_folder, tmp_path / "converted", tokenizer="none")
+    assert sampling_of(tmp_path / "converted") == SamplingConfig(repetition_penalty=1.3)
 
 
 @pytest.mark.parametrize("value", ["high", True, -1, [1]])

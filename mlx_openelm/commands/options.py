@@ -22,7 +22,10 @@ MaxTokens = Annotated[
 Temperature = Annotated[
     float | None,
     typer.Option(
-        help="Sampling temperature; 0: always take the most likely token. Default: the model's, else 0.", metavar="T"
+        "--temperature",
+        "--temp",
+        help="Sampling temperature; 0: always take the most likely token. Default: the model's, else 0.",
+        metavar="T",
     ),
 ]
 TopP = Annotated[

@@ -164,7 +164,7 @@ def convert(
             if on_progress is not None:
                 on_progress(name, done_bytes, result.output_bytes)
 
-        write_model(place, found.config, tensors, add_files=add_files, on_written=on_written)
+        write_model(place, found.config, tensors, sampling=found.sampling, add_files=add_files, on_written=on_written)
         return result
 
 

@@ -4,7 +4,7 @@ Weights in every supported format become a `Source`; the code that loads or writ
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Source:
     named_vocab_size: int | None = None  # rows that are tokens, if more rows may follow as padding
     names_eos: bool = False  # whether the configuration says which ids end a text; else the tokenizer alone does
     chat_template: str | None = None  # of a model that was tuned on conversations
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # what `generation_config.json` says of it
     is_converted: bool = False  # written by this package: a missing tokenizer was left out on purpose
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Folders in the Hugging Face layout, from Apple, the MLX community or `convert`."""
 
 from pathlib import Path
+from typing import Any
 
 from ...config import OpenELMConfig
 from ...errors import ConfigError, SourceError, WeightsError, quoted, readable
@@ -10,6 +11,8 @@ from ...tensors import LazyTensor, read_safetensors
 from ...tokenizer.chat_template import OPENELM_TEMPLATE, is_openelm, read_chat_template, template_by_name
 from ..source import Source, make_source, plain_names
 from .config import config_of
+
+_SAMPLING = "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
 
 _LARGEST_INDEX = 1 << 25  # bytes
 
@@ -37,7 +40,8 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
     is_converted = "openelm_mlx_version" in written
     config = config or config_of(written, path)
     names_eos = written.get("eos_token_id") is not None
-    more_eos = _generation_eos(folder / "generation_config.json")
+    generation = folder / "generation_config.json"
+    more_eos = _generation_eos(generation)
     if more_eos:
         config = config.with_eos(*more_eos, only=not names_eos)
     return make_source(
@@ -48,6 +52,7 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
         folder=folder,
         names_eos=names_eos or bool(more_eos),
         chat_template=_chat_template(folder, is_converted),
+        sampling=_sampling(generation),
         is_converted=is_converted,
     )
 
@@ -74,6 +79,12 @@ def _generation_eos(path: Path) -> list[int]:
     if not all(type(token) is int for token in tokens):
         raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids; got {quoted(value)}")
     return tokens
+
+
+def _sampling(path: Path) -> dict[str, Any]:
+    """How the model wants its text sampled, unchecked: numbers and `do_sample`."""
+    values = read_json_object(path, ConfigError, optional=True)
+    return {name: values[name] for name in _SAMPLING if isinstance(values.get(name), bool | int | float)}
 
 
 def _read_weights(folder: Path) -> dict[str, LazyTensor]:

@@ -23,6 +23,7 @@ def write_model(
     config: OpenELMConfig,
     tensors: Mapping[str, Tensor],
     *,
+    sampling: Mapping[str, Any] | None = None,
     add_files: Callable[[Path], object] = lambda folder: None,
     on_written: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> None:
@@ -31,6 +32,7 @@ def write_model(
     Tensors are read block by block.
 
     Args:
+        sampling: see `Source`.
         add_files: called with the temporary folder; writes the other files (tokenizer, model card).
         on_written: called with a tensor's name and the bytes just written.
     Raises:
@@ -42,7 +44,7 @@ def write_model(
     with output.replaced() as folder:
         _write_weights(folder, shards, on_written)
         _write_json(folder / "config.json", {**config.to_dict(), **_about(tensors)})
-        _write_json(folder / "generation_config.json", _generation_config(config))
+        _write_json(folder / "generation_config.json", {**_generation_config(config), **(sampling or {})})
         add_files(folder)
 
 
