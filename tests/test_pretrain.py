@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from conftest import heard, killed_at, launched, run
-from mlx_openelm import load
+from mlx_openelm import TrainingResult, load
+from mlx_openelm.commands import progress
 from mlx_openelm.errors import ConfigError, OutputError, TrainingError
+from mlx_openelm.files.fields import Fields
 from mlx_openelm.machine.device import memory_limit_bytes
 from mlx_openelm.runs import checkpoint_folders
 from mlx_openelm.training import loop, trainer as trainer_module
@@ -383,3 +385,15 @@ def test_tables_of_a_recipe_are_read_with_their_types(recipe, change, said):
     with pytest.raises(ConfigError, match=re.escape(said)) as raised:
         PretrainRecipe.from_dict({**recipe.to_dict(), **change})
     assert len(str(raised.value)) < 300
+
+
+def test_an_interrupted_run_that_is_resumed_with_fewer_steps_is_not_called_finished(monkeypatch, capsys, tmp_path):
+    state = Fields({"step": 47, "recipe": {"steps": 400}}, "state.json", TrainingError)
+    monkeypatch.setattr(progress, "newest_state", lambda folder: state)
+    progress.report_finished(
+        "pretrain", TrainingResult(tmp_path / "run", tmp_path, 47, None, None, False, None), as_json=False
+    )
+    said, what_to_do = capsys.readouterr().out.splitlines()
+    assert said.endswith("run is already at step 47 of 400")
+    assert what_to_do.endswith("run")
+    assert "--steps" not in what_to_do

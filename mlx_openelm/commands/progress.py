@@ -140,7 +140,12 @@ def report_finished(command: str, result: TrainingResult, as_json: bool) -> None
     if as_json:
         print_json(result_json(result))
         return
-    step = newest_state(resolved(result.folder))["step"]
+    state = newest_state(resolved(result.folder))
+    step, planned = state["step"], state.table("recipe").whole("steps")
+    if step < planned and not result.stopped_early:  # interrupted, and resumed with fewer steps than it has taken
+        write(f"{result.folder} is already at step {step:,} of {planned:,}")
+        write(f"to continue: openelm-mlx {command} --resume {quote(str(result.folder))}")
+        return
     how = "stopped early, because the validation loss stopped improving," if result.stopped_early else "is finished:"
     loss = "" if result.validation_loss is None else f"; best validation loss: {result.validation_loss:.4f}"
     write(f"{result.folder} {how} {step:,} steps{loss}")
