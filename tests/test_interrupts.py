@@ -129,7 +129,7 @@ def test_saving_is_not_interrupted(tmp_path):
 def test_it_is_acknowledged_while_the_main_thread_computes():
     """The main thread waits in C until the message was printed, so Python cannot have handled the signal before."""
     code = """
-import ctypes, os, signal, threading
+import ctypes, os, signal, threading, time
 from mlx_openelm.commands import interrupts, terminal
 interrupts.watch_signal()
 reader, writer = os.pipe()
@@ -158,13 +158,14 @@ except KeyboardInterrupt:
 def test_a_second_one_ends_the_process_at_once():
     """The main thread blocks the signal and waits in C, so only the other thread can have ended the process."""
     code = """
-import ctypes, os, signal, threading
+import ctypes, os, signal, threading, time
 from mlx_openelm.commands import interrupts
 interrupts.watch_signal()
 reader, writer = os.pipe()
 def press():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3)  # two signals that wait at the same time would be one
     os.kill(os.getpid(), signal.SIGINT)
 timers = [threading.Timer(0.5, press), threading.Timer(20, lambda: os.write(writer, b"late"))]
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

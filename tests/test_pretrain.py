@@ -272,6 +272,7 @@ class TestCommand:
         (folder,) = checkpoint_folders(files / "run")
         assert int(folder.name.split("-")[1]) >= 3
 
+    @pytest.mark.slow
     def test_two_processes_make_the_same_run(self, files):
         assert self.train(files, files / "one").returncode == 0
         done = self.train(files, files / "two", processes=2)

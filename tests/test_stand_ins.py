@@ -78,6 +78,7 @@ def test_doctor_says_what_to_install(reason):
     assert "none: MLX cannot be loaded" in without_packages(MAIN, reason, "doctor")[1]
 
 
+@pytest.mark.slow
 def test_shells_can_complete():
     for shell in ("bash", "zsh", "fish"):
         status, out, err = without_packages(MAIN, BROKEN, "completion", shell)
