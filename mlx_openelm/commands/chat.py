@@ -10,7 +10,7 @@ import typer
 from ..cache.config import CacheConfig
 from ..files.output import output_file
 from ..generation.chat import Chat
-from ..generation.defaults import sampling_of
+from ..generation.defaults import given_sampling, sampling_of
 from ..generation.sampling import SamplingConfig
 from ..hub import BUILT_IN_CHAT_MODEL, model_folder
 from ..loading import dtype_named, load
@@ -77,11 +77,15 @@ def chat(
     /help lists the commands within the chat. Ctrl-C stops an answer, or clears the line; Ctrl-D ends the chat. What
     you type is kept for the next chat; OPENELM_MLX_CHAT_HISTORY names the file, or is off.
     """
-    chosen: dict[str, Any] = {
-        **{"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
-        **{"repetition_penalty": repetition_penalty, "repetition_context": repetition_context},
-    }
-    SamplingConfig(**{name: value for name, value in chosen.items() if value is not None})  # before the model is loaded
+    chosen = given_sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        repetition_context=repetition_context,
+        seed=seed,
+    )
     check_prompt_cache(prompt_cache)
     cache_file = None
     if prompt_cache is not None:

@@ -14,7 +14,7 @@ from ..conversion.open import open_model
 from ..errors import CacheError, PromptError, TokenizerError
 from ..files.output import OutputFile, output_file
 from ..files.paths import exists, is_folder
-from ..generation.defaults import sampling_of
+from ..generation.defaults import given_sampling, sampling_of
 from ..generation.drafters import DEFAULT_MAX_DRAFT, Drafter, DraftModel, PromptLookup
 from ..generation.engine import BATCH_SIZE, MAX_TOKENS
 from ..generation.prompt_cache import PromptCache, write_prompt_cache
@@ -130,11 +130,15 @@ def generate(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the answer file.")] = False,
 ) -> None:
     """Continue a prompt, or answer it with an Instruct model; with --input, do so for every prompt in a file."""
-    chosen: dict[str, Any] = {
-        **{"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
-        **{"repetition_penalty": repetition_penalty, "repetition_context": repetition_context},
-    }
-    SamplingConfig(**{name: value for name, value in chosen.items() if value is not None})  # before the model is loaded
+    chosen = given_sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        repetition_context=repetition_context,
+        seed=seed,
+    )
     kept = CacheConfig(kv_bits, quantized_kv_start, max_kv_size, kv_sinks)
     if (prompt is None) == (prompts is None):
         raise PromptError(

@@ -11,6 +11,17 @@ _FILE = "generation_config.json"
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p")  # count only where `do_sample` is true, as in transformers
 
 
+def given_sampling(**fields: Any) -> dict[str, Any]:
+    """Those of the fields of a `SamplingConfig` that are not `None`, checked before there is a model.
+
+    Raises:
+        SamplingError: if one is out of range.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    SamplingConfig(**given)
+    return given
+
+
 def sampling_of(folder: Path, **given: Any) -> SamplingConfig:
     """The sampling for a model folder: what is given and not `None`, else what the folder's file says.
 
@@ -22,8 +33,7 @@ def sampling_of(folder: Path, **given: Any) -> SamplingConfig:
         SamplingError: if a given value is out of range.
         ConfigError: if a value in the file is.
     """
-    chosen = {name: value for name, value in given.items() if value is not None}
-    SamplingConfig(**chosen)  # names what was given first
+    chosen = given_sampling(**given)
     path = folder / _FILE
     written = read_json_object(path, ConfigError, optional=True)
     names = ("repetition_penalty", *(_SAMPLED if written.get("do_sample") is True else ()))
