@@ -1,5 +1,6 @@
 """Folders in the Hugging Face layout, from Apple, the MLX community or `convert`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
     config = config or config_of(written, path)
     names_eos = written.get("eos_token_id") is not None
     generation = folder / "generation_config.json"
-    more_eos = _generation_eos(generation)
+    asked = read_json_object(generation, ConfigError, optional=True)
+    more_eos = _generation_eos(asked, generation)
     if more_eos:
         config = config.with_eos(*more_eos, only=not names_eos)
     return make_source(
@@ -52,7 +54,7 @@ def read_huggingface(folder: Path, config: OpenELMConfig | None = None) -> Sourc
         folder=folder,
         names_eos=names_eos or bool(more_eos),
         chat_template=_chat_template(folder, is_converted),
-        sampling=_sampling(generation),
+        sampling=_sampling(asked),
         is_converted=is_converted,
     )
 
@@ -72,18 +74,17 @@ def _chat_template(folder: Path, is_converted: bool) -> str | None:
     return template_by_name(path.parent.parent.name if in_cache else path.name)
 
 
-def _generation_eos(path: Path) -> list[int]:
+def _generation_eos(values: Mapping[str, Any], path: Path) -> list[int]:
     """The ids in a `generation_config.json` that end a text."""
-    value = read_json_object(path, ConfigError, optional=True).get("eos_token_id")
+    value = values.get("eos_token_id")
     tokens = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int for token in tokens):
         raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids; got {quoted(value)}")
     return tokens
 
 
-def _sampling(path: Path) -> dict[str, Any]:
+def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     """How the model wants its text sampled, unchecked: numbers and `do_sample`."""
-    values = read_json_object(path, ConfigError, optional=True)
     return {name: values[name] for name in _SAMPLING if isinstance(values.get(name), bool | int | float)}
 
 
