@@ -94,7 +94,7 @@ def measure(reader: Callable[[np.ndarray[Any, Any], int], None], nbytes: int, se
 
 
 def readers(reader: Callable[[np.ndarray[Any, Any], int], None], nbytes: int) -> dict[str, Callable[[int], object]]:
-    """Functions that read an array so many times."""
+    """Functions that read an array a given number of times."""
     cores = usable_cores()
     count = nbytes // _SOURCE_BYTES
     large_pages = np.ones(count, np.float32)  # NumPy asks Linux for them

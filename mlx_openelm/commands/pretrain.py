@@ -155,7 +155,7 @@ def _show_uses(result: TrainingResult) -> None:
     write(f"to use {of}:")
     write(f'  openelm-mlx generate --model {run} --prompt "Once upon a time"')
     write(f"  openelm-mlx info {run}")
-    write("to go on:")
+    write("next steps:")
     write(f"  openelm-mlx plot {run}")
     if len(checkpoint_folders(resolved(result.folder))) > 1:
         write(f"  openelm-mlx average {run} --output {quote(f'{result.folder}-average')}")

@@ -50,7 +50,7 @@ def write_table(
 
 
 def write_list(values: Mapping[str, str]) -> None:
-    """Print names and values, one per line; values that are long or have several lines go on below their beginning."""
+    """Print names and values, one per line; long values continue below their beginning."""
     column = max(map(_cells, values)) + len(_GAP)
     for name, value in values.items():
         first, *more = value.split("\n")
@@ -59,7 +59,7 @@ def write_list(values: Mapping[str, str]) -> None:
 
 
 def write_text(text: str, indent: str = "") -> None:
-    """Print lines of text, wrapped between words; what goes on is indented."""
+    """Print lines of text, wrapped between words, with continuation lines indented."""
     width = line_width()
     for line in text.split("\n"):
         write(line if width is None else _wrapped(line, width, indent))
