@@ -260,6 +260,7 @@ TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
     "test_settings_files.py": ["files/fields.py", "files/json_file.py", "files/yaml_file.py"],
     "test_text_files.py": ["data/limits.py"],
     "test_openelm.py": ["model/rope.py"],
+    "test_scorer.py": ["evaluation/items.py", "evaluation/requests.py"],
     "test_fused.py": ["kernels/", "model/fused_attention.py"],
     "test_engine.py": ["generation/decode_step.py"],
     "test_lora.py": ["merging.py", "evaluation/divergence.py"],
