@@ -52,6 +52,7 @@ class Scorer:
 
     def __init__(self, model: OpenELM, tokenizer: Tokenizer, config: ScorerConfig = ScorerConfig()):
         self.model = model
+        self.tokenizer = tokenizer
         self.config = config
         self.encode = RequestEncoder(tokenizer, config.max_length or model.config.max_context_length)
         self.tokens_computed = 0
