@@ -1,0 +1,79 @@
+"""The items of a task in a file with one JSON object per line, from which two runs are compared later."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import EvaluationError
+from ..files.fields import Fields
+from ..files.json_file import read_json_lines
+from .requests import Score
+from .results import ItemRecord
+
+
+def item_file_name(label: str) -> str:
+    """Name of the file for a task, such as "commonsense__piqa.jsonl"."""
+    return re.sub(r"[^\w.@-]", "__", label) + ".jsonl"
+
+
+def item_lines(items: Iterable[ItemRecord]) -> Iterator[str]:
+    """A line of JSON for each item; log-likelihoods that are not finite are null."""
+    for item in items:
+        values: dict[str, Any] = {
+            "index": item.index,
+            "prompt_hash": item.prompt_hash,
+            "gold": item.gold,
+            "log_likelihoods": [_number(score.log_likelihood) for score in item.scores],
+            "is_greedy": [score.is_greedy for score in item.scores],
+            "is_truncated": [score.is_truncated for score in item.scores],
+            "metrics": {name: _number(value) for name, value in item.metrics.items()},
+        }
+        if any(score.rounded is not None for score in item.scores):
+            values["rounded"] = [None if score.rounded is None else _number(score.rounded) for score in item.scores]
+        yield json.dumps(values) + "\n"
+
+
+def read_items(path: str | Path) -> tuple[ItemRecord, ...]:
+    """The items of such a file; what was not finite is NaN.
+
+    Raises:
+        EvaluationError: naming the line, if it is damaged, or an item occurs twice.
+    """
+    items = [_item(line) for line in read_json_lines(Path(path), EvaluationError)]
+    seen: set[int] = set()
+    for item in items:
+        if item.index in seen:
+            raise EvaluationError(f"{path}: item {item.index} occurs twice")
+        seen.add(item.index)
+    return tuple(items)
+
+
+def _item(line: Fields) -> ItemRecord:
+    likelihoods = _numbers(line, "log_likelihoods")
+    greedy = line.list_of("is_greedy", bool)
+    truncated = line.list_of("is_truncated", bool)
+    rounded: list[Any] = _numbers(line, "rounded") if "rounded" in line else [None] * len(likelihoods)
+    if not len(likelihoods) == len(greedy) == len(truncated) == len(rounded):
+        raise EvaluationError(f"{line.where}: its lists differ in length")
+    metrics = line.table("metrics")
+    return ItemRecord(
+        line.whole("index"),
+        line.text("prompt_hash"),
+        tuple(line.list_of("gold", int)),
+        tuple(map(Score, likelihoods, greedy, truncated, rounded)),
+        {name: metrics.number(name, math.nan) for name in metrics},
+    )
+
+
+def _numbers(line: Fields, name: str) -> list[float]:
+    values = line.get(name)
+    if not isinstance(values, list) or not all(value is None or isinstance(value, int | float) for value in values):
+        raise EvaluationError(f"{line.where}: {name} must be a list of numbers")
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
