@@ -1,5 +1,6 @@
 """Plots of training runs, layer-wise designs, benchmarks and evaluations, drawn with matplotlib, 800 pixels wide."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,20 +276,13 @@ def plot_accuracies(title: str, bars: Sequence[Accuracy], picture: OutputFile) -
             ):
                 if value is not None:
                     handles[name] = axis.vlines(value, place - 0.42, place + 0.42, colors=color, linestyles=style)
-            _draw_percentage(axis, place, bar)
+            for value, where, color in ((bar.value, 109, _LAYERWISE), (bar.published, 121, _UNIFORM)):
+                text = "" if value is None else f"{value:.2f}" if math.isfinite(value) else "no number"
+                axis.text(where, place, text, color=color, fontsize=8, ha="right", va="center")
         axis.set_yticks(range(len(bars)), labels, fontsize=8)
-        axis.set(xlabel="percent", xlim=(0, 112), ylim=(len(bars) - 0.5, -0.5))
+        axis.set(xlabel="percent", xlim=(0, 123), ylim=(len(bars) - 0.5, -0.5))
         axis.set_xticks(range(0, 101, 20))
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-
-
-def _draw_percentage(axis: Any, place: int, bar: Accuracy) -> None:
-    """The value as text, to the right of everything in its row."""
-    known = [value for value in (bar.value + (bar.stderr or 0), bar.published, bar.majority) if value is not None]
-    known = [value for value in known if value == value]
-    text = "not a number" if bar.value != bar.value else f"{bar.value:.2f}"
-    where = (max(known, default=0.0), place)
-    axis.annotate(text, where, xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _columns(config: OpenELMConfig) -> tuple[list[float], ...]:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import EvaluationError, shorten
-from .metrics import ROUNDED, SHARES, mean, standard_error
+from .metrics import is_count, mean, standard_error
 from .report import EvaluationReport
-from .results import ItemRecord, TaskResult
+from .results import ItemRecord, TaskResult, json_number
 from .table import Table, percentage
 
 
@@ -25,9 +25,9 @@ class Difference:
         first: value of the first model on these, from 0 to 1.
         second: value of the second one.
         stderr: standard error of the difference, from the differences of the items; `None` for a single item.
-        num_lost: items that only the first model has right; `None` for `mc2`, which is no count.
+        num_lost: items that only the first model has right; `None` for a metric that does not count.
         num_gained: items that only the second one has right.
-        p_value: probability of flips at least as uneven as these if both models were equally good; `None` for `mc2`.
+        p_value: probability of flips at least as uneven as these if both models were equally good; `None` likewise.
         num_only_first: items that only the first run has.
         num_only_second: items that only the second one has.
         problems: of either run, such as "2 truncated".
@@ -192,7 +192,7 @@ class _Pair:
 
     def _difference(self, task: str, shots: int, metric: str) -> Difference:
         values = [(one.metrics[metric], other.metrics[metric]) for one, other in self.items]
-        is_count = metric.removesuffix(ROUNDED) not in SHARES
+        counts = is_count(metric)
         lost = sum(one > other for one, other in values)
         gained = sum(one < other for one, other in values)
         return Difference(
@@ -203,9 +203,9 @@ class _Pair:
             first=mean([one for one, _ in values]),
             second=mean([other for _, other in values]),
             stderr=standard_error([other - one for one, other in values]),
-            num_lost=lost if is_count else None,
-            num_gained=gained if is_count else None,
-            p_value=mcnemar(lost, gained) if is_count else None,
+            num_lost=lost if counts else None,
+            num_gained=gained if counts else None,
+            p_value=mcnemar(lost, gained) if counts else None,
             num_only_first=self.num_only_first,
             num_only_second=self.num_only_second,
             problems=self.problems,
@@ -255,7 +255,7 @@ def _row(of: Difference) -> list[str]:
 
 
 def _for_json(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return json_number(value) if isinstance(value, float) else value
 
 
 def _described(report: EvaluationReport) -> str:

@@ -11,7 +11,7 @@ from ..errors import EvaluationError
 from ..files.fields import Fields
 from ..files.json_file import read_json_lines
 from .requests import Score
-from .results import ItemRecord
+from .results import ItemRecord, json_number
 
 
 def item_file_name(label: str) -> str:
@@ -26,13 +26,13 @@ def item_lines(items: Iterable[ItemRecord]) -> Iterator[str]:
             "index": item.index,
             "prompt_hash": item.prompt_hash,
             "gold": item.gold,
-            "log_likelihoods": [_number(score.log_likelihood) for score in item.scores],
+            "log_likelihoods": [json_number(score.log_likelihood) for score in item.scores],
             "is_greedy": [score.is_greedy for score in item.scores],
             "is_truncated": [score.is_truncated for score in item.scores],
-            "metrics": {name: _number(value) for name, value in item.metrics.items()},
+            "metrics": {name: json_number(value) for name, value in item.metrics.items()},
         }
         if any(score.rounded is not None for score in item.scores):
-            values["rounded"] = [None if score.rounded is None else _number(score.rounded) for score in item.scores]
+            values["rounded"] = [None if score.rounded is None else json_number(score.rounded) for score in item.scores]
         yield json.dumps(values) + "\n"
 
 
@@ -64,16 +64,19 @@ def _item(line: Fields) -> ItemRecord:
         line.text("prompt_hash"),
         tuple(line.list_of("gold", int)),
         tuple(map(Score, likelihoods, greedy, truncated, rounded)),
-        {name: metrics.number(name, math.nan) for name in metrics},
+        {name: _or_nan(metrics.number(name, None)) for name in metrics},
     )
+
+
+_NUMBERS = (int, float, type(None))
 
 
 def _numbers(line: Fields, name: str) -> list[float]:
     values = line.get(name)
-    if not isinstance(values, list) or not all(value is None or isinstance(value, int | float) for value in values):
+    if not isinstance(values, list) or not all(type(value) in _NUMBERS for value in values):
         raise EvaluationError(f"{line.where}: {name} must be a list of numbers")
-    return [math.nan if value is None else float(value) for value in values]
+    return list(map(_or_nan, values))
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)

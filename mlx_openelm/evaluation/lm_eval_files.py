@@ -8,7 +8,6 @@ DATE has no underscore, because lm-eval finds the task's name between the first 
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime
@@ -18,12 +17,12 @@ from typing import Any
 from .items import ItemResult
 from .metrics import ROUNDED
 from .report import EvaluationReport
-from .results import GroupResult, TaskResult, Value
+from .results import GroupResult, TaskResult, Value, json_number
 
 SHAPE_VERSION = "0.4.13"
 _FILTER = "none"
 _THEIR_NAMES = {"mc2": "acc"}  # of metrics
-_LOWER_IS_BETTER = frozenset({"pct_stereotype"})
+_LOWER_IS_BETTER = frozenset({"pct_stereotype", "likelihood_diff"})
 
 
 def lm_eval_names(report: EvaluationReport, time: datetime) -> dict[str, str]:
@@ -85,7 +84,7 @@ def lm_eval_samples(items: Iterable[ItemResult]) -> Iterator[str]:
         doc = {"choices": list(item.choices), "gold": list(item.gold)}
         target = str(item.gold[0]) if len(item.gold) == 1 else str(list(item.gold))
         responses = [[str(score.log_likelihood), str(score.is_greedy)] for score in result.scores]
-        metrics = {_their_name(name): _number(value) for name, value in result.metrics.items()}
+        metrics = {_their_name(name): json_number(value) for name, value in result.metrics.items()}
         sample = {
             "doc_id": item.index,
             "doc": doc,
@@ -110,7 +109,7 @@ def _metrics(label: str, result: TaskResult) -> dict[str, Any]:
     values: dict[str, Any] = {"name": label, "alias": label, "sample_len": result.num_items}
     for name, value in result.metrics.items():
         theirs = _their_name(name)
-        values[f"{theirs},{_FILTER}"] = _number(value.value)
+        values[f"{theirs},{_FILTER}"] = json_number(value.value)
         values[f"{theirs}_stderr,{_FILTER}"] = _error(value)
     if isinstance(result, GroupResult):
         values["sample_count"] = {f"{_their_name(name)},{_FILTER}": result.num_items for name in result.metrics}
@@ -152,11 +151,7 @@ def _version(version: str | None) -> float | str | None:
 
 
 def _error(value: Value) -> float | str:
-    return "N/A" if value.stderr is None or math.isnan(value.stderr) else value.stderr
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return "N/A" if json_number(value.stderr) is None else float(value.stderr or 0)
 
 
 def _safe(name: str) -> str:

@@ -45,6 +45,11 @@ def checked_metrics(names: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
+def is_count(metric: str) -> bool:
+    """Whether a metric is 1 or 0 for each item, so that its mean is a share of the items."""
+    return metric.removesuffix(ROUNDED) in _COUNTING
+
+
 def mean(values: Sequence[float]) -> float:
     """The mean, added up in the order of the items as lm-eval does; NaN without values."""
     return sum(values) / len(values) if values else math.nan
@@ -115,11 +120,19 @@ def _stereotype(item: Item, likelihoods: np.ndarray) -> float:
     return float(first > second)
 
 
+def _difference(item: Item, likelihoods: np.ndarray) -> float:
+    """How far apart the two sentences of a pair are, in nats; there is no limit to it."""
+    first, second = likelihoods
+    with np.errstate(invalid="ignore"):
+        return float(abs(first - second))
+
+
 METRICS: Mapping[str, Callable[[Item, np.ndarray], float]] = {
     "acc": _accuracy,
     "acc_norm": _per_character,
     "acc_bytes": _per_byte,
     "mc2": _true_share,
     "pct_stereotype": _stereotype,
+    "likelihood_diff": _difference,
 }
-SHARES = frozenset({"mc2"})  # metrics with values between 0 and 1; those of the others are 0 or 1
+_COUNTING = frozenset({"acc", "acc_norm", "acc_bytes", "pct_stereotype"})

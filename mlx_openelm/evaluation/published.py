@@ -1,7 +1,7 @@
 """The accuracies that Apple published for OpenELM, by model, task and number of shots."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +10,7 @@ from types import MappingProxyType
 from ..errors import EvaluationError
 from ..files.fields import Fields
 from ..files.yaml_file import read_yaml_object
-from .metrics import SHARES, checked_metrics
+from .metrics import checked_metrics, is_count
 
 _PATH = Path(__file__).parents[1] / "assets" / "published.yaml"
 _MODEL = re.compile(r"openelm[-_]?(270m|450m|1[._]1b|3b)(?:[-_](instruct))?(?![a-z0-9])")
@@ -52,7 +52,7 @@ class Published:
     def num_right(self) -> float:
         """How many items were right: a whole number, except for `mc2`, a mean of probabilities."""
         count = self.percent * self.cell.num_items / 100
-        return count if SHARES.issuperset(self.cell.metrics) else round(count)
+        return round(count) if all(map(is_count, self.cell.metrics)) else count
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,16 @@ def published(
             if model in table.models and (cell.task, cell.shots) == (name, shots):
                 return Published(table.models[model][place], cell, table.source)
     return None
+
+
+def main_metric(task: str, metrics: Sequence[str]) -> str:
+    """The metric by which a task is known: the likeliest of its published figures, else the first."""
+    name = full_name(task)
+    for table in published_tables().values():
+        for cell in table.cells:
+            if cell.task == name and cell.metrics[0] in metrics:
+                return cell.metrics[0]
+    return metrics[0]
 
 
 def full_name(task: str) -> str:

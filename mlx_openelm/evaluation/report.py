@@ -12,7 +12,7 @@ from ..errors import EvaluationError
 from ..files.fields import Fields
 from ..files.json_file import parse_json_object
 from .published import PublishedTable, full_name, published, published_model, published_tables
-from .results import Average, GroupResult, ItemRecord, TaskResult, Value
+from .results import Average, GroupResult, ItemRecord, TaskResult, Value, json_number
 from .table import Row, Table, evaluation_table
 
 
@@ -109,7 +109,11 @@ class EvaluationReport:
                 group.task: {**_task_dict(self._row(group)), "members": list(group.members)} for group in self.groups
             },
             "averages": {
-                name: {**average._asdict(), "value": _number(average.value), "published": published_averages.get(name)}
+                name: {
+                    **average._asdict(),
+                    "value": json_number(average.value),
+                    "published": published_averages.get(name),
+                }
                 for name, average in averages.items()
             },
             "settings": dict(self.settings),
@@ -124,7 +128,7 @@ class EvaluationReport:
         """Comma-separated values, one line per task and group; shares from 0 to 1, published figures in percent."""
         rows = [self._row(result) for result in (*self.results, *self.groups)]
         metrics = list(dict.fromkeys(name for row in rows for name in row.result.metrics))
-        columns = [column for name in metrics for column in (name, f"{name}_stderr")]
+        columns = [column for name in metrics for column in (name, name + _ERROR)]
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow([*_ABOUT, *columns, *_COUNTS, *_PUBLISHED])
@@ -189,6 +193,7 @@ class EvaluationReport:
         return sorted(published_tables().values(), key=num_shown, reverse=True)
 
 
+_ERROR = "_stderr"  # at the end of the name of a metric's standard error
 _ABOUT = ("task", "shots", "version", "protocol", "metric")
 _COUNTS = ("num_items", "num_available", "num_truncated", "num_non_finite", "num_failed", "majority", "prompt_hash")
 _PUBLISHED = ("published", "points_above", "items_above", "nearer_metric")
@@ -198,7 +203,9 @@ def _task_dict(row: Row) -> dict[str, Any]:
     result = row.result
     metrics: dict[str, Any] = {}
     for name, value in result.metrics.items():
-        metrics |= {name: _number(value.value), f"{name}_stderr": _number(value.stderr)}
+        metrics |= {name: json_number(value.value), name + _ERROR: json_number(value.stderr)}
+    if result.metric == "mc2":  # lm-eval calls it acc
+        metrics["acc"] = json_number(result.main.value)
     items = row.items(result.metric)
     return {
         "task": result.task,
@@ -207,7 +214,7 @@ def _task_dict(row: Row) -> dict[str, Any]:
         "protocol": result.protocol,
         "metric": result.metric,
         **metrics,
-        "stderr": _number(result.main.stderr),
+        "stderr": json_number(result.main.stderr),
         "num_items": result.num_items,
         "num_available": result.num_available,
         "num_truncated": result.num_truncated,
@@ -218,23 +225,19 @@ def _task_dict(row: Row) -> dict[str, Any]:
         "prompt_hash": result.prompt_hash,
         "data": dict(result.data),
         "published": None if row.published is None else row.published.percent,
-        "points_above": _number(row.points),
-        "items_above": _number(items),
+        "points_above": json_number(row.points),
+        "items_above": json_number(items),
         "nearer_metric": row.nearer,
     }
 
 
-def _number(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else value
-
-
 def _task_of(kind: type[TaskResult], fields: Fields) -> Any:
     metrics = {
-        name.removesuffix("_stderr"): Value(
-            fields.number(name.removesuffix("_stderr"), math.nan), fields.number(name, None)
+        name.removesuffix(_ERROR): Value(
+            _or_nan(fields.number(name.removesuffix(_ERROR), None)), fields.number(name, None)
         )
         for name in fields
-        if name.endswith("_stderr")
+        if name.endswith(_ERROR)
     }
     metric = fields.text("metric")
     if metric not in metrics:
@@ -258,6 +261,10 @@ def _task_of(kind: type[TaskResult], fields: Fields) -> Any:
         num_failed=fields.whole("num_failed"),
         **members,
     )
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _escaped(note: str) -> str:

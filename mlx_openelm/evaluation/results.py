@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .items import Item, ItemResult
-from .metrics import ROUNDED, SHARES, checked_metrics, mean, pooled_mean, pooled_standard_error, standard_error
+from .metrics import checked_metrics, is_count, mean, pooled_mean, pooled_standard_error, standard_error
 from .requests import Score
 
 NUM_HASHED = 16  # hexadecimal digits of a hash
 
 
 class Value(NamedTuple):
-    """A metric over all items of a task, from 0 to 1.
+    """The mean of a metric over all items of a task, from 0 to 1 except for `likelihood_diff`.
 
     Attributes:
-        value: NaN, if the task has no items, or shares of probability are not numbers.
+        value: not finite if the task has no items, or if that of an item is not.
         stderr: its standard error; `None` for a single item.
     """
 
@@ -151,9 +151,9 @@ class TaskResult:
         return max(self.gold_counts) / self.num_items if self.gold_counts else None
 
     def num_right(self, metric: str) -> float:
-        """How many items a metric counts as right; a sum of probabilities for `mc2`."""
+        """How many items a metric counts as right; the sum of its values, if it does not count."""
         count = self.metrics[metric].value * self.num_items
-        return count if metric.removesuffix(ROUNDED) in SHARES or math.isnan(count) else round(count)
+        return round(count) if is_count(metric) and not math.isnan(count) else count
 
     @property
     def problems(self) -> list[str]:
@@ -223,6 +223,11 @@ class Average(NamedTuple):
             tuple(result.task for result in results),
             tuple(result.task for result in results if result.problems),
         )
+
+
+def json_number(value: float | None) -> float | None:
+    """A number for JSON, which has none that are not finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def item_hash(item: Item) -> str:

@@ -117,8 +117,8 @@ def _prefix(tasks: Sequence[str]) -> str:
 
 
 def percentage(value: float | None) -> str:
-    """A share in percent with two decimals, as the paper prints it; `not a number` for NaN, nothing for `None`."""
-    return "" if value is None else "not a number" if math.isnan(value) else f"{100 * value:.2f}"
+    """A share in percent with two decimals, as the paper prints it; or `not a number`; nothing for `None`."""
+    return "" if value is None else f"{100 * value:.2f}" if math.isfinite(value) else "not a number"
 
 
 class _Column(NamedTuple):
@@ -191,9 +191,7 @@ def _mark_nearer(rows: Sequence[Row], cells: Sequence[list[str]]) -> None:
 def _notes(rows: Sequence[Row], averages: Mapping[str, Average]) -> Sequence[str]:
     notes = [f"! {row.result.task}: {', '.join(row.result.problems)}" for row in rows if row.result.problems]
     notes += [
-        f"! the {name} average includes {', '.join(average.doubtful)}"
-        for name, average in averages.items()
-        if average.doubtful
+        f"! {name}: includes {', '.join(average.doubtful)}" for name, average in averages.items() if average.doubtful
     ]
     if not any(row.result.problems for row in rows):
         notes.append("no item was truncated, not finite or failed")
