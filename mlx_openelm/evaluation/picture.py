@@ -38,7 +38,7 @@ def draw_picture(report: EvaluationReport, picture: OutputFile) -> None:
 
 def _bar(row: Row, with_shots: bool) -> Accuracy:
     result = row.result
-    shots = f", {result.shots} shots" if with_shots else ""
+    shots = f", {result.shots}\N{NO-BREAK SPACE}shots" if with_shots else ""
     problems = f" ({', '.join(result.problems)})" if result.problems else ""
     return Accuracy(
         f"{result.task}{shots}, {result.metric}{problems}",

@@ -232,13 +232,11 @@ def _task_dict(row: Row) -> dict[str, Any]:
 
 
 def _task_of(kind: type[TaskResult], fields: Fields) -> Any:
-    metrics = {
-        name.removesuffix(_ERROR): Value(
-            _or_nan(fields.number(name.removesuffix(_ERROR), None)), fields.number(name, None)
-        )
-        for name in fields
-        if name.endswith(_ERROR)
-    }
+    metrics = {}
+    for name in fields:
+        if name.endswith(_ERROR):
+            value = fields.number(name.removesuffix(_ERROR), None)
+            metrics[name.removesuffix(_ERROR)] = Value(math.nan if value is None else value, fields.number(name, None))
     metric = fields.text("metric")
     if metric not in metrics:
         raise EvaluationError(f"{fields.where}: {metric} is missing")
@@ -261,10 +259,6 @@ def _task_of(kind: type[TaskResult], fields: Fields) -> Any:
         num_failed=fields.whole("num_failed"),
         **members,
     )
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _escaped(note: str) -> str:
