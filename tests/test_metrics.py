@@ -1,5 +1,6 @@
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,3 +136,40 @@ def test_standard_errors_are_those_of_lm_eval(seed):
     assert pooled_standard_error(errors, sizes) == pytest.approx(metrics.pooled_sample_stderr(errors, sizes))
     assert pooled_mean(means, sizes) == pytest.approx(metrics.aggregate_subtask_metrics(means, sizes))
     assert pooled_mean(means, sizes) == pytest.approx(mean([value for of in tasks for value in of]))
+
+
+def test_items_are_graded_by_lm_evals_own_code_alike():
+    task = pytest.importorskip("lm_eval.api.task").ConfigurableTask
+    draw = random.Random(0)
+    names = ("acc", "acc_norm", "acc_bytes")
+    for _ in range(300):
+        number = draw.randint(2, 5)
+        choices = ["".join(draw.choices(LETTERS, k=draw.randint(1, 9))) for _ in range(number)]
+        likelihoods = [-draw.randint(1, 9) / 2 for _ in range(number)]
+        gold = draw.randrange(number)
+        stub = SimpleNamespace(
+            config=SimpleNamespace(process_results=None, repeats=1),
+            _metric_fn_list=dict.fromkeys(names),
+            OUTPUT_TYPE="multiple_choice",
+            multiple_input=0,
+            multiple_target=0,
+            doc_to_choice=lambda doc, choices=choices: choices,
+            doc_to_target=lambda doc, gold=gold: gold,
+        )
+        theirs = task.process_results(stub, {}, [(of, False) for of in likelihoods])
+        assert values(likelihoods, choices, (gold,), names) == theirs
+
+
+def test_special_tasks_are_graded_by_lm_evals_own_code_alike():
+    truthfulqa = pytest.importorskip("lm_eval.tasks.truthfulqa.utils")
+    crows_pairs = pytest.importorskip("lm_eval.tasks.crows_pairs.utils")
+    draw = random.Random(1)
+    for _ in range(300):
+        likelihoods = [-draw.randint(1, 60) / 4 for _ in range(draw.randint(2, 8))]
+        labels = [1, *(draw.randint(0, 1) for _ in likelihoods[1:])]
+        results = [(of, False) for of in likelihoods]
+        gold = tuple(place for place, label in enumerate(labels) if label)
+        theirs = truthfulqa.process_results_mc2({"mc2_targets": {"labels": labels}}, results)["acc"]
+        assert values(likelihoods, ["x"] * len(labels), gold, ["mc2"])["mc2"] == pytest.approx(theirs)
+        pair = values(likelihoods[:2], "ab", names=["likelihood_diff", "pct_stereotype"])
+        assert pair == crows_pairs.process_results({}, results[:2])

@@ -65,6 +65,14 @@ def test_the_nearer_of_two_metrics_is_marked_and_the_main_one_is_compared():
     assert not any(note.startswith("~") for note in report_of(task_of("boolq")).table().notes)
 
 
+def test_tasks_that_are_asked_in_other_words_today_are_named():
+    race = TaskResult.of("race", right(1, 2), metric="acc", version="3")
+    note = "race: asked as lm-eval asks today; the protocol `paper` asks as was published"
+    assert note in report_of(race).table().notes
+    assert note not in report_of(replace(race, protocol="paper", version="2")).table().notes
+    assert note not in report_of(race, model="openelm-tiny").table().notes
+
+
 def test_other_models_have_no_published_figures():
     report = report_of(task_of("piqa", metric="acc_norm"), task_of("sciq"), model="openelm-tiny")
     assert "published" not in report.table().headings

@@ -163,6 +163,7 @@ _COLUMNS = (
     _Column("not finite", lambda row: f"{row.result.num_non_finite:,}"),
     _Column("failed", lambda row: f"{row.result.num_failed:,}"),
 )
+_CHANGED = ("mmlu", "race")  # tasks with other prompts today than those of the published figures
 _COUNTS = ("truncated", "not finite", "failed")
 _SHARED = ("shots", "metric", "version")  # headings of columns that are left out if all tasks have the same value
 
@@ -197,6 +198,13 @@ def _notes(rows: Sequence[Row], averages: Mapping[str, Average]) -> Sequence[str
         notes.append("no item was truncated, not finite or failed")
     if any(row.nearer for row in rows):
         notes.append("~ the nearer one, where the source does not say whether it published acc or acc_norm")
+    changed = [
+        row.result.task
+        for row in rows
+        if row.published and row.result.protocol == "current" and row.result.task in _CHANGED
+    ]
+    if changed:
+        notes.append(f"{', '.join(changed)}: asked as lm-eval asks today; the protocol `paper` asks as was published")
     partial = [
         f"{row.result.task} {row.result.num_items:,} of {row.published.cell.num_items:,}"
         for row in rows

@@ -5,10 +5,17 @@ import pytest
 
 from conftest import graded
 from mlx_openelm.errors import EvaluationError
-from mlx_openelm.evaluation.item_file import item_file_name, item_lines, read_items
 from mlx_openelm.evaluation.items import ItemResult
+from mlx_openelm.evaluation.report import EvaluationReport
 from mlx_openelm.evaluation.requests import Score
-from mlx_openelm.evaluation.results import ItemRecord
+from mlx_openelm.evaluation.result_files import (
+    item_file_name,
+    item_lines,
+    read_items,
+    read_report,
+    report_files,
+)
+from mlx_openelm.evaluation.results import ItemRecord, TaskResult
 
 
 def records(*likelihoods, **more):
@@ -71,3 +78,36 @@ def test_names_of_files_have_no_folders():
     assert item_file_name("commonsense/piqa") == "commonsense__piqa.jsonl"
     assert item_file_name("hellaswag@10") == "hellaswag@10.jsonl"
     assert "/" not in item_file_name("../x")
+
+
+def report_of(*names):
+    results = [TaskResult.of(name, graded([[-1, -2], [-2, -1]]), metric="acc", version="1") for name in names]
+    return EvaluationReport("openelm-tiny", None, "float32", "current", tuple(results))
+
+
+def write(report, folder):
+    for name, content in report_files(report):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path):
+    report = report_of("piqa", "commonsense/piqa")
+    write(report, tmp_path)
+    assert read_report(tmp_path) == report
+    assert read_report(str(tmp_path)).results[1].items == report.results[1].items
+
+
+def test_a_report_may_lack_items_but_not_some_of_them(tmp_path):
+    write(report_of("piqa", "sciq"), tmp_path)
+    (tmp_path / "items" / "sciq.jsonl").unlink()
+    assert [len(result.items) for result in read_report(tmp_path).results] == [2, 0]
+    (line, _) = (tmp_path / "items" / "piqa.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "items" / "piqa.jsonl").write_text(line)
+    with pytest.raises(EvaluationError, match=r"piqa\.jsonl has 1 items; expected 2"):
+        read_report(tmp_path)
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(EvaluationError, match=r"is not a finished evaluation: results\.json is missing"):
+        read_report(tmp_path)

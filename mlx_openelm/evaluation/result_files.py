@@ -1,4 +1,8 @@
-"""The items of a task in a file with one JSON object per line, from which two runs are compared later."""
+"""The files of a report, from which two runs are compared later.
+
+results.json        everything but the items
+items/TASK.jsonl    an item per line, without its texts
+"""
 
 import json
 import math
@@ -10,8 +14,40 @@ from typing import Any
 from ..errors import EvaluationError
 from ..files.fields import Fields
 from ..files.json_file import read_json_lines
+from ..files.paths import exists, read_text
+from .report import EvaluationReport
 from .requests import Score
 from .results import ItemRecord, json_number
+
+RESULTS, ITEMS = "results.json", "items"
+
+
+def report_files(report: EvaluationReport) -> Iterator[tuple[str, str]]:
+    """Names and contents of the files of a report, for a folder."""
+    for label, result in report.by_label().items():
+        if result.items:
+            yield f"{ITEMS}/{item_file_name(label)}", "".join(item_lines(result.items))
+    yield RESULTS, report.to_json()
+
+
+def read_report(folder: str | Path) -> EvaluationReport:
+    """The report in such a folder, with the items of each task that has a file.
+
+    Raises:
+        EvaluationError: if there is none, or a file is damaged.
+    """
+    folder = Path(folder)
+    if not exists(folder / RESULTS):
+        raise EvaluationError(f"{folder} is not a finished evaluation: {RESULTS} is missing")
+    report = EvaluationReport.from_json(read_text(folder / RESULTS, EvaluationError), str(folder / RESULTS))
+    items = {}
+    for label, result in report.by_label().items():
+        path = folder / ITEMS / item_file_name(label)
+        if exists(path):
+            items[label] = read_items(path)
+            if len(items[label]) != result.num_items:
+                raise EvaluationError(f"{path} has {len(items[label]):,} items; expected {result.num_items:,}")
+    return report.with_items(items)
 
 
 def item_file_name(label: str) -> str:
