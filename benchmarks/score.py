@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 from common import in_turn, model_folder, report, summary
 
 from mlx_openelm import load
@@ -32,7 +31,7 @@ class Task(NamedTuple):
 
     title: str
     item: Callable[[random.Random, dict[str, Any]], list[Request]]
-    count: int
+    num_items: int
     goal: float
 
 
@@ -124,7 +123,7 @@ def contestants(folder: Path) -> Iterator[tuple[Scorer, Any]]:
 
 def compare(task: Task, options: argparse.Namespace, ours: Scorer, theirs: Any) -> dict[str, Any]:
     chance, shared = random.Random(task.title), dict[str, Any]()
-    count = max(1, round(task.count * options.scale))
+    count = max(1, round(task.num_items * options.scale))
     requests = [request for _ in range(count) for request in task.item(chance, shared)]
     encoded = [found for found in map(ours.encode, requests) if found is not None]
     scores: dict[str, list[float]] = {}
@@ -139,7 +138,7 @@ def compare(task: Task, options: argparse.Namespace, ours: Scorer, theirs: Any) 
 
     def run_theirs() -> float:
         start = time.perf_counter()
-        scores["mlx-lm"] = [score for score, _ in theirs.loglikelihood([_Instance(tuple(r)) for r in requests])]
+        scores["mlx-lm"] = [score for score, _ in theirs.loglikelihood([_Instance((r.context, r.continuation)) for r in requests])]
         return time.perf_counter() - start
 
     print(task.title, file=sys.stderr)
@@ -152,7 +151,7 @@ def compare(task: Task, options: argparse.Namespace, ours: Scorer, theirs: Any) 
         "computed_tokens": computed[0],
         "seconds": found,
         "ratio": found["mlx-lm"]["median"] / found["openelm-mlx"]["median"],
-        "largest_difference": float(np.max(np.abs(np.subtract(*scores.values())))),
+        "largest_difference": max(abs(one - other) for one, other in zip(*scores.values(), strict=True)),
     }
 
 

@@ -65,10 +65,6 @@ class TrainingError(OpenELMError):
     """A run that cannot start, continue or be resumed."""
 
 
-class EvaluationError(OpenELMError):
-    """A task, its data or a run of evaluation that cannot be used."""
-
-
 class CacheError(OpenELMError):
     """An unsupported cache configuration, or a saved cache that does not fit."""
 
