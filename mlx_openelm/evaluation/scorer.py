@@ -7,6 +7,7 @@ from operator import add
 import mlx.core as mx
 import numpy as np
 
+from ..errors import EvaluationError
 from ..machine.device import scoring_block
 from ..model.openelm import ForwardContext, OpenELM
 from ..model.rope import TokenRope
@@ -31,12 +32,20 @@ class ScorerConfig:
         memory_bytes: memory for the activations of a chunk and the logits of a block, beside weights, keys and values.
         share: whether to compute shared prefixes once.
         emulate_bfloat16: whether to compute `Score.rounded`, too.
+
+    Raises:
+        EvaluationError: if a size is below 1.
     """
 
     max_length: int | None = None
     memory_bytes: int = 64 << 20
     share: bool = True
     emulate_bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_length", self.max_length), ("memory_bytes", self.memory_bytes)):
+            if value is not None and value < 1:
+                raise EvaluationError(f"{name} must be at least 1; got {value!r}")
 
 
 class Scorer:
