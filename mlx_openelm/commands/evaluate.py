@@ -6,28 +6,33 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..hub import BUILT_IN_MODEL
-from .interrupts import INTERRUPTED
 from .options import Adapter, Dtype, Force, Json, Model, NeededTokenizer, Revision, examples
 from .streams import console, is_terminal
 from .tables import write_table, write_text
 from .terminal import print_json, say, write
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from ..evaluation.report import EvaluationReport
     from ..evaluation.run import EvaluationCallback, PreparedTask
     from ..evaluation.table import Table
+    from ..model.openelm import OpenELM
+    from ..tokenizer.tokenizer import Tokenizer
 
 EXAMPLES = examples(
     "openelm-mlx evaluate -m OpenELM-270M --tasks zero-shot --protocol paper --output 270M-zero-shot",
     "openelm-mlx evaluate -m OpenELM-270M --tasks arc_easy,piqa --data tasks --limit 100",
     "openelm-mlx evaluate -m OpenELM-270M-4bit --tasks zero-shot --output 4bit --compare 270M-zero-shot",
     "openelm-mlx evaluate -m OpenELM-270M --adapter lora --tasks commonsense --data dataset --output lora-run",
+    "openelm-mlx evaluate -m OpenELM-270M --harness --tasks lambada_openai,wikitext --output 270M-others",
 )
 
 
@@ -63,6 +68,11 @@ def evaluate(
     picture: Annotated[
         Path | None, typer.Option("--plot", help="Draw the results: .png, .svg or .pdf.", metavar="FILE")
     ] = None,
+    harness: Annotated[
+        bool,
+        typer.Option("--harness", help="Run any tasks of lm-eval, if installed; --data: a folder of its task files."),
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="With --harness: put prompts into the chat template.")] = False,
     force: Force = False,
     emulate_bfloat16: Annotated[
         bool,
@@ -89,7 +99,9 @@ def evaluate(
 
     Scores are kept in --output: the same command continues a run that was interrupted, and other tasks join it.
     """
+    from ..errors import EvaluationError
     from ..evaluation.comparison import compare as compare_runs
+    from ..evaluation.harness_run import HarnessOptions
     from ..evaluation.picture import draw_picture
     from ..evaluation.result_files import read_report
     from ..evaluation.run import EvaluationOptions, evaluate_tasks, prepare
@@ -97,13 +109,19 @@ def evaluate(
     from ..evaluation.scorer import ScorerConfig
     from ..files.output import output_file
     from ..files.paths import user_path
-    from ..loading import dtype_named, load
     from ..plot import check_picture
-    from .processes import join_processes
-    from .text_view import loading
+    from .evaluate_harness import evaluate_with_harness, refuse_with_harness, stopped
 
     memory_bytes = None if memory is None else memory << 20
     scoring = ScorerConfig(max_length, memory_bytes, emulate_bfloat16=emulate_bfloat16)
+    load_all = partial(_load, model, dtype=dtype, tokenizer=tokenizer, revision=revision, adapter=adapter)
+    if harness:
+        refuse_with_harness(protocol, compare=compare, picture=picture, emulate_bfloat16=emulate_bfloat16)
+        run_tasks = HarnessOptions(shots, limit, chat, scoring)
+        evaluate_with_harness(tasks, data, run_tasks, load_all, output, name=model, adapter=adapter, as_json=as_json)
+        return
+    if chat:
+        raise EvaluationError("`chat` requires `harness`")
     options = EvaluationOptions(data, protocol, shots, limit, max_truncated, scoring)
     other = None if compare is None else read_report(user_path(compare))
     if output is not None:
@@ -112,10 +130,8 @@ def evaluate(
         check_picture(picture)
     drawn = None if picture is None else context.with_resource(output_file(picture, overwrite=force))
     prepared = prepare(tasks, options)
-    group = join_processes()
+    network, tokens, group = load_all()
     is_first = group.rank() == 0
-    with loading(model, tokenizer, adapter) if is_first else nullcontext():
-        network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     with _progress(prepared, is_first) as callback:
         try:
             report = evaluate_tasks(
@@ -131,9 +147,7 @@ def evaluate(
                 command=shlex.join(["openelm-mlx", *sys.argv[1:]]),
             )
         except KeyboardInterrupt:
-            kept = f"; the same command continues it, all scores so far are in {output}" if output else ""
-            say(f"interrupted{kept}")
-            raise typer.Exit(INTERRUPTED) from None
+            raise stopped(output) from None
     if not is_first:
         return
     comparison = None if other is None else compare_runs(other, report)
@@ -148,6 +162,20 @@ def evaluate(
             _print_table(comparison.table())
     if output is not None:
         say(f"results are in {output}")
+
+
+def _load(
+    model: str, dtype: str, tokenizer: str | None, revision: str | None, adapter: str | None
+) -> tuple[OpenELM, Tokenizer, mx.distributed.Group]:
+    """The model and its tokenizer, and the processes that share the work."""
+    from ..loading import dtype_named, load
+    from .processes import join_processes
+    from .text_view import loading
+
+    group = join_processes()
+    with loading(model, tokenizer, adapter) if group.rank() == 0 else nullcontext():
+        found = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
+    return *found, group
 
 
 def _print_report(report: EvaluationReport) -> None:

@@ -30,7 +30,8 @@ class RequestEncoder:
 
     The rules are those of `TemplateLM.loglikelihood` and `HFLM` in the harness: blanks at the end of the context move
     to the continuation; both are encoded as one text, which is cut behind as many tokens as the context has alone; an
-    empty context is the token that begins a text; and of a text that is too long, the end is kept, without BOS.
+    empty context is the token that begins a text; and of a text that is too long, the end is kept, without BOS. Texts
+    are not normalised: CoreNet does that in training, but the harness's tokenizer does not.
 
     Args:
         tokenizer: of the model; each text begins with BOS if it says so.
@@ -39,7 +40,7 @@ class RequestEncoder:
 
     def __init__(self, tokenizer: Tokenizer, max_length: int):
         self._tokenizer = tokenizer
-        self._max_length = max_length
+        self.max_length = max_length
         self._context_length = lru_cache(maxsize=256)(lambda text: len(self.text_ids(text)))  # choices share a context
 
     def __call__(self, request: Request) -> TokenRequest | None:
@@ -53,8 +54,8 @@ class RequestEncoder:
         return self.truncated(ids, len(ids) - self._context_length(kept))
 
     def text_ids(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of a text; BOS is not added twice, and the names of control tokens are these tokens."""
-        ids = self._tokenizer.encode(text, bos=False, control_tokens=True)
+        """Ids of a text as it is written; BOS is not added twice, and the names of control tokens are these tokens."""
+        ids = self._tokenizer.encode_as_written(text)
         begin = self._tokenizer.bos_token_id
         if not bos or begin is None or not self._tokenizer.adds_bos or ids[:1] == [begin]:
             return ids
@@ -62,9 +63,9 @@ class RequestEncoder:
 
     def truncated(self, ids: list[int], num_scored: int) -> TokenRequest | None:
         """A request of which at most the last `max_length` + 1 ids are kept; `None` as for a call."""
-        if not 0 < num_scored <= self._max_length:
+        if not 0 < num_scored <= self.max_length:
             return None
-        kept = ids[-(self._max_length + 1) :]
+        kept = ids[-(self.max_length + 1) :]
         return TokenRequest(np.array(kept, np.int32), num_scored, len(kept) < len(ids))
 
     @property

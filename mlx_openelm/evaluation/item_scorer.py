@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -11,12 +11,21 @@ import numpy as np
 from .items import Item
 from .requests import Request, Score
 from .score_file import ScoreFile
-from .scorer import FAILED, Scorer
+from .scorer import FAILED, ScorerConfig
 
 _BATCH_SECONDS = 5.0  # about; of a killed run, this much work is done again
 _LARGEST_BATCH = 1024  # items
 _NONE = float("nan")
 _COLUMNS = 4  # float64 numbers that stand for a score between processes
+
+
+class RequestScorer(Protocol):
+    """What scores requests: a `Scorer`, or something like it."""
+
+    config: ScorerConfig
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """The score of each request, in order; `FAILED` for one that cannot be scored."""
 
 
 class ScoredItem(NamedTuple):
@@ -37,7 +46,7 @@ class ItemScorer:
         group: processes that share the items: each scores a contiguous part, and all get all scores.
     """
 
-    def __init__(self, scorer: Scorer, file: ScoreFile | None = None, group: mx.distributed.Group | None = None):
+    def __init__(self, scorer: RequestScorer, file: ScoreFile | None = None, group: mx.distributed.Group | None = None):
         self._scorer = scorer
         self._file = file
         self._group = group if group is not None and group.size() > 1 else None

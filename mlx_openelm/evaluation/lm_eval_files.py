@@ -27,8 +27,13 @@ _LOWER_IS_BETTER = frozenset({"pct_stereotype", "likelihood_diff"})
 
 def lm_eval_names(report: EvaluationReport, time: datetime) -> dict[str, str]:
     """Names of the files: of the samples by the label of their task, and of the results by an empty label."""
-    folder, date = _safe(report.model), time.isoformat().replace(":", "-")
-    samples = {label: f"{folder}/samples_{_safe(label)}_{date}.jsonl" for label in report.by_label()}
+    return result_names(report.model, report.by_label(), time)
+
+
+def result_names(model: str, labels: Iterable[str], time: datetime) -> dict[str, str]:
+    """The same for any model and labels."""
+    folder, date = _safe(model), time.isoformat().replace(":", "-")
+    samples = {label: f"{folder}/samples_{_safe(label)}_{date}.jsonl" for label in labels}
     return {"": f"{folder}/results_{date}.json", **samples}
 
 

@@ -134,7 +134,7 @@ def evaluate_tasks(
         name, adapter, dtype, options.protocol, empty, machine=describe(command), limit=options.limit
     )
     with open_run(output, 0 if group is None else group.rank()) as folder:
-        scores = None if folder is None else folder.scores(_dependencies(model, tokenizer, options))
+        scores = None if folder is None else folder.scores(dependencies(model, tokenizer, options.scorer))
         run = _Run(ItemScorer(Scorer(model, tokenizer, options.scorer), scores, group), options, callback)
         results: list[TaskResult] = []
         for label, task in zip(report.by_label(), prepared, strict=True):
@@ -212,10 +212,10 @@ def _groups(tasks: Sequence[PreparedTask], results: Sequence[TaskResult]) -> Ite
             yield GroupResult.of_tasks(name, found)
 
 
-def _dependencies(model: OpenELM, tokenizer: Tokenizer, options: EvaluationOptions) -> dict[str, Any]:
+def dependencies(model: OpenELM, tokenizer: Tokenizer, config: ScorerConfig) -> dict[str, Any]:
     """What scores depend on apart from the prompt; the dtype is part of the weights' fingerprint."""
     vocabulary = hashlib.sha256(read_bytes(tokenizer.path, EvaluationError, _LARGEST_TOKENIZER)).hexdigest()
-    length = options.scorer.max_length or model.config.max_context_length
+    length = config.max_length or model.config.max_context_length
     return {"weights": model_fingerprint(model), "tokenizer": vocabulary, "max_length": length}
 
 

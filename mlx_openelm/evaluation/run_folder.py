@@ -1,6 +1,7 @@
 """The folder of an evaluation: scores, from which an interrupted run continues, and results.
 
 scores.jsonl         a score per prompt
+texts.jsonl          a generated text per prompt, of tasks of lm-eval that generate
 results.json         the report
 items/TASK.jsonl     how each item was answered
 results.csv, table.md
@@ -8,7 +9,7 @@ lm-eval/             results and samples in the shape of lm-eval's files
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -20,12 +21,12 @@ from ..files.lock import lock_folder
 from ..files.output import output_file, write_file
 from ..files.paths import exists, is_folder, user_path
 from .items import ItemResult
-from .lm_eval_files import lm_eval_names, lm_eval_results, lm_eval_samples
+from .lm_eval_files import lm_eval_names, lm_eval_results, lm_eval_samples, result_names
 from .report import EvaluationReport
 from .result_files import ITEMS, RESULTS, read_report, report_files
-from .score_file import ScoreFile
+from .score_file import ScoreFile, TextFile
 
-SCORES = "scores"
+SCORES, TEXTS = "scores", "texts"
 _ENDING = ".jsonl"
 _LM_EVAL = "lm-eval"
 _OURS = ".openelm-mlx"  # begins the names of locks
@@ -48,9 +49,16 @@ class RunFolder:
         Raises:
             EvaluationError: if they are of another model.
         """
-        own = self.path / (SCORES + (f"-{self._rank}" if self._rank else "") + _ENDING)
-        others = [path for path in sorted(self.path.glob(f"{SCORES}*{_ENDING}")) if path != own]
-        return ScoreFile(own, about, others)
+        return ScoreFile(*self._files(SCORES, about))
+
+    def texts(self, about: Mapping[str, Any]) -> TextFile:
+        """The generated texts that are known, and where this process adds its own; as for `scores`."""
+        return TextFile(*self._files(TEXTS, about))
+
+    def _files(self, name: str, about: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any], list[Path]]:
+        """The file of this process, what it depends on, and the files of other processes."""
+        own = self.path / (name + (f"-{self._rank}" if self._rank else "") + _ENDING)
+        return own, about, [path for path in sorted(self.path.glob(f"{name}*{_ENDING}")) if path != own]
 
     @contextmanager
     def samples(self, report: EvaluationReport, label: str) -> Iterator["SampleWriter"]:
@@ -66,6 +74,15 @@ class RunFolder:
         path = self.path / _LM_EVAL / lm_eval_names(report, self._start)[label]
         with output_file(path, overwrite=True) as output, output.replaced() as file:
             yield SampleWriter(file)
+
+    def write_theirs(self, model: str, results: str, samples: Mapping[str, Iterable[str]]) -> None:
+        """Write what lm-eval itself found: its results as JSON, and lines of JSON for each task's samples."""
+        if self._rank:
+            return
+        names = result_names(model, samples, self._start)
+        for label, lines in samples.items():
+            write_file(self.path / _LM_EVAL / names[label], "".join(lines), overwrite=True)
+        write_file(self.path / _LM_EVAL / names[""], results, overwrite=True)
 
     def write(self, report: EvaluationReport) -> EvaluationReport:
         """Write the report, and return it together with what the folder held of other tasks.
@@ -126,7 +143,7 @@ def check_run_folder(path: Path) -> None:
     """
     if exists(path) and not is_folder(path):
         raise EvaluationError(f"{path} is a file; `output` must be a folder")
-    if not exists(path) or any(exists(path / name) for name in (SCORES + _ENDING, RESULTS)):
+    if not exists(path) or any(exists(path / name) for name in (SCORES + _ENDING, TEXTS + _ENDING, RESULTS)):
         return
     others = [entry.name for entry in path.iterdir() if not entry.name.startswith(_OURS)]
     if others:

@@ -36,8 +36,12 @@ class Library(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of a text, in which the names of control tokens are text."""
 
-    def encode_marked(self, text: str) -> list[int]:
-        """Ids of a text, in which the names of control tokens are these tokens."""
+    def encode_marked(self, text: str, normalize: bool = True) -> list[int]:
+        """Ids of a text, in which the names of control tokens are these tokens.
+
+        Args:
+            normalize: whether to normalise the text as CoreNet does, if the file does not say how.
+        """
 
     def piece(self, token: int) -> str:
         """Name of a token."""
@@ -87,12 +91,13 @@ class SentencePiece:
         """See `Library`."""
         return self._processor.encode(unicodedata.normalize("NFC", text))
 
-    def encode_marked(self, text: str) -> list[int]:
+    def encode_marked(self, text: str, normalize: bool = True) -> list[int]:
         """See `Library`."""
         ids = {entry["content"]: token for token, entry in self.added_tokens.items()}
         names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
-        parts = re.split(f"({names})", unicodedata.normalize("NFC", text))
-        return [token for part in parts if part for token in ([ids[part]] if part in ids else self.encode(part))]
+        parts = re.split(f"({names})", unicodedata.normalize("NFC", text) if normalize else text)
+        encode = self._processor.encode
+        return [token for part in parts if part for token in ([ids[part]] if part in ids else encode(part))]
 
     def piece(self, token: int) -> str:
         """See `Library`."""
@@ -198,7 +203,7 @@ class Tokenizers:
         """See `Library`."""
         return self._ids(self._tokenizer, text)
 
-    def encode_marked(self, text: str) -> list[int]:
+    def encode_marked(self, text: str, normalize: bool = True) -> list[int]:
         """See `Library`."""
         return self._ids(self._with_control_tokens, text)
 

@@ -106,12 +106,20 @@ class Tokenizer:
         Raises:
             TokenizerError: if the text contains a lone surrogate, which UTF-8 cannot encode.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text contains a lone surrogate at character {error.start:,}") from error
+        _check_text(text)
         ids = self._library.encode_marked(text) if control_tokens else self._library.encode(text)
         return [self.bos_token_id, *ids] if bos and self.adds_bos and self.bos_token_id is not None else ids
+
+    def encode_as_written(self, text: str) -> list[int]:
+        """Ids of a text, without BOS, as `transformers` gives them: not normalised, with control tokens by their names.
+
+        With a `tokenizer.json` they are those of `encode(text, bos=False, control_tokens=True)`.
+
+        Raises:
+            TokenizerError: as for `encode`.
+        """
+        _check_text(text)
+        return self._library.encode_marked(text, normalize=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without control tokens and without the space that `encode` puts in front."""
@@ -284,6 +292,13 @@ class StreamDecoder:
     def finish(self) -> str:
         """A replacement character if the ids end within a character, otherwise an empty string."""
         return self._utf8.decode(b"", final=True)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"the text contains a lone surrogate at character {error.start:,}") from error
 
 
 def _open(path: Path, settings: Mapping[str, Any], vocab_size: int | None) -> Library:
