@@ -23,7 +23,7 @@ def by_the_rules(tokenizer, request, max_length):
         if blanks:
             context, continuation = context[:-blanks], context[-blanks:] + continuation
         whole, before = tokenizer.encode(context + continuation), tokenizer.encode(context)
-        before, after = whole[: len(before)], whole[len(before) :]
+        after = whole[len(before) :]
     return (before + after)[-(max_length + 1) :][:-1], after
 
 
@@ -50,7 +50,8 @@ def test_blanks_at_the_end_of_a_context_belong_to_the_continuation(encode, token
     assert tokenizer.decode(found.ids[-found.num_scored :].tolist()) == "\n    ran"
 
 
-def test_a_token_that_spans_the_boundary_stays_whole(encode, tokenizer):
+def test_where_a_token_spans_the_boundary_the_context_is_that_of_the_context_alone(encode, tokenizer):
+    """What the model reads is then neither text: the harness's published scores have it so."""
     text = "The small fox went down to the river where the water was cold"
     whole = tokenizer.encode(text)
     spanned = 0
@@ -60,9 +61,9 @@ def test_a_token_that_spans_the_boundary_stays_whole(encode, tokenizer):
         found = encode(Request(context, text[place:]))
         if context[-1] == " " or found is None:
             continue
-        assert found.ids.tolist() == whole
+        assert found.ids.tolist() == [*before, *whole[len(before) :]]
         assert found.num_scored == len(whole) - len(before)
-        spanned += before != whole[: len(before)]
+        spanned += found.ids.tolist() != whole
     assert spanned > 5
 
 

@@ -11,7 +11,10 @@ class Attention(nn.Module):
         super().__init__()
         self.H, self.K, self.D = config.num_query_heads[layer], config.num_kv_heads[layer], config.head_dim
         self.qkv_proj = nn.Linear(config.model_dim, (self.H + 2 * self.K) * self.D, bias=False)
-        self.q_norm, self.k_norm = nn.RMSNorm(self.D, eps=1e-6), nn.RMSNorm(self.D, eps=1e-6)
+        if config.normalize_qk_projections:
+            self.q_norm, self.k_norm = nn.RMSNorm(self.D, eps=1e-6), nn.RMSNorm(self.D, eps=1e-6)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
         self.out_proj = nn.Linear(self.H * self.D, config.model_dim, bias=False)
 
     def forward(self, x):
@@ -34,10 +37,13 @@ def rotate(x):
 class FeedForward(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.proj_1 = nn.Linear(config.model_dim, 2 * config.ffn_dims[layer], bias=False)
+        self.is_gated = config.ffn_with_glu
+        self.proj_1 = nn.Linear(config.model_dim, (1 + self.is_gated) * config.ffn_dims[layer], bias=False)
         self.proj_2 = nn.Linear(config.ffn_dims[layer], config.model_dim, bias=False)
 
     def forward(self, x):
+        if not self.is_gated:
+            return self.proj_2(F.silu(self.proj_1(x)))
         gate, hidden = self.proj_1(x).chunk(2, dim=-1)
         return self.proj_2(F.silu(gate) * hidden)
 
@@ -68,17 +74,20 @@ class Transformer(nn.Module):
 
 
 class OpenELM(nn.Module):
-    """A tied model; as in Apple's code, the output reads `token_embeddings.weight`."""
+    """As in Apple's code, the output of a tied model reads `token_embeddings.weight`."""
 
     def __init__(self, config, weights):
         super().__init__()
-        self.config = PretrainedConfig(model_type="openelm", tie_word_embeddings=True)
+        is_tied = config.share_input_output_layers
+        self.config = PretrainedConfig(model_type="openelm", tie_word_embeddings=is_tied)
         self.transformer = Transformer(config)
+        self.lm_head = None if is_tied else nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
         self.eval()
 
     def forward(self, input_ids, **_):
-        return F.linear(self.transformer(input_ids), self.transformer.token_embeddings.weight)
+        hidden = self.transformer(input_ids)
+        return F.linear(hidden, (self.lm_head or self.transformer.token_embeddings).weight)
 
     def prepare_inputs_for_generation(self, *_, **__):
         """PEFT looks for it in a causal language model."""

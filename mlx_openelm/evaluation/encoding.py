@@ -29,9 +29,10 @@ class RequestEncoder:
     """Encodes requests for a model.
 
     The rules are those of `TemplateLM.loglikelihood` and `HFLM` in the harness: blanks at the end of the context move
-    to the continuation; both are encoded as one text, which is cut behind as many tokens as the context has alone; an
-    empty context is the token that begins a text; and of a text that is too long, the end is kept, without BOS. Texts
-    are not normalised: CoreNet does that in training, but the harness's tokenizer does not.
+    to the continuation; the context is encoded alone, and the tokens of the continuation are those of both as one text
+    behind as many tokens; an empty context is the token that begins a text; and of a text that is too long, the end is
+    kept, without BOS. So where a token spans the boundary, a part of it may be doubled or lost. Texts are not
+    normalised: CoreNet does that in training, but the harness's tokenizer does not.
 
     Args:
         tokenizer: of the model; each text begins with BOS if it says so.
@@ -41,7 +42,7 @@ class RequestEncoder:
     def __init__(self, tokenizer: Tokenizer, max_length: int):
         self._tokenizer = tokenizer
         self.max_length = max_length
-        self._context_length = lru_cache(maxsize=256)(lambda text: len(self.text_ids(text)))  # choices share a context
+        self._context_ids = lru_cache(maxsize=256)(self.text_ids)  # choices share a context
 
     def __call__(self, request: Request) -> TokenRequest | None:
         """The ids of a request; `None` if its continuation has no token of its own or is longer than `max_length`."""
@@ -50,8 +51,9 @@ class RequestEncoder:
             return self._after_nothing(continuation)
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
-        ids = self.text_ids(kept + continuation)
-        return self.truncated(ids, len(ids) - self._context_length(kept))
+        before = self._context_ids(kept)
+        after = self.text_ids(kept + continuation)[len(before) :]
+        return self.truncated([*before, *after], len(after))
 
     def text_ids(self, text: str, bos: bool = True) -> list[int]:
         """Ids of a text as it is written; BOS is not added twice, and the names of control tokens are these tokens."""
