@@ -24,8 +24,8 @@ from mlx_openelm.evaluation.requests import Request
 from mlx_openelm.evaluation.scorer import Scorer
 from mlx_openelm.machine.device import DTYPES, backend_in_use, on_cpu
 
-_TEXT = """the and was her said then they with she had his for that you not went very little big day play happy saw good mom
-dad tree dog cat house water school friend friends park ball home garden bird box food toy car red blue boy girl"""
+_TEXT = """the and was her said then they with she had his for that you not went very little big day play happy saw good
+mom dad tree dog cat house water school friend friends park ball home garden bird box food toy car red blue boy girl"""
 WORDS = _TEXT.split()
 INDENT = "\n" + " " * 16
 
