@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from made_up_tasks import CASES, COMMONSENSE, made_up, made_up_commonsense
+from test_task import written
 
 from conftest import GOLDEN
 from mlx_openelm.errors import DataError, TaskError
 from mlx_openelm.evaluation.prompts import check_records, items, prompt_hash
 from mlx_openelm.evaluation.suites import find_tasks, suites
 from mlx_openelm.evaluation.task_data import DataOrigin, Records, TaskData, read_task_data
+from mlx_openelm.tokenizer import sandbox
 from mlx_openelm.tokenizer.example_format import instruction_prompt
 
 PROTOCOLS = {"current": "lm_eval_0.4.13.json", "paper": "lm_eval_0.4.2.json"}
@@ -225,3 +228,63 @@ def test_a_record_that_does_not_fit_is_named(name, record, said):
         list(items(task, in_memory([record])))
     assert str(caught.value).startswith("test.jsonl, record 1")
     assert "\n" not in str(caught.value)
+
+
+class TestTemplates:
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"prompt": "{{ question"}, "prompt is not valid: unexpected end of template"),
+            ({"description": "{% for %}"}, "description is not valid"),
+            ({"choices": "answers |"}, "choices is not valid"),
+            ({"choices": "answers | nothing"}, "choices is not valid: No filter named 'nothing'"),
+            ({"gold": "(" * 5000}, "gold is not valid"),
+        ],
+    )
+    def test_what_is_not_valid_is_named_with_the_file_before_the_first_item(self, tmp_path, changes, said):
+        (task,) = find_tasks([str(written(tmp_path, **changes))])
+        with pytest.raises(TaskError, match=re.escape(said)) as caught:
+            items(task, in_memory([MINE]))
+        assert str(caught.value).startswith(f"{tmp_path / 'mine.yaml'}: ")
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"prompt": "{{ qestion }}"}, "prompt cannot be computed: 'qestion' is undefined"),
+            ({"choices": "anwers"}, "choices cannot be computed: 'anwers' is undefined"),
+            ({"choices": "question"}, "choices must be a list; got 'Q'"),
+            ({"choices": "[answers, 'b']"}, "a choice must be text"),
+            ({"gold": "answers"}, "the right answer must be from 0 to 1"),
+            ({"gold": "question"}, "the right answer 'Q' is not among the choices"),
+            ({"prompt": "{{ ''.__class__.__mro__ }}"}, "unsafe"),
+            ({"choices": "['x' * 999999999, 'y']"}, "too large"),
+            ({"gold": "range(9 ** 9)"}, "too large"),
+            ({"labels": ["A", "B", "C"], "gold": "'A'"}, "2 choices, but 3 labels"),
+        ],
+    )
+    def test_what_does_not_fit_the_records_is_named_with_the_record(self, tmp_path, changes, said):
+        (task,) = find_tasks([str(written(tmp_path, **changes))])
+        with pytest.raises(DataError, match=re.escape(said)) as caught:
+            list(items(task, in_memory([MINE])))
+        assert str(caught.value).startswith("test.jsonl, record 1")
+
+    def test_an_expression_that_takes_too_long_ends(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sandbox, "_LONGEST_SECONDS", 0.1)
+        loops = "{% for a in s %}{% for b in s %}{% for c in s %}{% endfor %}{% endfor %}{% endfor %}"
+        (task,) = find_tasks([str(written(tmp_path, prompt="{% set s = 'x' * 3000 %}" + loops))])
+        with pytest.raises(DataError, match="takes longer than"):
+            list(items(task, in_memory([MINE])))
+
+    def test_newlines_at_the_end_of_a_template_are_kept_and_its_blocks_leave_theirs(self, tmp_path):
+        prompt = "{% if true %}\n  {{ question }}\n{% endif %}\n\n"
+        (task,) = find_tasks([str(written(tmp_path, prompt=prompt, description="D {{ topic }}\n"))])
+        assert next(items(task, in_memory([MINE]))).requests[0].context == "D \n\n  Q\n\n\n"
+
+    def test_an_answer_may_be_more_than_its_choice(self, tmp_path):
+        (task,) = find_tasks([str(written(tmp_path, continuation="It is {{ choice | upper }} ({{ question }})"))])
+        item = next(items(task, in_memory([MINE])))
+        assert item.choices == ("It is A (Q)", "It is B (Q)")
+        assert [request.continuation for request in item.requests] == [" It is A (Q)", " It is B (Q)"]
+
+
+MINE = {"question": "Q", "answers": ["a", "b"], "right": 1}

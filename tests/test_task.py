@@ -1,16 +1,21 @@
 """Tasks as files, and the names that lead to them."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mlx_openelm.errors import TaskError
+from mlx_openelm.evaluation import task as task_module
+from mlx_openelm.evaluation.prompts import items
 from mlx_openelm.evaluation.suites import find_tasks, suites, task_names
 from mlx_openelm.evaluation.task import Task, read_tasks
+from mlx_openelm.evaluation.task_data import read_task_data
 
-FOLDER = Path(__import__("mlx_openelm").__file__).parent / "assets" / "tasks"
+FOLDER = Path(task_module.__file__).parent.parent / "assets" / "tasks"
 MINE = {
     "name": "mine",
     "version": "1",
@@ -187,3 +192,20 @@ def test_a_task_can_be_compared_and_copied():
     assert task.with_shots(3).with_shots(0) == task
     with pytest.raises(dataclasses.FrozenInstanceError):
         task.shots = 3
+
+
+def test_the_example_in_the_documentation_asks_what_it_says(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "capitals.yaml").write_text(block, encoding="utf-8")
+    records = [json.loads(record) for record in re.findall(r'`(\{"country".*?\})`', text)]
+    others = [{"country": name, "cities": ["A", "B"], "right": 0} for name in ("X", "Y")]
+    for name, rows in (("capitals", records), ("examples", others)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (task,) = find_tasks([str(tmp_path / "capitals.yaml")])
+    (item,) = items(task, read_task_data(task))
+    assert item.requests[0].context.count("Question:") == 3
+    assert item.requests[0].context.endswith("What is the capital of Japan?\nAnswer:")
+    assert [request.continuation for request in item.requests] == [" Kyoto", " Tokyo"]
+    described = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| ([^|]*) \|", text, re.MULTILINE))))
+    assert set(task_module._FIELDS) <= described

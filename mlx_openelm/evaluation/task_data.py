@@ -1,7 +1,7 @@
 """The records of a task: from a folder, or from the Hugging Face hub; each file with its hash and its origin."""
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -214,9 +214,15 @@ def _checked(task: Task, record: dict[str, Any], where: str) -> dict[str, Any]:
         value = _CONVERTERS[kind](holder.get(last))
         if value is _WRONG:
             raise DataError(f"{where}: {name} must be {_EXPECTED[kind]}; got {quoted(holder.get(last))}")
-        if value is not holder.get(last):  # only at the top level: others are lists of texts and numbers
-            record = {**record, name: value}
+        if value is not holder.get(last):
+            record = _with(record, name.split("."), value)
     return record
+
+
+def _with(record: dict[str, Any], names: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of a record in which the field that these names lead to has another value."""
+    first, *others = names
+    return {**record, first: _with(record[first], others, value) if others else value}
 
 
 def _fitting(task: Task, record: Mapping[str, Any]) -> str:
