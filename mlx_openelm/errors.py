@@ -73,6 +73,10 @@ class BenchError(OpenELMError):
     """A benchmark that cannot run as requested."""
 
 
+class EvaluationError(OpenELMError):
+    """A task, metric or run of an evaluation that is unknown, damaged, or does not match another one."""
+
+
 class AdapterError(OpenELMError):
     """An adapter that cannot be read or converted, or does not fit its model."""
 

@@ -1,10 +1,11 @@
-"""Plots of training runs, layer-wise designs and benchmarks, drawn with matplotlib, 800 pixels wide."""
+"""Plots of training runs, layer-wise designs, benchmarks and evaluations, drawn with matplotlib, 800 pixels wide."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple
 
 from .cache.config import CacheConfig
 from .config import OpenELMConfig
@@ -233,6 +234,55 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if not lines:
         raise TrainingError(f"{path} is empty; there is nothing to plot yet")
     return lines
+
+
+class Accuracy(NamedTuple):
+    """A bar of `plot_accuracies`; all values in percent.
+
+    Attributes:
+        label: what it is the accuracy of.
+        value: the accuracy; NaN is drawn as nothing.
+        stderr: its standard error.
+        published: the published accuracy.
+        majority: the accuracy of always choosing the same position.
+    """
+
+    label: str
+    value: float
+    stderr: float | None = None
+    published: float | None = None
+    majority: float | None = None
+
+
+def plot_accuracies(title: str, bars: Sequence[Accuracy], picture: OutputFile) -> None:
+    """Plot accuracies as bars with their standard errors, beside what was published and the majority class.
+
+    Args:
+        picture: file to write; its suffix selects the format.
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    labels = [fill(bar.label, _LABEL) for bar in bars]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    with _figure(picture, 1, 1, 1.9 + 0.2 * lines + 0.15 * len(bars)) as (figure, axis):
+        _title(figure, title)
+        handles: dict[str, Any] = {}
+        for place, bar in enumerate(bars):
+            name = "accuracy, with its standard error"
+            handles[name] = axis.barh(place, bar.value, 0.6, xerr=bar.stderr, color=_LAYERWISE, capsize=2)
+            for value, name, color, style in (
+                (bar.published, "published", _UNIFORM, "solid"),
+                (bar.majority, "always the most frequent position", "black", "dotted"),
+            ):
+                if value is not None:
+                    handles[name] = axis.vlines(value, place - 0.42, place + 0.42, colors=color, linestyles=style)
+            for value, where, color in ((bar.value, 109, _LAYERWISE), (bar.published, 121, _UNIFORM)):
+                text = "" if value is None else f"{value:.2f}" if math.isfinite(value) else "no number"
+                axis.text(where, place, text, color=color, fontsize=8, ha="right", va="center")
+        axis.set_yticks(range(len(bars)), labels, fontsize=8)
+        axis.set(xlabel="percent", xlim=(0, 123), ylim=(len(bars) - 0.5, -0.5))
+        axis.set_xticks(range(0, 101, 20))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
 def _columns(config: OpenELMConfig) -> tuple[list[float], ...]:

@@ -19,6 +19,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_openelm import OpenELM, OpenELMConfig, Tokenizer
+from mlx_openelm.evaluation.items import Item
+from mlx_openelm.evaluation.metrics import grade
+from mlx_openelm.evaluation.requests import Request, Score
 from mlx_openelm.files.output import output_file
 from mlx_openelm.model.lora import AdapterConfig
 
@@ -75,6 +78,17 @@ class FixedProbe:
     def sample(self, seconds=0.0):
         self.samples += 1
         return self.best
+
+
+def graded(likelihoods, golds=None, metrics=("acc", "acc_norm"), start=0, is_truncated=False, prompt="question"):
+    """Results of made-up items with these log-likelihoods of their choices, the first of which are right."""
+    found = []
+    for number, of in enumerate(likelihoods):
+        choices = tuple(f"choice {place}" for place in range(len(of)))
+        requests = tuple(Request(f"{prompt} {start + number}:", f" {choice}") for choice in choices)
+        item = Item(start + number, requests, choices, (0,) if golds is None else golds[number])
+        found.append(grade(item, [Score(float(value), False, is_truncated) for value in of], metrics))
+    return found
 
 
 def assert_close(found, expected, atol):

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import draw, refused, run
-from mlx_openelm.errors import OutputError, TrainingError
+from conftest import draw, graded, refused, run
+from mlx_openelm.errors import OutputError, OutputExistsError, TrainingError
+from mlx_openelm.evaluation.picture import draw_picture, save_picture
+from mlx_openelm.evaluation.report import EvaluationReport
+from mlx_openelm.evaluation.results import TaskResult
 from mlx_openelm.model.design import design, fit
-from mlx_openelm.plot import percent, plot_bench, plot_design, plot_run, read_metrics
+from mlx_openelm.plot import Accuracy, percent, plot_accuracies, plot_bench, plot_design, plot_run, read_metrics
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "sizes.json"
 LONG = "a-name-that-someone-gave-because-it-says-all-the-settings-learning-rate-3e-4-batch-32"
@@ -157,3 +160,73 @@ def test_the_layout_of_a_benchmark(drawn, results):
 
 def test_small_shares_have_a_decimal():
     assert [percent(share) for share in (0.0071, 0.0999, 0.13, 1.0)] == ["0.7%", "10.0%", "13%", "100%"]
+
+
+def evaluation_of(tasks, model="apple/OpenELM-270M", items=40, **more):
+    """A report with made-up results, the first of which has a truncated item."""
+    results = []
+    for number, (task, shots, metric) in enumerate(tasks):
+        likelihoods = [[-1 - (place + number) % 3, -2] for place in range(items)]
+        graded_items = graded(likelihoods, [(place % 2,) for place in range(items)], metrics=[metric])
+        graded_items += graded([[-1, -2]], metrics=[metric], start=items, is_truncated=number == 0)
+        results.append(TaskResult.of(task, graded_items, metric=metric, shots=shots))
+    return EvaluationReport(model, more.pop("adapter", None), "float32", "paper", tuple(results), **more)
+
+
+LLM360 = [
+    ("arc_challenge", 25, "acc_norm"),
+    ("crows_pairs_english", 25, "pct_stereotype"),
+    ("hellaswag", 10, "acc_norm"),
+    ("mmlu", 5, "acc"),
+    ("piqa", 0, "acc_norm"),
+    ("race", 0, "acc"),
+    ("truthfulqa_mc2", 0, "mc2"),
+    ("winogrande", 5, "acc"),
+]
+
+
+@pytest.mark.parametrize("number", [1, 8])
+def test_the_layout_of_an_evaluation(drawn, number):
+    figure = drawn(draw_picture, evaluation_of(LLM360[:number]))
+    check_layout(figure)
+    (axis,) = figure.axes
+    texts = [text.get_text() for text in axis.texts]
+    assert "27.65" in texts  # published
+    labels = [tick.get_text() for tick in axis.get_yticklabels()]
+    assert labels[0].replace("\n", " ") == "arc_challenge, acc_norm (1 truncated)"
+    averages = ["openllm average (!)", "llm360 average (!)"] if number == 8 else []
+    assert [name for name in labels if "average" in name] == averages
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "accuracy, with its standard error",
+        "published",
+        "always the most frequent position",
+    ]
+
+
+def test_the_layout_of_an_evaluation_with_long_names(drawn):
+    mine, arc = f"mine/{LONG}", "commonsense/ARC-Challenge"
+    report = evaluation_of([(mine, 0, "acc"), (arc, 0, "acc"), (arc, 5, "acc")], LONG, adapter=LONG, limit=40)
+    figure = drawn(draw_picture, report)
+    check_layout(figure)
+    assert "the first 40 items" in figure._suptitle.get_text().replace("\n", " ")
+    assert any("5\N{NO-BREAK SPACE}shots" in tick.get_text() for tick in figure.axes[0].get_yticklabels())
+
+
+def test_the_layout_of_extreme_accuracies(drawn):
+    bars = [Accuracy("all", 100.0, 0.0, 100.0, 100.0), Accuracy("none", 0.0, 0.0, 0.0), Accuracy("no", float("nan"))]
+    figure = drawn(lambda of, picture: plot_accuracies("extremes", of, picture), bars)
+    check_layout(figure)
+    texts = [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+    assert texts == ["100.00", "100.00", "0.00", "0.00", "no number"]
+
+
+def test_a_picture_of_an_evaluation_is_a_new_file(tmp_path):
+    report = evaluation_of(LLM360[:2])
+    save_picture(report, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OutputExistsError):
+        save_picture(report, str(tmp_path / "a.png"))
+    save_picture(report, tmp_path / "a.png", overwrite=True)
+    with pytest.raises(OutputError, match="unsupported image format"):
+        save_picture(report, tmp_path / "a.frob")
