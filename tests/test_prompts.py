@@ -148,6 +148,12 @@ def test_the_hash_covers_contexts_and_continuations(folder):
     assert prompt_hash(moved) != prompt_hash(found)
 
 
+def test_an_empty_choice_is_scored_as_a_blank_as_the_harness_does():
+    (task,) = find_tasks(["piqa"])
+    (item,) = items(task, in_memory([{"goal": "G", "sol1": "", "sol2": "S", "label": 1}]))
+    assert [request.continuation for request in item.requests] == [" ", " S"]
+
+
 def test_the_number_of_examples_of_a_task_with_its_own_is_fixed(folder):
     task, data = prepared(folder, "truthfulqa_mc2")
     assert task.with_shots(5).shots == 0
@@ -195,7 +201,6 @@ def test_arguments_are_checked_before_the_first_item(folder, arguments, error, s
 ARC = {"question": "Q", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"}
 TWO = {"text": ["a", "b"], "label": ["1", "2"]}
 UNEQUAL = {"text": ["a", "b", "c"], "label": ["1", "2"]}
-EMPTY = {"text": ["a", "", "c"], "label": ["1", "2", "3"]}
 BOOLQ = {"passage": "P", "question": "Q", "label": 1}
 RACE = {"article": "A", "problems": [{"question": "Q", "answer": "A"}]}
 WINOGRANDE = {"sentence": "The _ sat.", "option1": "cat", "option2": "hat", "answer": "1"}
@@ -212,7 +217,7 @@ def targets(labels):
         ("arc_easy", {**ARC, "answerKey": ""}, "has no right answer: answerKey is ''"),
         ("arc_easy", {**ARC, "choices": TWO}, "2 choices; task arc_easy declares 3 to 5"),
         ("arc_easy", {**ARC, "choices": UNEQUAL}, "3 choices, but 2 labels"),
-        ("arc_easy", {**ARC, "choices": EMPTY}, "a choice is empty"),
+        ("crows_pairs_english", {"sent_more": "", "sent_less": "S"}, "a choice is empty"),
         ("boolq", {**BOOLQ, "label": -1}, "has no right answer: label is -1"),
         ("boolq", {**BOOLQ, "label": 2}, "the right answer must be from 0 to 1; got 2"),
         ("winogrande", {**WINOGRANDE, "sentence": "No blank."}, "choices cannot be computed: substring not found"),

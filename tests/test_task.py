@@ -166,7 +166,10 @@ class TestFile:
             ({"kind": "partial"}, "ending is missing"),
             ({"kind": "partial", "ending": "x"}, "the choices are the prompts"),
             ({"ending": "x"}, "ending belongs to kind partial"),
-            ({"metrics": ["f1"]}, r"unknown metric for kind multiple_choice: f1 \(choose from acc, acc_norm\)"),
+            (
+                {"metrics": ["f1"]},
+                r"unknown metric for kind multiple_choice: f1 \(choose from acc, acc_norm, acc_bytes\)",
+            ),
             ({"metrics": []}, "metrics must name at least one"),
             ({"kind": "stereotype", "metrics": ["acc"]}, "choose from pct_stereotype, likelihood_diff"),
             ({"num_choices": [5, 3]}, "num_choices must be a number, or the least and the largest"),

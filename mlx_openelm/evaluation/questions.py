@@ -7,13 +7,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DataError, TaskError, one_line, quoted
-from ..tokenizer.sandbox import compiled, compiled_expression, new_sandbox, render
+from ..tokenizer.sandbox import compiled, compiled_expression, new_sandbox
 from .task import Task
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 _Evaluate = Callable[[Mapping[str, Any]], Any]
+_MARK = re.compile(r"\[.*?\]")
 _WORDS = ("answer", "ending", "option", "solution")
 
 
@@ -81,7 +82,7 @@ class QuestionReader:
         found = self._list("choices", self._choices, record, where)
         if wrong := [choice for choice in found if not isinstance(choice, str)]:
             raise DataError(f"{where}: a choice must be text; got {quoted(wrong[0])}")
-        if any(not choice for choice in found):
+        if "" in found and not self._task.answer_delimiter:  # after a blank, the harness scores the blank
             raise DataError(f"{where}: a choice is empty: {quoted(found)}")
         least, most = self._task.num_choices
         if not least <= len(found) <= most:
@@ -130,8 +131,7 @@ class QuestionReader:
         if "{" not in text.replace("{{ choice }}", ""):
             return lambda values: text.replace("{{ choice }}", values["choice"])
         with _naming(self._task, name):
-            template = compiled(_environment(), text)
-        return lambda values: render(template, values)
+            return compiled(_environment(), text)
 
     def _value(self, name: str) -> _Evaluate:
         """A list of texts as it is, or what an expression gives."""
@@ -172,7 +172,7 @@ def _place(gold: Any, names: Sequence[Any], what: str, where: str) -> int:
 
 def _clean_wikihow(text: str) -> str:
     """HellaSwag's texts without the marks that are left from WikiHow's pages, as the harness cleans them."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    text = _MARK.sub("", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 

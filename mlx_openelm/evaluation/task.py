@@ -10,8 +10,13 @@ from ..files.fields import Fields
 from ..files.yaml_file import read_yaml_object
 
 PROTOCOLS = ("current", "paper")
-KINDS = ("multiple_choice", "partial", "mc2", "stereotype")
-METRICS = ("acc", "acc_norm", "pct_stereotype", "likelihood_diff")
+METRICS = {  # of each kind
+    "multiple_choice": ("acc", "acc_norm", "acc_bytes"),
+    "partial": ("acc", "acc_norm", "acc_bytes"),
+    "mc2": ("acc",),
+    "stereotype": ("pct_stereotype", "likelihood_diff"),
+}
+KINDS = tuple(METRICS)
 SAMPLERS = ("random", "first_n")
 TYPES = ("text", "texts", "label", "numbers", "records", "blank")
 _OF_PAPER = ("version", "description", "prompt", "choices", "gold")
@@ -217,8 +222,8 @@ def _check_consistent(task: Task, values: Fields) -> None:
 
 
 def _metrics(values: Fields, kind: str) -> tuple[str, ...]:
-    names = values.list_of("metrics", str, ["pct_stereotype"] if kind == "stereotype" else ["acc"])
-    allowed = METRICS[2:] if kind == "stereotype" else METRICS[:1] if kind == "mc2" else METRICS[:2]
+    allowed = METRICS[kind]
+    names = values.list_of("metrics", str, allowed[:1])
     if unknown := [name for name in names if name not in allowed]:
         raise TaskError(
             f"{values.where}: unknown metric for kind {kind}: {shorten(unknown)} (choose from {', '.join(allowed)})"
