@@ -126,6 +126,7 @@ def compare(task: Task, options: argparse.Namespace, ours: Scorer, theirs: Any) 
     count = max(1, round(task.num_items * options.scale))
     requests = [request for _ in range(count) for request in task.item(chance, shared)]
     encoded = [found for found in map(ours.encode, requests) if found is not None]
+    instances = [_Instance((request.context, request.continuation)) for request in requests]
     scores: dict[str, list[float]] = {}
     computed: list[int] = []
 
@@ -138,7 +139,7 @@ def compare(task: Task, options: argparse.Namespace, ours: Scorer, theirs: Any) 
 
     def run_theirs() -> float:
         start = time.perf_counter()
-        scores["mlx-lm"] = [score for score, _ in theirs.loglikelihood([_Instance((r.context, r.continuation)) for r in requests])]
+        scores["mlx-lm"] = [score for score, _ in theirs.loglikelihood(instances)]
         return time.perf_counter() - start
 
     print(task.title, file=sys.stderr)
