@@ -282,8 +282,17 @@ class TestTemplates:
 
     def test_newlines_at_the_end_of_a_template_are_kept_and_its_blocks_leave_theirs(self, tmp_path):
         prompt = "{% if true %}\n  {{ question }}\n{% endif %}\n\n"
-        (task,) = find_tasks([str(written(tmp_path, prompt=prompt, description="D {{ topic }}\n"))])
-        assert next(items(task, in_memory([MINE]))).requests[0].context == "D \n\n  Q\n\n\n"
+        (task,) = find_tasks([str(written(tmp_path, prompt=prompt, description="D\n"))])
+        assert next(items(task, in_memory([MINE]))).requests[0].context == "D\n\n  Q\n\n\n"
+
+    def test_a_field_may_have_any_name(self, tmp_path):
+        names = ("range", "topic", "choice", "context", "values", "loop", "class")
+        record = {**MINE, **{name: f"<{name}>" for name in (*names, "self", "not a name", "")}}
+        prompt = "{% if true %}" + "".join(f"{{{{ {name} }}}}" for name in names) + "{% endif %}"
+        for more in ({}, {"prompt": prompt.replace("{% if true %}", "").replace("{% endif %}", "")}):
+            (task,) = find_tasks([str(written(tmp_path, **{"prompt": prompt, **more}))])
+            (item,) = items(task, in_memory([record]))
+            assert item.requests[0].context == "".join(f"<{name}>" for name in names)
 
     def test_an_answer_may_be_more_than_its_choice(self, tmp_path):
         (task,) = find_tasks([str(written(tmp_path, continuation="It is {{ choice | upper }} ({{ question }})"))])

@@ -120,7 +120,7 @@ class QuestionReader:
 
     def _computed(self, name: str, evaluate: _Evaluate, record: Mapping[str, Any], where: str) -> Any:
         try:
-            return evaluate({**record, "topic": self._task.topic})
+            return evaluate({**record, "topic": self._task.topic} if self._task.topic else record)
         except Exception as error:  # whatever a template's expressions raise
             raise DataError(f"{where}: {name} cannot be computed: {one_line(error)}") from error
 

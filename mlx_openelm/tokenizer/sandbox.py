@@ -94,7 +94,7 @@ def render(template: Template, values: Mapping[str, Any], *, is_limited: bool = 
     parts: list[str] = []
     size = 0
     with _limited_time() if is_limited else nullcontext():
-        for part in template.generate(**values, range=_limited_range()):
+        for part in template.generate({"range": _limited_range(), **values}):
             parts.append(part)
             size += len(part)
             if size > LARGEST_TEXT:
