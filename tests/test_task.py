@@ -68,6 +68,7 @@ def test_the_numbers_of_records_are_those_of_the_published_sets():
     [
         (["arc_easy"], ["arc_easy"]),
         (["piqa"], ["piqa"]),
+        ("piqa,boolq", ["piqa", "boolq"]),
         (["commonsense/piqa"], ["commonsense/piqa"]),
         (["openbookqa"], ["commonsense/openbookqa"]),
         (["ARC-Easy, boolq", "piqa"], ["commonsense/ARC-Easy", "boolq", "piqa"]),
@@ -88,8 +89,8 @@ def test_a_task_of_two_suites_with_different_shots_occurs_twice():
     ("name", "said"),
     [
         ("arc-easy", "did you mean arc_easy or commonsense/ARC-Easy?"),
-        ("PIQA", "did you mean commonsense/piqa or piqa?"),
-        ("hela_swag", "did you mean commonsense/hellaswag or hellaswag?"),
+        ("PIQA", "did you mean piqa or commonsense/piqa?"),
+        ("hela_swag", "did you mean hellaswag or commonsense/hellaswag?"),
         ("siqa", "did you mean commonsense/social_i_qa?"),
         ("mmlu_anatomi", "did you mean mmlu_anatomy"),
         ("truthfulqa", "did you mean truthfulqa_mc2?"),
