@@ -119,6 +119,13 @@ class TestOrigin:
         put(tmp_path / "winogrande", [record] * 1267, "validation.jsonl")
         assert read_task_data(task_of("winogrande"), tmp_path).origin.is_published
 
+    def test_a_hash_says_nothing_about_a_file_in_another_format(self, tmp_path):
+        (record, *_) = made_up("arc_easy")["test"]
+        put(tmp_path / "a" / "arc_easy", [record] * 2376, "test.jsonl")
+        put(tmp_path / "b" / "arc_easy", [record] * 2376, "test.parquet")
+        found = [read_task_data(task_of("arc_easy"), tmp_path / folder).origin.is_published for folder in "ab"]
+        assert found == [True, False]
+
     def test_a_known_hash_counts(self, tmp_path):
         path = put(tmp_path, [{"question": "Q", "answers": ["a", "b"], "right": 1}], "questions.jsonl")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -272,7 +279,7 @@ class TestDownload:
         hub_client._data_answer.cache_clear()
         hub.files["english/test-0.jsonl"] = self.RECORDS[:1]
         again = read_task_data(task)
-        assert again.origin.revision == "a" * 40
+        assert (again.origin.revision, again.origin.is_published) == ("a" * 40, True)
         assert len(again.test.rows) == 2
 
     @pytest.mark.parametrize(

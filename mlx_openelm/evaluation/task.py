@@ -1,5 +1,6 @@
 """A task: what is asked of which data, read from a small YAML file. `docs/evaluate.md` describes its fields."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ SAMPLERS = ("random", "first_n")
 TYPES = ("text", "texts", "label", "numbers", "records", "blank")
 _OF_PAPER = ("version", "description", "prompt", "choices", "gold")
 _MOST_CHOICES, _MOST_SHOTS = 1000, 1000
+_LONGEST_NAME = 100
+_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")  # also of files, so no part begins with a dot
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FIELDS = (
     *("name", "group", "version", "kind", "licence", "documents", "data", "sha256", "fields", "description", "prompt"),
     *("choices", "num_choices", "labels", "gold", "ending", "continuation", "answer_delimiter", "shots", "metrics"),
@@ -181,8 +185,11 @@ def _task(values: Fields, path: Path, variant: str) -> Task:
     choices = _texts_or_expression(values, "choices")
     if choices is None:
         raise TaskError(f"{values.where}: choices is missing")
+    name = values.text("name").replace("{variant}", variant)
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        raise TaskError(f"{values.where}: name must be of letters, digits, _, -, . and /; got {quoted(name)}")
     task = Task(
-        name=values.text("name").replace("{variant}", variant),
+        name=name,
         version=values.text("version"),
         shots=shots.whole("default", 0, at_most=_MOST_SHOTS),
         metrics=_metrics(values, kind),
@@ -237,6 +244,9 @@ def _source(values: Fields, variant: str) -> DataSource:
     data = values.table("data")
     _check_names(data, ("repository", "revision", "files", "test_split", "about"))
     files, hashes = data.table("files"), values.table("sha256")
+    for split in hashes:
+        if not _SHA256.fullmatch(hashes.text(split).lower()):
+            raise TaskError(f"{hashes.where}: {split} must have 64 hexadecimal digits; got {quoted(hashes[split])}")
     return DataSource(
         data.text("repository", ""),
         data.text("revision", ""),

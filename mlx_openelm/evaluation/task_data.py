@@ -29,8 +29,8 @@ class DataOrigin:
         sha256: of the file.
         num_records: in the file.
         repository, revision: on the hub, if the file was downloaded; empty for a local file.
-        is_published: whether the file has the hash of the published one, which a downloaded file must have; without a
-            known hash, whether there are as many records as were published.
+        is_published: whether the file has the hash of the published one, which a downloaded file must have; where none
+            is known, or only that of a file in another format, whether there are as many records as were published.
     """
 
     path: Path
@@ -180,15 +180,10 @@ def _read(task: Task, found: _Found, split: str, documents: int | None) -> Recor
         rows.append(_checked(task, record, f"{path}, record {number}"))
     if not rows:
         raise DataError(f"{path} has no records")
-    origin = DataOrigin(
-        path,
-        digest,
-        len(rows),
-        task.source.repository if found.download else "",
-        found.download.revision if found.download else "",
-        digest == expected or (expected is None and len(rows) == documents),
-    )
-    return Records(path, rows, origin)
+    repository, revision = (task.source.repository, found.download.revision) if found.download else ("", "")
+    is_comparable = expected is not None and path.suffix == Path(task.source.files.get(split, "test.json")).suffix
+    is_published = digest == expected if is_comparable or found.download else len(rows) == documents
+    return Records(path, rows, DataOrigin(path, digest, len(rows), repository, revision, is_published))
 
 
 def _file_hash(path: Path) -> str:
