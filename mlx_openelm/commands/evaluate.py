@@ -75,8 +75,11 @@ def evaluate(
         float, typer.Option(help="Share of a task's prompts that may exceed the context.", metavar="SHARE")
     ] = 0.25,
     memory: Annotated[
-        int, typer.Option(help="Working memory beside weights, keys and values, in MiB.", metavar="MIB")
-    ] = 64,
+        int | None,
+        typer.Option(
+            help="Working memory beside weights, keys and values, in MiB; default: 64 on a CPU.", metavar="MIB"
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     tokenizer: NeededTokenizer = None,
     revision: Revision = None,
@@ -99,9 +102,9 @@ def evaluate(
     from .processes import join_processes
     from .text_view import loading
 
-    options = EvaluationOptions(
-        data, protocol, shots, limit, max_truncated, ScorerConfig(max_length, memory << 20, True, emulate_bfloat16)
-    )
+    memory_bytes = None if memory is None else memory << 20
+    scoring = ScorerConfig(max_length, memory_bytes, emulate_bfloat16=emulate_bfloat16)
+    options = EvaluationOptions(data, protocol, shots, limit, max_truncated, scoring)
     other = None if compare is None else read_report(user_path(compare))
     if output is not None:
         check_run_folder(user_path(output))
