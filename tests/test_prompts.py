@@ -214,11 +214,11 @@ def targets(labels):
     ("name", "record", "said"),
     [
         ("arc_easy", {**ARC, "answerKey": "B"}, r"the right answer 'B' is not among the labels \['1', '2', '3'\]"),
-        ("arc_easy", {**ARC, "answerKey": ""}, "has no right answer: answerKey is ''"),
+        ("arc_easy", {**ARC, "answerKey": ""}, "has no right answer: answerKey is ''$"),
         ("arc_easy", {**ARC, "choices": TWO}, "2 choices; task arc_easy declares 3 to 5"),
         ("arc_easy", {**ARC, "choices": UNEQUAL}, "3 choices, but 2 labels"),
         ("crows_pairs_english", {"sent_more": "", "sent_less": "S"}, "a choice is empty"),
-        ("boolq", {**BOOLQ, "label": -1}, "has no right answer: label is -1"),
+        ("boolq", {**BOOLQ, "label": -1}, "has no right answer: label is -1; the published .* split validation"),
         ("boolq", {**BOOLQ, "label": 2}, "the right answer must be from 0 to 1; got 2"),
         ("winogrande", {**WINOGRANDE, "sentence": "No blank."}, "choices cannot be computed: substring not found"),
         ("winogrande", {**WINOGRANDE, "answer": ""}, "has no right answer"),

@@ -104,6 +104,13 @@ class TestFolder:
     def test_a_missing_folder_says_what_is_expected(self, tmp_path):
         with pytest.raises(DataError, match=r"has no data for task piqa; expected .*piqa/test\.jsonl \(or \.json"):
             read_task_data(task_of("piqa"), tmp_path)
+        with pytest.raises(DataError, match=r"gone does not exist; expected one with data"):
+            read_task_data(task_of("piqa"), tmp_path / "gone")
+        path = put(tmp_path / "piqa", made_up("piqa")["validation"])
+        with pytest.raises(DataError, match=r"jsonl is not a folder; expected one with data"):
+            read_task_data(task_of("piqa"), path)
+        with pytest.raises(DataError, match=r"no folder for task piqa; pass the folder that contains piqa"):
+            read_task_data(task_of("piqa"), path.parent)
 
 
 class TestOrigin:

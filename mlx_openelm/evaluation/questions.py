@@ -100,7 +100,9 @@ class QuestionReader:
                 raise DataError(f"{where} has no right answer: none of its choices is marked with 1")
             return tuple(place for place, value in enumerate(gold) if value)
         if gold is None or gold == "" or gold == -1:
-            raise DataError(f"{where} has no right answer: {self._task.gold} is {quoted(gold)}")
+            split = self._task.source.test_split
+            hint = f"; the published questions with answers are those of split {split}" if split != "test" else ""
+            raise DataError(f"{where} has no right answer: {self._task.gold} is {quoted(gold)}{hint}")
         if self._task.labels is not None:
             labels = self._list("labels", self._labels, record, where)
             if len(labels) != len(choices):

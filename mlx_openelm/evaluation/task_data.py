@@ -11,7 +11,7 @@ from typing import Any
 from ..data.json_records import BrokenLines
 from ..data.record_files import RECORD_ENDINGS, read_records
 from ..errors import DataError, TaskError, quoted, shorten
-from ..files.paths import is_file, is_folder, open_regular, user_path
+from ..files.paths import exists, is_file, is_folder, open_regular, user_path
 from ..hub import DownloadedFile, download_data_file
 from .task import Task
 from .task_locks import DataLock, read_lock, write_lock
@@ -112,6 +112,8 @@ class _Found:
 
 def _local(task: Task, folder: Path) -> Callable[[str], _Found]:
     """Finds the file of a split in a user's folder."""
+    if not is_folder(folder):
+        raise DataError(f"{folder} {'is not a folder' if exists(folder) else 'does not exist'}; expected one with data")
     names = [task.name, task.name.rpartition("/")[2]]
     if task.group:
         names.append(f"{task.group}/{task.name.removeprefix(f'{task.group}_')}")
@@ -127,8 +129,10 @@ def _local(task: Task, folder: Path) -> Callable[[str], _Found]:
                 raise DataError(f"{found[0]} and {found[1].name} exist; keep one of them")
             if found:
                 return _Found(found[0])
-        expected = f"{folders[-1]}/{splits[0]}.jsonl (or .json, .parquet)"
         what = f"the examples of task {task.name}" if split != "test" else f"task {task.name}"
+        if _files(folder, "test"):
+            raise DataError(f"{folder} has no folder for {what}; pass the folder that contains {folder.name}")
+        expected = f"{folder / names[1]}/{splits[0]}.jsonl (or .json, .parquet)"
         raise DataError(f"{folder} has no data for {what}; expected {expected}")
 
     return find
