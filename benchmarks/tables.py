@@ -7,7 +7,7 @@ import re
 
 from common import ROOT
 from sections.metal import launches
-from sections.speed import bandwidth, batch, cold_start, context, decode, decode_host, sizes, speculate
+from sections.speed import bandwidth, batch, blas_start, cold_start, context, decode, decode_host, sizes, speculate
 from sections.storage import convert, load, text_memory
 from sections.training import train_cache, train_memory, tune, tune_arc, tune_memory, update
 
@@ -25,6 +25,7 @@ def main() -> None:
     sections = [cold_start(), decode(), decode_host(), sizes(), batch(), convert(), tune()]
     more = [
         bandwidth(),
+        blas_start(),
         load(),
         launches(),
         speculate(),

@@ -57,6 +57,10 @@ class DataError(OpenELMError):
     """Training data that is missing, malformed or too small."""
 
 
+class TaskError(OpenELMError):
+    """A task of an evaluation that does not exist, or whose file is not valid."""
+
+
 class TrainingError(OpenELMError):
     """A run that cannot start, continue or be resumed."""
 

@@ -1,6 +1,7 @@
 """Locating model folders: on disk, in this package, or on the Hugging Face hub."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SourceError
@@ -55,6 +56,36 @@ def download_file(repo_id: str, name: str) -> Path:
     from .hub_client import fetch_file
 
     return fetch_file(repo_id, name)
+
+
+@dataclass(frozen=True)
+class DownloadedFile:
+    """A file of a data set on the hub.
+
+    Attributes:
+        path: where it is in the cache.
+        name: its path in the repository.
+        revision: the commit that it comes from.
+    """
+
+    path: Path
+    name: str
+    revision: str
+
+
+def download_data_file(repo_id: str, name: str, revision: str | None = None) -> DownloadedFile:
+    """Download one file of a data set on the hub, unless it is cached.
+
+    Args:
+        name: path of the file in the repository; `*` stands for any characters.
+        revision: commit, branch or tag; by default the newest. The hub is not asked about a cached file of a commit.
+    Raises:
+        HubUnreachableError: if the hub does not answer.
+        SourceError: if the repository does not exist, or not exactly one of its files has that name.
+    """
+    from .hub_client import fetch_data_file
+
+    return DownloadedFile(*fetch_data_file(repo_id, name, revision))
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -1,5 +1,6 @@
 """Downloading from the Hugging Face hub: a short first contact, few retries, and a line where nothing arrives."""
 
+import fnmatch
 import logging
 import queue
 import re
@@ -24,6 +25,7 @@ _FIRST_CONTACT = 8.0  # seconds for its first answer, the look-up of its address
 _RETRIES = 4  # of the hub's client, without progress in between
 _LONGEST_WAIT = 20.0  # seconds that the hub may ask to wait before a retry
 _SILENCE = 15.0  # seconds after which a line says what is being waited for
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _RETRY = re.compile(r"Retrying in|Waiting (?P<seconds>[\d.]+)s before retry|Trying to resume")
 
 
@@ -48,6 +50,25 @@ def fetch_file(repo_id: str, name: str) -> Path:
                 raise
             return cached
         return Path(hf_hub_download(repo_id, name, etag_timeout=_TIMEOUT))
+
+
+def fetch_data_file(repo_id: str, name: str, revision: str | None) -> tuple[Path, str, str]:
+    """See `hub.download_data_file`: the path in the cache, the name in the repository and the commit."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if revision is not None and _COMMIT.fullmatch(revision) and "*" not in name:
+        found = try_to_load_from_cache(repo_id, name, revision=revision, repo_type="dataset")
+        if isinstance(found, str):
+            return Path(found), name, revision
+    with _hub_errors(repo_id), progress_lines(repo_id, "dataset") as progress, _few_retries(repo_id, progress):
+        answer = _first_answer(repo_id, revision, "dataset")
+        names = [file.rfilename for file in answer.siblings or []]
+        matches = [known for known in names if known == name or fnmatch.fnmatchcase(known, name)]
+        if len(matches) != 1:
+            what = f"{len(matches)} files like {name}" if matches else f"no file {name}"
+            raise SourceError(f"{repo_id} has {what} (revision {answer.sha})")
+        path = hf_hub_download(repo_id, matches[0], revision=answer.sha, repo_type="dataset", etag_timeout=_TIMEOUT)
+        return Path(path), matches[0], str(answer.sha)
 
 
 def fetch_snapshot(repo_id: str, revision: str | None) -> Path:
@@ -79,8 +100,13 @@ def fetch_snapshot(repo_id: str, revision: str | None) -> Path:
 
 
 def _file_names(repo_id: str, revision: str | None) -> list[str]:
-    """Names of a repository's files. This is the first contact with the hub: short, without a retry, and in a thread
-    of its own because the look-up of an address has no time limit.
+    """Names of a model repository's files; raises as `_first_answer` does."""
+    return [file.rfilename for file in _first_answer(repo_id, revision).siblings or []]
+
+
+def _first_answer(repo_id: str, revision: str | None, kind: str = "model") -> Any:
+    """What the hub says about a repository. This is the first contact with the hub: short, without a retry, and in a
+    thread of its own because the look-up of an address has no time limit.
 
     Raises:
         HubUnreachableError: if the hub does not answer, or not as a hub.
@@ -91,7 +117,8 @@ def _file_names(repo_id: str, revision: str | None) -> list[str]:
     if constants.HF_HUB_OFFLINE:
         raise _unreachable(repo_id, "HF_HUB_OFFLINE is set")
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_put_result, args=(answers, _model_info, HfApi(), repo_id, revision), daemon=True).start()
+    ask = _model_info if kind == "model" else _data_info
+    threading.Thread(target=_put_result, args=(answers, ask, HfApi(), repo_id, revision), daemon=True).start()
     try:
         answer = answers.get(timeout=_FIRST_CONTACT)
     except queue.Empty:
@@ -100,11 +127,15 @@ def _file_names(repo_id: str, revision: str | None) -> list[str]:
         status = getattr(getattr(answer, "response", None), "status_code", None)
         refused = status is not None and 400 <= status < 500 and status not in (408, 429)
         raise answer if refused or "Validation" in type(answer).__name__ else _unreachable(repo_id, answer)
-    return [file.rfilename for file in answer.siblings or []]
+    return answer
 
 
 def _model_info(api: Any, repo_id: str, revision: str | None) -> Any:
     return api.model_info(repo_id, revision=revision, timeout=_TIMEOUT)
+
+
+def _data_info(api: Any, repo_id: str, revision: str | None) -> Any:
+    return api.dataset_info(repo_id, revision=revision, timeout=_TIMEOUT)
 
 
 def _put_result(results: "queue.SimpleQueue[Any]", call: Callable[..., Any], *arguments: Any) -> None:
@@ -129,8 +160,9 @@ def _unreachable(repo_id: str, reason: object) -> HubUnreachableError:
 class _Progress:
     """Whether the download of a repository advances, told by the size of its blobs in the cache."""
 
-    def __init__(self, repo_id: str | None):
+    def __init__(self, repo_id: str | None, kind: str = "model"):
         self._repo_id = repo_id
+        self._kind = kind
         self._largest = self._size()
 
     def advanced(self) -> bool:
@@ -145,7 +177,7 @@ class _Progress:
             return 0
         from huggingface_hub import constants
 
-        folder = Path(constants.HF_HUB_CACHE) / f"models--{self._repo_id.replace('/', '--')}" / "blobs"
+        folder = Path(constants.HF_HUB_CACHE) / f"{self._kind}s--{self._repo_id.replace('/', '--')}" / "blobs"
         try:
             return sum(path.stat().st_size for path in folder.iterdir())
         except OSError:  # not there yet, or a file was renamed in between
@@ -156,9 +188,9 @@ _watching = threading.Lock()
 
 
 @contextmanager
-def progress_lines(repo_id: str | None = None) -> Iterator[_Progress]:
+def progress_lines(repo_id: str | None = None, kind: str = "model") -> Iterator[_Progress]:
     """Warn every 15 seconds that pass without progress in the download of `repo_id`; the outermost context does."""
-    progress = _Progress(repo_id)
+    progress = _Progress(repo_id, kind)
     if not _watching.acquire(blocking=False):
         yield progress
         return
@@ -166,7 +198,7 @@ def progress_lines(repo_id: str | None = None) -> Iterator[_Progress]:
 
     def watch() -> None:
         started = time.monotonic()
-        watched = _Progress(repo_id)
+        watched = _Progress(repo_id, kind)
         while not done.wait(_SILENCE):
             if not watched.advanced():
                 waited = time.monotonic() - started

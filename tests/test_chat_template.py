@@ -7,7 +7,7 @@ import pytest
 from mlx_openelm import Tokenizer, convert, generate, load, merge, tune
 from mlx_openelm.data.formats import encode_conversation
 from mlx_openelm.errors import OpenELMError, TokenizerError
-from mlx_openelm.tokenizer import chat_template
+from mlx_openelm.tokenizer import sandbox
 from mlx_openelm.tokenizer.chat_template import (
     OPENELM_TEMPLATE,
     is_openelm,
@@ -159,7 +159,7 @@ class TestRendering:
         assert "\n" not in str(caught.value)
 
     def test_loops_that_take_too_long_end(self, monkeypatch):
-        monkeypatch.setattr(chat_template, "_LONGEST_SECONDS", 0.2)
+        monkeypatch.setattr(sandbox, "_LONGEST_SECONDS", 0.2)
         loops = "{% for a in s %}{% for b in s %}{% for c in s %}{% endfor %}{% endfor %}{% endfor %}"
         with pytest.raises(TokenizerError, match="takes longer than"):
             rendered("{% set s = 'x' * 3000 %}" + loops)

@@ -244,6 +244,7 @@ def test_the_tree_in_the_design_is_complete_and_gives_a_reason_for_what_is_long(
 
 TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
     "test_hub.py": ["hub_client.py"],
+    "test_chat_template.py": ["tokenizer/sandbox.py"],
     "test_cli.py": ["cli.py", "__main__.py", "errors.py", "version.py", "packages.py", "commands/"],
     "test_bench.py": ["benchmark/measure.py", "benchmark/models.py", "benchmark/report.py", "machine/hardware.py"],
     "test_convert.py": ["conversion/average.py", "conversion/open.py", "conversion/source.py", "conversion/write/"],
@@ -258,8 +259,12 @@ TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
     "test_generation_batch.py": ["generation/batch.py"],
     "test_files.py": ["files/lock.py", "files/manifest.py", "files/names.py", "files/output.py", "files/rename.py"],
     "test_settings_files.py": ["files/fields.py", "files/json_file.py", "files/yaml_file.py"],
+    "test_prompts.py": ["evaluation/items.py", "evaluation/questions.py", "evaluation/requests.py"],
+    "test_task.py": ["evaluation/suites.py"],
+    "test_task_data.py": ["evaluation/task_locks.py"],
     "test_text_files.py": ["data/limits.py"],
     "test_openelm.py": ["model/rope.py"],
+    "test_scorer.py": ["evaluation/items.py", "evaluation/requests.py"],
     "test_fused.py": ["kernels/", "model/fused_attention.py"],
     "test_engine.py": ["generation/decode_step.py"],
     "test_lora.py": ["merging.py", "evaluation/divergence.py"],

@@ -163,3 +163,19 @@ def bandwidth() -> str:
         "likewise. MLX\nreads with a stream per core."
     )
     return f"## Memory bandwidth\n\n{note}\n\n{text}\n\n{where(run)}\n"
+
+
+def blas_start() -> str:
+    run = result("blas_start")
+    seconds, gflops = run["seconds"], run["gflops"]
+    rows = [
+        [name, f"{seconds[key]['median']:.2f}", f"{gflops[key]['median']:.1f}"]
+        for name, key in (("OpenBLAS, found by the command", "found"), ("`OPENELM_MLX_BLAS=off`", "off"))
+    ]
+    rows.append(["ratio", f"**{run['ratios']['start']:.2f}**", f"**{run['ratios']['matmul']:.1f}**"])
+    text = table(["", "seconds for one token, start included", "float32 products, GFLOP/s"], rows)
+    note = (
+        "On Linux, the command line looks for a fast BLAS and loads it. That alone takes "
+        f"{run['loading']['median'] * 1000:.0f} ms."
+    )
+    return f"## Finding a BLAS\n\n{note}\n\n{text}\n\n{where(run)}\n"

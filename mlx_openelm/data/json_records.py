@@ -82,10 +82,11 @@ def json_objects(file: TextIO, path: Path, broken: BrokenLines) -> Iterator[tupl
     if not isinstance(records, list):
         raise DataError(f"{path} contains no list of objects")
     num_read = 0
+    has_surrogates = _may_have_surrogates(text)  # once: the text is that of all records
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise DataError(f"{path}, record {number}: not a JSON object")
-        if _is_unicode(record, text):
+        if not has_surrogates or _is_unicode(record):
             num_read += 1
             yield number, record
         else:
@@ -100,7 +101,7 @@ def _from_lines(
     num_read = 0
     for number, line in lines:
         record = _parsed(line)
-        if isinstance(record, dict) and _is_unicode(record, line):
+        if isinstance(record, dict) and (not _may_have_surrogates(line) or _is_unicode(record)):
             num_read += 1
             yield number, record
         elif isinstance(record, dict):
@@ -124,10 +125,13 @@ def _values(text: str) -> Iterator[Any]:
         yield value
 
 
-def _is_unicode(value: Any, text: str) -> bool:
-    """Whether no string of a value, read from this text, has a lone surrogate; only an escape can bring one in."""
-    if "\\ud" not in text and "\\uD" not in text:
-        return True
+def _may_have_surrogates(text: str) -> bool:
+    """Whether a JSON text has escapes of surrogates; only these can bring in lone ones."""
+    return "\\ud" in text or "\\uD" in text
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether no string of a value has a lone surrogate."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

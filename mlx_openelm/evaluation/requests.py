@@ -17,7 +17,7 @@ class Score(NamedTuple):
     Attributes:
         log_likelihood: in nats, summed over the tokens of the continuation; not finite if the model's logits are not.
         is_greedy: whether each of these tokens is the likeliest after those before it.
-        rounded: the same with the log-probabilities of tokens and their sum rounded to bfloat16, as the harness scored the
+        rounded: the same with logits, log-probabilities and their sum rounded to bfloat16, as the harness scored the
             published models; `None` if that was not asked for.
         is_truncated: whether the beginning of the context was cut off because all of it exceeds the model's context.
     """

@@ -199,6 +199,11 @@ def queues_prefill() -> bool:
     return not on_cpu()
 
 
+def scoring_block() -> int:
+    """Queries at once in scoring: few on the CPU, which computes all scores of a block with what the mask excludes."""
+    return 64 if on_cpu() else 512
+
+
 def pays_to_compile(num_tokens: int) -> bool:
     """Whether compiling the decoding step pays off for an answer of at most `num_tokens` tokens.
 

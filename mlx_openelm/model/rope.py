@@ -31,17 +31,38 @@ class Rope:
     def _by_table(self, heads: mx.array, positions: mx.array) -> mx.array:
         """In plain operations, as MLX does it on the CPU, but the angles are computed once for all layers."""
         if self._table is None:
-            angles = _angles(positions, heads.shape[2], heads.shape[3] // 2, self._base)
-            self._table = mx.cos(angles), mx.sin(angles)
-        cosine, sine = self._table
-        first, second = mx.split(heads, 2, axis=-1)
-        rotated = mx.concatenate([first * cosine - second * sine, first * sine + second * cosine], axis=-1)
-        return rotated.astype(heads.dtype)
+            self._table = _table(_angles(positions, heads.shape[2], heads.shape[3] // 2, self._base))
+        return _rotated(heads, self._table)
+
+
+class TokenRope:
+    """Rotates heads, each token by a position of its own; arguments as for `Rope`, with positions (L,)."""
+
+    def __init__(self, base: float, positions: mx.array, head_dim: int):
+        self._table = _table(positions[:, None] * _frequencies(head_dim // 2, base))
+
+    def __call__(self, heads: mx.array) -> mx.array:
+        """Rotate heads (B, N, L, D)."""
+        return _rotated(heads, self._table)
+
+
+def _table(angles: mx.array) -> tuple[mx.array, mx.array]:
+    return mx.cos(angles), mx.sin(angles)
+
+
+def _rotated(heads: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
+    cosine, sine = table
+    first, second = mx.split(heads, 2, axis=-1)
+    rotated = mx.concatenate([first * cosine - second * sine, first * sine + second * cosine], axis=-1)
+    return rotated.astype(heads.dtype)
 
 
 def _angles(positions: mx.array, length: int, half: int, base: float) -> mx.array:
     """In radians, (L, D / 2), or (B, 1, L, D / 2) if each row has its own position."""
-    frequencies = mx.exp(mx.arange(half) * (-math.log(base) / half))
     each = positions[..., None] + mx.arange(length) if length > 1 else positions[..., None]
-    angles = each[..., None] * frequencies
+    angles = each[..., None] * _frequencies(half, base)
     return angles[:, None] if angles.ndim == 3 else angles
+
+
+def _frequencies(half: int, base: float) -> mx.array:
+    return mx.exp(mx.arange(half) * (-math.log(base) / half))

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache, update_wrapper
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError, one_line, quoted
 from ..files.json_file import read_json_object
 from ..files.paths import exists, read_text, user_path
+from .sandbox import new_sandbox, render
 from .settings import SETTINGS_FILE
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from jinja2 import Template
 
 OPENELM = "openelm"  # the name of CoreNet's template, on the command line too
@@ -33,12 +30,6 @@ CHAT_ROLES = ("system", "user", "assistant")
 TEMPLATE_FILE = "chat_template.jinja"
 _OTHER_FILE = "chat_template.json"  # where processors of several media keep it
 _LARGEST_FILE = 1 << 17  # bytes; the largest known one has 30,000
-_LARGEST_TEXT = 1 << 24  # characters of a rendered conversation
-_LARGEST_RANGE = 100_000  # numbers that one rendering may loop over
-_LONGEST_SECONDS = 5  # of one rendering, which takes a few thousandths
-_GROWING = ("center", "ljust", "rjust", "zfill", "replace", "expandtabs", "format", "format_map", "join")
-_WIDE = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")  # a field of 10,000 characters or more
-_WIDE_FIELD = re.compile(r"\{[^{}]*(\d{5}|\{)")  # the same for `format`
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -128,37 +119,11 @@ def render_template(
         TokenizerError: if the template is not valid, refuses the messages, or writes too much.
     """
     compiled = _compiled(template)
-    parts: list[str] = []
-    size = 0
-    before = sys.gettrace()
-    deadline = time.monotonic() + _LONGEST_SECONDS
-
-    def watch(frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > deadline:
-            _refuse(f"it takes longer than {_LONGEST_SECONDS} seconds")
-        return watch if frame.f_code.co_filename == "<template>" else None
-
+    values = {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
     try:
-        sys.settrace(watch)
-        for part in compiled.generate(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            **tokens,
-            tools=None,
-            documents=None,
-            range=_limited_range(),
-        ):
-            parts.append(part)
-            size += len(part)
-            if size > _LARGEST_TEXT:
-                raise TokenizerError(f"the chat template writes more than {_LARGEST_TEXT:,} characters")
-    except TokenizerError:
-        raise
+        return render(compiled, {**values, **tokens, "tools": None, "documents": None})
     except Exception as error:  # whatever the template's expressions raise
         raise TokenizerError(f"the chat template cannot render this conversation: {one_line(error)}") from error
-    finally:
-        sys.settrace(before)
-    return "".join(parts)
 
 
 def _default_of(found: Any, path: Path) -> str:
@@ -177,67 +142,14 @@ def _default_of(found: Any, path: Path) -> str:
 def _compiled(template: str) -> Template:
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**", "+", "%"})
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [_size(value) for value in (left, right)]
-            is_long = operator == "*" and sizes[0] * sizes[1] > _LARGEST_TEXT
-            is_long |= operator == "+" and sum(sizes) > _LARGEST_TEXT
-            is_long |= operator == "%" and isinstance(left, str) and _WIDE.search(left) is not None
-            if operator == "**" or is_long:
-                _refuse("the result would be too large")
-            return super().call_binop(context, operator, left, right)
-
-        def call(self, context: Any, function: Any, /, *args: Any, **named: Any) -> Any:
-            owner = getattr(function, "__self__", None)
-            if isinstance(owner, str | bytes) and getattr(function, "__name__", "") in _GROWING:
-                _check_growth(owner, args)
-            return super().call(context, function, *args, **named)
-
-        def wrap_str_format(self, value: Any) -> Any:
-            wrapper = super().wrap_str_format(value)
-            return None if wrapper is None else _limited(wrapper, value.__self__)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), loopcontrols])
-    for name in ("center", "indent", "wordwrap", "replace"):
-        environment.filters[name] = _limited(environment.filters[name])
-    environment.globals.pop("lipsum", None)
+    environment = new_sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), loopcontrols])
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now
     try:
         return environment.from_string(template)
     except (TemplateError, RecursionError, ValueError) as error:
         raise TokenizerError(f"the chat template is not valid: {one_line(error)}") from error
-
-
-def _size(value: Any) -> int:
-    """How large a value of a template is: the length of a text or list, otherwise a number's own size."""
-    if isinstance(value, str | bytes | list | tuple):
-        return len(value)
-    return abs(value) if isinstance(value, int) else 1
-
-
-def _check_growth(text: str | bytes, args: Iterable[Any]) -> None:
-    """Refuse to fill a text up, or to replace parts of it, beyond the limit."""
-    factors = [_size(value) for value in args if isinstance(value, int | str | bytes)]
-    if max(len(text), 1) * max([*factors, 1]) > _LARGEST_TEXT or _WIDE_FIELD.search(str(text)):
-        _refuse("the result would be too large")
-
-
-def _limited(function: Any, *before: Any) -> Any:
-    """A function that may fill a text up, with a limit; the text is the first of `before` and its arguments."""
-
-    def limited(*args: Any, **named: Any) -> Any:
-        values = (*before, *args, *named.values())
-        text, *others = [value for value in values if isinstance(value, str | int)] or [""]
-        _check_growth(str(text), others)
-        return function(*args, **named)
-
-    return update_wrapper(limited, function)
 
 
 def _generation_tag() -> type:
@@ -256,28 +168,8 @@ def _generation_tag() -> type:
     return Generation
 
 
-def _limited_range() -> Any:
-    left = _LARGEST_RANGE
-
-    def limited(*bounds: int) -> range:
-        nonlocal left
-        numbers = range(*bounds)
-        left -= len(numbers)
-        if left < 0:
-            _refuse(f"it loops over more than {_LARGEST_RANGE:,} numbers")
-        return numbers
-
-    return limited
-
-
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
-
-
-def _refuse(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
 
 
 def _now(form: str) -> str:
