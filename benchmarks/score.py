@@ -22,6 +22,7 @@ from mlx_openelm import load
 from mlx_openelm.evaluation.prefix_tree import tree_size
 from mlx_openelm.evaluation.requests import Request
 from mlx_openelm.evaluation.scorer import Scorer
+from mlx_openelm.machine.device import DTYPES, backend_in_use, on_cpu
 
 INDENT = "\n" + " " * 16
 
@@ -97,11 +98,13 @@ class _Instance(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="270M")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the folder, in which both compute")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="times as many items")
     options = parser.parse_args()
-    with model_folder(options.size) as folder, contestants(folder) as (ours, theirs):
+    dtype = DTYPES[options.dtype]
+    with model_folder(options.size, dtype) as folder, contestants(folder, dtype) as (ours, theirs):
         rows = [["", "requests", "tokens of the tree", "computed", "ours, s", "mlx-lm, s", "ratio", "goal", "differ"]]
         figures = {}
         for name in options.tasks.split(","):
@@ -110,15 +113,16 @@ def main() -> None:
             counts = [f"{found[key]:,}" for key in ("requests", "tree_tokens", "computed_tokens")]
             ratios = f"{found['ratio']:.2f}", f"{TASKS[name].goal:g}"
             rows.append([TASKS[name].title, *counts, *seconds, *ratios, f"{found['largest_difference']:.1e}"])
-    report(f"score_{options.size}", rows, {"size": options.size, "tasks": figures})
+    name = f"score_{options.size}" + ("" if on_cpu() else f"_{backend_in_use()}")
+    report(name, rows, {"size": options.size, "dtype": options.dtype, "tasks": figures})
 
 
 @contextmanager
-def contestants(folder: Path) -> Iterator[tuple[Scorer, Any]]:
+def contestants(folder: Path, dtype: mx.Dtype) -> Iterator[tuple[Scorer, Any]]:
     """Both with their model in memory."""
     from mlx_lm.evaluate import MLXLM
 
-    yield Scorer(*load(folder, dtype=mx.float32)), MLXLM(str(folder))
+    yield Scorer(*load(folder, dtype=dtype)), MLXLM(str(folder))
 
 
 def compare(task: Task, options: argparse.Namespace, ours: Scorer, theirs: Any) -> dict[str, Any]:
@@ -126,6 +130,7 @@ def compare(task: Task, options: argparse.Namespace, ours: Scorer, theirs: Any) 
     count = max(1, round(task.num_items * options.scale))
     requests = [request for _ in range(count) for request in task.item(chance, shared)]
     encoded = [found for found in map(ours.encode, requests) if found is not None]
+    instances = [_Instance((request.context, request.continuation)) for request in requests]
     scores: dict[str, list[float]] = {}
     computed: list[int] = []
 
@@ -138,7 +143,7 @@ def compare(task: Task, options: argparse.Namespace, ours: Scorer, theirs: Any) 
 
     def run_theirs() -> float:
         start = time.perf_counter()
-        scores["mlx-lm"] = [score for score, _ in theirs.loglikelihood([_Instance((r.context, r.continuation)) for r in requests])]
+        scores["mlx-lm"] = [score for score, _ in theirs.loglikelihood(instances)]
         return time.perf_counter() - start
 
     print(task.title, file=sys.stderr)

@@ -35,6 +35,7 @@ _COMMANDS = {  # name: module in `commands`, function, and the constant with its
     "pretrain": ("pretrain", "pretrain", "EXAMPLES"),
     "tune": ("tune", "tune", "EXAMPLES"),
     "merge": ("merge", "merge", "EXAMPLES"),
+    "evaluate": ("evaluate", "evaluate", "EXAMPLES"),
     "plot": ("pretrain", "plot", "PLOT_EXAMPLES"),
     "info": ("inspect", "info", "EXAMPLES"),
     "models": ("models", "models", "EXAMPLES"),

@@ -33,15 +33,18 @@ class ScoreFile:
     Args:
         path: the file.
         about: what the scores depend on: `weights`, `tokenizer`, `dtype` and the like, as text and numbers.
+        others: more such files, which are only read.
     Raises:
         EvaluationError: if the file holds the scores of another model, or is damaged.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]):
+    def __init__(self, path: Path, about: Mapping[str, Any], others: Iterable[Path] = ()):
         self._path = path
         self._about = {"format": _FORMAT, **about}
         self._scores: dict[str, Score] = {}
-        self._size = self._read() if exists(path) else 0
+        for other in others:
+            self._read(other)
+        self._size = self._read(path) if exists(path) else 0
 
     def __len__(self) -> int:
         return len(self._scores)
@@ -65,22 +68,18 @@ class ScoreFile:
         self._size += len(content)
         self._scores |= new
 
-    def _read(self) -> int:
+    def _read(self, path: Path) -> int:
         """Read all whole lines; the number of their bytes."""
-        content = read_bytes(self._path, EvaluationError, _LARGEST_FILE)
+        content = read_bytes(path, EvaluationError, _LARGEST_FILE)
         end = content.rfind(b"\n") + 1
         lines = content[:end].splitlines()
         if not lines:
             return 0
-        self._check(self._fields(lines[0], 1))
+        self._check(_fields(path, lines[0], 1))
         for number, line in enumerate(lines[1:], 2):
-            values = self._fields(line, number)
+            values = _fields(path, line, number)
             self._scores[values.text("prompt")] = _score(values)
         return end
-
-    def _fields(self, line: bytes, number: int) -> Fields:
-        where = f"{self._path}, line {number:,}"
-        return parse_json_object(line.decode(errors="replace"), where, EvaluationError)
 
     def _check(self, before: Mapping[str, Any]) -> None:
         differs = [name for name, value in self._about.items() if before.get(name) != value]
@@ -89,6 +88,10 @@ class ScoreFile:
                 f"{self._path.parent} is a run of another model: its {' and '.join(differs)} differ; choose another "
                 "`output`"
             )
+
+
+def _fields(path: Path, line: bytes, number: int) -> Fields:
+    return parse_json_object(line.decode(errors="replace"), f"{path}, line {number:,}", EvaluationError)
 
 
 def _line(values: Mapping[str, Any]) -> bytes:

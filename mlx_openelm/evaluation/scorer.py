@@ -7,7 +7,8 @@ from operator import add
 import mlx.core as mx
 import numpy as np
 
-from ..machine.device import scoring_block
+from ..errors import EvaluationError
+from ..machine.device import scoring_block, scoring_memory_bytes
 from ..model.openelm import ForwardContext, OpenELM
 from ..model.rope import TokenRope
 from ..tokenizer.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ from .path_cache import ChunkAttention, PathCache
 from .prefix_tree import Chunk, PrefixTree, Target
 from .requests import Request, Score
 
-_CHUNK = 16, 2048  # fewest and most tokens of a chunk
+_CHUNK = 16, 4096  # fewest and most tokens of a chunk
 _LOGITS_ROWS = 4, 256
 
 FAILED = Score(float("nan"), False)  # of a request that cannot be scored
@@ -28,15 +29,24 @@ class ScorerConfig:
 
     Attributes:
         max_length: most tokens that the model reads; by default the context that it was trained with.
-        memory_bytes: memory for the activations of a chunk and the logits of a block, beside weights, keys and values.
+        memory_bytes: memory for the activations of a chunk and the logits of a block, beside weights, keys and values;
+            by default what suits the device, 64 MiB on the CPU.
         share: whether to compute shared prefixes once.
         emulate_bfloat16: whether to compute `Score.rounded`, too.
+
+    Raises:
+        EvaluationError: if a size is below 1.
     """
 
     max_length: int | None = None
-    memory_bytes: int = 64 << 20
+    memory_bytes: int | None = None
     share: bool = True
     emulate_bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_length", self.max_length), ("memory_bytes", self.memory_bytes)):
+            if value is not None and value < 1:
+                raise EvaluationError(f"{name} must be at least 1; got {value!r}")
 
 
 class Scorer:
@@ -56,7 +66,7 @@ class Scorer:
         self.config = config
         self.encode = RequestEncoder(tokenizer, config.max_length or model.config.max_context_length)
         self.tokens_computed = 0
-        self._plan = _Plan.of(model, config.memory_bytes)
+        self._plan = _Plan.of(model, config.memory_bytes or scoring_memory_bytes())
         self._tree = PrefixTree(self._plan.chunk_size, config.share)
         self._cache = PathCache(model.config.num_transformer_layers)
 

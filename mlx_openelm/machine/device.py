@@ -204,6 +204,11 @@ def scoring_block() -> int:
     return 64 if on_cpu() else 512
 
 
+def scoring_memory_bytes() -> int:
+    """Memory for scoring beside the model: on a GPU more, because it needs thousands of tokens at once to be busy."""
+    return 64 << 20 if on_cpu() else 1 << 30
+
+
 def pays_to_compile(num_tokens: int) -> bool:
     """Whether compiling the decoding step pays off for an answer of at most `num_tokens` tokens.
 

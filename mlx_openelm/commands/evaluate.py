@@ -1,0 +1,212 @@
+"""`openelm-mlx evaluate`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..hub import BUILT_IN_MODEL
+from .interrupts import INTERRUPTED
+from .options import Adapter, Dtype, Force, Json, Model, NeededTokenizer, Revision, examples
+from .streams import console, is_terminal
+from .tables import write_table, write_text
+from .terminal import print_json, say, write
+
+if TYPE_CHECKING:
+    from ..evaluation.report import EvaluationReport
+    from ..evaluation.run import EvaluationCallback, PreparedTask
+    from ..evaluation.table import Table
+
+EXAMPLES = examples(
+    "openelm-mlx evaluate -m OpenELM-270M --tasks zero-shot --protocol paper --output 270M-zero-shot",
+    "openelm-mlx evaluate -m OpenELM-270M --tasks arc_easy,piqa --data tasks --limit 100",
+    "openelm-mlx evaluate -m OpenELM-270M-4bit --tasks zero-shot --output 4bit --compare 270M-zero-shot",
+    "openelm-mlx evaluate -m OpenELM-270M --adapter lora --tasks commonsense --data dataset --output lora-run",
+)
+
+
+def evaluate(
+    context: typer.Context,
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            "--tasks",
+            "-t",
+            help="Tasks, groups (mmlu), suites (zero-shot, openllm, llm360, commonsense) or task files; repeatable.",
+            metavar="NAME,...",
+        ),
+    ],
+    model: Model = BUILT_IN_MODEL,
+    adapter: Adapter = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with TASK/test.json, .jsonl or .parquet; default: the hub's.", metavar="DIR"),
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="Prompts of lm-eval today, or of the paper: current or paper.", metavar="P")
+    ] = "current",
+    shots: Annotated[
+        int | None, typer.Option(help="Solved examples before each question; default: the task's.", metavar="N")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate the first N items of each task.", metavar="N")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for results; a run that was killed continues.", metavar="RUN"),
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="Compare with this run, item by item.", metavar="RUN")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the results: .png, .svg or .pdf.", metavar="FILE")
+    ] = None,
+    force: Force = False,
+    emulate_bfloat16: Annotated[
+        bool,
+        typer.Option("--emulate-bf16", help="Also round scores as they were when the models were published."),
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens the model reads; default: its context.", metavar="N")
+    ] = None,
+    max_truncated: Annotated[
+        float, typer.Option(help="Share of a task's prompts that may exceed the context.", metavar="SHARE")
+    ] = 0.25,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            help="Working memory beside weights, keys and values, in MiB; default: 64 on a CPU.", metavar="MIB"
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    tokenizer: NeededTokenizer = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the accuracy of a model on multiple-choice tasks, as lm-eval does, and on those of the paper's adapters.
+
+    Scores are kept in --output: the same command continues a run that was interrupted, and other tasks join it.
+    """
+    from ..evaluation.comparison import compare as compare_runs
+    from ..evaluation.picture import draw_picture
+    from ..evaluation.result_files import read_report
+    from ..evaluation.run import EvaluationOptions, evaluate_tasks, prepare
+    from ..evaluation.run_folder import check_run_folder
+    from ..evaluation.scorer import ScorerConfig
+    from ..files.output import output_file
+    from ..files.paths import user_path
+    from ..loading import dtype_named, load
+    from ..plot import check_picture
+    from .processes import join_processes
+    from .text_view import loading
+
+    memory_bytes = None if memory is None else memory << 20
+    scoring = ScorerConfig(max_length, memory_bytes, emulate_bfloat16=emulate_bfloat16)
+    options = EvaluationOptions(data, protocol, shots, limit, max_truncated, scoring)
+    other = None if compare is None else read_report(user_path(compare))
+    if output is not None:
+        check_run_folder(user_path(output))
+    if picture is not None:
+        check_picture(picture)
+    drawn = None if picture is None else context.with_resource(output_file(picture, overwrite=force))
+    prepared = prepare(tasks, options)
+    group = join_processes()
+    is_first = group.rank() == 0
+    with loading(model, tokenizer, adapter) if is_first else nullcontext():
+        network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
+    with _progress(prepared, is_first) as callback:
+        try:
+            report = evaluate_tasks(
+                network,
+                tokens,
+                prepared,
+                options,
+                output=output,
+                name=model,
+                adapter=adapter,
+                group=group,
+                callback=callback,
+                command=shlex.join(["openelm-mlx", *sys.argv[1:]]),
+            )
+        except KeyboardInterrupt:
+            kept = f"; the same command continues it, all scores so far are in {output}" if output else ""
+            say(f"interrupted{kept}")
+            raise typer.Exit(INTERRUPTED) from None
+    if not is_first:
+        return
+    comparison = None if other is None else compare_runs(other, report)
+    if drawn is not None:
+        draw_picture(report, drawn)
+    if as_json:
+        print_json({**report.to_dict(), **({"comparison": comparison.to_dict()} if comparison else {})})
+    else:
+        _print_report(report)
+        if comparison is not None:
+            write("")
+            _print_table(comparison.table())
+    if output is not None:
+        say(f"results are in {output}")
+
+
+def _print_report(report: EvaluationReport) -> None:
+    adapter = f" with {report.adapter}" if report.adapter else ""
+    write_text(f"{report.model}{adapter}, {report.dtype}, protocol {report.protocol}")
+    _print_table(report.table())
+
+
+def _print_table(table: Table) -> None:
+    if table.shared:
+        write_text(", ".join(table.shared))
+    write_table(table.headings, table.sections, left=table.left, num_keys=table.num_keys)
+    for note in table.notes:
+        write_text(note)
+
+
+@contextmanager
+def _progress(tasks: Sequence[PreparedTask], is_first: bool) -> Iterator[EvaluationCallback]:
+    """A bar over the items of all tasks, with the name of the current one; without a terminal, a line per task."""
+    from ..evaluation.run import EvaluationCallback
+
+    if not is_first:
+        yield EvaluationCallback()
+        return
+    with ExitStack() as shown:
+        yield _bar(tasks, shown) if is_terminal(sys.stderr) else _lines()
+
+
+def _lines() -> EvaluationCallback:
+    from ..evaluation.results import TaskResult
+    from ..evaluation.run import EvaluationCallback
+
+    class Lines(EvaluationCallback):
+        def on_result(self, result: TaskResult) -> None:
+            say(f"{result.task}: {result.num_items:,} items, {result.metric} {100 * result.main.value:.2f}")
+
+    return Lines()
+
+
+def _bar(tasks: Sequence[PreparedTask], shown: ExitStack) -> EvaluationCallback:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..evaluation.run import EvaluationCallback
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("items"),
+        TimeRemainingColumn(),
+    )
+    progress = shown.enter_context(Progress(*columns, console=console(stderr=True), transient=True))
+    bar = progress.add_task("", total=sum(task.num_items for task in tasks))
+
+    class Bar(EvaluationCallback):
+        def on_task(self, task: str, num_items: int) -> None:
+            progress.update(bar, description=task)
+
+        def on_items(self, num_items: int) -> None:
+            progress.advance(bar, num_items)
+
+    return Bar()
