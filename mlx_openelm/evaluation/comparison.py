@@ -135,7 +135,7 @@ def compare(first: EvaluationReport, second: EvaluationReport) -> Comparison:
     pairs = {key: _Pair.of(ours[key], theirs[key]) for key in shared}
     differences = [of for key in shared for of in pairs[key].differences(*key)]
     for group in first.groups:
-        members = [pairs[key] for key in shared if key[0] in group.members]
+        members = [pairs[key] for key in shared if key[0] in group.members and key[1] == group.shots]
         if members:
             differences += _Pair.joined(members).differences(group.task, group.shots)
     return Comparison(
