@@ -165,6 +165,23 @@ def test_json_says_it_all():
     assert again.with_items({"piqa": report.results[0].items}).results[0] == report.results[0]
 
 
+def test_an_average_of_what_is_no_number_is_null():
+    items = graded([[-1, math.nan], [-1, -2]], metrics=["mc2"])
+    report = report_of(TaskResult.of("truthfulqa_mc2", items, metric="mc2"), task_of("piqa"))
+    values = json.loads(report.to_json(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert (values["averages"]["average"]["value"], values["averages"]["average"]["stderr"]) == (None, None)
+    assert columns_of(report)["average !"]["ours"] == "not a number"
+
+
+def test_a_group_with_other_shots_is_another_row():
+    members = [task_of("mmlu_a", 1, 2, shots=shots) for shots in (0, 5)]
+    groups = tuple(GroupResult.of_tasks("mmlu", [member]) for member in members)
+    report = report_of(*members, groups=groups)
+    assert [(row.task, row.shots) for row in report.shown()] == [("mmlu", 0), ("mmlu", 5)]
+    assert list(report.to_dict()["groups"]) == ["mmlu@0", "mmlu@5"]
+    assert len(EvaluationReport.from_json(report.to_json()).groups) == 2
+
+
 def test_mc2_is_also_called_acc():
     items = graded([[-1, -2]] * 2, metrics=["mc2"])
     values = report_of(TaskResult.of("truthfulqa_mc2", items, metric="mc2")).to_dict()["results"]["truthfulqa_mc2"]

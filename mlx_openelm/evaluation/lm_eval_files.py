@@ -27,7 +27,7 @@ _LOWER_IS_BETTER = frozenset({"pct_stereotype", "likelihood_diff"})
 
 def lm_eval_names(report: EvaluationReport, time: datetime) -> dict[str, str]:
     """Names of the files: of the samples by the label of their task, and of the results by an empty label."""
-    folder, date = _safe(report.model), time.isoformat().replace(":", "-")
+    folder, date = _safe(report.model), time.replace(tzinfo=None).isoformat().replace(":", "-")
     samples = {label: f"{folder}/samples_{_safe(label)}_{date}.jsonl" for label in report.by_label()}
     return {"": f"{folder}/results_{date}.json", **samples}
 
@@ -39,7 +39,7 @@ def lm_eval_results(report: EvaluationReport, time: datetime, seconds: float | N
         time: when the evaluation started.
         seconds: how long it took.
     """
-    tasks, groups = report.by_label(), {group.task: group for group in report.groups}
+    tasks, groups = report.by_label(), report.groups_by_label()
     everything: dict[str, TaskResult] = {**tasks, **groups}
     values = {
         "results": {label: _metrics(label, result) for label, result in everything.items()},

@@ -4,9 +4,10 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import EvaluationError
 from ..files.fields import Fields
@@ -14,6 +15,8 @@ from ..files.json_file import parse_json_object
 from .published import PublishedTable, full_name, published, published_model, published_tables
 from .results import Average, GroupResult, ItemRecord, TaskResult, Value, json_number
 from .table import Row, Table, evaluation_table
+
+_Result = TypeVar("_Result", bound=TaskResult)
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,10 @@ class EvaluationReport:
 
     def shown(self) -> list[TaskResult]:
         """Tasks and groups; a group stands where its first task was."""
-        group_of = {name: group for group in self.groups for name in group.members}
+        group_of = {(name, group.shots): group for group in self.groups for name in group.members}
         found: dict[tuple[str, int], TaskResult] = {}
         for result in self.results:
-            row = group_of.get(result.task, result)
+            row = group_of.get((result.task, result.shots), result)
             found.setdefault((row.task, row.shots), row)
         return list(found.values())
 
@@ -88,11 +91,11 @@ class EvaluationReport:
 
     def by_label(self) -> dict[str, TaskResult]:
         """Results by the name of their task; with the number of shots, such as "hellaswag@10", if it occurs twice."""
-        names = [result.task for result in self.results]
-        return {
-            result.task if names.count(result.task) == 1 else f"{result.task}@{result.shots}": result
-            for result in self.results
-        }
+        return _labelled(self.results)
+
+    def groups_by_label(self) -> dict[str, GroupResult]:
+        """The groups, named in the same way."""
+        return _labelled(self.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the items, for JSON; values are shares, and one that is not a number is `None`."""
@@ -106,12 +109,14 @@ class EvaluationReport:
             "published_model": self.published_model,
             "results": {label: _task_dict(self._row(result)) for label, result in self.by_label().items()},
             "groups": {
-                group.task: {**_task_dict(self._row(group)), "members": list(group.members)} for group in self.groups
+                label: {**_task_dict(self._row(group)), "members": list(group.members)}
+                for label, group in self.groups_by_label().items()
             },
             "averages": {
                 name: {
                     **average._asdict(),
                     "value": json_number(average.value),
+                    "stderr": json_number(average.stderr),
                     "published": published_averages.get(name),
                 }
                 for name, average in averages.items()
@@ -197,6 +202,11 @@ _ERROR = "_stderr"  # at the end of the name of a metric's standard error
 _ABOUT = ("task", "shots", "version", "protocol", "metric")
 _COUNTS = ("num_items", "num_available", "num_truncated", "num_non_finite", "num_failed", "majority", "prompt_hash")
 _PUBLISHED = ("published", "points_above", "items_above", "nearer_metric")
+
+
+def _labelled(results: Sequence[_Result]) -> dict[str, _Result]:
+    names = Counter(result.task for result in results)
+    return {result.task if names[result.task] == 1 else f"{result.task}@{result.shots}": result for result in results}
 
 
 def _task_dict(row: Row) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def evaluation_table(
         for at in range(len(names))
         if at not in hidden and at not in shared and any(row[at].strip() for row in [*tasks, *means])
     ]
-    prefix = _prefix([row[0] for row in tasks])
+    prefix = shared_prefix([row[0] for row in tasks])
     tasks = [[row[0].removeprefix(prefix), *row[1:]] for row in tasks]
     sections = [[[row[at] for at in shown] for row in section] for section in (tasks, means) if section]
     twice = len({row.result.task for row in rows}) < len(rows)
@@ -110,7 +110,7 @@ def evaluation_table(
     )
 
 
-def _prefix(tasks: Sequence[str]) -> str:
+def shared_prefix(tasks: Sequence[str]) -> str:
     """The folder that begins the names of all tasks, such as "commonsense/"."""
     folders = {task.rpartition("/")[0] for task in tasks}
     return f"{folders.pop()}/" if len(tasks) > 1 and len(folders) == 1 and "" not in folders else ""
