@@ -388,6 +388,19 @@ def test_tables_of_a_recipe_are_read_with_their_types(recipe, change, said):
     assert len(str(raised.value)) < 300
 
 
+def test_ctrl_c_says_what_is_saved_and_how_to_continue(tmp_path, capsys):
+    for step in (10, 1012):
+        (tmp_path / "my run" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="130"), progress.resumable("pretrain", tmp_path / "my run"):
+        raise KeyboardInterrupt
+    run = tmp_path / "my run"
+    said = f"interrupted; step 1,012 is saved in {run}; to continue: openelm-mlx pretrain --resume '{run}'"
+    assert capsys.readouterr().err == f"openelm-mlx: error: {said}\n"
+    with pytest.raises(SystemExit, match="130"), progress.resumable("tune", tmp_path / "other"):
+        raise KeyboardInterrupt
+    assert "interrupted before the first checkpoint; there is nothing to resume" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_that_is_resumed_with_fewer_steps_is_not_called_finished(monkeypatch, capsys, tmp_path):
     state = Fields({"step": 47, "recipe": {"steps": 400}}, "state.json", TrainingError)
     monkeypatch.setattr(progress, "newest_state", lambda folder: state)
