@@ -296,13 +296,14 @@ class TestCommand:
         shape = ["--layers", 2, "--model-dim", 32, "--head-dim", 8, "--gqa", 2, "--vocab", 300, "--context", 32]
         monkeypatch.chdir(files)
         found = run("design", *shape, "--save", "toy.json")[1]
-        line = 'openelm-mlx pretrain --model toy.json --data "stories/*.txt" --output run'
-        assert found.splitlines()[-1] == f"train it: {line}"
-        words = shlex.split(line.replace("stories", "texts"))[1:]
+        line = 'openelm-mlx pretrain --model toy.json --data "TEXTS/*.txt" --output run'
+        assert found.splitlines()[-1] == f"train it: {line}, with your texts in place of TEXTS"
+        words = shlex.split(line.replace("TEXTS", "texts"))[1:]
         status, out, err = run(*words, "--steps", 4, "--dry-run")
         assert (status, out, (files / "run").exists()) == (0, "", False)
         assert "63,552 parameters, 2 layers, vocabulary 300" in err
-        status, out, err = run(*words, "--steps", 4, "--batch-size", 4)
+        often = ("--validate-every", 1, "--checkpoint-every", 1)
+        status, out, err = run(*words, "--steps", 4, "--batch-size", 4, *often)
         assert status == 0, err
         assert "training a tokenizer with 300 tokens" in err
         assert "4 of 4 rows of 32 tokens: 512 tokens" in err
