@@ -330,10 +330,7 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         name if _OLD_NAMES.get(name, name) in values else _OLD_NAMES.get(name, name): value
         for name, value in values.items()
     }
-    return {
-        name: _OLD_VALUES.get((name, value), value) if isinstance(value, str) else value
-        for name, value in named.items()
-    }
+    return {n: _OLD_VALUES.get((n, value), value) if isinstance(value, str) else value for n, value in named.items()}
 
 
 _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
@@ -345,10 +342,8 @@ def _typed(name: str, value: Any, kind: type) -> Any:
             return float(value)
         except (ValueError, OverflowError):
             pass
-    if kind is str and value is None:
-        return ""
-    if kind is str and isinstance(value, os.PathLike):
-        return str(value)
+    if kind is str and (value is None or isinstance(value, os.PathLike)):
+        return str(value or "")
     if type(value) is not kind:
         raise ConfigError(f"{name} must be {_TYPES[kind]}; got {quoted(value)}")
     return value
