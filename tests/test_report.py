@@ -73,6 +73,14 @@ def test_tasks_that_are_asked_in_other_words_today_are_named():
     assert note not in report_of(race, model="openelm-tiny").table().notes
 
 
+def test_marks_keep_a_column_in_line():
+    one = TaskResult.of("piqa", graded([[-1, -2]]), metric="acc_norm")  # equal: the likelier metric is the nearer one
+    other = TaskResult.of("boolq", graded([[-1, -2]]), metric="acc")
+    third = TaskResult.of("race", graded([[-1, -2]], metrics=["acc"]), metric="acc")
+    rows = columns_of(report_of(one, other, third))
+    assert [rows[name]["acc_norm"] for name in ("piqa", "boolq", "race")] == ["100.00~", "100.00 ", ""]
+
+
 def test_other_models_have_no_published_figures():
     report = report_of(task_of("piqa", metric="acc_norm"), task_of("sciq"), model="openelm-tiny")
     assert "published" not in report.table().headings

@@ -39,7 +39,8 @@ def draw_picture(report: EvaluationReport, picture: OutputFile) -> None:
 def _bar(row: Row, with_shots: bool) -> Accuracy:
     result = row.result
     shots = f", {result.shots}\N{NO-BREAK SPACE}shots" if with_shots else ""
-    problems = f" ({', '.join(result.problems)})" if result.problems else ""
+    parts = [problem.replace(" ", "\N{NO-BREAK SPACE}") for problem in result.problems]
+    problems = f" ({', '.join(parts)})" if parts else ""
     return Accuracy(
         f"{result.task}{shots}, {result.metric}{problems}",
         100 * result.main.value,
