@@ -20,6 +20,7 @@ _COMMANDS_ELSEWHERE = {
     **dict.fromkeys(("complete", "gen", "prompt"), "`openelm-mlx generate`"),
     "run": "`openelm-mlx generate`, or `openelm-mlx chat`",
     **dict.fromkeys(("benchmark", "perf", "speed"), "`openelm-mlx bench`"),
+    **dict.fromkeys(("eval", "evaluation", "lm-eval", "lm_eval", "perplexity", "ppl"), "`openelm-mlx evaluate`"),
     **dict.fromkeys(("list", "ls", "cache"), "`openelm-mlx models`"),
     **dict.fromkeys(("remove", "rm", "delete"), "`openelm-mlx models remove`"),
     **dict.fromkeys(("show", "inspect", "describe"), "`openelm-mlx info`"),
