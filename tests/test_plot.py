@@ -70,9 +70,18 @@ def test_the_command_says_what_it_wrote(tmp_path):
     status, out, err = run("plot", folder)
     assert (status, out, err) == (0, f"{folder / 'metrics.png'}\n", "")
     drawn = (folder / "metrics.png").read_bytes()
-    assert "already exists" in refused("plot", folder)
-    assert (folder / "metrics.png").read_bytes() == drawn
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    assert run("plot", folder)[0] == 0
+    assert (folder / "metrics.png").read_bytes() != drawn
+
+
+def test_another_picture_is_replaced_only_by_force(tmp_path):
+    folder = write_run(tmp_path / "stories")
+    (folder / "metrics.png").write_bytes(b"a picture of somebody's")
+    assert "metrics.png already exists; use --force" in refused("plot", folder)
+    assert (folder / "metrics.png").read_bytes() == b"a picture of somebody's"
     assert run("plot", folder, "--force")[0] == 0
+    assert "already exists" in refused("plot", folder, "--output", folder / "metrics.png")
     assert "not a training run" in refused("plot", tmp_path / "missing")
 
 

@@ -92,7 +92,7 @@ def evaluate(
     from ..evaluation.comparison import compare as compare_runs
     from ..evaluation.picture import draw_picture
     from ..evaluation.result_files import read_report
-    from ..evaluation.run import EvaluationOptions, evaluate_tasks, prepare
+    from ..evaluation.run import EvaluationOptions, evaluate as run, prepare
     from ..evaluation.run_folder import check_run_folder
     from ..evaluation.scorer import ScorerConfig
     from ..files.output import output_file
@@ -118,7 +118,7 @@ def evaluate(
         network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     with _progress(prepared, is_first) as callback:
         try:
-            report = evaluate_tasks(
+            report = run(
                 network,
                 tokens,
                 prepared,

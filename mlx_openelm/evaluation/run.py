@@ -97,7 +97,7 @@ def prepare(tasks: Sequence[str], options: EvaluationOptions = EvaluationOptions
     return prepared
 
 
-def evaluate_tasks(
+def evaluate(
     model: OpenELM,
     tokenizer: Tokenizer,
     tasks: Sequence[str] | Sequence[PreparedTask],
