@@ -17,16 +17,25 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .conversion.read.config import config_from_dict as config_from_dict, read_config as read_config
     from .data.text_files import TextSource as TextSource
     from .errors import OpenELMError as OpenELMError
+    from .evaluation.encoding import TokenRequest as TokenRequest
+    from .evaluation.items import Item as Item, ItemResult as ItemResult
+    from .evaluation.published import Published as Published, PublishedCell as PublishedCell
     from .evaluation.report import EvaluationReport as EvaluationReport
     from .evaluation.requests import Request as Request, Score as Score
-    from .evaluation.results import TaskResult as TaskResult
+    from .evaluation.results import (
+        GroupResult as GroupResult,
+        ItemRecord as ItemRecord,
+        MetricValue as MetricValue,
+        SuiteAverage as SuiteAverage,
+        TaskResult as TaskResult,
+    )
     from .evaluation.run import (
         EvaluationCallback as EvaluationCallback,
         EvaluationOptions as EvaluationOptions,
-        PreparedTask as PreparedTask,
         evaluate as evaluate,
     )
     from .evaluation.scorer import Scorer as Scorer, ScorerConfig as ScorerConfig
+    from .evaluation.table import ResultTable as ResultTable, TaskRow as TaskRow
     from .generation.batch import generate_batch as generate_batch
     from .generation.chat import Chat as Chat
     from .generation.drafters import Drafter as Drafter, DraftModel as DraftModel, PromptLookup as PromptLookup
@@ -87,21 +96,39 @@ _MODULES = {
     ),
     "data.text_files": ("TextSource",),
     "errors": ("OpenELMError",),
+    "evaluation.encoding": ("TokenRequest",),
+    "evaluation.items": (
+        "Item",
+        "ItemResult",
+    ),
+    "evaluation.published": (
+        "Published",
+        "PublishedCell",
+    ),
     "evaluation.report": ("EvaluationReport",),
     "evaluation.requests": (
         "Request",
         "Score",
     ),
-    "evaluation.results": ("TaskResult",),
+    "evaluation.results": (
+        "GroupResult",
+        "ItemRecord",
+        "MetricValue",
+        "SuiteAverage",
+        "TaskResult",
+    ),
     "evaluation.run": (
         "EvaluationCallback",
         "EvaluationOptions",
-        "PreparedTask",
         "evaluate",
     ),
     "evaluation.scorer": (
         "Scorer",
         "ScorerConfig",
+    ),
+    "evaluation.table": (
+        "ResultTable",
+        "TaskRow",
     ),
     "generation.batch": ("generate_batch",),
     "generation.chat": ("Chat",),

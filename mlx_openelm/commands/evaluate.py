@@ -21,7 +21,7 @@ from .terminal import print_json, say, write
 if TYPE_CHECKING:
     from ..evaluation.report import EvaluationReport
     from ..evaluation.run import EvaluationCallback, PreparedTask
-    from ..evaluation.table import Table
+    from ..evaluation.table import ResultTable
 
 EXAMPLES = examples(
     "openelm-mlx evaluate -m OpenELM-270M --tasks zero-shot --protocol paper --output 270M-zero-shot",
@@ -92,7 +92,7 @@ def evaluate(
     from ..evaluation.comparison import compare as compare_runs
     from ..evaluation.picture import draw_picture
     from ..evaluation.result_files import read_report
-    from ..evaluation.run import EvaluationOptions, evaluate as run, prepare
+    from ..evaluation.run import EvaluationOptions, Subject, evaluate_prepared, prepare
     from ..evaluation.run_folder import check_run_folder
     from ..evaluation.scorer import ScorerConfig
     from ..files.output import output_file
@@ -118,14 +118,11 @@ def evaluate(
         network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
     with _progress(prepared, is_first) as callback:
         try:
-            report = run(
-                network,
-                tokens,
+            report = evaluate_prepared(
+                Subject(network, tokens, model, adapter),
                 prepared,
                 options,
                 output=output,
-                name=model,
-                adapter=adapter,
                 group=group,
                 callback=callback,
                 command=shlex.join(["openelm-mlx", *sys.argv[1:]]),
@@ -156,7 +153,7 @@ def _print_report(report: EvaluationReport) -> None:
     _print_table(report.table())
 
 
-def _print_table(table: Table) -> None:
+def _print_table(table: ResultTable) -> None:
     if table.shared:
         write_text(", ".join(table.shared))
     write_table(table.headings, table.sections, left=table.left, num_keys=table.num_keys)

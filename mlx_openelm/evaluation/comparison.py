@@ -10,7 +10,7 @@ from ..errors import EvaluationError, shorten
 from .metrics import ROUNDED, is_count, mean, standard_error
 from .report import EvaluationReport
 from .results import ItemRecord, TaskResult, json_number
-from .table import Table, percentage, shared_prefix
+from .table import ResultTable, percentage, shared_prefix
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Comparison:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
-    def table(self) -> Table:
+    def table(self) -> ResultTable:
         """The table that the command line prints."""
         prefix = shared_prefix(list(dict.fromkeys(of.task for of in self.differences)))
         rows = [_row(of, prefix) for of in self.differences]
@@ -94,7 +94,7 @@ class Comparison:
             if name in _SHARED and len(rows) > 1 and len({row[at] for row in rows}) == 1
         }
         shown = [at for at in range(len(_HEADINGS)) if at not in shared]
-        return Table(
+        return ResultTable(
             [_HEADINGS[at] for at in shown],
             [[[row[at] for at in shown] for row in rows]],
             [f"tasks {prefix}"] * bool(prefix) + [f"{_HEADINGS[at]} {value}" for at, value in shared.items()],

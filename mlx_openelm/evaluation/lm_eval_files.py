@@ -17,7 +17,7 @@ from typing import Any
 from .items import ItemResult
 from .metrics import ROUNDED
 from .report import EvaluationReport
-from .results import GroupResult, TaskResult, Value, json_number
+from .results import GroupResult, MetricValue, TaskResult, json_number
 
 SHAPE_VERSION = "0.4.13"
 _FILTER = "none"
@@ -150,7 +150,7 @@ def _version(version: str | None) -> float | str | None:
         return version
 
 
-def _error(value: Value) -> float | str:
+def _error(value: MetricValue) -> float | str:
     return "N/A" if json_number(value.stderr) is None else float(value.stderr or 0)
 
 

@@ -13,8 +13,8 @@ from ..errors import EvaluationError
 from ..files.fields import Fields
 from ..files.json_file import parse_json_object
 from .published import PublishedTable, full_name, published, published_model, published_tables
-from .results import Average, GroupResult, ItemRecord, TaskResult, Value, json_number
-from .table import Row, Table, evaluation_table
+from .results import GroupResult, ItemRecord, MetricValue, SuiteAverage, TaskResult, json_number
+from .table import ResultTable, TaskRow, evaluation_table
 
 _Result = TypeVar("_Result", bound=TaskResult)
 
@@ -63,20 +63,20 @@ class EvaluationReport:
             found.setdefault((row.task, row.shots), row)
         return list(found.values())
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TaskRow]:
         """What is shown, each beside its published figure."""
         return [self._row(result) for result in self.shown()]
 
-    def averages(self) -> dict[str, Average]:
+    def averages(self) -> dict[str, SuiteAverage]:
         """The averages of the paper's suites of which all tasks are there; without any, the average of all tasks."""
         shown = {(full_name(result.task), result.shots): result for result in self.shown()}
         found = {}
         for name, table in published_tables().items():
             cells = [(cell.task, cell.shots) for cell in table.cells]
             if all(cell in shown for cell in cells):
-                found[f"{name} average"] = Average.of([shown[cell] for cell in cells])
+                found[f"{name} average"] = SuiteAverage.of([shown[cell] for cell in cells])
         if not found and len(shown) > 1:
-            return {"average": Average.of(list(shown.values()))}
+            return {"average": SuiteAverage.of(list(shown.values()))}
         return found
 
     def published_averages(self) -> dict[str, float]:
@@ -85,7 +85,7 @@ class EvaluationReport:
         tables = published_tables().items()
         return {f"{name} average": table.models[model][-1] for name, table in tables if model in table.models}
 
-    def table(self) -> Table:
+    def table(self) -> ResultTable:
         """The table that the command line prints."""
         return evaluation_table(self.rows(), self.averages(), self.published_averages())
 
@@ -184,9 +184,9 @@ class EvaluationReport:
             settings=dict(fields.table("settings")),
         )
 
-    def _row(self, result: TaskResult) -> Row:
+    def _row(self, result: TaskResult) -> TaskRow:
         found = published(self.published_model, result.task, result.shots, self._tables())
-        return Row(result, found if found is not None and result.metric in found.cell.metrics else None)
+        return TaskRow(result, found if found is not None and result.metric in found.cell.metrics else None)
 
     def _tables(self) -> list[PublishedTable]:
         """The published tables, first those of which most tasks are there."""
@@ -209,7 +209,7 @@ def _labelled(results: Sequence[_Result]) -> dict[str, _Result]:
     return {result.task if names[result.task] == 1 else f"{result.task}@{result.shots}": result for result in results}
 
 
-def _task_dict(row: Row) -> dict[str, Any]:
+def _task_dict(row: TaskRow) -> dict[str, Any]:
     result = row.result
     metrics: dict[str, Any] = {}
     for name, value in result.metrics.items():
@@ -246,7 +246,9 @@ def _task_of(kind: type[TaskResult], fields: Fields) -> Any:
     for name in fields:
         if name.endswith(_ERROR):
             value = fields.number(name.removesuffix(_ERROR), None)
-            metrics[name.removesuffix(_ERROR)] = Value(math.nan if value is None else value, fields.number(name, None))
+            metrics[name.removesuffix(_ERROR)] = MetricValue(
+                math.nan if value is None else value, fields.number(name, None)
+            )
     metric = fields.text("metric")
     if metric not in metrics:
         raise EvaluationError(f"{fields.where}: {metric} is missing")
