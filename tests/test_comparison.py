@@ -122,6 +122,7 @@ def test_what_all_rows_share_is_said_once():
     report = report_of(task_of("10", "commonsense/piqa"), task_of("01", "commonsense/boolq"))
     table = compare(report, report).table()
     assert table.shared == ["tasks commonsense/", "shots 0", "items 2"]
+    assert (table.left, table.num_keys) == ([0, 1], 2)
     assert [row[:2] for row in table.sections[0]] == [
         *(["piqa", "acc"], ["piqa", "acc_norm"]),
         *(["boolq", "acc"], ["boolq", "acc_norm"]),

@@ -114,6 +114,8 @@ def test_what_all_tasks_share_is_said_once():
     assert table.shared == ["tasks commonsense/", "shots 0", "metric acc", "version 1.0"]
     assert [row[0] for row in table.sections[0]] == ["piqa", "boolq"]
     assert report_of(task_of("piqa")).table().shared == []
+    alone = report_of(task_of("commonsense/piqa")).table()
+    assert (alone.shared, alone.sections[0][0][0]) == ([], "commonsense/piqa")
     assert "shots" in report_of(task_of("piqa"), task_of("sciq", shots=5)).table().headings
 
 
