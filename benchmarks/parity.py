@@ -162,31 +162,14 @@ def hugging_face(folder: Path, tokenizer: Any, max_length: int) -> Any:
     sys.path.append(str(Path(__file__).parent.parent / "tests"))
     import torch
     from lm_eval.models.huggingface import HFLM
-    from torch_openelm import OpenELM as TorchOpenELM
-    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutput
-
-    class Wrapped(PreTrainedModel, GenerationMixin):
-        config_class = PretrainedConfig
-
-        def __init__(self, inner: Any):
-            super().__init__(inner.config)
-            self.inner = inner
-
-        def forward(self, input_ids: Any, **kwargs: Any) -> Any:
-            return CausalLMOutput(logits=self.inner(input_ids))
-
-        def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
-            return {"input_ids": input_ids}
+    from torch_openelm import OpenELM as TorchOpenELM, for_transformers
 
     model = load_model(folder, dtype=mx.float32)
-    weights = {name: np.array(array) for name, array in mx.load(str(folder / "model.safetensors")).items()}
-    inner = TorchOpenELM(model.config, weights)
-    inner.config.eos_token_id, inner.config.vocab_size = tokenizer.eos_token_id, model.config.vocab_size
+    arrays: Any = mx.load(str(folder / "model.safetensors"))
+    weights = {name: np.array(array) for name, array in arrays.items()}
     torch.set_grad_enabled(False)
-    wrapped = Wrapped(inner).eval()
-    wrapped.generation_config.use_cache = False
-    return HFLM(pretrained=wrapped, tokenizer=tokenizer, max_length=max_length, batch_size=1, device="cpu")
+    other = for_transformers(TorchOpenELM(model.config, weights), tokenizer.eos_token_id, model.config.vocab_size)
+    return HFLM(pretrained=other, tokenizer=tokenizer, max_length=max_length, batch_size=1, device="cpu")
 
 
 def tokenizer_of(folder: Path, vocab_size: int, place: Path) -> Path:

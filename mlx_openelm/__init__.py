@@ -17,6 +17,25 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .conversion.read.config import config_from_dict as config_from_dict, read_config as read_config
     from .data.text_files import TextSource as TextSource
     from .errors import OpenELMError as OpenELMError
+    from .evaluation.encoding import TokenRequest as TokenRequest
+    from .evaluation.items import Item as Item, ItemResult as ItemResult
+    from .evaluation.published import Published as Published, PublishedCell as PublishedCell
+    from .evaluation.report import EvaluationReport as EvaluationReport
+    from .evaluation.requests import Request as Request, Score as Score
+    from .evaluation.results import (
+        GroupResult as GroupResult,
+        ItemRecord as ItemRecord,
+        MetricValue as MetricValue,
+        SuiteAverage as SuiteAverage,
+        TaskResult as TaskResult,
+    )
+    from .evaluation.run import (
+        EvaluationCallback as EvaluationCallback,
+        EvaluationOptions as EvaluationOptions,
+        evaluate as evaluate,
+    )
+    from .evaluation.scorer import Scorer as Scorer, ScorerConfig as ScorerConfig
+    from .evaluation.table import ResultTable as ResultTable, TaskRow as TaskRow
     from .generation.batch import generate_batch as generate_batch
     from .generation.chat import Chat as Chat
     from .generation.drafters import Drafter as Drafter, DraftModel as DraftModel, PromptLookup as PromptLookup
@@ -39,7 +58,7 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .tokenizer.example_format import ExampleFormat as ExampleFormat
     from .tokenizer.tokenizer import StreamDecoder as StreamDecoder, Tokenizer as Tokenizer
     from .training.callback import Metrics as Metrics, TrainingCallback as TrainingCallback
-    from .training.evaluation import Evaluation as Evaluation, evaluate as evaluate
+    from .training.held_out import HeldOutLoss as HeldOutLoss, held_out_loss as held_out_loss
     from .training.pretrain_recipe import PretrainRecipe as PretrainRecipe
     from .training.run import (
         TrainingResult as TrainingResult,
@@ -77,6 +96,40 @@ _MODULES = {
     ),
     "data.text_files": ("TextSource",),
     "errors": ("OpenELMError",),
+    "evaluation.encoding": ("TokenRequest",),
+    "evaluation.items": (
+        "Item",
+        "ItemResult",
+    ),
+    "evaluation.published": (
+        "Published",
+        "PublishedCell",
+    ),
+    "evaluation.report": ("EvaluationReport",),
+    "evaluation.requests": (
+        "Request",
+        "Score",
+    ),
+    "evaluation.results": (
+        "GroupResult",
+        "ItemRecord",
+        "MetricValue",
+        "SuiteAverage",
+        "TaskResult",
+    ),
+    "evaluation.run": (
+        "EvaluationCallback",
+        "EvaluationOptions",
+        "evaluate",
+    ),
+    "evaluation.scorer": (
+        "Scorer",
+        "ScorerConfig",
+    ),
+    "evaluation.table": (
+        "ResultTable",
+        "TaskRow",
+    ),
     "generation.batch": ("generate_batch",),
     "generation.chat": ("Chat",),
     "generation.engine": (
@@ -120,9 +173,9 @@ _MODULES = {
         "StreamDecoder",
         "Tokenizer",
     ),
-    "training.evaluation": (
-        "Evaluation",
-        "evaluate",
+    "training.held_out": (
+        "HeldOutLoss",
+        "held_out_loss",
     ),
     "training.callback": (
         "Metrics",

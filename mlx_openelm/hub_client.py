@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,7 +62,7 @@ def fetch_data_file(repo_id: str, name: str, revision: str | None) -> tuple[Path
         if isinstance(found, str):
             return Path(found), name, revision
     with _hub_errors(repo_id), progress_lines(repo_id, "dataset") as progress, _few_retries(repo_id, progress):
-        answer = _first_answer(repo_id, revision, "dataset")
+        answer = _data_answer(repo_id, revision)
         names = [file.rfilename for file in answer.siblings or []]
         matches = [known for known in names if known == name or fnmatch.fnmatchcase(known, name)]
         if len(matches) != 1:
@@ -102,6 +103,12 @@ def fetch_snapshot(repo_id: str, revision: str | None) -> Path:
 def _file_names(repo_id: str, revision: str | None) -> list[str]:
     """Names of a model repository's files; raises as `_first_answer` does."""
     return [file.rfilename for file in _first_answer(repo_id, revision).siblings or []]
+
+
+@cache
+def _data_answer(repo_id: str, revision: str | None) -> Any:
+    """What the hub says about a data set; it is asked once, because a data set may have many files."""
+    return _first_answer(repo_id, revision, "dataset")
 
 
 def _first_answer(repo_id: str, revision: str | None, kind: str = "model") -> Any:

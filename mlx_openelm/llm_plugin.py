@@ -20,15 +20,20 @@ from .hub import BUILT_IN_MODELS, model_folder
 _OWN_MODELS = "openelm.json"  # in the folder of `llm`: what `llm openelm add` remembers
 
 
+def _sampled(description: str, default: int) -> Any:
+    """An option of sampling; a model's `generation_config.json` may say what it is if nobody sets it."""
+    return Field(default=None, description=f"{description}; default: the model's, else {default}")
+
+
 class Options(llm.Options):
     """What `llm -o NAME VALUE` takes; the limits are those of `SamplingConfig`."""
 
     max_tokens: int = Field(default=256, ge=1, description="Most tokens to generate")
-    temperature: float = Field(default=0.0, description="Sampling temperature; 0: always take the most likely token")
-    top_p: float = Field(default=1.0, description="Sample from the most likely tokens that reach this probability")
-    top_k: int = Field(default=0, description="Sample from this many of the most likely tokens; 0: all")
-    min_p: float = Field(default=0.0, description="Exclude tokens less likely than this share of the most likely")
-    repetition_penalty: float = Field(default=1.0, description="Penalty on recent tokens; 1: none")
+    temperature: float | None = _sampled("Sampling temperature; 0: always take the most likely token", 0)
+    top_p: float | None = _sampled("Sample from the most likely tokens that reach this probability", 1)
+    top_k: int | None = _sampled("Sample from this many of the most likely tokens; 0: all", 0)
+    min_p: float | None = _sampled("Exclude tokens less likely than this share of the most likely", 0)
+    repetition_penalty: float | None = _sampled("Penalty on recent tokens; 1: none", 1)
     seed: int | None = Field(default=None, description="The same seed gives the same text")
     stop: str | None = Field(default=None, description="Stop before this text")
     raw: bool = Field(default=False, description="Continue the prompt as plain text, without the chat template")
@@ -59,12 +64,12 @@ class OpenELMModel(llm.Model):
             raise llm.ModelError(str(error)) from error
 
     def _pieces(self, prompt: Any, response: Any) -> Iterator[str]:
-        from .generation.sampling import SamplingConfig
+        from .generation.defaults import default_sampling, given_sampling
         from .generation.text import stream_generate
 
         options = prompt.options
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-        sampling = SamplingConfig(**{name: getattr(options, name) for name in names})
+        given = given_sampling(**{name: getattr(options, name) for name in names})
         model, tokenizer, cache = _loaded(self._model, self._adapter)
         chat = tokenizer.uses_chat_template(False if options.raw else None)
         stream = stream_generate(
@@ -72,7 +77,7 @@ class OpenELMModel(llm.Model):
             tokenizer,
             _encoded(tokenizer, prompt.messages, chat),
             max_tokens=options.max_tokens,
-            sampling=sampling,
+            sampling=default_sampling(model, **given),
             stop=[options.stop] if options.stop else [],
             cache=cache,
         )

@@ -14,6 +14,7 @@ from .config import OpenELMConfig
 from .conversion.open import open_model
 from .conversion.source import Source
 from .errors import ConfigError, TokenizerError
+from .generation.defaults import sampling_of
 from .hub import BUILT_IN_MODEL
 from .machine.device import DTYPES, compute_dtype, on_cpu
 from .model.adapters import SavedAdapter, apply_adapter
@@ -37,6 +38,8 @@ def load(
     adapter: str | Path | None = None,
 ) -> tuple[OpenELM, Tokenizer]:
     """Load a model and its tokenizer.
+
+    `model.sampling` is what its `generation_config.json` says, which `generate` and `Chat` use unless they get another.
 
     Args:
         model: a folder or hub id (written by `convert`, from Apple, the MLX community or Apple's MLX port), or a
@@ -91,7 +94,9 @@ def _adapter(path: str | Path | None, source: Source) -> SavedAdapter | None:
 
 
 def _network(source: Source, dtype: mx.Dtype | None, adapter: SavedAdapter | None) -> OpenELM:
+    sampling = sampling_of(source.sampling, Path(source.folder or source.name) / "generation_config.json")
     network = load_source(source, dtype)
+    network.sampling = sampling
     if adapter is not None:
         apply_adapter(network, adapter)
         network.eval()

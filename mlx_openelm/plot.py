@@ -12,10 +12,12 @@ from .config import OpenELMConfig
 from .errors import OutputError, TrainingError
 from .files.json_file import read_json_lines
 from .files.output import OutputFile
-from .files.paths import exists, is_folder
+from .files.paths import exists, is_folder, open_regular
 from .model.design import Design
 from .packages import optional_package
 
+_PROGRAM = "openelm-mlx"
+_MARK = f"Software\0{_PROGRAM}".encode()  # in the beginning of its PNG files
 _INCHES = (8.0, 6.4)
 _DOTS_PER_INCH = 100
 _TITLE, _LABEL = 75, 30  # characters that fit in a line of a title, and beside an axis
@@ -213,6 +215,15 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
 
 
+def is_own_picture(path: Path) -> bool:
+    """Whether a PNG file was drawn here."""
+    try:
+        with open_regular(path) as file:
+            return _MARK in file.read(1024)
+    except OSError:
+        return False
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's `metrics.jsonl`.
 
@@ -310,7 +321,8 @@ def _figure(picture: OutputFile, rows: int, columns: int, inches: float = _INCHE
     yield figure, axes
     with picture.replaced() as file:
         try:
-            figure.savefig(file, format=picture.name.suffix.lstrip(".").lower() or "png")
+            kind = picture.name.suffix.lstrip(".").lower() or "png"
+            figure.savefig(file, format=kind, metadata={"Software": _PROGRAM} if kind == "png" else None)
         except ValueError as error:  # an unsupported file suffix
             raise OutputError(f"{picture.name} cannot be written: {str(error).split(' (')[0]}") from error
 

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import SourceError, TrainingError, quoted
 from .files.fields import Fields
-from .files.json_file import read_json_object
+from .files.json_file import read_json_lines, read_json_object
 from .files.paths import exists, is_folder, user_path
 
 METRICS = "metrics.jsonl"
@@ -24,6 +26,11 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(path.name))
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the best validation loss; without validation, the last one that can be read."""
     folders = checkpoint_folders(run)
@@ -35,6 +42,26 @@ def best_checkpoint(run: Path) -> Path | None:
         named = checkpoint_folder(run, best) if best is not None else newest
         return named if named in folders else newest
     return None
+
+
+class SavedStep(NamedTuple):
+    """A checkpoint of a run."""
+
+    step: int
+    validation_loss: float | None  # None if this step was not validated
+    is_best: bool
+
+
+def saved_steps(run: Path) -> list[SavedStep]:
+    """The checkpoints of a run, oldest first, with their validation losses as far as its metrics can be read."""
+    losses: dict[int, float] = {}
+    with suppress(TrainingError):
+        for line in read_json_lines(run / METRICS, TrainingError):
+            if (loss := line.number("validation_loss", None)) is not None:
+                losses[line.whole("step")] = loss
+    best = best_checkpoint(run)
+    steps = [(step_of(folder), folder == best) for folder in checkpoint_folders(run)]
+    return [SavedStep(step, losses.get(step), is_best) for step, is_best in steps]
 
 
 def is_run(folder: Path) -> bool:

@@ -5,6 +5,9 @@
 Each document is a journey: its `sh` and `python` blocks run from top to bottom in a copy of the repository, with one
 shell per command and `pip` and `openelm-mlx` of a new environment. `--environment` uses an existing one instead.
 
+The kernels that MLX compiles on a CPU are kept for the next run of this script, because a compiler takes a second or
+more for each of about a hundred.
+
 There is no network for the commands themselves. Where one needs Apple's weights, there is a folder of that name with
 those of a built-in model, and a `chat` gets its messages from here. Left out are only comments and the lines of
 `LEFT_OUT`, with a reason. The first command that fails ends the run with its output.
@@ -42,7 +45,8 @@ LEFT_OUT = {  # beginnings of lines, and why they do not run
     "openelm-mlx pretrain --config 270M": "takes days",
 }
 APPLE = {"OpenELM-270M": "openelm-tiny", "OpenELM-1_1B-Instruct": "openelm-tiny-instruct"}
-CHAT = "Hello!\nWhat does a cow say?\n/quit\n"
+CHAT = "What does a cow say?\n/quit\n"  # one message: a model that was hardly tuned answers at length
+_CACHE = Path("~/.cache/openelm-mlx/journeys")  # for what can be made again; without network, that is little else
 _SECONDS = 300  # more than this is a command that hangs
 _BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -127,6 +131,7 @@ class Place:
             **kept,
             "PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.home),
+            "XDG_CACHE_HOME": str(_CACHE.expanduser()),
             "LLM_USER_PATH": str(self.home / "llm"),
             "HF_HUB_OFFLINE": "1",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
@@ -139,6 +144,7 @@ class Place:
         variables = self.variables()
         if cached:  # pip finds its settings and what it downloaded before in the real home
             variables["HOME"] = os.environ.get("HOME", "/")
+            del variables["XDG_CACHE_HOME"]
         try:
             return self._run(words, text, variables)
         except subprocess.TimeoutExpired as error:

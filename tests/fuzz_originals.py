@@ -44,6 +44,23 @@ PRETRAIN = {
 }
 
 
+TASK = {
+    "name": "ours",
+    "version": "1",
+    "data": {"files": {"test": "test.jsonl", "train": "train.parquet"}},
+    "fields": {"question": "text", "choices.text": "texts", "choices.label": "texts", "key": "text", "n": "label"},
+    "description": "About {{ topic }}.\n",
+    "prompt": "{% for part in question.split(' ') %}{{ part | upper }} {% endfor %}\n{{ n + 1 }}:",
+    "choices": "choices.text",
+    "num_choices": [2, 4],
+    "labels": "choices.label",
+    "gold": "key",
+    "shots": {"default": 2, "skip_equal": True},
+    "metrics": ["acc", "acc_norm"],
+    "paper": {"version": "0", "prompt": "{{ question }}"},
+}
+
+
 def write_originals(root: Path, tokenizer) -> Path:
     """Write all folders below `root`."""
     network = random_model(CONFIG)
@@ -56,6 +73,7 @@ def write_originals(root: Path, tokenizer) -> Path:
     (root / "fast" / "tokenizer.model").unlink()
     _adapters(root, network)
     _data(root, tokenizer)
+    _tasks(root)
     _outputs(root, tokenizer)
     shutil.copytree(GOLDEN / "untied_mha_noglu", root / "corenet")
     shutil.copytree(root / "model", root / "chat")
@@ -88,6 +106,22 @@ def _adapters(root, network):
     (root / "lora").mkdir()
     save_adapter(root / "lora", values, "lora", config, about_base("model", CONFIG))
     convert_adapter(root / "lora", root / "peft", to="peft")
+
+
+def _tasks(root):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = root / "tasks"
+    folder.mkdir()
+    rows = [
+        {"question": text, "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}, "key": "B", "n": str(n)}
+        for n, text in enumerate(TEXTS[:8])
+    ]
+    values = {**TASK, "name": "ours/{variant}", "variants": {"one": {"documents": 8}, "two": {"num_choices": 3}}}
+    (folder / "task.yaml").write_text(yaml.safe_dump(values))
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train.parquet")
 
 
 def _data(root, tokenizer):

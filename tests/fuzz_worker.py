@@ -24,6 +24,10 @@ from mlx_openelm.conversion.read.config import read_config_file
 from mlx_openelm.data.corpus import CorpusBatches, Filters, prepare_corpus
 from mlx_openelm.data.dataset import read_examples
 from mlx_openelm.data.text_files import TextSource, read_documents
+from mlx_openelm.evaluation.prompts import items
+from mlx_openelm.evaluation.suites import find_tasks
+from mlx_openelm.evaluation.task import PROTOCOLS
+from mlx_openelm.evaluation.task_data import read_task_data
 from mlx_openelm.generation.prompt_file import read_prompts
 from mlx_openelm.plot import read_metrics
 from mlx_openelm.training.checkpoints import load_checkpoint
@@ -94,6 +98,16 @@ def recipe(path: Path):
     return json.loads(json.dumps(kind.from_file(path).to_dict(), default=str))
 
 
+def prompts_of_tasks(folder: Path):
+    """All requests of the tasks in a file, in both protocols."""
+    found = []
+    for task in find_tasks([str(folder / "task.yaml")]):
+        data = read_task_data(task)
+        for protocol in PROTOCOLS:
+            found.append([item.requests for item in items(task, data, protocol=protocol)])
+    return found
+
+
 READERS = {
     "model": model,
     "adapted": lambda folder: model(folder.parent / "model", folder),
@@ -112,6 +126,7 @@ READERS = {
     "checkpoint": checkpoint,
     "metrics": metrics,
     "recipe": recipe,
+    "tasks": prompts_of_tasks,
 }
 
 

@@ -40,9 +40,9 @@ def made_up(name):
     if examples != test:
         count = 7 if kind == "mmlu" else NUM_EXAMPLES
         splits[examples] = [make(draw, NUM_DOCUMENTS + number) for number in range(count)]
-        if kind in ("hellaswag", "winogrande"):  # examples that equal a question, some of them twice
+        if kind in ("hellaswag", "winogrande"):  # examples that equal a question, some of them many times
             for number in range(0, 20, 2):
-                for place in {draw.randrange(count) for _ in range(1 + number % 4)}:
+                for place in {draw.randrange(count) for _ in range(1 if number % 4 else 12)}:
                     splits[examples][place] = dict(splits[test][number])
     return splits
 

@@ -112,6 +112,23 @@ def test_shares_of_probability_have_a_difference_but_no_flips():
     assert found.stderr == pytest.approx(0.125)
 
 
+def test_rounded_scores_are_not_compared():
+    items = [replace(item, metrics={"acc": 1.0, "acc_bf16": 0.0}) for item in graded([RIGHT])]
+    report = report_of(TaskResult.of("boolq", items, metric="acc"))
+    assert [of.metric for of in compare(report, report).differences] == ["acc"]
+
+
+def test_what_all_rows_share_is_said_once():
+    report = report_of(task_of("10", "commonsense/piqa"), task_of("01", "commonsense/boolq"))
+    table = compare(report, report).table()
+    assert table.shared == ["tasks commonsense/", "shots 0", "items 2"]
+    assert (table.left, table.num_keys) == ([0, 1], 2)
+    assert [row[:2] for row in table.sections[0]] == [
+        *(["piqa", "acc"], ["piqa", "acc_norm"]),
+        *(["boolq", "acc"], ["boolq", "acc_norm"]),
+    ]
+
+
 def test_a_group_is_compared_over_the_items_of_its_tasks():
     def of(one, two):
         members = [task_of(one, "mmlu_a", shots=5), task_of(two, "mmlu_b", shots=5)]

@@ -149,7 +149,7 @@ class TestTurns:
         talk(self.answering(reply))
         said = capsys.readouterr()
         assert "error: a prompt of 9 tokens" in said.err
-        assert said.out == "you said Hello\n\n"
+        assert said.out == "you said Hello\n"
 
     @pytest.mark.parametrize(
         ("error", "said"),
@@ -168,7 +168,7 @@ class TestTurns:
         talk(self.answering(reply))
         seen = capsys.readouterr()
         assert seen.err == f"openelm-mlx: error: {said}\n"
-        assert seen.out == "to first\nto second\n\n"
+        assert seen.out == "to first\n\nto second\n"
 
     def test_ctrl_c_stops_an_answer(self, typed, capsys):
         def reply(line):
@@ -178,7 +178,7 @@ class TestTurns:
 
         typed("first", "second")
         talk(self.answering(reply))
-        assert capsys.readouterr() == ("to first\nto second\n\n", "")
+        assert capsys.readouterr() == ("to first\n\nto second\n", "")
 
     def test_each_time_the_context_is_exceeded_it_says_what_helps(self, typed, capsys):
         def reply(line):

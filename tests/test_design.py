@@ -72,6 +72,15 @@ def test_a_budget_below_the_embedding_is_refused():
 
 
 class TestCommand:
+    def test_the_line_that_follows_works_as_typed_or_says_what_it_stands_for(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        out = run("design", "--params", "1M", "--save", "a.json")[1]
+        assert out.endswith('--data "TEXTS/*.txt" --output run, with your texts in place of TEXTS\n')
+        (tmp_path / "examples" / "stories").mkdir(parents=True)
+        (tmp_path / "examples" / "stories" / "one.txt").touch()
+        out = run("design", "--params", "1M", "--save", "b.json")[1]
+        assert out.endswith('--model b.json --data "examples/stories/*.txt" --output run\n')
+
     def test_table(self):
         status, text, _ = run("design", "--params", "270M")
         assert status == 0

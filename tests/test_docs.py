@@ -264,6 +264,7 @@ TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
     "test_task_data.py": ["evaluation/task_locks.py"],
     "test_text_files.py": ["data/limits.py"],
     "test_openelm.py": ["model/rope.py"],
+    "test_run.py": ["evaluation/run_folder.py"],
     "test_scorer.py": ["evaluation/items.py", "evaluation/requests.py"],
     "test_fused.py": ["kernels/", "model/fused_attention.py"],
     "test_engine.py": ["generation/decode_step.py"],

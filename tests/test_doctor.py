@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_openelm.commands.app import run
 from mlx_openelm.machine import device, doctor
 
 
@@ -76,6 +77,13 @@ def test_a_gpu_that_rounds_float32_is_named(machine):
 
 def test_a_mac_on_its_cpu_is_told_why(machine):
     assert "not Apple silicon" in machine(platform="darwin", gflops=1.0, compiler=None)
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["doctor", "--json"]])
+def test_advice_of_the_command_names_flags(machine, words, capsys):
+    assert "unless `dtype` is set" in machine()
+    assert run(words) == 0
+    assert "unless --dtype is set" in capsys.readouterr().out
 
 
 def test_findings_are_measured_and_can_be_written_as_json():

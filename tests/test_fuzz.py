@@ -253,6 +253,9 @@ KINDS = {
         "run/checkpoints/step-00000002/adapters.safetensors", "checkpoint", mutated_safetensors, tensors,
         ("tune --config @/run.yaml --resume -o @/run",),
     ),
+    "task": Kind("tasks/task.yaml", "tasks", mutated_yaml, anything),
+    "records of a task": Kind("tasks/test.jsonl", "tasks", mutated_lines, anything),
+    "examples of a task": Kind("tasks/train.parquet", "tasks", mutated_bytes, anything),
     "token file": Kind("pretraining/{tokens}.tokens", "corpus", mutated_bytes, anything),
     "offsets": Kind("pretraining/{tokens}.offsets.npy", "corpus", mutated_bytes, anything),
     "manifest": Kind(

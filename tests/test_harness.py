@@ -17,6 +17,7 @@ from mlx_openelm.errors import EvaluationError, MissingPackageError, TaskError, 
 from mlx_openelm.evaluation.encoding import RequestEncoder
 from mlx_openelm.evaluation.harness_run import HarnessOptions, HarnessTasks, evaluate_harness, harness_notes
 from mlx_openelm.evaluation.requests import Request
+from mlx_openelm.evaluation.run import Subject
 from mlx_openelm.evaluation.score_file import ScoreFile, TextFile
 from mlx_openelm.evaluation.scorer import FAILED, Scorer, ScorerConfig
 
@@ -376,7 +377,7 @@ class TestRun:
         assert samples == ["samples_made_up_choice", "samples_made_up_rolling", "samples_made_up_text"]
 
     def test_accuracies_are_those_of_the_scores(self, place, loaded):
-        results = evaluate_harness(*loaded, HarnessTasks(["made_up_choice"], place / "tasks"))
+        results = evaluate_harness(Subject(*loaded, "tiny"), HarnessTasks(["made_up_choice"], place / "tasks"))
         right = 0
         for document in documents(12):
             asked = [Request(f"Question: {document['question']}\nAnswer:", " " + text) for text in document["choices"]]
@@ -387,8 +388,8 @@ class TestRun:
     def test_the_same_command_computes_nothing_again(self, place, loaded, tmp_path, monkeypatch):
         from mlx_openelm.evaluation import harness
 
-        tasks = HarnessTasks([NAMES], place / "tasks")
-        first = evaluate_harness(*loaded, tasks, output=tmp_path / "run")
+        subject = Subject(*loaded, "tiny")
+        first = evaluate_harness(subject, HarnessTasks([NAMES], place / "tasks"), output=tmp_path / "run")
         monkeypatch.setattr(Scorer, "_compute", lambda *_: pytest.fail("a score was computed again"))
         real = harness.generate_batch
         monkeypatch.setattr(harness, "generate_batch", lambda *a, **k: real(*a, **{**k, "numbers": checked(k)}))
@@ -397,19 +398,21 @@ class TestRun:
             assert settings["numbers"] == []
             return []
 
-        again = evaluate_harness(*loaded, HarnessTasks([NAMES], place / "tasks"), output=tmp_path / "run")
+        again = evaluate_harness(
+            Subject(*loaded, "tiny"), HarnessTasks([NAMES], place / "tasks"), output=tmp_path / "run"
+        )
         assert again["results"] == first["results"]
 
     def test_a_folder_of_another_model_is_refused(self, place, loaded, tmp_path):
         tasks = HarnessTasks(["made_up_choice"], place / "tasks")
-        evaluate_harness(*loaded, tasks, output=tmp_path / "run")
+        evaluate_harness(Subject(*loaded, "tiny"), tasks, output=tmp_path / "run")
         other = random_model(CONFIG, seed=1)
         with pytest.raises(EvaluationError, match="is a run of another model: its weights differ"):
-            evaluate_harness(other, loaded[1], tasks, output=tmp_path / "run")
+            evaluate_harness(Subject(other, loaded[1], "other"), tasks, output=tmp_path / "run")
 
     def test_prompts_that_are_cut_are_told(self, place, loaded):
         options = HarnessOptions(shots=3, limit=4)
-        results = evaluate_harness(*loaded, HarnessTasks(["made_up_choice"], place / "tasks"), options)
+        results = evaluate_harness(Subject(*loaded, "tiny"), HarnessTasks(["made_up_choice"], place / "tasks"), options)
         (note,) = harness_notes(results)
         assert note.endswith("prompts exceed the 128 tokens that the model reads")
 

@@ -390,3 +390,45 @@ def test_names_that_the_system_refuses_are_one_line(name):
     with pytest.raises(PathError) as raised:
         hub.model_folder(name)
     assert len(str(raised.value)) < 300
+
+
+class TestDataSets:
+    @pytest.fixture(autouse=True)
+    def no_answers(self):
+        hub_client._data_answer.cache_clear()
+
+    def test_a_file_is_found_by_a_pattern_and_then_without_a_hub(self, server):
+        server.files = {"test-0.jsonl": b"{}", "train.jsonl": b"[]"}
+        found = hub.download_data_file(REPO, "test*")
+        assert (found.name, found.revision, found.path.read_bytes()) == ("test-0.jsonl", SHA, b"{}")
+        assert [request for request in server.requests if REPO in request and "/datasets/" not in request] == []
+        train = hub.download_data_file(REPO, "train.jsonl")
+        assert train.path.read_bytes() == b"[]"
+        assert sum(f"/api/datasets/{REPO}" in request for request in server.requests) == 1  # what there is
+        server.fault = status(503)
+        server.requests.clear()
+        assert hub.download_data_file(REPO, "test-0.jsonl", SHA) == found
+        assert server.requests == []
+
+    @pytest.mark.parametrize("refusal", REFUSALS)
+    def test_a_hub_that_does_not_answer(self, refusal, server, monkeypatch, capfd):
+        huggingface_hub.close_session()
+        refusal(server, monkeypatch)
+        with pytest.raises(HubUnreachableError, match=f"^{REPO} is not in the .*reached: [^\n]*$"):
+            hub.download_data_file(REPO, "test.jsonl", SHA)
+        huggingface_hub.close_session()
+        assert len(server.requests) <= 1
+        assert capfd.readouterr() == ("", "")
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [("gone.jsonl", "has no file gone.jsonl"), ("*", "has 4 files like"), ("../x", "has no file ../x")],
+    )
+    def test_a_name_that_leads_to_no_file(self, server, name, said):
+        with pytest.raises(SourceError) as found:
+            hub.download_data_file(REPO, name)
+        assert said in str(found.value)
+
+    def test_a_data_set_that_does_not_exist(self, server):
+        with pytest.raises(SourceError, match=r"^me/gone is neither"):
+            hub.download_data_file("me/gone", "test.jsonl")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_openelm.data import json_records
 from mlx_openelm.data.json_records import BrokenLines, json_objects
 from mlx_openelm.errors import DataError
 
@@ -102,3 +103,12 @@ def test_an_array_of_mostly_broken_records_is_refused():
     records = [{"text": "\ud800"}] * 10 + [{"text": "sound"}]
     with pytest.raises(DataError, match="10 of 11"):
         read(json.dumps(records), limit=10)
+
+
+def test_the_text_of_an_array_is_searched_once_and_not_for_each_record(monkeypatch):
+    searched = []
+    found = json_records._may_have_surrogates
+    monkeypatch.setattr(json_records, "_may_have_surrogates", lambda text: searched.append(len(text)) or found(text))
+    text = json.dumps(RECORDS, indent=2)
+    assert read(text) == (RECORDS, 0)
+    assert searched == [len(text)]

@@ -1,7 +1,7 @@
 import hashlib
 import json
 import math
-from datetime import datetime
+from datetime import datetime, timezone
 
 import pytest
 
@@ -76,6 +76,7 @@ def test_a_group_is_among_results_and_groups():
 def test_names_of_files_can_be_taken_apart_as_lm_eval_does():
     report = report_of(task_of("arc_easy"), task_of("commonsense/piqa"))
     names = lm_eval_names(report, TIME)
+    assert lm_eval_names(report, TIME.replace(tzinfo=timezone.utc)) == names
     assert names[""] == "apple__OpenELM-270M/results_2024-03-15T12-30-00.000250.json"
     assert names["arc_easy"] == "apple__OpenELM-270M/samples_arc_easy_2024-03-15T12-30-00.000250.jsonl"
     for label, task in (("arc_easy", "arc_easy"), ("commonsense/piqa", "commonsense__piqa")):

@@ -73,6 +73,58 @@ def test_all_places_are_listed_and_nothing_but_openelm(machine):
         local_models("nowhere")
 
 
+@pytest.fixture
+def trained(machine):
+    """An adapter, and the runs of a model and of an adapter that was not completed."""
+    for step, best in ((5, 5), (10, 5)):
+        folder = Path(f"run/checkpoints/step-{step:08d}")
+        shutil.copytree("four", folder)
+        state = {"step": step, "best_step": best, "tokens": 90, "recipe": {"steps": 20}}
+        (folder / "state.json").write_text(json.dumps(state))
+    Path("run/metrics.jsonl").write_text('{"step": 5, "validation_loss": 2.5}\n{"step": 7, "validation_loss": 3}\n{')
+    for place, values in (("chat", {"fine_tune_type": "dora"}), ("peft", {"peft_type": "LORA"})):
+        Path(place).mkdir()
+        Path(place, "adapter_config.json").write_text(json.dumps(values))
+        Path(place, "adapters.safetensors").write_bytes(b"1234")
+    shutil.copytree("chat", "begun/checkpoints/step-00000003")
+    Path("begun/checkpoints/step-00000003/state.json").write_text('{"step": 3, "recipe": {}}')
+    Path("empty/checkpoints").mkdir(parents=True)
+    Path("odd").mkdir()
+    Path("odd/adapter_config.json").write_text("[")
+
+
+@pytest.mark.usefixtures("trained")
+def test_adapters_and_runs_in_a_folder_are_listed_by_what_they_stand_for():
+    found = {model.name: model for model in local_models() if model.kind != "model"}
+    assert {name: (model.kind, model.storage) for name, model in found.items()} == {
+        "begun": ("run", "run, step 3"),
+        "chat": ("adapter", "dora adapter"),
+        "peft": ("adapter", "lora adapter"),
+        "run": ("run", "run, step 5"),
+    }
+    assert found["chat"].parameters is None
+    assert found["run"].parameters == next(model.parameters for model in local_models() if model.name == "four")
+    assert found["run"].nbytes == sum(path.stat().st_size for path in Path("run").rglob("*") if path.is_file())
+    assert {model.name for model in local_models("run") if model.place == FOLDER} == {"run"}
+    with pytest.raises(OutputError, match="run is a training run; remove its folder yourself"):
+        remove_model(found["run"])
+    status, out, err = run("models", COLUMNS="40")
+    assert (status, err) == (0, "")
+    assert "\n  chat\n    dora adapter, " in out
+    assert max(map(len, out.splitlines())) <= 40
+
+
+@pytest.mark.usefixtures("trained")
+def test_info_lists_the_checkpoints_of_a_run():
+    out = run("info", "run")[1]
+    assert "checkpoints  step  5: validation loss 2.5000, the one in use\n" in out
+    assert out.endswith("step 10: not validated\n")
+    assert json.loads(run("info", "run", "--json")[1])["checkpoints"] == [
+        {"step": 5, "validation_loss": 2.5, "is_best": True},
+        {"step": 10, "validation_loss": None, "is_best": False},
+    ]
+
+
 def test_sizes_and_last_use_are_those_of_the_files(machine):
     folder = Path("four")
     os.utime(folder / "model.safetensors", (1_700_000_000, 1_750_000_000))
@@ -112,18 +164,18 @@ def test_the_list_fits_the_terminal(machine, columns):
 
 def test_the_list_as_json(machine):
     found = json.loads(run("models", "--json")[1])
-    assert {"name", "place", "folder", "parameters", "storage", "nbytes", "last_used"} == found[0].keys()
+    assert {"name", "place", "folder", "parameters", "storage", "nbytes", "last_used", "kind"} == found[0].keys()
     assert "four" in [model["name"] for model in found]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["purge"], "list and remove are what `models` does; got 'purge'"),
-        (["remove"], "needs the names of models"),
-        (["list", "four"], "unexpected argument 'four'"),
-        (["remove", "fourth", "--yes"], "fourth is not among the models on this machine"),
-        (["remove", "four"], "asks first, and stdin is not a terminal; use --yes"),
+        (["owner"], "unknown action 'owner' (choose from list, remove); to list the models in a folder: openelm-mlx"),
+        (["remove"], "which models? give their names, as `openelm-mlx models` lists them"),
+        (["list", "four"], "unexpected argument 'four'; give a folder with --folder"),
+        (["remove", "fourth", "--yes"], "fourth is not a model on this machine; `openelm-mlx models` lists them"),
+        (["remove", "four"], "stdin is not a terminal, so nobody can be asked first; use --yes"),
         (["remove", "four", "openelm-tiny", "--yes"], "openelm-tiny belongs to the package"),
         (["--folder", "nowhere"], "nowhere is not a folder"),
     ],

@@ -66,6 +66,11 @@ def test_a_stereotype_counts_only_if_it_is_likelier():
         assert values(likelihoods, "ab", names=["pct_stereotype"]) == {"pct_stereotype": expected}
 
 
+def test_the_difference_of_a_pair_in_nats():
+    assert values([-2.5, -1], "ab", names=["likelihood_diff"]) == {"likelihood_diff": 1.5}
+    assert values([-1, -2.5], "ab", names=["likelihood_diff"]) == {"likelihood_diff": 1.5}
+
+
 def test_rounded_scores_have_values_of_their_own():
     found = values([-64.1, -64.0], "ab", (1,), ["acc"], rounded=[-64.0, -64.0])
     assert found == {"acc": 1, "acc_bf16": 0}

@@ -4,9 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_openelm.cache.layouts import attention
 from mlx_openelm.evaluation.encoding import TokenRequest
-from mlx_openelm.evaluation.path_cache import ChunkAttention, PathCache
+from mlx_openelm.evaluation.path_cache import ChunkAttention, PathCache, plain_attention
 from mlx_openelm.evaluation.prefix_tree import PrefixTree
+from mlx_openelm.machine.device import replaced_choices
 
 
 def chunks(rows, chunk_size):
@@ -44,9 +46,15 @@ def test_after_each_chunk_the_path_is_in_its_slots(chunk_size):
         assert [position for _, position in path] == list(range(len(path)))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("block", [1, 3, 100])
-def test_attention_reads_the_ancestors_alone(block):
+def test_attention_reads_the_ancestors_alone(block, backend):
     """With keys of zero all weights are equal, so that the output is the mean of the values of the ancestors."""
+    with replaced_choices(backend=backend):
+        check_attention(block)
+
+
+def check_attention(block):
     cache = PathCache(1)
     rows = [[1, 2, 3], [1, 2, 4, 5], [1, 6], [7, 8, 9, 1, 2], [7, 8, 1]]
     for chunk in chunks(rows, 4):
@@ -60,6 +68,14 @@ def test_attention_reads_the_ancestors_alone(block):
             seen = [*before[: chunk.num_ancestors[i]], *(before[chunk.num_kept + j] for j in np.flatnonzero(own))]
             assert np.array(found[0, 0, i]) == pytest.approx(np.mean(seen, axis=0), abs=1e-5)
         cache.keep(chunk)
+
+
+def test_plain_attention_is_that_of_mlx():
+    shapes = (1, 6, 5, 8), (1, 2, 9, 8), (1, 2, 9, 8)
+    queries, keys, values = (mx.random.normal(shape, key=mx.random.key(n)) for n, shape in enumerate(shapes))
+    mask = mx.array(np.tri(5, 9, 4, dtype=bool))
+    expected = np.array(attention(queries, keys, values, mask))
+    assert np.array(plain_attention(queries, keys, values, mask)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_clear_forgets_everything():

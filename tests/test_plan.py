@@ -28,13 +28,17 @@ def data(tmp_path):
 
 
 def test_the_plan_of_a_prepared_run_has_the_counts_of_its_corpus(recipe, corpus, tokenizer):
-    recipe = replace(recipe, steps=100)
+    recipe = replace(recipe, steps=100, validate_every=30, validation_rows=6)
     plan = plan_of(Pretraining(recipe, tokenizer, corpus, steps_taken=75), num_processes=2)
     assert (plan.num_tokens, plan.num_documents) == (corpus.num_tokens, corpus.num_documents)
     assert plan.num_documents + plan.held_out_documents == 300
     assert plan.tokens_of_run == 100 * 4 * 16
     assert plan.epochs == pytest.approx(plan.tokens_of_run / corpus.num_tokens, rel=0.01)
-    assert plan.seconds == 25 * 4 * 16 / 2000
+    validations = 2 * 6 * 16  # after steps 90 and 100
+    assert plan.held_out_tokens > 6 * 16
+    assert plan.seconds == pytest.approx((25 * 4 * 16 + validations / 3) / 2000)
+    whole = replace(plan, steps_taken=0, recipe=replace(plan.recipe, validate_first=True))
+    assert whole.seconds == pytest.approx((100 * 4 * 16 + 5 * 6 * 16 / 3) / 2000)
 
 
 def test_an_estimate_reads_little_and_writes_nothing(data, tmp_path, recipe):

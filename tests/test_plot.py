@@ -70,9 +70,18 @@ def test_the_command_says_what_it_wrote(tmp_path):
     status, out, err = run("plot", folder)
     assert (status, out, err) == (0, f"{folder / 'metrics.png'}\n", "")
     drawn = (folder / "metrics.png").read_bytes()
-    assert "already exists" in refused("plot", folder)
-    assert (folder / "metrics.png").read_bytes() == drawn
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    assert run("plot", folder)[0] == 0
+    assert (folder / "metrics.png").read_bytes() != drawn
+
+
+def test_another_picture_is_replaced_only_by_force(tmp_path):
+    folder = write_run(tmp_path / "stories")
+    (folder / "metrics.png").write_bytes(b"a picture of somebody's")
+    assert "metrics.png already exists; use --force" in refused("plot", folder)
+    assert (folder / "metrics.png").read_bytes() == b"a picture of somebody's"
     assert run("plot", folder, "--force")[0] == 0
+    assert "already exists" in refused("plot", folder, "--output", folder / "metrics.png")
     assert "not a training run" in refused("plot", tmp_path / "missing")
 
 
@@ -193,7 +202,8 @@ def test_the_layout_of_an_evaluation(drawn, number):
     texts = [text.get_text() for text in axis.texts]
     assert "27.65" in texts  # published
     labels = [tick.get_text() for tick in axis.get_yticklabels()]
-    assert labels[0].replace("\n", " ") == "arc_challenge, acc_norm (1 truncated)"
+    assert labels[0].split() == ["arc_challenge,", "acc_norm", "(1", "truncated)"]
+    assert "(1\N{NO-BREAK SPACE}truncated)" in labels[0]
     averages = ["openllm average (!)", "llm360 average (!)"] if number == 8 else []
     assert [name for name in labels if "average" in name] == averages
     (legend,) = figure.legends

@@ -296,13 +296,14 @@ class TestCommand:
         shape = ["--layers", 2, "--model-dim", 32, "--head-dim", 8, "--gqa", 2, "--vocab", 300, "--context", 32]
         monkeypatch.chdir(files)
         found = run("design", *shape, "--save", "toy.json")[1]
-        line = 'openelm-mlx pretrain --model toy.json --data "stories/*.txt" --output run'
-        assert found.splitlines()[-1] == f"train it: {line}"
-        words = shlex.split(line.replace("stories", "texts"))[1:]
+        line = 'openelm-mlx pretrain --model toy.json --data "TEXTS/*.txt" --output run'
+        assert found.splitlines()[-1] == f"train it: {line}, with your texts in place of TEXTS"
+        words = shlex.split(line.replace("TEXTS", "texts"))[1:]
         status, out, err = run(*words, "--steps", 4, "--dry-run")
         assert (status, out, (files / "run").exists()) == (0, "", False)
         assert "63,552 parameters, 2 layers, vocabulary 300" in err
-        status, out, err = run(*words, "--steps", 4, "--batch-size", 4)
+        often = ("--validate-every", 1, "--checkpoint-every", 1)
+        status, out, err = run(*words, "--steps", 4, "--batch-size", 4, *often)
         assert status == 0, err
         assert "training a tokenizer with 300 tokens" in err
         assert "4 of 4 rows of 32 tokens: 512 tokens" in err
@@ -386,6 +387,19 @@ def test_tables_of_a_recipe_are_read_with_their_types(recipe, change, said):
     with pytest.raises(ConfigError, match=re.escape(said)) as raised:
         PretrainRecipe.from_dict({**recipe.to_dict(), **change})
     assert len(str(raised.value)) < 300
+
+
+def test_ctrl_c_says_what_is_saved_and_how_to_continue(tmp_path, capsys):
+    for step in (10, 1012):
+        (tmp_path / "my run" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="130"), progress.resumable("pretrain", tmp_path / "my run"):
+        raise KeyboardInterrupt
+    run = tmp_path / "my run"
+    said = f"interrupted; step 1,012 is saved in {run}; to continue: openelm-mlx pretrain --resume '{run}'"
+    assert capsys.readouterr().err == f"openelm-mlx: error: {said}\n"
+    with pytest.raises(SystemExit, match="130"), progress.resumable("tune", tmp_path / "other"):
+        raise KeyboardInterrupt
+    assert "interrupted before the first checkpoint; there is nothing to resume" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_that_is_resumed_with_fewer_steps_is_not_called_finished(monkeypatch, capsys, tmp_path):

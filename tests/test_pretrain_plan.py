@@ -23,7 +23,7 @@ def test_a_plan_fits_a_terminal_and_says_what_the_run_needs(plan, capsys):
     assert "900,000 tokens, 1,000 documents, 3 files" in lines[1]
     assert "100,000 of 4 rows of 16 tokens: 6,400,000 tokens, 7.1 epochs" in lines[3]
     assert "about 6.0 MiB" in lines[5]
-    assert lines[6].endswith("about 1.8 hours; a trial made 1,000 tokens/s")
+    assert lines[6].endswith("about 1.9 hours; a trial made 1,000 tokens/s")
 
 
 def test_a_resumed_run_says_what_is_left(plan, capsys):

@@ -27,6 +27,12 @@ def test_open_fields_follow_from_the_sizes_of_model_and_data():
     assert PretrainRecipe(model="270M").resolved(10**11, 10**8, num_processes=3).batch_size % 3 == 0
 
 
+@pytest.mark.parametrize(("steps", "every"), [(3, 3), (12, 5), (100, 5), (101, 6)])
+def test_a_short_run_is_not_validated_all_the_time(steps, every):
+    recipe = PretrainRecipe(model=SMALL, steps=steps).resolved(409_600, 100)
+    assert (recipe.validate_every, recipe.checkpoint_every) == (every, every)
+
+
 def test_what_is_given_stays():
     given = {
         "steps": 7,

@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from made_up_tasks import CASES, COMMONSENSE, made_up, made_up_commonsense
+from test_task import written
 
 from conftest import GOLDEN
 from mlx_openelm.errors import DataError, TaskError
 from mlx_openelm.evaluation.prompts import check_records, items, prompt_hash
 from mlx_openelm.evaluation.suites import find_tasks, suites
 from mlx_openelm.evaluation.task_data import DataOrigin, Records, TaskData, read_task_data
+from mlx_openelm.tokenizer import sandbox
 from mlx_openelm.tokenizer.example_format import instruction_prompt
 
 PROTOCOLS = {"current": "lm_eval_0.4.13.json", "paper": "lm_eval_0.4.2.json"}
@@ -145,6 +148,12 @@ def test_the_hash_covers_contexts_and_continuations(folder):
     assert prompt_hash(moved) != prompt_hash(found)
 
 
+def test_an_empty_choice_is_scored_as_a_blank_as_the_harness_does():
+    (task,) = find_tasks(["piqa"])
+    (item,) = items(task, in_memory([{"goal": "G", "sol1": "", "sol2": "S", "label": 1}]))
+    assert [request.continuation for request in item.requests] == [" ", " S"]
+
+
 def test_the_number_of_examples_of_a_task_with_its_own_is_fixed(folder):
     task, data = prepared(folder, "truthfulqa_mc2")
     assert task.with_shots(5).shots == 0
@@ -192,7 +201,6 @@ def test_arguments_are_checked_before_the_first_item(folder, arguments, error, s
 ARC = {"question": "Q", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"}
 TWO = {"text": ["a", "b"], "label": ["1", "2"]}
 UNEQUAL = {"text": ["a", "b", "c"], "label": ["1", "2"]}
-EMPTY = {"text": ["a", "", "c"], "label": ["1", "2", "3"]}
 BOOLQ = {"passage": "P", "question": "Q", "label": 1}
 RACE = {"article": "A", "problems": [{"question": "Q", "answer": "A"}]}
 WINOGRANDE = {"sentence": "The _ sat.", "option1": "cat", "option2": "hat", "answer": "1"}
@@ -206,11 +214,11 @@ def targets(labels):
     ("name", "record", "said"),
     [
         ("arc_easy", {**ARC, "answerKey": "B"}, r"the right answer 'B' is not among the labels \['1', '2', '3'\]"),
-        ("arc_easy", {**ARC, "answerKey": ""}, "has no right answer: answerKey is ''"),
+        ("arc_easy", {**ARC, "answerKey": ""}, "has no right answer: answerKey is ''$"),
         ("arc_easy", {**ARC, "choices": TWO}, "2 choices; task arc_easy declares 3 to 5"),
         ("arc_easy", {**ARC, "choices": UNEQUAL}, "3 choices, but 2 labels"),
-        ("arc_easy", {**ARC, "choices": EMPTY}, "a choice is empty"),
-        ("boolq", {**BOOLQ, "label": -1}, "has no right answer: label is -1"),
+        ("crows_pairs_english", {"sent_more": "", "sent_less": "S"}, "a choice is empty"),
+        ("boolq", {**BOOLQ, "label": -1}, "has no right answer: label is -1; the published .* split validation"),
         ("boolq", {**BOOLQ, "label": 2}, "the right answer must be from 0 to 1; got 2"),
         ("winogrande", {**WINOGRANDE, "sentence": "No blank."}, "choices cannot be computed: substring not found"),
         ("winogrande", {**WINOGRANDE, "answer": ""}, "has no right answer"),
@@ -225,3 +233,72 @@ def test_a_record_that_does_not_fit_is_named(name, record, said):
         list(items(task, in_memory([record])))
     assert str(caught.value).startswith("test.jsonl, record 1")
     assert "\n" not in str(caught.value)
+
+
+class TestTemplates:
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"prompt": "{{ question"}, "prompt is not valid: unexpected end of template"),
+            ({"description": "{% for %}"}, "description is not valid"),
+            ({"choices": "answers |"}, "choices is not valid"),
+            ({"choices": "answers | nothing"}, "choices is not valid: No filter named 'nothing'"),
+            ({"gold": "(" * 5000}, "gold is not valid"),
+        ],
+    )
+    def test_what_is_not_valid_is_named_with_the_file_before_the_first_item(self, tmp_path, changes, said):
+        (task,) = find_tasks([str(written(tmp_path, **changes))])
+        with pytest.raises(TaskError, match=re.escape(said)) as caught:
+            items(task, in_memory([MINE]))
+        assert str(caught.value).startswith(f"{tmp_path / 'mine.yaml'}: ")
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"prompt": "{{ qestion }}"}, "prompt cannot be computed: 'qestion' is undefined"),
+            ({"choices": "anwers"}, "choices cannot be computed: 'anwers' is undefined"),
+            ({"choices": "question"}, "choices must be a list; got 'Q'"),
+            ({"choices": "[answers, 'b']"}, "a choice must be text"),
+            ({"gold": "answers"}, "the right answer must be from 0 to 1"),
+            ({"gold": "question"}, "the right answer 'Q' is not among the choices"),
+            ({"prompt": "{{ ''.__class__.__mro__ }}"}, "unsafe"),
+            ({"choices": "['x' * 999999999, 'y']"}, "too large"),
+            ({"gold": "range(9 ** 9)"}, "too large"),
+            ({"labels": ["A", "B", "C"], "gold": "'A'"}, "2 choices, but 3 labels"),
+        ],
+    )
+    def test_what_does_not_fit_the_records_is_named_with_the_record(self, tmp_path, changes, said):
+        (task,) = find_tasks([str(written(tmp_path, **changes))])
+        with pytest.raises(DataError, match=re.escape(said)) as caught:
+            list(items(task, in_memory([MINE])))
+        assert str(caught.value).startswith("test.jsonl, record 1")
+
+    def test_an_expression_that_takes_too_long_ends(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sandbox, "_LONGEST_SECONDS", 0.1)
+        loops = "{% for a in s %}{% for b in s %}{% for c in s %}{% endfor %}{% endfor %}{% endfor %}"
+        (task,) = find_tasks([str(written(tmp_path, prompt="{% set s = 'x' * 3000 %}" + loops))])
+        with pytest.raises(DataError, match="takes longer than"):
+            list(items(task, in_memory([MINE])))
+
+    def test_newlines_at_the_end_of_a_template_are_kept_and_its_blocks_leave_theirs(self, tmp_path):
+        prompt = "{% if true %}\n  {{ question }}\n{% endif %}\n\n"
+        (task,) = find_tasks([str(written(tmp_path, prompt=prompt, description="D\n"))])
+        assert next(items(task, in_memory([MINE]))).requests[0].context == "D\n\n  Q\n\n\n"
+
+    def test_a_field_may_have_any_name(self, tmp_path):
+        names = ("range", "topic", "choice", "context", "values", "loop", "class")
+        record = {**MINE, **{name: f"<{name}>" for name in (*names, "self", "not a name", "")}}
+        prompt = "{% if true %}" + "".join(f"{{{{ {name} }}}}" for name in names) + "{% endif %}"
+        for more in ({}, {"prompt": prompt.replace("{% if true %}", "").replace("{% endif %}", "")}):
+            (task,) = find_tasks([str(written(tmp_path, **{"prompt": prompt, **more}))])
+            (item,) = items(task, in_memory([record]))
+            assert item.requests[0].context == "".join(f"<{name}>" for name in names)
+
+    def test_an_answer_may_be_more_than_its_choice(self, tmp_path):
+        (task,) = find_tasks([str(written(tmp_path, continuation="It is {{ choice | upper }} ({{ question }})"))])
+        item = next(items(task, in_memory([MINE])))
+        assert item.choices == ("It is A (Q)", "It is B (Q)")
+        assert [request.continuation for request in item.requests] == [" It is A (Q)", " It is B (Q)"]
+
+
+MINE = {"question": "Q", "answers": ["a", "b"], "right": 1}

@@ -41,6 +41,16 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
         PretrainRecipe.named("missing")
 
 
+def test_a_mistake_in_an_option_is_not_the_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"^unknown packing 'nope'"):
+        PretrainRecipe.from_file("tiny", {"packing": "nope"})
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: 270M\npacking: nope\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: unknown packing 'nope'"):
+        PretrainRecipe.from_file(path, {"steps": 3})
+    assert PretrainRecipe.from_file(path, {"packing": "rows"}).packing == "rows"
+
+
 def test_fields_of_recipes_written_before_have_their_names_of_today(tmp_path):
     path = tmp_path / "old.yaml"
     path.write_text("model: 270M\nclip: 0.5\nfinal_learning_rate: 0.2\n")

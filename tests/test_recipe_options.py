@@ -123,7 +123,7 @@ def test_lists_and_tables_are_typed_as_in_yaml(tmp_path):
         ({"learning_rate": float("nan")}, "learning_rate must be finite; got nan"),
         ({"learning_rate": float("inf")}, "learning_rate must be finite; got inf"),
         ({"schedule": "step"}, r"unknown schedule 'step' \(choose from cosine, linear, constant\)"),
-        ({"method": "qlora"}, r"unknown method 'qlora' \(choose from lora, dora, full\)"),
+        ({"method": "qlora"}, r"unknown method 'qlora' \(choose from lora, dora, full, dpo, dora\+dpo, full\+dpo\)"),
         ({"rank": 2.5}, "rank must be a whole number; got 2.5"),
         ({"rank": True}, "rank must be a whole number; got True"),
         ({"pack": 1}, "pack must be true or false; got 1"),

@@ -73,6 +73,14 @@ def test_tasks_that_are_asked_in_other_words_today_are_named():
     assert note not in report_of(race, model="openelm-tiny").table().notes
 
 
+def test_marks_keep_a_column_in_line():
+    one = TaskResult.of("piqa", graded([[-1, -2]]), metric="acc_norm")  # equal: the likelier metric is the nearer one
+    other = TaskResult.of("boolq", graded([[-1, -2]]), metric="acc")
+    third = TaskResult.of("race", graded([[-1, -2]], metrics=["acc"]), metric="acc")
+    rows = columns_of(report_of(one, other, third))
+    assert [rows[name]["acc_norm"] for name in ("piqa", "boolq", "race")] == ["100.00~", "100.00 ", ""]
+
+
 def test_other_models_have_no_published_figures():
     report = report_of(task_of("piqa", metric="acc_norm"), task_of("sciq"), model="openelm-tiny")
     assert "published" not in report.table().headings
@@ -106,6 +114,8 @@ def test_what_all_tasks_share_is_said_once():
     assert table.shared == ["tasks commonsense/", "shots 0", "metric acc", "version 1.0"]
     assert [row[0] for row in table.sections[0]] == ["piqa", "boolq"]
     assert report_of(task_of("piqa")).table().shared == []
+    alone = report_of(task_of("commonsense/piqa")).table()
+    assert (alone.shared, alone.sections[0][0][0]) == ([], "commonsense/piqa")
     assert "shots" in report_of(task_of("piqa"), task_of("sciq", shots=5)).table().headings
 
 
@@ -163,6 +173,23 @@ def test_json_says_it_all():
     assert again.results[0] == replace(report.results[0], items=())
     assert again.to_json() == report.to_json()
     assert again.with_items({"piqa": report.results[0].items}).results[0] == report.results[0]
+
+
+def test_an_average_of_what_is_no_number_is_null():
+    items = graded([[-1, math.nan], [-1, -2]], metrics=["mc2"])
+    report = report_of(TaskResult.of("truthfulqa_mc2", items, metric="mc2"), task_of("piqa"))
+    values = json.loads(report.to_json(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert (values["averages"]["average"]["value"], values["averages"]["average"]["stderr"]) == (None, None)
+    assert columns_of(report)["average !"]["ours"] == "not a number"
+
+
+def test_a_group_with_other_shots_is_another_row():
+    members = [task_of("mmlu_a", 1, 2, shots=shots) for shots in (0, 5)]
+    groups = tuple(GroupResult.of_tasks("mmlu", [member]) for member in members)
+    report = report_of(*members, groups=groups)
+    assert [(row.task, row.shots) for row in report.shown()] == [("mmlu", 0), ("mmlu", 5)]
+    assert list(report.to_dict()["groups"]) == ["mmlu@0", "mmlu@5"]
+    assert len(EvaluationReport.from_json(report.to_json()).groups) == 2
 
 
 def test_mc2_is_also_called_acc():

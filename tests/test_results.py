@@ -7,7 +7,7 @@ from conftest import graded
 from mlx_openelm.errors import EvaluationError
 from mlx_openelm.evaluation.items import Item
 from mlx_openelm.evaluation.requests import Request
-from mlx_openelm.evaluation.results import Average, GroupResult, ItemRecord, TaskResult, item_hash
+from mlx_openelm.evaluation.results import GroupResult, ItemRecord, SuiteAverage, TaskResult, item_hash
 
 
 def task_of(likelihoods, name="piqa", metric="acc_norm", **more):
@@ -110,6 +110,6 @@ def test_a_task_without_items_does_not_spoil_its_group():
 def test_the_average_of_a_suite_weighs_all_tasks_alike_and_names_the_doubtful():
     one = task_of([[-1, -2], [-3, -2]], "a")
     two = task_of([[-1, -2]] * 10, "b", num_failed=1)
-    average = Average.of([one, two])
-    assert average == Average(0.75, one.main.stderr / 2, ("a", "b"), ("b",))
-    assert Average.of([one, task_of([[-1, -2]], "c")]).stderr is None
+    average = SuiteAverage.of([one, two])
+    assert average == SuiteAverage(0.75, one.main.stderr / 2, ("a", "b"), ("b",))
+    assert SuiteAverage.of([one, task_of([[-1, -2]], "c")]).stderr is None

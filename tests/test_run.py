@@ -14,7 +14,7 @@ from conftest import SMALL_CONFIG, random_model, refused, run, write_folder
 from mlx_openelm import load
 from mlx_openelm.errors import EvaluationError
 from mlx_openelm.evaluation.result_files import read_report
-from mlx_openelm.evaluation.run import EvaluationCallback, EvaluationOptions, evaluate_tasks, prepare
+from mlx_openelm.evaluation.run import EvaluationCallback, EvaluationOptions, evaluate, prepare
 from mlx_openelm.evaluation.scorer import ScorerConfig
 
 CONFIG = replace(SMALL_CONFIG, max_context_length=128)
@@ -69,7 +69,7 @@ def scores(report):
 
 
 def test_every_item_of_every_task_is_scored(place, loaded):
-    report = evaluate_tasks(*loaded, ["arc_easy", "arc_challenge"], options(place), name="tiny")
+    report = evaluate(*loaded, ["arc_easy", "arc_challenge"], options(place), name="tiny")
     assert [(of.task, of.num_items, of.num_available) for of in report.results] == [
         ("arc_easy", 30, 30),
         ("arc_challenge", 30, 30),
@@ -80,8 +80,8 @@ def test_every_item_of_every_task_is_scored(place, loaded):
 
 
 def test_a_limit_takes_the_first_items(place, loaded):
-    whole = evaluate_tasks(*loaded, ["arc_easy"], options(place))
-    part = evaluate_tasks(*loaded, ["arc_easy"], options(place, limit=7))
+    whole = evaluate(*loaded, ["arc_easy"], options(place))
+    part = evaluate(*loaded, ["arc_easy"], options(place, limit=7))
     assert part.results[0].num_available == 30
     assert [item.prompt_hash for item in part.results[0].items] == [
         item.prompt_hash for item in whole.results[0].items[:7]
@@ -90,8 +90,8 @@ def test_a_limit_takes_the_first_items(place, loaded):
 
 @pytest.mark.parametrize("config", [ScorerConfig(share=False), ScorerConfig(memory_bytes=50_000)])
 def test_the_way_of_scoring_changes_no_answer(place, loaded, config):
-    plain = evaluate_tasks(*loaded, ["arc_easy"], options(place, shots=2))
-    other = evaluate_tasks(*loaded, ["arc_easy"], options(place, shots=2, scorer=config))
+    plain = evaluate(*loaded, ["arc_easy"], options(place, shots=2))
+    other = evaluate(*loaded, ["arc_easy"], options(place, shots=2, scorer=config))
     assert values(plain) == values(other)
     assert scores(plain) == pytest.approx(scores(other), abs=1e-4)
 
@@ -109,13 +109,13 @@ def test_progress_is_told(place, loaded):
         def on_result(self, result):
             told.append(result.num_items)
 
-    evaluate_tasks(*loaded, ["arc_easy"], options(place, limit=10), callback=Teller())
+    evaluate(*loaded, ["arc_easy"], options(place, limit=10), callback=Teller())
     assert told == [("arc_easy", 10), 4, 6, 10]
 
 
 class TestFolder:
     def test_holds_everything_that_the_report_says(self, place, loaded, tmp_path):
-        report = evaluate_tasks(*loaded, ["arc_easy"], options(place), output=tmp_path / "run", name="tiny")
+        report = evaluate(*loaded, ["arc_easy"], options(place), output=tmp_path / "run", name="tiny")
         read = read_report(tmp_path / "run")
         assert values(read) == values(report)
         assert scores(read) == scores(report)
@@ -129,45 +129,45 @@ class TestFolder:
         assert len(samples.read_text().splitlines()) == 30
 
     def test_known_scores_are_not_computed_again(self, place, loaded, tmp_path, monkeypatch):
-        first = evaluate_tasks(*loaded, ["arc_easy"], options(place), output=tmp_path / "run")
+        first = evaluate(*loaded, ["arc_easy"], options(place), output=tmp_path / "run")
         monkeypatch.setattr("mlx_openelm.evaluation.scorer.Scorer._compute", lambda *_: 1 / 0)
-        again = evaluate_tasks(*loaded, ["arc_easy"], options(place), output=tmp_path / "run")
+        again = evaluate(*loaded, ["arc_easy"], options(place), output=tmp_path / "run")
         assert values(again) == values(first)
 
     def test_other_tasks_join_the_report(self, place, loaded, tmp_path):
-        evaluate_tasks(*loaded, ["arc_easy"], options(place), output=tmp_path / "run")
-        report = evaluate_tasks(*loaded, ["arc_challenge"], options(place), output=tmp_path / "run")
+        evaluate(*loaded, ["arc_easy"], options(place), output=tmp_path / "run")
+        report = evaluate(*loaded, ["arc_challenge"], options(place), output=tmp_path / "run")
         assert [of.task for of in report.results] == ["arc_easy", "arc_challenge"]
         assert [len(of.items) for of in read_report(tmp_path / "run").results] == [30, 30]
 
     def test_another_limit_begins_another_report_and_keeps_the_scores(self, place, loaded, tmp_path):
-        evaluate_tasks(*loaded, ["arc_easy"], options(place), output=tmp_path / "run")
-        report = evaluate_tasks(*loaded, ["arc_challenge"], options(place, limit=3), output=tmp_path / "run")
+        evaluate(*loaded, ["arc_easy"], options(place), output=tmp_path / "run")
+        report = evaluate(*loaded, ["arc_challenge"], options(place, limit=3), output=tmp_path / "run")
         assert [of.task for of in report.results] == ["arc_challenge"]
 
     def test_another_model_is_refused(self, place, loaded, tmp_path):
-        evaluate_tasks(*loaded, ["arc_easy"], options(place, limit=2), output=tmp_path / "run")
+        evaluate(*loaded, ["arc_easy"], options(place, limit=2), output=tmp_path / "run")
         other = load(place / "other")
         with pytest.raises(EvaluationError, match="another model: its weights differ"):
-            evaluate_tasks(*other, ["arc_easy"], options(place, limit=2), output=tmp_path / "run")
+            evaluate(*other, ["arc_easy"], options(place, limit=2), output=tmp_path / "run")
 
     @pytest.mark.parametrize("name", ["notes.txt", "config.json"])
     def test_a_folder_with_anything_else_is_left_alone(self, place, loaded, tmp_path, name):
         (tmp_path / name).write_text("mine")
         with pytest.raises(EvaluationError, match=f"not the folder of an evaluation, it contains {name}"):
-            evaluate_tasks(*loaded, ["arc_easy"], options(place), output=tmp_path)
+            evaluate(*loaded, ["arc_easy"], options(place), output=tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 class TestLongPrompts:
     def test_are_counted(self, place, loaded):
-        report = evaluate_tasks(*loaded, ["arc_easy"], options(place, shots=8, max_truncated=1.0))
+        report = evaluate(*loaded, ["arc_easy"], options(place, shots=8, max_truncated=1.0))
         assert report.results[0].num_truncated > 0
         assert report.results[0].problems
 
     def test_too_many_are_refused_with_what_to_do(self, place, loaded):
         with pytest.raises(EvaluationError, match=r"arc_easy with 8 shots: \d+ prompts exceed .* more than 10% of all"):
-            evaluate_tasks(*loaded, ["arc_easy"], options(place, shots=8, max_truncated=0.1))
+            evaluate(*loaded, ["arc_easy"], options(place, shots=8, max_truncated=0.1))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
@@ -200,7 +200,7 @@ class TestCommand:
         assert (tmp_path / "a.png").stat().st_size > 1000
 
     def test_two_models_are_compared_item_by_item(self, place, loaded, tmp_path):
-        evaluate_tasks(*loaded, ["arc_easy"], options(place), output=tmp_path / "first")
+        evaluate(*loaded, ["arc_easy"], options(place), output=tmp_path / "first")
         other = ["evaluate", "-m", str(place / "other"), *self.arguments(place)[3:]]
         status, out, err = run(*other, "--compare", tmp_path / "first")
         assert status == 0, err

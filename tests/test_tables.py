@@ -8,7 +8,7 @@ from mlx_openelm.commands import tables
 from mlx_openelm.commands.design import _show
 from mlx_openelm.commands.inspect import doctor, info
 from mlx_openelm.commands.tables import in_lines, line_width, write_list, write_table, write_text
-from mlx_openelm.commands.terminal import byte_bar
+from mlx_openelm.commands.terminal import byte_bar, step_bar
 from mlx_openelm.config import OpenELMConfig
 from mlx_openelm.machine import doctor as doctor_module
 from mlx_openelm.model.design import design
@@ -141,6 +141,20 @@ def test_a_bar_of_bytes_shows_its_numbers_whole(monkeypatch, width, has_speed):
     assert "900.0/999.0 MiB" in last
     assert re.search(r"\d:\d\d:\d\d$", last.rstrip())
     assert ("B/s" in last) == has_speed
+    assert len(last) <= width
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_bar_that_counts_shows_its_numbers_whole(monkeypatch, width):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    with step_bar("validating") as update:
+        update(1, 20_000)
+        update(15_000, 20_000)
+    lines = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", sys.stderr.getvalue()).replace("\r", "\n").splitlines()
+    last = [line for line in lines if line.strip()][-1]
+    assert re.fullmatch(r"validating [━╺╸]+ 15000/20000 \d:\d\d:\d\d", last.rstrip())
     assert len(last) <= width
 
 

@@ -1,16 +1,21 @@
 """Tasks as files, and the names that lead to them."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mlx_openelm.errors import TaskError
+from mlx_openelm.evaluation import task as task_module
+from mlx_openelm.evaluation.prompts import items
 from mlx_openelm.evaluation.suites import find_tasks, suites, task_names
 from mlx_openelm.evaluation.task import Task, read_tasks
+from mlx_openelm.evaluation.task_data import read_task_data
 
-FOLDER = Path(__import__("mlx_openelm").__file__).parent / "assets" / "tasks"
+FOLDER = Path(task_module.__file__).parent.parent / "assets" / "tasks"
 MINE = {
     "name": "mine",
     "version": "1",
@@ -63,6 +68,7 @@ def test_the_numbers_of_records_are_those_of_the_published_sets():
     [
         (["arc_easy"], ["arc_easy"]),
         (["piqa"], ["piqa"]),
+        ("piqa,boolq", ["piqa", "boolq"]),
         (["commonsense/piqa"], ["commonsense/piqa"]),
         (["openbookqa"], ["commonsense/openbookqa"]),
         (["ARC-Easy, boolq", "piqa"], ["commonsense/ARC-Easy", "boolq", "piqa"]),
@@ -83,8 +89,8 @@ def test_a_task_of_two_suites_with_different_shots_occurs_twice():
     ("name", "said"),
     [
         ("arc-easy", "did you mean arc_easy or commonsense/ARC-Easy?"),
-        ("PIQA", "did you mean commonsense/piqa or piqa?"),
-        ("hela_swag", "did you mean commonsense/hellaswag or hellaswag?"),
+        ("PIQA", "did you mean piqa or commonsense/piqa?"),
+        ("hela_swag", "did you mean hellaswag or commonsense/hellaswag?"),
         ("siqa", "did you mean commonsense/social_i_qa?"),
         ("mmlu_anatomi", "did you mean mmlu_anatomy"),
         ("truthfulqa", "did you mean truthfulqa_mc2?"),
@@ -153,6 +159,10 @@ class TestFile:
             ({"data": {"revison": "x"}}, r"data: unknown field: revison \(did you mean revision\?\)"),
             ({"paper": {"metrics": ["acc"]}}, r"paper: unknown field: metrics \(choose from version,"),
             ({"version": ...}, "version is missing"),
+            ({"name": "../up"}, "name must be of letters, digits, _, -, . and /; got '../up'"),
+            ({"name": "a b"}, "name must be of letters"),
+            ({"name": "x" * 101}, "name must be of letters"),
+            ({"sha256": {"test": "12"}}, "sha256: test must have 64 hexadecimal digits; got '12'"),
             ({"version": 1}, "version must be text; got 1"),
             ({"gold": ...}, "gold is missing"),
             ({"choices": ...}, "choices is missing"),
@@ -161,7 +171,10 @@ class TestFile:
             ({"kind": "partial"}, "ending is missing"),
             ({"kind": "partial", "ending": "x"}, "the choices are the prompts"),
             ({"ending": "x"}, "ending belongs to kind partial"),
-            ({"metrics": ["f1"]}, r"unknown metric for kind multiple_choice: f1 \(choose from acc, acc_norm\)"),
+            (
+                {"metrics": ["f1"]},
+                r"unknown metric for kind multiple_choice: f1 \(choose from acc, acc_norm, acc_bytes\)",
+            ),
             ({"metrics": []}, "metrics must name at least one"),
             ({"kind": "stereotype", "metrics": ["acc"]}, "choose from pct_stereotype, likelihood_diff"),
             ({"num_choices": [5, 3]}, "num_choices must be a number, or the least and the largest"),
@@ -187,3 +200,20 @@ def test_a_task_can_be_compared_and_copied():
     assert task.with_shots(3).with_shots(0) == task
     with pytest.raises(dataclasses.FrozenInstanceError):
         task.shots = 3
+
+
+def test_the_example_in_the_documentation_asks_what_it_says(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "capitals.yaml").write_text(block, encoding="utf-8")
+    records = [json.loads(record) for record in re.findall(r'`(\{"country".*?\})`', text)]
+    others = [{"country": name, "cities": ["A", "B"], "right": 0} for name in ("X", "Y")]
+    for name, rows in (("capitals", records), ("examples", others)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (task,) = find_tasks([str(tmp_path / "capitals.yaml")])
+    (item,) = items(task, read_task_data(task))
+    assert item.requests[0].context.count("Question:") == 3
+    assert item.requests[0].context.endswith("What is the capital of Japan?\nAnswer:")
+    assert [request.continuation for request in item.requests] == [" Kyoto", " Tokyo"]
+    described = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| ([^|]*) \|", text, re.MULTILINE))))
+    assert set(task_module._FIELDS) <= described

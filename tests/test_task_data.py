@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from made_up_tasks import made_up, made_up_commonsense
 from test_task import written
 
+from mlx_openelm import hub_client
 from mlx_openelm.errors import DataError, HubUnreachableError, SourceError
 from mlx_openelm.evaluation.prompts import check_records, items, prompt_hash
 from mlx_openelm.evaluation.suites import find_tasks
@@ -103,6 +104,13 @@ class TestFolder:
     def test_a_missing_folder_says_what_is_expected(self, tmp_path):
         with pytest.raises(DataError, match=r"has no data for task piqa; expected .*piqa/test\.jsonl \(or \.json"):
             read_task_data(task_of("piqa"), tmp_path)
+        with pytest.raises(DataError, match=r"gone does not exist; expected one with data"):
+            read_task_data(task_of("piqa"), tmp_path / "gone")
+        path = put(tmp_path / "piqa", made_up("piqa")["validation"])
+        with pytest.raises(DataError, match=r"jsonl is not a folder; expected one with data"):
+            read_task_data(task_of("piqa"), path)
+        with pytest.raises(DataError, match=r"no folder for task piqa; pass the folder that contains piqa"):
+            read_task_data(task_of("piqa"), path.parent)
 
 
 class TestOrigin:
@@ -117,6 +125,13 @@ class TestOrigin:
         (record, *_) = made_up("winogrande")["validation"]
         put(tmp_path / "winogrande", [record] * 1267, "validation.jsonl")
         assert read_task_data(task_of("winogrande"), tmp_path).origin.is_published
+
+    def test_a_hash_says_nothing_about_a_file_in_another_format(self, tmp_path):
+        (record, *_) = made_up("arc_easy")["test"]
+        put(tmp_path / "a" / "arc_easy", [record] * 2376, "test.jsonl")
+        put(tmp_path / "b" / "arc_easy", [record] * 2376, "test.parquet")
+        found = [read_task_data(task_of("arc_easy"), tmp_path / folder).origin.is_published for folder in "ab"]
+        assert found == [True, False]
 
     def test_a_known_hash_counts(self, tmp_path):
         path = put(tmp_path, [{"question": "Q", "answers": ["a", "b"], "right": 1}], "questions.jsonl")
@@ -179,6 +194,15 @@ class TestRecords:
         task = task_of("boolq")
         assert next(items(task, read_task_data(task, tmp_path))).gold == (gold,)
 
+    def test_fields_of_objects_are_converted_too(self, tmp_path):
+        put(tmp_path, [{"question": "Q", "inner": {"answers": ["a", "b"], "right": "1"}}])
+        fields = {"question": "text", "inner.answers": "texts", "inner.right": "label"}
+        data = {"files": {"test": "test.jsonl"}}
+        task = task_of(str(written(tmp_path, fields=fields, choices="inner.answers", gold="inner.right", data=data)))
+        (record,) = read_task_data(task).test.rows
+        assert record == {"question": "Q", "inner": {"answers": ["a", "b"], "right": 1}}
+        assert next(items(task, read_task_data(task))).gold == (1,)
+
     def test_a_label_that_is_left_open_is_no_answer(self, tmp_path):
         put(tmp_path / "hellaswag", [{**made_up("hellaswag")["validation"][0], "label": ""}])
         task = task_of("hellaswag")
@@ -190,7 +214,9 @@ class Hub:
     """A stand-in for the hub, with one data set."""
 
     def __init__(self, folder, monkeypatch):
-        self.folder, self.sha, self.files, self.asked = folder, "a" * 40, {}, []
+        self.folder, self.sha, self.files = folder, "a" * 40, {}
+        self.asked, self.downloaded = [], []
+        hub_client._data_answer.cache_clear()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", self.info)
@@ -207,6 +233,7 @@ class Hub:
 
     def download(self, repo_id, name, *, revision, repo_type, **options):
         assert repo_type == "dataset"
+        self.downloaded.append(name)
         path = self.path(name, revision)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(lines(self.files[name]), encoding="utf-8")
@@ -239,7 +266,7 @@ class TestDownload:
         assert hub.asked == [("me/set", "b" * 40)]
         assert (first.repository, first.revision, first.is_published) == ("me/set", "b" * 40, True)
         assert read_task_data(mine()).origin == first
-        assert len(hub.asked) == 1  # the second time, the cache has it
+        assert hub.downloaded == ["one/test.jsonl"]  # the second time, the cache has it
 
     @pytest.mark.parametrize("known", [True, False], ids=["in the task's file", "at the first download"])
     def test_another_content_is_an_error(self, hub, mine, known):
@@ -256,9 +283,10 @@ class TestDownload:
         task = mine({"test": "english/test*"}, data={"revision": ""})
         assert read_task_data(task).origin.revision == "a" * 40
         hub.sha = "c" * 40
+        hub_client._data_answer.cache_clear()
         hub.files["english/test-0.jsonl"] = self.RECORDS[:1]
         again = read_task_data(task)
-        assert again.origin.revision == "a" * 40
+        assert (again.origin.revision, again.origin.is_published) == ("a" * 40, True)
         assert len(again.test.rows) == 2
 
     @pytest.mark.parametrize(
@@ -285,9 +313,10 @@ class TestDownload:
         hub.files.update({"one/test.jsonl": self.RECORDS, "one/train.jsonl": self.RECORDS})
         task = mine({"test": "one/test.jsonl", "train": "one/train.jsonl"})
         data = read_task_data(task)
-        assert len(hub.asked) == 1
+        assert hub.downloaded == ["one/test.jsonl"]
         list(items(task, data, shots=1))
-        assert len(hub.asked) == 2
+        assert hub.downloaded == ["one/test.jsonl", "one/train.jsonl"]
+        assert len(hub.asked) == 1
 
     def test_what_is_not_on_the_hub_says_where_it_is(self):
         with pytest.raises(

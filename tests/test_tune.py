@@ -417,7 +417,7 @@ def test_what_cannot_be_tuned_is_refused(recipe, files, tmp_path, change, error,
     ("change", "said"),
     [
         ({"rank": 0}, "rank must be positive; got 0"),
-        ({"method": "other"}, r"unknown method 'other' \(choose from lora, dora, full\)"),
+        ({"method": "other"}, r"unknown method 'other' \(choose from lora, dora, full, dpo, dora\+dpo, full\+dpo\)"),
         ({"schedule": "step"}, "unknown schedule 'step'"),
         ({"pack": True, "objective": "dpo"}, "mutually exclusive"),
         ({"dropout": 1.0}, "dropout must be .*got 1.0"),

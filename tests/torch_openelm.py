@@ -92,3 +92,27 @@ class OpenELM(nn.Module):
     def prepare_inputs_for_generation(self, *_, **__):
         """PEFT looks for it in a causal language model."""
         raise NotImplementedError
+
+
+def for_transformers(inner, eos_token_id, vocab_size):
+    """The model as programs take it that call `generate` of transformers."""
+    from transformers import GenerationMixin, PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutput
+
+    class Wrapped(PreTrainedModel, GenerationMixin):
+        config_class = PretrainedConfig
+
+        def __init__(self):
+            super().__init__(inner.config)
+            self.inner = inner
+
+        def forward(self, input_ids, **_):
+            return CausalLMOutput(logits=self.inner(input_ids))
+
+        def prepare_inputs_for_generation(self, input_ids, **_):
+            return {"input_ids": input_ids}
+
+    inner.config.eos_token_id, inner.config.vocab_size = eos_token_id, vocab_size
+    wrapped = Wrapped().eval()
+    wrapped.generation_config.use_cache = False
+    return wrapped

@@ -10,9 +10,9 @@ import typer
 from ..cache.config import CacheConfig
 from ..files.output import output_file
 from ..generation.chat import Chat
-from ..generation.defaults import given_sampling, sampling_of
+from ..generation.defaults import default_sampling, given_sampling
 from ..generation.sampling import SamplingConfig
-from ..hub import BUILT_IN_CHAT_MODEL, model_folder
+from ..hub import BUILT_IN_CHAT_MODEL
 from ..loading import dtype_named, load
 from .conversation import Conversation
 from .generate import check_prompt_cache, open_prompt_cache
@@ -94,7 +94,7 @@ def chat(
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     with loading(model, tokenizer, adapter):
         network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
-    sampling = sampling_of(model_folder(model, revision), **chosen)
+    sampling = default_sampling(network, **chosen)
     with open_prompt_cache(
         network, cache_file, CacheConfig(kv_bits, quantized_kv_start, max_kv_size, kv_sinks)
     ) as cache:

@@ -43,6 +43,7 @@ class Conversation:
         self._chat = chat
         self._saved: set[Path] = set()  # may be written again
         self._is_interactive = is_terminal(sys.stdin)
+        self._has_answered = False
 
     def run(self, name: str, *, seed_is_drawn: bool = False) -> None:
         """Talk until /quit or the end of the input.
@@ -61,7 +62,8 @@ class Conversation:
                 try:
                     line = lines.read()
                 except EOFError:
-                    write("")
+                    if self._is_interactive:
+                        write("")
                     return
                 except KeyboardInterrupt:
                     write("")
@@ -95,10 +97,13 @@ class Conversation:
 
     def _answer(self, text: str) -> None:
         stats = None
+        space = "\n" if self._has_answered and not self._is_interactive else ""  # where no prompt divides answers
         with TextView() as view:
             try:
                 for chunk in self._chat.reply(text, on_prefill=view.on_prefill):
-                    view.add(chunk.text)
+                    view.add(f"{space}{chunk.text}")
+                    space = ""
+                    self._has_answered = True
                     stats = chunk.stats
             except KeyboardInterrupt:
                 pass

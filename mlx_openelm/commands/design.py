@@ -25,6 +25,7 @@ from .tables import write_list, write_table
 from .terminal import print_json, say, write
 
 HEAD_DIM = 64  # with --layers
+_STORIES = "examples/stories/*.txt"  # in a clone of the repository
 EXAMPLES = examples(
     "openelm-mlx design --params 1.1B",
     "openelm-mlx design --params 5M --save toy.json --plot widths.png",
@@ -115,8 +116,16 @@ def design_command(
         if path is not None:
             say(f"wrote {path}")
     if save is not None:
-        line = f'openelm-mlx pretrain --model {quote(str(save))} --data "stories/*.txt" --output run'
+        pattern, note = _stories()
+        line = f"openelm-mlx pretrain --model {quote(str(save))} --data {pattern} --output run{note}"
         (say if as_json else write)(f"train it: {line}")
+
+
+def _stories() -> tuple[str, str]:
+    """Text to train on: that of a clone of the repository, or else a pattern, and a note that it stands for one."""
+    if next(Path().glob(_STORIES), None) is not None:
+        return f'"{_STORIES}"', ""
+    return '"TEXTS/*.txt"', ", with your texts in place of TEXTS"
 
 
 def _show(found: Design, uniform: bool) -> None:

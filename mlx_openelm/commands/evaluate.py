@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.report import EvaluationReport
     from ..evaluation.run import EvaluationCallback, PreparedTask
-    from ..evaluation.table import Table
+    from ..evaluation.table import ResultTable
     from ..model.openelm import OpenELM
     from ..tokenizer.tokenizer import Tokenizer
 
@@ -104,7 +104,7 @@ def evaluate(
     from ..evaluation.harness_run import HarnessOptions
     from ..evaluation.picture import draw_picture
     from ..evaluation.result_files import read_report
-    from ..evaluation.run import EvaluationOptions, evaluate_tasks, prepare
+    from ..evaluation.run import EvaluationOptions, Subject, evaluate_prepared, prepare
     from ..evaluation.run_folder import check_run_folder
     from ..evaluation.scorer import ScorerConfig
     from ..files.output import output_file
@@ -134,14 +134,11 @@ def evaluate(
     is_first = group.rank() == 0
     with _progress(prepared, is_first) as callback:
         try:
-            report = evaluate_tasks(
-                network,
-                tokens,
+            report = evaluate_prepared(
+                Subject(network, tokens, model, adapter),
                 prepared,
                 options,
                 output=output,
-                name=model,
-                adapter=adapter,
                 group=group,
                 callback=callback,
                 command=shlex.join(["openelm-mlx", *sys.argv[1:]]),
@@ -184,7 +181,7 @@ def _print_report(report: EvaluationReport) -> None:
     _print_table(report.table())
 
 
-def _print_table(table: Table) -> None:
+def _print_table(table: ResultTable) -> None:
     if table.shared:
         write_text(", ".join(table.shared))
     write_table(table.headings, table.sections, left=table.left, num_keys=table.num_keys)

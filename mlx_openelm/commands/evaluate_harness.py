@@ -51,6 +51,7 @@ def evaluate_with_harness(
         name, adapter: as typed.
     """
     from ..evaluation.harness_run import HarnessTasks, evaluate_harness, harness_json, harness_notes, harness_table
+    from ..evaluation.run import Subject
     from ..evaluation.run_folder import check_run_folder
     from ..files.paths import user_path
 
@@ -61,9 +62,8 @@ def evaluate_with_harness(
     prepared = HarnessTasks(tasks, folder)
     model, tokenizer, group = load()
     try:
-        results = evaluate_harness(
-            model, tokenizer, prepared, options, output=output, name=name, adapter=adapter, group=group
-        )
+        subject = Subject(model, tokenizer, name, adapter)
+        results = evaluate_harness(subject, prepared, options, output=output, group=group)
     except KeyboardInterrupt:
         raise stopped(output) from None
     if group.rank():

@@ -14,13 +14,13 @@ from ..conversion.open import open_model
 from ..errors import CacheError, PromptError, TokenizerError
 from ..files.output import OutputFile, output_file
 from ..files.paths import exists, is_folder
-from ..generation.defaults import given_sampling, sampling_of
+from ..generation.defaults import default_sampling, given_sampling
 from ..generation.drafters import DEFAULT_MAX_DRAFT, Drafter, DraftModel, PromptLookup
 from ..generation.engine import BATCH_SIZE, MAX_TOKENS
 from ..generation.prompt_cache import PromptCache, write_prompt_cache
 from ..generation.sampling import SamplingConfig
 from ..generation.text import Generation, stream_generate
-from ..hub import BUILT_IN_MODEL, model_folder
+from ..hub import BUILT_IN_MODEL
 from ..loading import dtype_named, load, load_source
 from ..model.openelm import OpenELM
 from ..tokenizer.example_format import parse_columns
@@ -159,7 +159,7 @@ def generate(
         claimed.protect(prompts)
     with loading(model, tokenizer, adapter):
         network, tokens = load(model, dtype=dtype_named(dtype), tokenizer=tokenizer, revision=revision, adapter=adapter)
-    sampling = sampling_of(model_folder(model, revision), **chosen)
+    sampling = default_sampling(network, **chosen)
     asked = tokens.prompt_format(chat, system)
     if text is None:
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "cache": kept}

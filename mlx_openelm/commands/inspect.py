@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
 from ..files.paths import user_path
 from ..hub import BUILT_IN_MODEL
-from ..runs import read_state
+from ..runs import SavedStep, read_state, saved_steps
 from .options import Adapter, Force, Json, Revision, examples
 from .self_test import FILE, run_self_test
 from .tables import write_list, write_table, write_text
-from .terminal import mib, print_json, write
+from .terminal import mib, print_json, with_flags, write
 
 if TYPE_CHECKING:
     from ..conversion.describe import AdapterInfo, ModelInfo
@@ -44,11 +45,14 @@ def info(
     source = open_source([model], config=config, revision=revision)
     found = describe(source)
     on_top = describe_adapter(source, open_adapter(adapter, vocab_size=source.config.vocab_size)) if adapter else None
-    if as_json:
-        print_json({**found.to_dict(), **({"adapter": asdict(on_top)} if on_top else {})})
-        return
     run = user_path(model)
     best = source.folder if source.folder is not None and source.folder.parent.parent == run else None
+    steps = saved_steps(user_path(adapter) if adapter else run) if adapter or best is not None else []
+    if as_json:
+        more: dict[str, Any] = {"adapter": asdict(on_top)} if on_top else {}
+        more.update({"checkpoints": [step._asdict() for step in steps]} if steps else {})
+        print_json({**found.to_dict(), **more})
+        return
     trained = None if best is None else read_state(best)
     write_text(found.name if trained is None else f"{run.resolve().name}, {found.name}")
     headings = ("layer", "query heads", "kv heads", "FFN width", "parameters", "MiB", "KV bytes/token")
@@ -75,10 +79,12 @@ def info(
     )
     write_table(headings, [layers, [totals]])
     write("")
-    write_list(_about(found, on_top, trained))
+    write_list(_about(found, on_top, trained, steps))
 
 
-def _about(found: ModelInfo, on_top: AdapterInfo | None, trained: Fields | None) -> dict[str, str]:
+def _about(
+    found: ModelInfo, on_top: AdapterInfo | None, trained: Fields | None, checkpoints: Sequence[SavedStep]
+) -> dict[str, str]:
     tied = "tied to the output" if found.tied_embeddings else "separate output matrix"
     gated = "gated" if found.gated_ffn else "plain"
     kv = [f"{mib(nbytes):>11} {kind}" for kind, nbytes in found.kv_cache_bytes.items()]
@@ -99,7 +105,15 @@ def _about(found: ModelInfo, on_top: AdapterInfo | None, trained: Fields | None)
         matrices = ", ".join(f"{count} {name}" for name, count in on_top.matrices.items())
         size = f"{on_top.parameters:,} parameters, rank {on_top.rank}, scale {on_top.scale:g}"
         values["adapter"] = f"{on_top.method} on {matrices}; {size}"
+    if checkpoints:
+        width = max(len(f"{saved.step:,}") for saved in checkpoints)
+        values["checkpoints"] = "\n".join(f"step {saved.step:>{width},}: {_loss(saved)}" for saved in checkpoints)
     return values
+
+
+def _loss(saved: SavedStep) -> str:
+    loss = "not validated" if saved.validation_loss is None else f"validation loss {saved.validation_loss:.4f}"
+    return f"{loss}, the one in use" if saved.is_best else loss
 
 
 def doctor(
@@ -130,6 +144,7 @@ def doctor(
     from ..machine.doctor import examine
 
     report = examine()
+    report = replace(report, advice=tuple(map(with_flags, report.advice)))
     if as_json:
         print_json(report.to_dict())
         return

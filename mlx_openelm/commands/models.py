@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,28 +26,35 @@ EXAMPLES = examples(
 
 def models(
     action: Annotated[
-        str, typer.Argument(help="list, or remove and the names of models, which asks first.", metavar="ACTION")
+        str, typer.Argument(help="list, or remove, which asks before it removes models.", metavar="ACTION")
     ] = "list",
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Models to remove, as they are listed.", metavar="NAME..."),
+        typer.Argument(help="Models to remove, by the names in the list.", metavar="NAME..."),
     ] = None,
     folder: Annotated[
-        str, typer.Option("--folder", help="Folder of models, or of folders of them.", metavar="DIR")
+        str, typer.Option("--folder", help="Folder that holds models, adapters and runs.", metavar="DIR")
     ] = ".",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the models on this machine: built in, in the Hugging Face cache and in a folder; or remove some."""
+    """List the models on this machine, or remove some.
+
+    Listed are the built-in models, those in the Hugging Face cache, and the models, adapters and training runs in a
+    folder.
+    """
     from ..conversion.local_models import local_models
 
     if action not in ("list", "remove"):
-        raise ConfigError(f"list and remove are what `models` does; got {action!r} (a folder goes after --folder)")
+        raise ConfigError(
+            f"unknown action {action!r} (choose from list, remove); to list the models in a folder: "
+            f"openelm-mlx models --folder {quote(action)}"
+        )
     if (action == "remove") != bool(names):
         raise ConfigError(
-            "`models remove` needs the names of models; `openelm-mlx models` lists them"
+            "which models? give their names, as `openelm-mlx models` lists them"
             if action == "remove"
-            else f"unexpected argument {(names or [''])[0]!r}; a folder goes after --folder"
+            else f"unexpected argument {(names or [''])[0]!r}; give a folder with --folder"
         )
     found = local_models(folder)
     if names:
@@ -62,7 +70,7 @@ def _named(name: str, found: Sequence["LocalModel"]) -> "LocalModel":
     # A folder goes before a built-in model of its name, as in --model.
     model = next((model for model in reversed(found) if plain in (model.name, str(model.folder))), None)
     if model is None:
-        raise SourceError(f"{name} is not among the models on this machine; `openelm-mlx models` lists them")
+        raise SourceError(f"{name} is not a model on this machine; `openelm-mlx models` lists them")
     return model
 
 
@@ -74,7 +82,9 @@ def _remove(chosen: Sequence["LocalModel"], yes: bool) -> None:
             remove_model(model)  # refuses, before anything is removed
     if not yes:
         if not is_terminal(sys.stdin):
-            raise ConfigError("`models remove` asks first, and stdin is not a terminal; use --yes to remove anyway")
+            raise ConfigError(
+                "stdin is not a terminal, so nobody can be asked first; use --yes to remove without asking"
+            )
         what = [f"{model.name}: {mib(model.nbytes)} in the {model.place}: {model.folder}" for model in chosen]
         if not ask(f"Remove {'it' if len(chosen) == 1 else f'these {len(chosen)} models'}?", what):
             say("nothing was removed")
@@ -110,13 +120,17 @@ def _print(found: Sequence["LocalModel"], folder: str) -> None:
 def _cells(model: "LocalModel") -> tuple[str, str, str, str]:
     """Parameters, type, size and last use of a model."""
     count = model.parameters
-    size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:,.0f}M" if count >= 1e7 else f"{count / 1e6:.1f}M"
+    if count is None:
+        size = ""
+    else:
+        millions = count / 1e6
+        size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{millions:,.0f}M" if count >= 1e7 else f"{millions:.1f}M"
     return size, model.storage, mib(model.nbytes), _used(model.last_used)
 
 
 def _wrapped(cells: Iterable[str], width: int) -> None:
     line = ""
-    for cell in cells:
+    for cell in filter(None, cells):
         if line and len(line) + len(cell) + 6 > width:
             write(f"    {line},")
             line = ""

@@ -45,11 +45,16 @@ def plot(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Plot a training run: loss, learning rate, gradient norm and tokens per second."""
-    from ..plot import plot_run
+    """Plot a training run: loss, learning rate, gradient norm and tokens per second.
 
-    output = output or (run if is_folder(run) else run.parent) / "metrics.png"
-    with output_file(output, overwrite=force) as picture:
+    RUN/metrics.png is drawn anew each time; another file is replaced only with --force.
+    """
+    from ..plot import is_own_picture, plot_run
+
+    usual = (run if is_folder(run) else run.parent) / "metrics.png"
+    redrawn = output is None and is_own_picture(usual)  # the run may have got further
+    output = output or usual
+    with output_file(output, overwrite=force or redrawn) as picture:
         plot_run(run, picture)
     write(str(output))
 

@@ -11,12 +11,12 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..files.names import resolved
-from ..runs import checkpoint_folders, newest_state
+from ..runs import checkpoint_folders, newest_state, step_of
 from ..training.callback import TrainingCallback
 from .interrupts import INTERRUPTED, acknowledging
-from .streams import clean, console, is_terminal
+from .streams import clean, is_terminal
 from .tables import in_lines
-from .terminal import byte_bar, fail, mib, print_json, rate, say, write
+from .terminal import byte_bar, counting_bars, fail, mib, print_json, rate, say, write
 
 if TYPE_CHECKING:
     from ..training.callback import Metrics
@@ -52,12 +52,7 @@ class TrainingView(TrainingCallback):
         self._bar, self._steps = None, num_steps
         if not is_terminal(sys.stderr):
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = self._open.enter_context(
-            Progress(*columns, console=console(stderr=True), speed_estimate_period=_SPEED_SECONDS)
-        )
+        self._bar = self._open.enter_context(counting_bars(speed_estimate_period=_SPEED_SECONDS))
         self._task = self._bar.add_task("training", total=num_steps)
         self._validation = self._bar.add_task("validating", total=None, visible=False)
 
@@ -117,7 +112,8 @@ def resumable(command: str, output: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         saved = checkpoint_folders(resolved(output))
         fail(
-            f"interrupted; to continue: openelm-mlx {command} --resume {quote(str(output))}"
+            f"interrupted; step {step_of(saved[-1]):,} is saved in {output}; to continue: "
+            f"openelm-mlx {command} --resume {quote(str(output))}"
             if saved
             else "interrupted before the first checkpoint; there is nothing to resume",
             INTERRUPTED,

@@ -21,6 +21,11 @@ def speak_flags(translate: Callable[[str], str]) -> None:
     _as_flags = translate
 
 
+def with_flags(message: str) -> str:
+    """A message of the library with flags in place of parameters."""
+    return _as_flags(message)
+
+
 def fail(message: str, status: int = 2) -> NoReturn:
     """Print one line on stderr and exit."""
     say(f"error: {message}")
@@ -128,16 +133,27 @@ def mib(nbytes: float) -> str:
     return f"{nbytes / 2**20:,.1f} MiB"
 
 
+def counting_bars(**options: Any) -> Any:
+    """A display of Rich on stderr for bars that count; where it is narrow, they give way to the numbers."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    columns = (
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(None, table_column=Column(ratio=1)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+    )
+    return Progress(*columns, console=console(stderr=True), expand=True, **options)
+
+
 @contextmanager
 def step_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr that counts, updated by calling (done, total); no bar when stderr is not a terminal."""
     if not is_terminal(sys.stderr):
         yield lambda done, total: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+    with counting_bars(transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

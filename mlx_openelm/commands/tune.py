@@ -21,7 +21,7 @@ from .terminal import mib, print_json, say, step_bar, write, write_error
 if TYPE_CHECKING:
     from ..data.dataset import Example, ExampleSet
     from ..tokenizer.tokenizer import Tokenizer
-    from ..training.evaluation import Evaluation
+    from ..training.held_out import HeldOutLoss
     from ..training.memory import StepMemory
     from ..training.run import TrainingResult
     from ..training.tune import Tuning
@@ -63,7 +63,7 @@ def tune(
 
     recipe = tune_recipe(config, given) if not resume else None
     if recipe is not None and recipe.test and not recipe.data:
-        _evaluate(recipe, as_json)
+        _measure(recipe, as_json)
         return
     folder = None if dry_run and not resume else run_folder(run, output, resume)
     recipe = recipe or tune_recipe(config, given, folder)
@@ -177,19 +177,19 @@ def _left_out(found: ExampleSet, max_length: int) -> list[str]:
     return lines
 
 
-def _evaluate(recipe: TuneRecipe, as_json: bool) -> None:
+def _measure(recipe: TuneRecipe, as_json: bool) -> None:
     """Measure a model on a test file, without training."""
-    from ..training.evaluation import evaluate
+    from ..training.held_out import held_out_loss
 
     with step_bar("testing") as update:
-        found = evaluate(recipe, update)
+        found = held_out_loss(recipe, update)
     if as_json:
         print_json(found.to_dict())
     else:
-        _print_evaluation(found)
+        _print_loss(found)
 
 
-def _print_evaluation(found: Evaluation) -> None:
+def _print_loss(found: HeldOutLoss) -> None:
     more = [f"perplexity {found.perplexity:,.2f}"] if found.perplexity is not None else []
     more += [f"{name} {value:.4f}" for name, value in found.more.items()]
     what = "examples" if found.perplexity is not None else "pairs"
@@ -235,7 +235,7 @@ def _report(result: TrainingResult, tuning: Tuning, as_json: bool) -> None:
     else:
         write(f"{output}: adapter from step {result.step:,}")
     if result.test is not None:
-        _print_evaluation(result.test)
+        _print_loss(result.test)
     asking = "chat" if tuning.train.example_format.style == "chat" else "generate"
     prompt = "" if asking == "chat" else ' --prompt "..."'
     write(f"try it: openelm-mlx {asking} --model {tuning.recipe.model} --adapter {output}{prompt}")

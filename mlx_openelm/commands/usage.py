@@ -1,7 +1,9 @@
 """What the command line says about words it does not know: what was typed, and what that is called here."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 # Commands of other programs: what to use here instead.
@@ -18,6 +20,7 @@ _COMMANDS_ELSEWHERE = {
     **dict.fromkeys(("complete", "gen", "prompt"), "`openelm-mlx generate`"),
     "run": "`openelm-mlx generate`, or `openelm-mlx chat`",
     **dict.fromkeys(("benchmark", "perf", "speed"), "`openelm-mlx bench`"),
+    **dict.fromkeys(("eval", "evaluation", "lm-eval", "lm_eval", "perplexity", "ppl"), "`openelm-mlx evaluate`"),
     **dict.fromkeys(("list", "ls", "cache"), "`openelm-mlx models`"),
     **dict.fromkeys(("remove", "rm", "delete"), "`openelm-mlx models remove`"),
     **dict.fromkeys(("show", "inspect", "describe"), "`openelm-mlx info`"),
@@ -69,7 +72,15 @@ _OPTIONS_ELSEWHERE = {
     **dict.fromkeys(("--overwrite", "--clobber"), "--force"),
     **dict.fromkeys(("--debug", "--trace"), "--verbose"),
     "--silent": "--quiet",
+    "--output": "--save",
+    **dict.fromkeys(("--run", "--resume-from", "--resume-from-checkpoint"), "--resume"),
     "--precision": "--dtype",
+}
+# What the first argument of a command is called, by its parameter, and the options that someone may try instead.
+_ARGUMENTS = {
+    "model": ("model", ("--model", "-m", "--run")),
+    "sources": ("source", ("--model", "-m", "--source", "--run", "--hf-path")),
+    "run": ("run", ("--run", "--model", "-m", "--input")),
 }
 _NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
 
@@ -91,7 +102,7 @@ def usage_message(error: Any, arguments: Sequence[str], all_commands: Callable[[
     option, context = str(getattr(error, "option_name", None) or ""), error.ctx
     command = context.info_name if context is not None and context.parent is not None else None
     if type(error).__name__ == "NoSuchOption":
-        hint = _instead(option, context.command) if command is not None else _after(option, all_commands())
+        hint = _instead(option, context.command, arguments) if command is not None else _after(option, all_commands())
         return f"No such option: {option}{hint}"
     if extra := re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)\.?", error.format_message()):
         hint = "; give a text with --prompt" if command == "generate" else ""
@@ -119,19 +130,46 @@ def _after(option: str, commands: Mapping[str, Any]) -> str:
     return f"; an option follows its command, as in `openelm-mlx {holder} {option}`" if holder else ""
 
 
-def _instead(option: str, command: Any) -> str:
-    """A hint about an option that a command does not have."""
+def _instead(option: str, command: Any, typed: Sequence[str]) -> str:
+    """A hint about an option that a command does not have, from all that was typed."""
     known = spellings(command)
     plain = option.lower().replace("_", "-")
-    if option == "--hf-path" and command.name == "convert":
-        return "; give the source without an option, as in `openelm-mlx convert apple/OpenELM-270M`"
-    for candidate in (_OPTIONS_ELSEWHERE.get(plain), plain):
+    meant = list(_called_here(plain))
+    for candidate in meant:
         if candidate in known:
             return f"; use {candidate}"
+    if (what := _without_option(meant, command)) is not None:
+        return f"; give the {what} without an option, as in `openelm-mlx {command.name} {_after_option(option, typed)}`"
     similar = _similar(option, [name for name in known if name.startswith("--")], 3, 0.7)
     if not similar:
         similar = sorted(name for name in known if len(option) > 3 and name.startswith(option))[:3]
     return f"; did you mean {' or '.join(similar)}?" if similar else ""
+
+
+def _called_here(option: str) -> Iterator[str]:
+    """Spellings that this package may have for an option of another program, and the option itself."""
+    seen = [option]
+    while (known := _OPTIONS_ELSEWHERE.get(seen[-1])) is not None and known not in seen:
+        seen.append(known)
+        yield known
+    yield option
+
+
+def _without_option(meant: Sequence[str], command: Any) -> str | None:
+    """What a command takes as its first argument, if one of these options means that; else `None`."""
+    first = next((parameter.name for parameter in command.params if parameter.param_type_name == "argument"), None)
+    return _ARGUMENTS[first][0] if first in _ARGUMENTS and set(_ARGUMENTS[first][1]) & set(meant) else None
+
+
+def _after_option(option: str, typed: Sequence[str]) -> str:
+    """The value that was typed after an option, for a shell; a name in capitals if there is none."""
+    words = [
+        part
+        for word in typed
+        for part in ((option, word[len(option) + 1 :]) if word.startswith(f"{option}=") else (word,))
+    ]
+    value = next((after for before, after in pairwise(words) if before == option), "-")
+    return shlex.quote(value) if not value.startswith("-") else option.lstrip("-").upper()
 
 
 def _similar(word: str, words: Iterable[str], count: int, cutoff: float) -> list[str]:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import EvaluationError, shorten
-from .metrics import is_count, mean, standard_error
+from .metrics import ROUNDED, is_count, mean, standard_error
 from .report import EvaluationReport
 from .results import ItemRecord, TaskResult, json_number
-from .table import Table, percentage
+from .table import ResultTable, percentage, shared_prefix
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,35 @@ class Comparison:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
-    def table(self) -> Table:
+    def table(self) -> ResultTable:
         """The table that the command line prints."""
-        rows = [_row(of) for of in self.differences]
-        return Table(list(_HEADINGS), [rows], [], [0, 1], _NUM_KEYS, list(self._notes()))
+        prefix = shared_prefix(list(dict.fromkeys(of.task for of in self.differences)))
+        rows = [_row(of, prefix) for of in self.differences]
+        shared = {
+            at: rows[0][at]
+            for at, name in enumerate(_HEADINGS)
+            if name in _SHARED and len(rows) > 1 and len({row[at] for row in rows}) == 1
+        }
+        shown = [at for at in range(len(_HEADINGS)) if at not in shared]
+        return ResultTable(
+            [_HEADINGS[at] for at in shown],
+            [[[row[at] for at in shown] for row in rows]],
+            [f"tasks {prefix}"] * bool(prefix) + [f"{_HEADINGS[at]} {value}" for at, value in shared.items()],
+            [0, 1],
+            _NUM_KEYS,
+            list(self._notes()),
+        )
 
     def _notes(self) -> Iterator[str]:
         yield f"first: {self.first}"
         yield f"second: {self.second}"
         yield "lost: right only in the first; gained: right only in the second; p: McNemar's exact test"
-        for of in self.differences:
+        for of in {(of.task, of.shots): of for of in self.differences}.values():
             if of.problems:
-                yield f"! {of.task}, {of.metric}: {', '.join(of.problems)}"
+                yield f"! {_label(of.task, of.shots)}: {', '.join(of.problems)}"
             if of.num_only_first or of.num_only_second:
                 yield (
-                    f"{of.task}, {of.metric}: {of.num_only_first:,} items only in the first run, "
+                    f"{_label(of.task, of.shots)}: {of.num_only_first:,} items only in the first run, "
                     f"{of.num_only_second:,} only in the second"
                 )
         for which, tasks in (("first", self.only_first), ("second", self.only_second)):
@@ -121,7 +135,7 @@ def compare(first: EvaluationReport, second: EvaluationReport) -> Comparison:
     pairs = {key: _Pair.of(ours[key], theirs[key]) for key in shared}
     differences = [of for key in shared for of in pairs[key].differences(*key)]
     for group in first.groups:
-        members = [pairs[key] for key in shared if key[0] in group.members]
+        members = [pairs[key] for key in shared if key[0] in group.members and key[1] == group.shots]
         if members:
             differences += _Pair.joined(members).differences(group.task, group.shots)
     return Comparison(
@@ -186,9 +200,10 @@ class _Pair:
         )
 
     def differences(self, task: str, shots: int) -> list[Difference]:
-        """The difference in each metric that both runs have."""
+        """The difference in each metric that both runs have, but not of rounded scores."""
         one, other = self.items[0]
-        return [self._difference(task, shots, name) for name in one.metrics if name in other.metrics]
+        names = [name for name in one.metrics if name in other.metrics and not name.endswith(ROUNDED)]
+        return [self._difference(task, shots, name) for name in names]
 
     def _difference(self, task: str, shots: int, metric: str) -> Difference:
         values = [(one.metrics[metric], other.metrics[metric]) for one, other in self.items]
@@ -236,11 +251,12 @@ _HEADINGS = (
     "p",
 )
 _NUM_KEYS = 2
+_SHARED = ("shots", "items")  # headings of columns that are left out if all rows have the same value
 
 
-def _row(of: Difference) -> list[str]:
+def _row(of: Difference, prefix: str) -> list[str]:
     return [
-        of.task + (" !" if of.problems else ""),
+        of.task.removeprefix(prefix) + (" !" if of.problems else ""),
         of.metric,
         str(of.shots),
         f"{of.num_items:,}",

@@ -14,11 +14,9 @@ import mlx.core as mx
 
 from ..errors import EvaluationError, TaskError, one_line, quoted
 from ..files.paths import is_folder, user_path
-from ..model.openelm import OpenELM
 from ..packages import optional_package
-from ..tokenizer.tokenizer import Tokenizer
 from .results import json_number
-from .run import dependencies
+from .run import Subject, dependencies
 from .run_folder import open_run
 from .scorer import ScorerConfig
 from .text_requests import SEED
@@ -95,14 +93,11 @@ class HarnessTasks:
 
 
 def evaluate_harness(
-    model: OpenELM,
-    tokenizer: Tokenizer,
+    subject: Subject,
     tasks: HarnessTasks,
     options: HarnessOptions = HarnessOptions(),
     *,
     output: str | Path | None = None,
-    name: str = "model",
-    adapter: str | None = None,
     group: mx.distributed.Group | None = None,
 ) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` says of a model, without the samples.
@@ -110,8 +105,6 @@ def evaluate_harness(
     Args:
         output: a folder for scores, texts and results. Those that it holds are not computed again, so that a run that
             was interrupted continues; lm-eval's files are in its folder `lm-eval`.
-        name: of the model, as the results show it.
-        adapter: name of the adapter that the model has.
         group: processes that share the work.
 
     Raises:
@@ -121,23 +114,24 @@ def evaluate_harness(
 
     from .harness import HarnessModel
 
-    if options.chat and not tokenizer.has_chat_template:
+    if options.chat and not subject.tokenizer.has_chat_template:
         raise EvaluationError("`chat` requires a chat template, which the model does not have")
     start = time.perf_counter()
     with open_run(output, 0 if group is None else group.rank()) as folder:
-        about = {} if folder is None else dependencies(model, tokenizer, options.scorer)
+        about = {} if folder is None else dependencies(subject, options.scorer)
         harness_model = HarnessModel(
-            model,
-            tokenizer,
+            subject.model,
+            subject.tokenizer,
             options.scorer,
             scores=None if folder is None else folder.scores(about),
             texts=None if folder is None else folder.texts(about),
             group=group,
         )
+        adapter = {} if subject.adapter is None else {"peft": subject.adapter}
         with redirect_stdout(sys.stderr):  # tasks may print, and stdout is for results
             results: dict[str, Any] = simple_evaluate(
                 model=harness_model,
-                model_args={"pretrained": name, **({} if adapter is None else {"peft": adapter})},
+                model_args={"pretrained": subject.name, **adapter},
                 tasks=tasks.names,
                 task_manager=tasks.manager,
                 num_fewshot=options.shots,
@@ -146,11 +140,11 @@ def evaluate_harness(
                 fewshot_random_seed=SEED,
             )
         samples = results.pop("samples")
-        results = _completed(results, harness_model, samples, name, options)
+        results = _completed(results, harness_model, samples, subject.name, options)
         results["total_evaluation_time_seconds"] = str(time.perf_counter() - start)
         if folder is not None:
             lines = {label: map(_sample_line, found) for label, found in samples.items()}
-            folder.write_theirs(name, harness_json(results), lines)
+            folder.write_theirs(subject.name, harness_json(results), lines)
     return results
 
 

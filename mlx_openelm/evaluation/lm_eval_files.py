@@ -17,7 +17,7 @@ from typing import Any
 from .items import ItemResult
 from .metrics import ROUNDED
 from .report import EvaluationReport
-from .results import GroupResult, TaskResult, Value, json_number
+from .results import GroupResult, MetricValue, TaskResult, json_number
 
 SHAPE_VERSION = "0.4.13"
 _FILTER = "none"
@@ -32,7 +32,7 @@ def lm_eval_names(report: EvaluationReport, time: datetime) -> dict[str, str]:
 
 def result_names(model: str, labels: Iterable[str], time: datetime) -> dict[str, str]:
     """The same for any model and labels."""
-    folder, date = _safe(model), time.isoformat().replace(":", "-")
+    folder, date = _safe(model), time.replace(tzinfo=None).isoformat().replace(":", "-")
     samples = {label: f"{folder}/samples_{_safe(label)}_{date}.jsonl" for label in labels}
     return {"": f"{folder}/results_{date}.json", **samples}
 
@@ -44,7 +44,7 @@ def lm_eval_results(report: EvaluationReport, time: datetime, seconds: float | N
         time: when the evaluation started.
         seconds: how long it took.
     """
-    tasks, groups = report.by_label(), {group.task: group for group in report.groups}
+    tasks, groups = report.by_label(), report.groups_by_label()
     everything: dict[str, TaskResult] = {**tasks, **groups}
     values = {
         "results": {label: _metrics(label, result) for label, result in everything.items()},
@@ -155,7 +155,7 @@ def _version(version: str | None) -> float | str | None:
         return version
 
 
-def _error(value: Value) -> float | str:
+def _error(value: MetricValue) -> float | str:
     return "N/A" if json_number(value.stderr) is None else float(value.stderr or 0)
 
 

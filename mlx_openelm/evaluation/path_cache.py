@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..cache.layouts import attention
+from ..machine.device import on_cpu, plain_masked_attention
 from .prefix_tree import Chunk
 
 _GROWTH = 256  # slots
@@ -88,23 +89,31 @@ class ChunkAttention:
 
 
 class _Block:
-    """Queries `start` to `end`: they read the first `kept` nodes of the path, and the chunk's from `first` on."""
+    """Queries `start` to `end`: they read the first `kept` nodes of the path, and the chunk's from `first` on.
+
+    On a GPU they read whole steps of the buffers from their beginning, so that few shapes occur.
+    """
 
     def __init__(self, chunk: Chunk, start: int, end: int):
         self.start, self.end = start, end
+        own = chunk.ancestors[start:end, :end]
+        self.slots = chunk.num_kept + int(np.argmax(own.any(axis=0))), chunk.num_kept + end
         self.kept = int(chunk.num_ancestors[start:end].max())
-        seen = chunk.ancestors[start:end, :end]
-        self.first = int(np.argmax(seen.any(axis=0)))
-        self.offset = chunk.num_kept
-        kept = np.arange(self.kept) < chunk.num_ancestors[start:end, None]
-        self.mask = mx.array(np.concatenate([kept, seen[:, self.first :]], axis=1))
+        if not on_cpu():
+            self.kept, self.slots = chunk.num_kept, (chunk.num_kept, _rounded(self.slots[1]))
+        first, last = self.slots
+        mask = np.zeros((end - start, self.kept + last - first), bool)
+        mask[:, : self.kept] = np.arange(self.kept) < chunk.num_ancestors[start:end, None]
+        mask[:, self.kept : self.kept + chunk.num_kept + end - first] = own[:, first - chunk.num_kept :]
+        self.mask = mx.array(mask)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         own = queries[:, :, self.start : self.end]
-        return attention(own, self._read(keys), self._read(values), self.mask)
+        read = plain_attention if plain_masked_attention() else attention
+        return read(own, self._read(keys), self._read(values), self.mask)
 
     def _read(self, array: mx.array) -> mx.array:
-        first, end = self.offset + self.first, self.offset + self.end
+        first, end = self.slots
         if self.kept == first:
             return array[:, :, :end]
         if self.kept == 0:
@@ -112,15 +121,30 @@ class _Block:
         return mx.concatenate([array[:, :, : self.kept], array[:, :, first:end]], axis=2)
 
 
+def plain_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
+    """`attention` with a mask (L, S), as matrix products and a softmax."""
+    H, L, D = queries.shape[1:]
+    K = keys.shape[1]
+    rows = queries.reshape(1, K, H // K, L, D) * D**-0.5
+    scores = rows @ keys[:, :, None].swapaxes(-1, -2)  # (1, K, H / K, L, S)
+    scores = mx.where(mask, scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    return (weights @ values[:, :, None]).reshape(1, H, L, D)
+
+
 def _is_range(slots: list[int], first: int) -> bool:
     return slots == list(range(first, first + len(slots)))
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _GROWTH) * _GROWTH
 
 
 def _written(buffer: mx.array | None, new: mx.array, start: int) -> mx.array:
     """The buffer with new slots behind the first `start` ones; slots are the last axis but one."""
     end = start + new.shape[-2]
     if buffer is None or buffer.shape[-2] < end:
-        room = mx.zeros((*new.shape[:-2], -(-end // _GROWTH) * _GROWTH - end, new.shape[-1]), new.dtype)
+        room = mx.zeros((*new.shape[:-2], _rounded(end) - end, new.shape[-1]), new.dtype)
         parts = [new, room] if buffer is None else [buffer[..., :start, :], new, room]
         return mx.concatenate(parts, axis=-2)
     buffer[..., start:end, :] = new

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..files.output import OutputFile, output_file
 from ..plot import Accuracy, check_picture, plot_accuracies
 from .report import EvaluationReport
-from .table import Row
+from .table import TaskRow
 
 
 def save_picture(report: EvaluationReport, path: str | Path, *, overwrite: bool = False) -> None:
@@ -36,10 +36,11 @@ def draw_picture(report: EvaluationReport, picture: OutputFile) -> None:
     plot_accuracies(f"{Path(report.model).name}\n{', '.join(about)}", bars, picture)
 
 
-def _bar(row: Row, with_shots: bool) -> Accuracy:
+def _bar(row: TaskRow, with_shots: bool) -> Accuracy:
     result = row.result
     shots = f", {result.shots}\N{NO-BREAK SPACE}shots" if with_shots else ""
-    problems = f" ({', '.join(result.problems)})" if result.problems else ""
+    parts = [problem.replace(" ", "\N{NO-BREAK SPACE}") for problem in result.problems]
+    problems = f" ({', '.join(parts)})" if parts else ""
     return Accuracy(
         f"{result.task}{shots}, {result.metric}{problems}",
         100 * result.main.value,

@@ -18,7 +18,7 @@ _COMMONSENSE = "commonsense/"  # begins the names of the tasks that were publish
 
 
 @dataclass(frozen=True)
-class Cell:
+class PublishedCell:
     """A task of a published table.
 
     Attributes:
@@ -45,7 +45,7 @@ class Published:
     """
 
     percent: float
-    cell: Cell
+    cell: PublishedCell
     source: str
 
     @property
@@ -61,7 +61,7 @@ class PublishedTable:
 
     name: str
     source: str
-    cells: tuple[Cell, ...]
+    cells: tuple[PublishedCell, ...]
     models: Mapping[str, tuple[float, ...]]
 
 
@@ -128,7 +128,7 @@ def _table(name: str, fields: Fields) -> PublishedTable:
     for entry in fields.list_of("tasks", dict):
         task = Fields(entry, fields.where, EvaluationError)
         metrics = checked_metrics(task.list_of("metrics", str))
-        cells.append(Cell(task.text("task"), task.whole("shots"), task.whole("items", at_least=1), metrics))
+        cells.append(PublishedCell(task.text("task"), task.whole("shots"), task.whole("items", at_least=1), metrics))
     models = {model: tuple(map(float, row)) for model, row in fields.table("models").items()}
     assert all(len(row) == len(cells) + 1 for row in models.values()), f"{name}: a row is too short or too long"
     return PublishedTable(name, fields.text("source"), tuple(cells), MappingProxyType(models))

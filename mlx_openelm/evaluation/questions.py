@@ -7,13 +7,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DataError, TaskError, one_line, quoted
-from ..tokenizer.sandbox import compiled, compiled_expression, new_sandbox, render
+from ..tokenizer.sandbox import compiled, compiled_expression, new_sandbox
 from .task import Task
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 _Evaluate = Callable[[Mapping[str, Any]], Any]
+_MARK = re.compile(r"\[.*?\]")
 _WORDS = ("answer", "ending", "option", "solution")
 
 
@@ -81,7 +82,7 @@ class QuestionReader:
         found = self._list("choices", self._choices, record, where)
         if wrong := [choice for choice in found if not isinstance(choice, str)]:
             raise DataError(f"{where}: a choice must be text; got {quoted(wrong[0])}")
-        if any(not choice for choice in found):
+        if "" in found and not self._task.answer_delimiter:  # after a blank, the harness scores the blank
             raise DataError(f"{where}: a choice is empty: {quoted(found)}")
         least, most = self._task.num_choices
         if not least <= len(found) <= most:
@@ -99,7 +100,9 @@ class QuestionReader:
                 raise DataError(f"{where} has no right answer: none of its choices is marked with 1")
             return tuple(place for place, value in enumerate(gold) if value)
         if gold is None or gold == "" or gold == -1:
-            raise DataError(f"{where} has no right answer: {self._task.gold} is {quoted(gold)}")
+            split = self._task.source.test_split
+            hint = f"; the published questions with answers are those of split {split}" if split != "test" else ""
+            raise DataError(f"{where} has no right answer: {self._task.gold} is {quoted(gold)}{hint}")
         if self._task.labels is not None:
             labels = self._list("labels", self._labels, record, where)
             if len(labels) != len(choices):
@@ -119,7 +122,7 @@ class QuestionReader:
 
     def _computed(self, name: str, evaluate: _Evaluate, record: Mapping[str, Any], where: str) -> Any:
         try:
-            return evaluate({**record, "topic": self._task.topic})
+            return evaluate({**record, "topic": self._task.topic} if self._task.topic else record)
         except Exception as error:  # whatever a template's expressions raise
             raise DataError(f"{where}: {name} cannot be computed: {one_line(error)}") from error
 
@@ -130,8 +133,7 @@ class QuestionReader:
         if "{" not in text.replace("{{ choice }}", ""):
             return lambda values: text.replace("{{ choice }}", values["choice"])
         with _naming(self._task, name):
-            template = compiled(_environment(), text)
-        return lambda values: render(template, values)
+            return compiled(_environment(), text)
 
     def _value(self, name: str) -> _Evaluate:
         """A list of texts as it is, or what an expression gives."""
@@ -172,7 +174,7 @@ def _place(gold: Any, names: Sequence[Any], what: str, where: str) -> int:
 
 def _clean_wikihow(text: str) -> str:
     """HellaSwag's texts without the marks that are left from WikiHow's pages, as the harness cleans them."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    text = _MARK.sub("", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 

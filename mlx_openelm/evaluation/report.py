@@ -4,16 +4,19 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import EvaluationError
 from ..files.fields import Fields
 from ..files.json_file import parse_json_object
 from .published import PublishedTable, full_name, published, published_model, published_tables
-from .results import Average, GroupResult, ItemRecord, TaskResult, Value, json_number
-from .table import Row, Table, evaluation_table
+from .results import GroupResult, ItemRecord, MetricValue, SuiteAverage, TaskResult, json_number
+from .table import ResultTable, TaskRow, evaluation_table
+
+_Result = TypeVar("_Result", bound=TaskResult)
 
 
 @dataclass(frozen=True)
@@ -53,27 +56,27 @@ class EvaluationReport:
 
     def shown(self) -> list[TaskResult]:
         """Tasks and groups; a group stands where its first task was."""
-        group_of = {name: group for group in self.groups for name in group.members}
+        group_of = {(name, group.shots): group for group in self.groups for name in group.members}
         found: dict[tuple[str, int], TaskResult] = {}
         for result in self.results:
-            row = group_of.get(result.task, result)
+            row = group_of.get((result.task, result.shots), result)
             found.setdefault((row.task, row.shots), row)
         return list(found.values())
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TaskRow]:
         """What is shown, each beside its published figure."""
         return [self._row(result) for result in self.shown()]
 
-    def averages(self) -> dict[str, Average]:
+    def averages(self) -> dict[str, SuiteAverage]:
         """The averages of the paper's suites of which all tasks are there; without any, the average of all tasks."""
         shown = {(full_name(result.task), result.shots): result for result in self.shown()}
         found = {}
         for name, table in published_tables().items():
             cells = [(cell.task, cell.shots) for cell in table.cells]
             if all(cell in shown for cell in cells):
-                found[f"{name} average"] = Average.of([shown[cell] for cell in cells])
+                found[f"{name} average"] = SuiteAverage.of([shown[cell] for cell in cells])
         if not found and len(shown) > 1:
-            return {"average": Average.of(list(shown.values()))}
+            return {"average": SuiteAverage.of(list(shown.values()))}
         return found
 
     def published_averages(self) -> dict[str, float]:
@@ -82,17 +85,17 @@ class EvaluationReport:
         tables = published_tables().items()
         return {f"{name} average": table.models[model][-1] for name, table in tables if model in table.models}
 
-    def table(self) -> Table:
+    def table(self) -> ResultTable:
         """The table that the command line prints."""
         return evaluation_table(self.rows(), self.averages(), self.published_averages())
 
     def by_label(self) -> dict[str, TaskResult]:
         """Results by the name of their task; with the number of shots, such as "hellaswag@10", if it occurs twice."""
-        names = [result.task for result in self.results]
-        return {
-            result.task if names.count(result.task) == 1 else f"{result.task}@{result.shots}": result
-            for result in self.results
-        }
+        return _labelled(self.results)
+
+    def groups_by_label(self) -> dict[str, GroupResult]:
+        """The groups, named in the same way."""
+        return _labelled(self.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the items, for JSON; values are shares, and one that is not a number is `None`."""
@@ -106,12 +109,14 @@ class EvaluationReport:
             "published_model": self.published_model,
             "results": {label: _task_dict(self._row(result)) for label, result in self.by_label().items()},
             "groups": {
-                group.task: {**_task_dict(self._row(group)), "members": list(group.members)} for group in self.groups
+                label: {**_task_dict(self._row(group)), "members": list(group.members)}
+                for label, group in self.groups_by_label().items()
             },
             "averages": {
                 name: {
                     **average._asdict(),
                     "value": json_number(average.value),
+                    "stderr": json_number(average.stderr),
                     "published": published_averages.get(name),
                 }
                 for name, average in averages.items()
@@ -179,9 +184,9 @@ class EvaluationReport:
             settings=dict(fields.table("settings")),
         )
 
-    def _row(self, result: TaskResult) -> Row:
+    def _row(self, result: TaskResult) -> TaskRow:
         found = published(self.published_model, result.task, result.shots, self._tables())
-        return Row(result, found if found is not None and result.metric in found.cell.metrics else None)
+        return TaskRow(result, found if found is not None and result.metric in found.cell.metrics else None)
 
     def _tables(self) -> list[PublishedTable]:
         """The published tables, first those of which most tasks are there."""
@@ -199,7 +204,12 @@ _COUNTS = ("num_items", "num_available", "num_truncated", "num_non_finite", "num
 _PUBLISHED = ("published", "points_above", "items_above", "nearer_metric")
 
 
-def _task_dict(row: Row) -> dict[str, Any]:
+def _labelled(results: Sequence[_Result]) -> dict[str, _Result]:
+    names = Counter(result.task for result in results)
+    return {result.task if names[result.task] == 1 else f"{result.task}@{result.shots}": result for result in results}
+
+
+def _task_dict(row: TaskRow) -> dict[str, Any]:
     result = row.result
     metrics: dict[str, Any] = {}
     for name, value in result.metrics.items():
@@ -236,7 +246,9 @@ def _task_of(kind: type[TaskResult], fields: Fields) -> Any:
     for name in fields:
         if name.endswith(_ERROR):
             value = fields.number(name.removesuffix(_ERROR), None)
-            metrics[name.removesuffix(_ERROR)] = Value(math.nan if value is None else value, fields.number(name, None))
+            metrics[name.removesuffix(_ERROR)] = MetricValue(
+                math.nan if value is None else value, fields.number(name, None)
+            )
     metric = fields.text("metric")
     if metric not in metrics:
         raise EvaluationError(f"{fields.where}: {metric} is missing")

@@ -14,7 +14,7 @@ from .requests import Score
 NUM_HASHED = 16  # hexadecimal digits of a hash
 
 
-class Value(NamedTuple):
+class MetricValue(NamedTuple):
     """The mean of a metric over all items of a task, from 0 to 1 except for `likelihood_diff`.
 
     Attributes:
@@ -90,7 +90,7 @@ class TaskResult:
     metric: str
     data: Mapping[str, Any]
     prompt_hash: str
-    metrics: Mapping[str, Value]
+    metrics: Mapping[str, MetricValue]
     num_items: int
     num_available: int
     gold_counts: tuple[int, ...] = ()
@@ -130,7 +130,7 @@ class TaskResult:
             metric=metric,
             data=dict(data or {}),
             prompt_hash=_joined_hash(record.prompt_hash for record in records),
-            metrics=_averaged(records) or {metric: Value(math.nan, None)},
+            metrics=_averaged(records) or {metric: MetricValue(math.nan, None)},
             num_items=len(records),
             num_available=len(records) + num_failed if num_available is None else num_available,
             gold_counts=() if metric in _WITHOUT_MAJORITY else _gold_counts(records),
@@ -141,7 +141,7 @@ class TaskResult:
         )
 
     @property
-    def main(self) -> Value:
+    def main(self) -> MetricValue:
         """The value of the main metric."""
         return self.metrics[self.metric]
 
@@ -197,7 +197,7 @@ class GroupResult(TaskResult):
         )
 
 
-class Average(NamedTuple):
+class SuiteAverage(NamedTuple):
     """The mean of the main metrics of several tasks, each with the same weight, as the paper averages.
 
     Attributes:
@@ -213,7 +213,7 @@ class Average(NamedTuple):
     doubtful: tuple[str, ...]
 
     @classmethod
-    def of(cls, results: Sequence[TaskResult]) -> "Average":
+    def of(cls, results: Sequence[TaskResult]) -> "SuiteAverage":
         """The average of these tasks."""
         errors = [result.main.stderr for result in results]
         known = [error for error in errors if error is not None]
@@ -244,18 +244,18 @@ def item_hash(item: Item) -> str:
 _WITHOUT_MAJORITY = frozenset({"mc2", "pct_stereotype"})  # several right choices, or always the first
 
 
-def _averaged(records: Sequence[ItemRecord]) -> dict[str, Value]:
+def _averaged(records: Sequence[ItemRecord]) -> dict[str, MetricValue]:
     if not records:
         return {}
     columns = {name: [record.metrics[name] for record in records] for name in records[0].metrics}
-    return {name: Value(mean(values), standard_error(values)) for name, values in columns.items()}
+    return {name: MetricValue(mean(values), standard_error(values)) for name, values in columns.items()}
 
 
-def _pooled(metric: str, results: Sequence[TaskResult]) -> Value:
+def _pooled(metric: str, results: Sequence[TaskResult]) -> MetricValue:
     values = [result.metrics[metric] for result in results]
     sizes = [result.num_items for result in results]
     errors = [value.stderr for value in values]
-    return Value(pooled_mean([value.value for value in values], sizes), pooled_standard_error(errors, sizes))
+    return MetricValue(pooled_mean([value.value for value in values], sizes), pooled_standard_error(errors, sizes))
 
 
 def _gold_counts(records: Sequence[ItemRecord]) -> tuple[int, ...]:

@@ -97,51 +97,76 @@ def prepare(tasks: Sequence[str], options: EvaluationOptions = EvaluationOptions
     return prepared
 
 
-def evaluate_tasks(
+def evaluate(
     model: OpenELM,
     tokenizer: Tokenizer,
-    tasks: Sequence[str] | Sequence[PreparedTask],
+    tasks: Sequence[str],
     options: EvaluationOptions = EvaluationOptions(),
     *,
     output: str | Path | None = None,
     name: str = "model",
     adapter: str | None = None,
-    group: mx.distributed.Group | None = None,
     callback: EvaluationCallback = EvaluationCallback(),  # noqa: B008, keeps nothing
-    command: str = "",
 ) -> EvaluationReport:
     """Evaluate a model on tasks of lm-eval, or on those of the paper's adapters.
 
     Args:
-        tasks: names of tasks, groups or suites, or what `prepare` gave.
+        tasks: names of tasks, groups or suites, or paths of task files.
         output: a folder for scores and results. Scores that it holds are not computed again, so that a run that was
             interrupted continues; results of other tasks with the same protocol and limit stay.
         name: of the model, as the report shows it; the name of a published one brings the published figures.
         adapter: name of the adapter that the model has.
-        group: processes that share the items.
         callback: is told of the progress.
-        command: what was typed, for the report.
 
     Raises:
-        OpenELMError: a subclass, as for `prepare`, or if `output` belongs to another model, or too many prompts exceed
-            the model's context.
+        OpenELMError: a subclass, if a task is unknown, its data are missing or do not fit, `output` belongs to another
+            model, or too many prompts exceed the model's context.
     """
-    prepared = [task for task in tasks if isinstance(task, PreparedTask)]
-    prepared += prepare([task for task in tasks if isinstance(task, str)], options) if not prepared else []
-    dtype = str(model.transformer.norm.weight.dtype).removeprefix("mlx.core.")
-    empty = tuple(_result(task, (), options) for task in prepared)
+    subject = Subject(model, tokenizer, name, adapter)
+    return evaluate_prepared(subject, prepare(tasks, options), options, output=output, callback=callback)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is evaluated, and the names of it and its adapter."""
+
+    model: OpenELM
+    tokenizer: Tokenizer
+    name: str
+    adapter: str | None = None
+
+
+def evaluate_prepared(
+    subject: Subject,
+    tasks: Sequence[PreparedTask],
+    options: EvaluationOptions,
+    *,
+    output: str | Path | None = None,
+    group: mx.distributed.Group | None = None,
+    callback: EvaluationCallback = EvaluationCallback(),  # noqa: B008, keeps nothing
+    command: str = "",
+) -> EvaluationReport:
+    """As `evaluate`, with tasks whose data were read before.
+
+    Args:
+        group: processes that share the items.
+        command: what was typed, for the report.
+    """
+    dtype = str(subject.model.transformer.norm.weight.dtype).removeprefix("mlx.core.")
+    empty = tuple(_result(task, (), options) for task in tasks)
     report = EvaluationReport(
-        name, adapter, dtype, options.protocol, empty, machine=describe(command), limit=options.limit
+        subject.name, subject.adapter, dtype, options.protocol, empty, machine=describe(command), limit=options.limit
     )
     with open_run(output, 0 if group is None else group.rank()) as folder:
-        scores = None if folder is None else folder.scores(dependencies(model, tokenizer, options.scorer))
-        run = _Run(ItemScorer(Scorer(model, tokenizer, options.scorer), scores, group), options, callback)
+        scores = None if folder is None else folder.scores(dependencies(subject, options.scorer))
+        scorer = Scorer(subject.model, subject.tokenizer, options.scorer)
+        run = _Run(ItemScorer(scorer, scores, group), options, callback)
         results: list[TaskResult] = []
-        for label, task in zip(report.by_label(), prepared, strict=True):
+        for label, task in zip(report.by_label(), tasks, strict=True):
             with nullcontext(SampleWriter(None)) if folder is None else folder.samples(report, label) as write:
-                results.append(run.evaluate(task, prepared, write))
+                results.append(run.evaluate(task, tasks, write))
             callback.on_result(results[-1])
-        report = replace(report, results=tuple(results), groups=tuple(_groups(prepared, results)))
+        report = replace(report, results=tuple(results), groups=tuple(_groups(tasks, results)))
         return report if folder is None else folder.write(report)
 
 
@@ -212,11 +237,11 @@ def _groups(tasks: Sequence[PreparedTask], results: Sequence[TaskResult]) -> Ite
             yield GroupResult.of_tasks(name, found)
 
 
-def dependencies(model: OpenELM, tokenizer: Tokenizer, config: ScorerConfig) -> dict[str, Any]:
+def dependencies(subject: Subject, config: ScorerConfig) -> dict[str, Any]:
     """What scores depend on apart from the prompt; the dtype is part of the weights' fingerprint."""
-    vocabulary = hashlib.sha256(read_bytes(tokenizer.path, EvaluationError, _LARGEST_TOKENIZER)).hexdigest()
-    length = config.max_length or model.config.max_context_length
-    return {"weights": model_fingerprint(model), "tokenizer": vocabulary, "max_length": length}
+    vocabulary = hashlib.sha256(read_bytes(subject.tokenizer.path, EvaluationError, _LARGEST_TOKENIZER)).hexdigest()
+    length = config.max_length or subject.model.config.max_context_length
+    return {"weights": model_fingerprint(subject.model), "tokenizer": vocabulary, "max_length": length}
 
 
 def _too_long(task: PreparedTask, options: EvaluationOptions, count: int) -> EvaluationError:

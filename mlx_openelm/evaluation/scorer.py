@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import EvaluationError
-from ..machine.device import scoring_block, scoring_memory_bytes
+from ..machine.device import scoring_sizes
 from ..model.openelm import ForwardContext, OpenELM
 from ..model.rope import TokenRope
 from ..tokenizer.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ from .path_cache import ChunkAttention, PathCache
 from .prefix_tree import Chunk, PrefixTree, Target
 from .requests import Request, Score
 
-_CHUNK = 16, 4096  # fewest and most tokens of a chunk
+_SMALLEST_CHUNK = 16  # fewest and most tokens of a chunk
 _LOGITS_ROWS = 4, 256
 
 FAILED = Score(float("nan"), False)  # of a request that cannot be scored
@@ -66,7 +66,7 @@ class Scorer:
         self.config = config
         self.encode = RequestEncoder(tokenizer, config.max_length or model.config.max_context_length)
         self.tokens_computed = 0
-        self._plan = _Plan.of(model, config.memory_bytes or scoring_memory_bytes())
+        self._plan = _Plan.of(model, config.memory_bytes)
         self._tree = PrefixTree(self._plan.chunk_size, config.share)
         self._cache = PathCache(model.config.num_transformer_layers)
 
@@ -132,15 +132,17 @@ class _Plan:
     logits_rows: int
 
     @classmethod
-    def of(cls, model: OpenELM, memory_bytes: int) -> "_Plan":
+    def of(cls, model: OpenELM, memory_bytes: int | None) -> "_Plan":
         config = model.config
+        default_bytes, largest_chunk, block = scoring_sizes()
+        memory_bytes = memory_bytes or default_bytes
         itemsize = model.transformer.norm.weight.dtype.size
         ffn = 4 * max(config.ffn_dims)  # both halves, the activated gate, and their product
         heads = 4 * config.head_dim * max(map(add, config.num_query_heads, config.num_kv_heads))
         token = itemsize * (ffn + heads + 4 * config.model_dim)
         return cls(
-            chunk_size=_within(memory_bytes // (2 * token), *_CHUNK),
-            block_size=scoring_block(),
+            chunk_size=_within(memory_bytes // (2 * token), _SMALLEST_CHUNK, largest_chunk),
+            block_size=block,
             logits_rows=_within(memory_bytes // (4 * 2 * 4 * config.vocab_size), *_LOGITS_ROWS),
         )
 

@@ -28,17 +28,17 @@ _ELSEWHERE = {  # names of other programs and papers
 }
 
 
-def find_tasks(names: Sequence[str]) -> list[Task]:
+def find_tasks(names: str | Sequence[str]) -> list[Task]:
     """The tasks of these names, each with its number of examples; a task that several names lead to occurs once.
 
     Args:
         names: of tasks, of groups (`mmlu`), of suites (`zero-shot`, `openllm`, `llm360`, `commonsense`), patterns like
-            `mmlu_high_school_*`, or paths of task files (.yaml). A text may hold several, with commas between them. A
-            task of a suite with several parts is named `commonsense/piqa`, or `piqa` where no other has that name.
+            `mmlu_high_school_*`, or paths of task files (.yaml). A text may hold several, with commas between them.
+            `commonsense/openbookqa` may be written `openbookqa`, because no other task has that name.
     Raises:
         TaskError: if there are no names, or one is unknown, with similar ones; or if a task file is not valid.
     """
-    wanted = [name for text in names for name in _split(text)]
+    wanted = [name for text in ([names] if isinstance(names, str) else names) for name in _split(text)]
     if not wanted:
         raise TaskError(f"no tasks given (choose from {', '.join(suites())}, or the tasks themselves)")
     found: dict[tuple[str, int, Path], Task] = {}
@@ -119,7 +119,7 @@ def _similar(name: str) -> str:
             spellings.setdefault(spelling, []).append(known)
     plain = _ELSEWHERE.get(_plain(name), _plain(name))
     close = [plain] if plain in spellings else get_close_matches(plain, spellings, 3, 0.6)
-    known_names = dict.fromkeys(known for spelling in close for known in spellings[spelling])
+    known_names = dict.fromkeys(known for spelling in close for known in sorted(spellings[spelling], key=len))
     if known_names:
         return f"; did you mean {' or '.join(list(known_names)[:3])}?"
     return f" (suites: {', '.join(suites())}; a task file ends in .yaml)"

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from .metrics import ROUNDED
 from .published import Published
-from .results import Average, TaskResult
+from .results import SuiteAverage, TaskResult
 
 _SHOWN_DIGITS = 8  # of a hash
 _DOUBTFUL, _NEARER = " !", "~"
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskRow:
     """A task or group, and what was published about it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Row:
         return value is not None and not math.isnan(value.value)
 
 
-class Table(NamedTuple):
+class ResultTable(NamedTuple):
     """A table for `write_table`, without the columns in which it has nothing to say.
 
     Attributes:
@@ -71,8 +71,8 @@ class Table(NamedTuple):
 
 
 def evaluation_table(
-    rows: Sequence[Row], averages: Mapping[str, Average], published_averages: Mapping[str, float]
-) -> Table:
+    rows: Sequence[TaskRow], averages: Mapping[str, SuiteAverage], published_averages: Mapping[str, float]
+) -> ResultTable:
     """The table of these tasks.
 
     Args:
@@ -96,11 +96,11 @@ def evaluation_table(
         for at in range(len(names))
         if at not in hidden and at not in shared and any(row[at].strip() for row in [*tasks, *means])
     ]
-    prefix = _prefix([row[0] for row in tasks])
+    prefix = shared_prefix([row[0] for row in tasks])
     tasks = [[row[0].removeprefix(prefix), *row[1:]] for row in tasks]
     sections = [[[row[at] for at in shown] for row in section] for section in (tasks, means) if section]
     twice = len({row.result.task for row in rows}) < len(rows)
-    return Table(
+    return ResultTable(
         [names[at] for at in shown],
         sections,
         [f"tasks {prefix}"] * bool(prefix) + [f"{names[at]} {value}" for at, value in shared.items()],
@@ -110,7 +110,7 @@ def evaluation_table(
     )
 
 
-def _prefix(tasks: Sequence[str]) -> str:
+def shared_prefix(tasks: Sequence[str]) -> str:
     """The folder that begins the names of all tasks, such as "commonsense/"."""
     folders = {task.rpartition("/")[0] for task in tasks}
     return f"{folders.pop()}/" if len(tasks) > 1 and len(folders) == 1 and "" not in folders else ""
@@ -123,16 +123,16 @@ def percentage(value: float | None) -> str:
 
 class _Column(NamedTuple):
     heading: str
-    cell: Callable[[Row], str]
+    cell: Callable[[TaskRow], str]
     is_left: bool = False
 
 
-def _metric(name: str) -> Callable[[Row], str]:
+def _metric(name: str) -> Callable[[TaskRow], str]:
     """A cell with a metric that not all tasks have."""
     return lambda row: percentage(row.result.metrics[name].value) if name in row.result.metrics else ""
 
 
-def _above(row: Row, suffix: str = "") -> str:
+def _above(row: TaskRow, suffix: str = "") -> str:
     metric = row.result.metric + suffix
     count = row.items(metric) if metric in row.result.metrics else None
     if count is None or math.isnan(count):
@@ -168,7 +168,7 @@ _COUNTS = ("truncated", "not finite", "failed")
 _SHARED = ("shots", "metric", "version")  # headings of columns that are left out if all tasks have the same value
 
 
-def _average_row(name: str, average: Average, published: float | None) -> list[str]:
+def _average_row(name: str, average: SuiteAverage, published: float | None) -> list[str]:
     cells = {
         "task": name + (_DOUBTFUL if average.doubtful else ""),
         "ours": percentage(average.value),
@@ -179,7 +179,7 @@ def _average_row(name: str, average: Average, published: float | None) -> list[s
     return [cells.get(column.heading, "") for column in _COLUMNS]
 
 
-def _mark_nearer(rows: Sequence[Row], cells: Sequence[list[str]]) -> None:
+def _mark_nearer(rows: Sequence[TaskRow], cells: Sequence[list[str]]) -> None:
     """Mark the cells of the metrics that are nearer to the published figures; the others of a column keep in line."""
     headings = [column.heading for column in _COLUMNS]
     for name in ("acc", "acc_norm"):
@@ -189,7 +189,7 @@ def _mark_nearer(rows: Sequence[Row], cells: Sequence[list[str]]) -> None:
                 line[at] += _NEARER if row.nearer == name else " " if line[at] else ""
 
 
-def _notes(rows: Sequence[Row], averages: Mapping[str, Average]) -> Sequence[str]:
+def _notes(rows: Sequence[TaskRow], averages: Mapping[str, SuiteAverage]) -> Sequence[str]:
     notes = [f"! {row.result.task}: {', '.join(row.result.problems)}" for row in rows if row.result.problems]
     notes += [
         f"! {name}: includes {', '.join(average.doubtful)}" for name, average in averages.items() if average.doubtful

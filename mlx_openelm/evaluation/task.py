@@ -1,5 +1,6 @@
 """A task: what is asked of which data, read from a small YAML file. `docs/evaluate.md` describes its fields."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,12 +11,20 @@ from ..files.fields import Fields
 from ..files.yaml_file import read_yaml_object
 
 PROTOCOLS = ("current", "paper")
-KINDS = ("multiple_choice", "partial", "mc2", "stereotype")
-METRICS = ("acc", "acc_norm", "pct_stereotype", "likelihood_diff")
+METRICS = {  # of each kind
+    "multiple_choice": ("acc", "acc_norm", "acc_bytes"),
+    "partial": ("acc", "acc_norm", "acc_bytes"),
+    "mc2": ("acc",),
+    "stereotype": ("pct_stereotype", "likelihood_diff"),
+}
+KINDS = tuple(METRICS)
 SAMPLERS = ("random", "first_n")
 TYPES = ("text", "texts", "label", "numbers", "records", "blank")
 _OF_PAPER = ("version", "description", "prompt", "choices", "gold")
 _MOST_CHOICES, _MOST_SHOTS = 1000, 1000
+_LONGEST_NAME = 100
+_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")  # also of files, so no part begins with a dot
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FIELDS = (
     *("name", "group", "version", "kind", "licence", "documents", "data", "sha256", "fields", "description", "prompt"),
     *("choices", "num_choices", "labels", "gold", "ending", "continuation", "answer_delimiter", "shots", "metrics"),
@@ -176,8 +185,11 @@ def _task(values: Fields, path: Path, variant: str) -> Task:
     choices = _texts_or_expression(values, "choices")
     if choices is None:
         raise TaskError(f"{values.where}: choices is missing")
+    name = values.text("name").replace("{variant}", variant)
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        raise TaskError(f"{values.where}: name must be of letters, digits, _, -, . and /; got {quoted(name)}")
     task = Task(
-        name=values.text("name").replace("{variant}", variant),
+        name=name,
         version=values.text("version"),
         shots=shots.whole("default", 0, at_most=_MOST_SHOTS),
         metrics=_metrics(values, kind),
@@ -217,8 +229,8 @@ def _check_consistent(task: Task, values: Fields) -> None:
 
 
 def _metrics(values: Fields, kind: str) -> tuple[str, ...]:
-    names = values.list_of("metrics", str, ["pct_stereotype"] if kind == "stereotype" else ["acc"])
-    allowed = METRICS[2:] if kind == "stereotype" else METRICS[:1] if kind == "mc2" else METRICS[:2]
+    allowed = METRICS[kind]
+    names = values.list_of("metrics", str, allowed[:1])
     if unknown := [name for name in names if name not in allowed]:
         raise TaskError(
             f"{values.where}: unknown metric for kind {kind}: {shorten(unknown)} (choose from {', '.join(allowed)})"
@@ -232,6 +244,9 @@ def _source(values: Fields, variant: str) -> DataSource:
     data = values.table("data")
     _check_names(data, ("repository", "revision", "files", "test_split", "about"))
     files, hashes = data.table("files"), values.table("sha256")
+    for split in hashes:
+        if not _SHA256.fullmatch(hashes.text(split).lower()):
+            raise TaskError(f"{hashes.where}: {split} must have 64 hexadecimal digits; got {quoted(hashes[split])}")
     return DataSource(
         data.text("repository", ""),
         data.text("revision", ""),

@@ -1,7 +1,7 @@
 """The records of a task: from a folder, or from the Hugging Face hub; each file with its hash and its origin."""
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -11,7 +11,7 @@ from typing import Any
 from ..data.json_records import BrokenLines
 from ..data.record_files import RECORD_ENDINGS, read_records
 from ..errors import DataError, TaskError, quoted, shorten
-from ..files.paths import is_file, is_folder, open_regular, user_path
+from ..files.paths import exists, is_file, is_folder, open_regular, user_path
 from ..hub import DownloadedFile, download_data_file
 from .task import Task
 from .task_locks import DataLock, read_lock, write_lock
@@ -29,8 +29,8 @@ class DataOrigin:
         sha256: of the file.
         num_records: in the file.
         repository, revision: on the hub, if the file was downloaded; empty for a local file.
-        is_published: whether the file has the hash of the published one, which a downloaded file must have; without a
-            known hash, whether there are as many records as were published.
+        is_published: whether the file has the hash of the published one, which a downloaded file must have; where none
+            is known, or only that of a file in another format, whether there are as many records as were published.
     """
 
     path: Path
@@ -112,6 +112,8 @@ class _Found:
 
 def _local(task: Task, folder: Path) -> Callable[[str], _Found]:
     """Finds the file of a split in a user's folder."""
+    if not is_folder(folder):
+        raise DataError(f"{folder} {'is not a folder' if exists(folder) else 'does not exist'}; expected one with data")
     names = [task.name, task.name.rpartition("/")[2]]
     if task.group:
         names.append(f"{task.group}/{task.name.removeprefix(f'{task.group}_')}")
@@ -127,8 +129,10 @@ def _local(task: Task, folder: Path) -> Callable[[str], _Found]:
                 raise DataError(f"{found[0]} and {found[1].name} exist; keep one of them")
             if found:
                 return _Found(found[0])
-        expected = f"{folders[-1]}/{splits[0]}.jsonl (or .json, .parquet)"
         what = f"the examples of task {task.name}" if split != "test" else f"task {task.name}"
+        if _files(folder, "test"):
+            raise DataError(f"{folder} has no folder for {what}; pass the folder that contains {folder.name}")
+        expected = f"{folder / names[1]}/{splits[0]}.jsonl (or .json, .parquet)"
         raise DataError(f"{folder} has no data for {what}; expected {expected}")
 
     return find
@@ -180,15 +184,10 @@ def _read(task: Task, found: _Found, split: str, documents: int | None) -> Recor
         rows.append(_checked(task, record, f"{path}, record {number}"))
     if not rows:
         raise DataError(f"{path} has no records")
-    origin = DataOrigin(
-        path,
-        digest,
-        len(rows),
-        task.source.repository if found.download else "",
-        found.download.revision if found.download else "",
-        digest == expected or (expected is None and len(rows) == documents),
-    )
-    return Records(path, rows, origin)
+    repository, revision = (task.source.repository, found.download.revision) if found.download else ("", "")
+    is_comparable = expected is not None and path.suffix == Path(task.source.files.get(split, "test.json")).suffix
+    is_published = digest == expected if is_comparable or found.download else len(rows) == documents
+    return Records(path, rows, DataOrigin(path, digest, len(rows), repository, revision, is_published))
 
 
 def _file_hash(path: Path) -> str:
@@ -214,9 +213,15 @@ def _checked(task: Task, record: dict[str, Any], where: str) -> dict[str, Any]:
         value = _CONVERTERS[kind](holder.get(last))
         if value is _WRONG:
             raise DataError(f"{where}: {name} must be {_EXPECTED[kind]}; got {quoted(holder.get(last))}")
-        if value is not holder.get(last):  # only at the top level: others are lists of texts and numbers
-            record = {**record, name: value}
+        if value is not holder.get(last):
+            record = _with(record, name.split("."), value)
     return record
+
+
+def _with(record: dict[str, Any], names: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of a record in which the field that these names lead to has another value."""
+    first, *others = names
+    return {**record, first: _with(record[first], others, value) if others else value}
 
 
 def _fitting(task: Task, record: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from ..errors import CacheError, PromptError
 from ..machine.device import pays_to_compile, wired_memory
 from ..model.openelm import OpenELM
 from ..tokenizer.tokenizer import Tokenizer
+from .defaults import default_sampling
 from .engine import BATCH_SIZE, MAX_TOKENS, DecodeBatch, as_prompt, check_memory
 from .sampling import SamplingConfig
 from .text import Generation, TextStream, check_request
@@ -22,7 +23,7 @@ def generate_batch(
     *,
     batch_size: int = BATCH_SIZE,
     max_tokens: int = MAX_TOKENS,
-    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
+    sampling: SamplingConfig | None = None,
     stop: Iterable[str] = (),
     cache: CacheConfig = CacheConfig(),  # noqa: B008, frozen
     numbers: Iterable[int] | None = None,
@@ -36,6 +37,7 @@ def generate_batch(
     Args:
         prompts: texts or ids, as for `stream_generate`.
         batch_size: rows decoded at once, at least 1.
+        sampling: by default that of the model, as for `stream_generate`.
         numbers: indices of the prompts to continue, in this order; by default all.
         compiled: as for `generate_tokens`.
 
@@ -50,7 +52,7 @@ def generate_batch(
     arrays = check_batch(model, list(ids.values()), batch_size=batch_size, max_tokens=max_tokens, cache=cache)
     waiting = dict(zip(ids, arrays, strict=True))
     compiled = pays_to_compile(max_tokens) if compiled is None else compiled
-    sampling = sampling.with_seed()
+    sampling = (sampling or default_sampling(model)).with_seed()
     rows = DecodeBatch(model, sampling, compiled=compiled)
     stop = tuple(stop)
 

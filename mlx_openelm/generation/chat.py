@@ -9,6 +9,7 @@ from ..model.openelm import OpenELM
 from ..tokenizer.chat_template import OPENELM
 from ..tokenizer.example_format import CHAT
 from ..tokenizer.tokenizer import Tokenizer
+from .defaults import default_sampling
 from .engine import MAX_TOKENS, Progress
 from .prompt_cache import PromptCache
 from .sampling import SEEDS, SamplingConfig
@@ -19,6 +20,7 @@ class Chat:
     """A conversation and its KV cache: each turn computes only its own tokens.
 
     A model that was tuned on single questions in another format gets each message alone, in that format.
+    Without `sampling`, the model's own holds, as for `stream_generate`.
     Answer n, counting from 0 and through `undo` and `reset`, is sampled with the seed plus n; without a seed, a random
     one is drawn, which `sampling.seed` tells.
 
@@ -35,7 +37,7 @@ class Chat:
         tokenizer: Tokenizer,
         *,
         system: str | None = None,
-        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
+        sampling: SamplingConfig | None = None,
         max_tokens: int = MAX_TOKENS,
         stop: Iterable[str] = (),
         cache: PromptCache | None = None,
@@ -51,7 +53,7 @@ class Chat:
         self._check_system(system)
         self.model = model
         self.tokenizer = tokenizer
-        self.sampling = sampling.with_seed()
+        self.sampling = (sampling or default_sampling(model)).with_seed()
         self.max_tokens = max_tokens
         self.stop = tuple(stop)
         self.cache = cache if cache is not None else PromptCache(model)

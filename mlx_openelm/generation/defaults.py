@@ -1,13 +1,14 @@
 """How a model wants its text sampled, as its `generation_config.json` says."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, SamplingError, quoted
-from ..files.json_file import read_json_object
+from ..model.openelm import OpenELM
 from .sampling import SamplingConfig
 
-_FILE = "generation_config.json"
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p")  # count only where `do_sample` is true, as in transformers
 
 
@@ -22,29 +23,28 @@ def given_sampling(**fields: Any) -> dict[str, Any]:
     return given
 
 
-def sampling_of(folder: Path, **given: Any) -> SamplingConfig:
-    """The sampling for a model folder: what is given and not `None`, else what the folder's file says.
-
-    Without `do_sample`, only the file's `repetition_penalty` counts.
+def sampling_of(written: Mapping[str, Any], where: str | Path) -> SamplingConfig:
+    """The sampling that a model asks for. Without `do_sample`, only its `repetition_penalty` counts.
 
     Args:
-        given: fields of `SamplingConfig`.
+        written: what its `generation_config.json` says of it, as in `Source.sampling`.
+        where: that file, for messages.
     Raises:
-        SamplingError: if a given value is out of range.
-        ConfigError: if a value in the file is.
+        ConfigError: if a value is not a number or out of range.
     """
-    chosen = given_sampling(**given)
-    path = folder / _FILE
-    written = read_json_object(path, ConfigError, optional=True)
     names = ("repetition_penalty", *(_SAMPLED if written.get("do_sample") is True else ()))
-    wanted = {name: written[name] for name in names if written.get(name) is not None}
-    for name, value in wanted.items():
-        if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else int | float):
-            raise ConfigError(f"{path}: {name} must be a number; got {quoted(value)}")
+    wanted = {key: written[key] for key in names if written.get(key) is not None}
+    for key, value in wanted.items():
+        if isinstance(value, bool) or not isinstance(value, int if key == "top_k" else int | float):
+            raise ConfigError(f"{where}: {key} must be a number; got {quoted(value)}")
     if written.get("do_sample") is True:
         wanted.setdefault("temperature", 1.0)
     try:
-        SamplingConfig(**wanted)
+        return SamplingConfig(**wanted)
     except SamplingError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return SamplingConfig(**{**wanted, **chosen})
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def default_sampling(model: OpenELM, **given: Any) -> SamplingConfig:
+    """The sampling that a model asks for, or greedy decoding, with the given fields of `SamplingConfig` changed."""
+    return replace(model.sampling or SamplingConfig(), **given)

@@ -10,6 +10,7 @@ from ..errors import PromptError
 from ..machine.device import peak_memory_bytes, wired_memory
 from ..model.openelm import OpenELM
 from ..tokenizer.tokenizer import Tokenizer
+from .defaults import default_sampling
 from .drafters import Drafter
 from .engine import MAX_TOKENS, Progress, Step, generate_tokens
 from .prompt_cache import PromptCache
@@ -93,7 +94,7 @@ def generate(
     prompt: str | Sequence[int],
     *,
     max_tokens: int = MAX_TOKENS,
-    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
+    sampling: SamplingConfig | None = None,
     stop: Iterable[str] = (),
     cache: PromptCache | None = None,
     drafter: Drafter | None = None,
@@ -120,7 +121,7 @@ def stream_generate(
     prompt: str | Sequence[int],
     *,
     max_tokens: int = MAX_TOKENS,
-    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
+    sampling: SamplingConfig | None = None,
     stop: Iterable[str] = (),
     cache: PromptCache | None = None,
     drafter: Drafter | None = None,
@@ -131,6 +132,8 @@ def stream_generate(
     Args:
         prompt: plain text, to which BOS is added, or ids, which are used unchanged.
         max_tokens: the most tokens to generate, at least 1.
+        sampling: how each token is chosen; by default as the model's `generation_config.json` says (`model.sampling`),
+            so that `SamplingConfig()` gives the most likely tokens whatever it says.
         stop: strings that end the generation; neither they nor the text after them is returned.
         cache: the cache of an earlier text; the prefix that the prompt shares with it is not computed again. Afterwards
             it holds the prompt and the generated tokens.
@@ -145,7 +148,7 @@ def stream_generate(
     check_request(prompt, max_tokens)
     tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     cache = cache if cache is not None else PromptCache(model)
-    sampling = sampling.with_seed()
+    sampling = (sampling or default_sampling(model)).with_seed()
     before, fresh = cache.reuse(tokens)
     seed = None if sampling.is_greedy else sampling.seed
     row = TextStream(model, tokenizer, len(tokens), max_tokens, stop, drafter, reused=len(before), seed=seed)

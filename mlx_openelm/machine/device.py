@@ -199,14 +199,21 @@ def queues_prefill() -> bool:
     return not on_cpu()
 
 
-def scoring_block() -> int:
-    """Queries at once in scoring: few on the CPU, which computes all scores of a block with what the mask excludes."""
-    return 64 if on_cpu() else 512
+def plain_masked_attention() -> bool:
+    """Whether to compute attention with a mask in plain operations: cuDNN plans each new shape, for 40 ms on an H100.
+
+    Chunks of texts have ever new shapes, times the numbers of heads of all layers.
+    """
+    return choices().backend == "cuda"
 
 
-def scoring_memory_bytes() -> int:
-    """Memory for scoring beside the model: on a GPU more, because it needs thousands of tokens at once to be busy."""
-    return 64 << 20 if on_cpu() else 1 << 30
+def scoring_sizes() -> tuple[int, int, int]:
+    """For scoring: bytes beside the model, most tokens of a chunk, and queries that attend at once.
+
+    A CPU computes all products of a block with what its mask excludes, so that small blocks pay. A GPU needs a thousand
+    tokens at once to be busy, and equal shapes: for new ones, CUDA's libraries choose anew how to multiply.
+    """
+    return (64 << 20, 4096, 64) if on_cpu() else (1 << 30, 1024, 1024)
 
 
 def pays_to_compile(num_tokens: int) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +24,9 @@ from ..machine.device import choices, on_cpu
 from .fused_attention import FusedAttention
 from .rope import Rope
 
+if TYPE_CHECKING:
+    from ..generation.sampling import SamplingConfig
+
 NORM_EPS = 1e-6
 
 
@@ -31,7 +35,13 @@ class ContextLengthWarning(UserWarning):
 
 
 class OpenELM(nn.Module):
-    """A decoder-only language model whose layers differ in width."""
+    """A decoder-only language model whose layers differ in width.
+
+    Attributes:
+        sampling: how text is sampled by default, as the model's `generation_config.json` says; `None`: greedily.
+    """
+
+    sampling: "SamplingConfig | None" = None
 
     def __init__(self, config: OpenELMConfig):
         super().__init__()

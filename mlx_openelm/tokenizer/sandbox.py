@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import update_wrapper
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -64,11 +64,15 @@ def new_sandbox(**options: Any) -> Environment:
     return environment
 
 
-def compiled(environment: Environment, text: str) -> Template:
-    """The template of a text; its names are looked up in one dict, which Jinja copies for each rendering."""
+def compiled(environment: Environment, text: str) -> Callable[[Mapping[str, Any]], str]:
+    """A function that renders a template many times: its names are in one dict, which Jinja copies for each rendering.
+
+    The time of a template without statements is not limited, because what it does ends with its text.
+    """
     template = environment.from_string(text)
     template.globals = dict(template.globals)
-    return template
+    has_statements = environment.block_start_string in text
+    return lambda values: render(template, values, is_limited=has_statements)
 
 
 def compiled_expression(environment: Environment, text: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -77,23 +81,20 @@ def compiled_expression(environment: Environment, text: str) -> Callable[[Mappin
     expression._template.globals = dict(expression._template.globals)
 
     def compute(values: Mapping[str, Any]) -> Any:
-        from jinja2 import Undefined
-
-        with limited_time():
-            found = expression(values)
-        if isinstance(found, Undefined):
+        found = expression(values)
+        if isinstance(found, environment.undefined):
             str(found)  # raises the error that says which name is undefined
         return found
 
     return compute
 
 
-def render(template: Template, values: Mapping[str, Any]) -> str:
-    """The text of a template."""
+def render(template: Template, values: Mapping[str, Any], *, is_limited: bool = True) -> str:
+    """The text of a template; `is_limited`: in a limited time, which takes some time to watch."""
     parts: list[str] = []
     size = 0
-    with limited_time():
-        for part in template.generate(**values, range=_limited_range()):
+    with _limited_time() if is_limited else nullcontext():
+        for part in template.generate({"range": _limited_range(), **values}):
             parts.append(part)
             size += len(part)
             if size > LARGEST_TEXT:
@@ -102,7 +103,7 @@ def render(template: Template, values: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def limited_time() -> Iterator[None]:
+def _limited_time() -> Iterator[None]:
     """Within this context, code of templates is stopped after a few seconds."""
     before = sys.gettrace()
     deadline = time.monotonic() + _LONGEST_SECONDS

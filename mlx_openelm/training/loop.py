@@ -18,6 +18,7 @@ from ..files.json_file import parse_json_object
 from ..files.lock import LockedFolder
 from ..files.output import move_away, output_file
 from ..files.paths import check_regular, exists
+from ..generation.sampling import SamplingConfig
 from ..generation.text import generate
 from ..machine.device import limited_cache, peak_memory_bytes, wired_memory
 from ..runs import METRICS, checkpoint_folders
@@ -283,7 +284,8 @@ def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:
     room = trainer.model.config.max_context_length - len(tokenizer.encode(prompt))
     model = trainer.current_model()
     model.eval()
-    text = generate(model, tokenizer, prompt, max_tokens=min(_SAMPLE_TOKENS, room)) if room > 0 else ""
+    options: dict[str, Any] = {"max_tokens": min(_SAMPLE_TOKENS, room), "sampling": SamplingConfig()}
+    text = generate(model, tokenizer, prompt, **options) if room > 0 else ""
     model.train()
     return prompt + text
 

@@ -21,6 +21,7 @@ from .memory import StepMemory, fitting_rows, pretraining_memory
 from .pretrain import Pretraining, initial_parameters
 from .pretrain_recipe import PretrainRecipe
 
+_FORWARD = 1 / 3  # of the work of a training step: without the gradients
 _WHOLE = 20_000_000  # parameters up to which a whole model is timed, not two of its layers
 _TRIAL_TOKENS = (64, 64, 512)  # the first trial compiles; a slow machine skips the last
 _TRIAL_SECONDS = 2.0
@@ -61,9 +62,19 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """About how long the steps take that are left, without validations."""
+        """About how long the steps take that are left, with their validations."""
         left = max(0, self.recipe.steps - self.steps_taken) * self.recipe.batch_size * self.recipe.sequence_length
-        return left / (self.tokens_per_second * self.num_processes)
+        return (left + _FORWARD * self._validated_tokens) / (self.tokens_per_second * self.num_processes)
+
+    @property
+    def _validated_tokens(self) -> int:
+        """Tokens of all rows of the validations that are left."""
+        recipe = self.recipe
+        rows = math.ceil(self.held_out_tokens / recipe.sequence_length)
+        rows = min(recipe.validation_rows or rows, rows)
+        times = math.ceil(recipe.steps / recipe.validate_every) - self.steps_taken // recipe.validate_every
+        times += recipe.validate_first and self.steps_taken == 0
+        return max(0, times) * rows * recipe.sequence_length
 
     @property
     def epochs(self) -> float:

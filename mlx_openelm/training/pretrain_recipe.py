@@ -30,7 +30,7 @@ _MOST_EPOCHS = 4.0  # more passes over the same text teach little (Muennighoff e
 _STEP_TOKENS = (4096, 524_288)  # fewest and most tokens of a step; between, a thousandth of the parameters
 _LEARNING_RATE, _LEARNING_RATE_SIZE = 0.003, 10_000_000  # of a model of this size; larger ones get less
 _WARMUP_SHARE = 0.03  # of all steps
-_CHECKS_PER_RUN = 20
+_CHECKS_PER_RUN, _CHECK_STEPS = 20, 5  # a short run has fewer, or validations would take most of its time
 _OPEN = {  # what marks a field as open
     "steps": 0,
     "batch_size": 0,
@@ -123,7 +123,7 @@ class PretrainRecipe(Recipe):
         Recipe,
         "validate_every",
         0,
-        help=f"Steps between validations; 0: {_CHECKS_PER_RUN} in a run.",
+        help=f"Steps between validations; 0: 1/{_CHECKS_PER_RUN} of the run, at least {_CHECK_STEPS}.",
         above=None,
         at_least=0,
     )
@@ -131,7 +131,7 @@ class PretrainRecipe(Recipe):
         Recipe,
         "checkpoint_every",
         0,
-        help=f"Steps between checkpoints; 0: {_CHECKS_PER_RUN} in a run.",
+        help=f"Steps between checkpoints; 0: 1/{_CHECKS_PER_RUN} of the run, at least {_CHECK_STEPS}.",
         above=None,
         at_least=0,
     )
@@ -219,7 +219,7 @@ class PretrainRecipe(Recipe):
         wanted = math.ceil(TOKENS_PER_PARAMETER * parameters / (sized.batch_size * length))
         of_epochs = self.epochs * per_epoch if self.epochs else min(wanted, _MOST_EPOCHS * per_epoch)
         steps = self.steps or max(1, round(of_epochs))
-        every = max(1, math.ceil(steps / _CHECKS_PER_RUN))
+        every = max(min(_CHECK_STEPS, steps), math.ceil(steps / _CHECKS_PER_RUN))
         return replace(
             sized,
             steps=steps,

@@ -43,6 +43,7 @@ class Setting:
         help: one sentence, for `--help`.
         group: heading under which `--help` shows it.
         choices: allowed values; empty: any.
+        shorthands: further allowed values, which also set other fields.
         at_least, above, below, at_most: limits of a number; every number has an upper one.
         is_path: whether relative paths in a recipe file are relative to the file's folder.
         can_change: whether a run may be resumed with another value, because the result stays the same.
@@ -52,6 +53,7 @@ class Setting:
     help: str
     group: str
     choices: tuple[str, ...] = ()
+    shorthands: tuple[str, ...] = ()
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
@@ -63,7 +65,8 @@ class Setting:
     def check(self, name: str, value: Any) -> None:
         """Raise ConfigError if a value is not allowed."""
         if self.choices and value not in self.choices:
-            raise ConfigError(f"unknown {name} {quoted(value)} (choose from {', '.join(self.choices)})")
+            named = ", ".join((*self.choices, *self.shorthands))
+            raise ConfigError(f"unknown {name} {quoted(value)} (choose from {named})")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be finite; got {quoted(value)}")
         too_small = self.at_least is not None and value < self.at_least
@@ -177,13 +180,18 @@ class Recipe:
     def __post_init__(self) -> None:
         for entry in fields(self):
             given = getattr(self, entry.name)
-            if setting_of(entry).is_path and isinstance(given, str) and given.startswith("~"):
-                given = os.path.expanduser(given)
-            value = self._read(entry.name, given, entry)
-            setting_of(entry).check(entry.name, value)
-            object.__setattr__(self, entry.name, value)
+            object.__setattr__(self, entry.name, self._checked(entry, given))
         if self.decay_steps and self.schedule != "constant":
             raise ConfigError(f"decay_steps needs the constant schedule; got {self.schedule}")
+
+    @classmethod
+    def _checked(cls, entry: "Field[Any]", given: Any) -> Any:
+        """The value of one field, read and checked on its own."""
+        if setting_of(entry).is_path and isinstance(given, str) and given.startswith("~"):
+            given = os.path.expanduser(given)
+        value = cls._read(entry.name, given, entry)
+        setting_of(entry).check(entry.name, value)
+        return value
 
     @classmethod
     def named(cls, name: str | Path) -> Path:
@@ -217,6 +225,9 @@ class Recipe:
         path = cls.named(path)
         base = Path() if path.parent == cls.folder else path.parent  # nobody's data is in this package
         found = read_yaml_object(path, ConfigError)
+        for entry in fields(cls):
+            if overrides is not None and entry.name in overrides:
+                cls._checked(entry, overrides[entry.name])  # such a mistake is not the file's
         try:
             values = cls._expanded(found)
             cls._check_names(values)
@@ -319,10 +330,7 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         name if _OLD_NAMES.get(name, name) in values else _OLD_NAMES.get(name, name): value
         for name, value in values.items()
     }
-    return {
-        name: _OLD_VALUES.get((name, value), value) if isinstance(value, str) else value
-        for name, value in named.items()
-    }
+    return {n: _OLD_VALUES.get((n, value), value) if isinstance(value, str) else value for n, value in named.items()}
 
 
 _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
@@ -334,10 +342,8 @@ def _typed(name: str, value: Any, kind: type) -> Any:
             return float(value)
         except (ValueError, OverflowError):
             pass
-    if kind is str and value is None:
-        return ""
-    if kind is str and isinstance(value, os.PathLike):
-        return str(value)
+    if kind is str and (value is None or isinstance(value, os.PathLike)):
+        return str(value or "")
     if type(value) is not kind:
         raise ConfigError(f"{name} must be {_TYPES[kind]}; got {quoted(value)}")
     return value

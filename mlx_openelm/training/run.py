@@ -12,7 +12,7 @@ from ..files.lock import LockedFolder
 from ..runs import best_checkpoint, newest_state, read_state
 from .callback import Metrics, TrainingCallback
 from .checkpoints import check_output, run_lock, together
-from .evaluation import Evaluation, evaluate_run
+from .held_out import HeldOutLoss, evaluate_run
 from .loop import changed_error
 from .pretrain import Pretraining, prepare_pretraining, pretraining_steps
 from .pretrain_recipe import PretrainRecipe
@@ -44,7 +44,7 @@ class TrainingResult:
     validation_loss_before: float | None
     stopped_early: bool
     metrics: Metrics | None
-    test: Evaluation | None = None
+    test: HeldOutLoss | None = None
 
     def __repr__(self) -> str:
         before = f", {self.validation_loss_before:.4f} before" if self.validation_loss_before is not None else ""
@@ -94,7 +94,7 @@ def run_tuning(
         if on_tuning is not None:
             on_tuning(tuning)
         callback.on_prepared(tuning.recipe.steps)
-        tested: list[Evaluation] = []
+        tested: list[HeldOutLoss] = []
 
         def test(trainer: Trainer) -> None:
             if tuning.test is not None:

@@ -16,6 +16,7 @@ from .recipe import Recipe, changed, setting
 
 AUTO = "auto"  # the prompt style follows from the rest
 OBJECTIVES = ("cross-entropy", "dpo")
+_WITH_DPO = ("dpo", *(f"{method}+dpo" for method in TUNING_METHODS if method != AdapterConfig.method))
 RECIPES = Path(__file__).parents[1] / "assets" / "recipes" / "tune"
 
 _DATA = "Model and data"
@@ -69,6 +70,7 @@ class TuneRecipe(Recipe):
         "lora, dora or full; on preference pairs: dpo (with LoRA), dora+dpo or full+dpo.",
         _ADAPTER,
         choices=TUNING_METHODS,
+        shorthands=_WITH_DPO,
     )
     objective: str = setting(
         "cross-entropy", "Training objective, set by the dpo methods.", _ADAPTER, choices=OBJECTIVES
@@ -142,19 +144,29 @@ class TuneRecipe(Recipe):
     folder: ClassVar[Path] = RECIPES
 
     def __post_init__(self) -> None:
-        methods = self.method.split("+") if isinstance(self.method, str) else []
-        if "dpo" in methods:
-            methods.remove("dpo")
+        asked = self.method
+        object.__setattr__(self, "method", self._method_alone(asked))
+        if self.method != asked:
             object.__setattr__(self, "objective", "dpo")
-            object.__setattr__(self, "method", "+".join(methods) or AdapterConfig.method)
         super().__post_init__()
         if self.max_length == 1:
             raise ConfigError("max_length must be at least 2; got 1")
         if self.pack and self.objective == "dpo":
             raise ConfigError("pack and dpo are mutually exclusive: the two answers of a pair are separate rows")
 
+    @staticmethod
+    def _method_alone(value: Any) -> Any:
+        """A method without the `dpo` that sets the objective too."""
+        methods = value.split("+") if isinstance(value, str) else []
+        if "dpo" not in methods:
+            return value
+        methods.remove("dpo")
+        return "+".join(methods) or AdapterConfig.method
+
     @classmethod
     def _read(cls, name: str, value: Any, entry: "Field[Any]") -> Any:
+        if name == "method":
+            value = cls._method_alone(value)
         if name == "targets":
             names = value.split(",") if isinstance(value, str) else value
             if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):

@@ -84,8 +84,8 @@ def _generation_eos(values: Mapping[str, Any], path: Path) -> list[int]:
 
 
 def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
-    """How the model wants its text sampled, unchecked: numbers and `do_sample`."""
-    return {name: values[name] for name in _SAMPLING if isinstance(values.get(name), bool | int | float)}
+    """How the model wants its text sampled, unchecked."""
+    return {name: values[name] for name in _SAMPLING if values.get(name) is not None}
 
 
 def _read_weights(folder: Path) -> dict[str, LazyTensor]:

@@ -23,7 +23,7 @@ from .tune_recipe import TuneRecipe
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class HeldOutLoss:
     """The result of a test.
 
     Attributes:
@@ -52,21 +52,21 @@ class Evaluation:
 
     def __repr__(self) -> str:
         perplexity = f", perplexity {self.perplexity:,.2f}" if self.perplexity is not None else ""
-        return f"Evaluation({str(self.path)!r}: {self.num_examples:,} examples, loss {self.loss:.4f}{perplexity})"
+        return f"HeldOutLoss({str(self.path)!r}: {self.num_examples:,} examples, loss {self.loss:.4f}{perplexity})"
 
 
 def _nothing(done: int, total: int) -> None:
     pass
 
 
-def evaluate_run(trainer: Trainer, test: ExampleSet, on_progress: Callable[[int, int], None] = _nothing) -> Evaluation:
+def evaluate_run(trainer: Trainer, test: ExampleSet, on_progress: Callable[[int, int], None] = _nothing) -> HeldOutLoss:
     """Measure test examples with a run's current parameters; every process takes part."""
     size, group = trainer.recipe.batch_size, trainer.group
     batches = all_rows(test.examples, size, group.rank(), group.size())
-    return _evaluation(test, trainer.measure(batches, _share(test, size, group), on_progress))
+    return _summary(test, trainer.measure(batches, _share(test, size, group), on_progress))
 
 
-def evaluate(recipe: TuneRecipe, on_progress: Callable[[int, int], None] | None = None) -> Evaluation:
+def held_out_loss(recipe: TuneRecipe, on_progress: Callable[[int, int], None] | None = None) -> HeldOutLoss:
     """Measure a model on test examples, read as `tune` reads them: those in the answers count, unless `train_on=all`.
 
     Args:
@@ -99,7 +99,7 @@ def evaluate(recipe: TuneRecipe, on_progress: Callable[[int, int], None] | None 
         group,
         on_progress or _nothing,
     )
-    return _evaluation(test, found)
+    return _summary(test, found)
 
 
 def _share(test: ExampleSet, batch_size: int, group: mx.distributed.Group) -> int:
@@ -107,8 +107,8 @@ def _share(test: ExampleSet, batch_size: int, group: mx.distributed.Group) -> in
     return len(range(group.rank(), -(-len(test.examples) // batch_size), group.size()))
 
 
-def _evaluation(test: ExampleSet, found: dict[str, float]) -> Evaluation:
+def _summary(test: ExampleSet, found: dict[str, float]) -> HeldOutLoss:
     loss, *more = found
     tokens = sum(int(side.completion_mask.sum()) for example in test.examples for side in example.sequences)
     further = {name: found[name] for name in more if name != "z_loss"}
-    return Evaluation(test.path, len(test.examples), tokens, found[loss], further)
+    return HeldOutLoss(test.path, len(test.examples), tokens, found[loss], further)

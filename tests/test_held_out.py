@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conftest import SMALL_CONFIG, random_model, refused, run, write_folder
-from mlx_openelm import TrainingCallback, TuneRecipe, evaluate, load, tune
+from mlx_openelm import TrainingCallback, TuneRecipe, held_out_loss, load, tune
 from mlx_openelm.errors import ConfigError, DataError
 
 
@@ -63,7 +63,7 @@ def test_the_loss_is_the_mean_over_the_answers_tokens(place, recipe, adapter):
         total -= sum(logprobs[place - 1, tokens[place]] for place in range(len(before), len(tokens)))
         count += len(tokens) - len(before)
     seen = []
-    found = evaluate(replace(recipe, adapter=str(adapter)), lambda *progress: seen.append(progress))
+    found = held_out_loss(replace(recipe, adapter=str(adapter)), lambda *progress: seen.append(progress))
     assert found.loss == pytest.approx(total / count, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
     assert (found.num_examples, found.num_tokens) == (5, count)
@@ -83,9 +83,9 @@ def test_a_run_ends_with_the_test_of_its_best_adapter(place, recipe, monkeypatch
 
     result = tune(recipe, place / "best", callback=Seeing())
     assert (result.step, seen[-1]) == (2, (3, 3))
-    found = evaluate(replace(recipe, adapter=str(place / "best")))
+    found = held_out_loss(replace(recipe, adapter=str(place / "best")))
     assert result.test.loss == pytest.approx(found.loss, rel=1e-5)
-    last = evaluate(replace(recipe, adapter=str(place / "best" / "checkpoints" / "step-00000004")))
+    last = held_out_loss(replace(recipe, adapter=str(place / "best" / "checkpoints" / "step-00000004")))
     assert abs(last.loss - found.loss) > 1e-3
     again = tune(recipe, place / "best", resume=True)  # a finished run measures alone
     assert again.test.loss == pytest.approx(found.loss, rel=1e-5)
@@ -109,11 +109,11 @@ def test_pairs_are_measured_at_the_end_of_their_run(place, recipe, tmp_path):
 
 def test_what_cannot_be_measured_is_told(place, recipe):
     with pytest.raises(DataError, match="preference pairs, whose loss depends on the model that tuning began with"):
-        evaluate(replace(recipe, test=str(place / "pairs.jsonl")))
+        held_out_loss(replace(recipe, test=str(place / "pairs.jsonl")))
     with pytest.raises(DataError, match="set `test`"):
-        evaluate(replace(recipe, test=""))
+        held_out_loss(replace(recipe, test=""))
     with pytest.raises(ConfigError, match="`separator` belongs between a plain prompt and its completion"):
-        evaluate(replace(recipe, separator="\n", chat_template="openelm"))
+        held_out_loss(replace(recipe, separator="\n", chat_template="openelm"))
 
 
 def test_the_command_measures_without_training(place, recipe, adapter):
@@ -123,6 +123,6 @@ def test_the_command_measures_without_training(place, recipe, adapter):
     status, tuned, err = run(*words, "--adapter", adapter, "--json")
     assert status == 0, err
     found = json.loads(tuned)
-    assert found["loss"] == pytest.approx(evaluate(replace(recipe, adapter=str(adapter))).loss, rel=1e-4)
+    assert found["loss"] == pytest.approx(held_out_loss(replace(recipe, adapter=str(adapter))).loss, rel=1e-4)
     assert float(base.split("loss ")[1].split(",")[0]) > found["loss"]
     assert "with --output" in refused("tune", "-m", place / "model", "-d", place / "train.jsonl")
