@@ -106,13 +106,12 @@ def for_transformers(inner, eos_token_id, vocab_size):
             super().__init__(inner.config)
             self.inner = inner
 
-        def forward(self, input_ids, **_):
+        def forward(self, input_ids, attention_mask=None, **kwargs):  # for rows without padding
             return CausalLMOutput(logits=self.inner(input_ids))
 
-        def prepare_inputs_for_generation(self, input_ids, **_):
+        def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
             return {"input_ids": input_ids}
 
     inner.config.eos_token_id, inner.config.vocab_size = eos_token_id, vocab_size
-    wrapped = Wrapped().eval()
-    wrapped.generation_config.use_cache = False
-    return wrapped
+    inner.config.num_hidden_layers = len(inner.transformer.layers)  # for a cache, which `forward` does not use
+    return Wrapped().eval()
