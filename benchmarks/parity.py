@@ -263,17 +263,17 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true")
     options = parser.parse_args()
     text = options.text.read_text(encoding="utf-8") if options.text else ""
-    rows = [["", "against", "requests", "truncated", "largest difference, nats", "greedy differs", "choice differs"]]
-    figures = {}
+    heading = ["", "against", "requests", "truncated", "largest difference, nats", "greedy differs", "choice differs"]
     for folder in options.folders:
-        found = figures[folder.name] = compare(folder, options.requests, options.max_length, text, not options.no_torch)
+        rows = [heading]
+        found = compare(folder, options.requests, options.max_length, text, not options.no_torch)
         for title, key in (("one pass each", "plain"), ("HFLM, PyTorch", "hugging_face")):
             if key in found:
                 of = found[key]
                 counts = [f"{found['requests']:,}", f"{found['truncated']:,}"]
                 differ = f"{of['greedy_differs']:,}", f"{of['choice_differs']:,} of {of['questions']:,}"
                 rows.append([folder.name, title, *counts, f"{of['largest']:.1e}", *differ])
-    report("parity", rows, figures)
+        report(f"parity_{folder.name}", rows, found)
 
 
 if __name__ == "__main__":
