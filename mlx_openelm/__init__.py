@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .conversion.read.config import config_from_dict as config_from_dict, read_config as read_config
     from .data.text_files import TextSource as TextSource
     from .errors import OpenELMError as OpenELMError
+    from .evaluation.task_metric import TaskMetric as TaskMetric
     from .generation.batch import generate_batch as generate_batch
     from .generation.chat import Chat as Chat
     from .generation.drafters import Drafter as Drafter, DraftModel as DraftModel, PromptLookup as PromptLookup
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .tokenizer.example_format import ExampleFormat as ExampleFormat
     from .tokenizer.tokenizer import StreamDecoder as StreamDecoder, Tokenizer as Tokenizer
     from .training.callback import Metrics as Metrics, TrainingCallback as TrainingCallback
+    from .training.checkpoint_metric import CheckpointMetric as CheckpointMetric
     from .training.evaluation import Evaluation as Evaluation, evaluate as evaluate
     from .training.pretrain_recipe import PretrainRecipe as PretrainRecipe
     from .training.run import (
@@ -77,6 +79,7 @@ _MODULES = {
     ),
     "data.text_files": ("TextSource",),
     "errors": ("OpenELMError",),
+    "evaluation.task_metric": ("TaskMetric",),
     "generation.batch": ("generate_batch",),
     "generation.chat": ("Chat",),
     "generation.engine": (
@@ -128,6 +131,7 @@ _MODULES = {
         "Metrics",
         "TrainingCallback",
     ),
+    "training.checkpoint_metric": ("CheckpointMetric",),
     "training.pretrain_recipe": ("PretrainRecipe",),
     "training.run": (
         "TrainingResult",

@@ -14,7 +14,8 @@ from mlx_openelm.commands.app import all_commands
 from mlx_openelm.commands.recipe_options import tune_recipe
 from mlx_openelm.errors import ConfigError
 from mlx_openelm.training.pretrain_recipe import PretrainRecipe
-from mlx_openelm.training.recipe import Recipe, changed, setting, setting_of
+from mlx_openelm.training.recipe import Recipe
+from mlx_openelm.training.setting import changed, setting, setting_of
 from mlx_openelm.training.tune_recipe import TuneRecipe
 
 RECIPES = {"tune": TuneRecipe, "pretrain": PretrainRecipe}

@@ -183,7 +183,12 @@ class TestEscapes:
         with TrainingView() as view:
             view.on_prepared(2)
             metrics = SimpleNamespace(
-                step=1, sample=f"[red]x[/red] :smile: {ESCAPES}", loss=None, validation_loss=None, more={}
+                step=1,
+                sample=f"[red]x[/red] :smile: {ESCAPES}",
+                loss=None,
+                validation_loss=None,
+                evaluation=None,
+                more={},
             )
             view.on_metrics(metrics)
         assert "[red]x[/red] :smile:" in seen.err.getvalue()
