@@ -1,13 +1,18 @@
 """Runs that choose their best checkpoint by a figure of the model instead of the validation loss."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from conftest import SMALL_CONFIG, assert_close, heard, random_model, write_folder
+import mlx_openelm
+from conftest import SMALL_CONFIG, assert_close, heard, launched, random_model, write_folder
 from mlx_openelm import CheckpointMetric, PretrainRecipe, TuneRecipe, load_model, pretrain, tune
 from mlx_openelm.errors import ConfigError, DataError, EvaluationError, TrainingError
 from mlx_openelm.runs import best_checkpoint, checkpoint_folders, newest_state
@@ -227,3 +232,19 @@ def test_a_pretrained_model_is_chosen_by_the_figure_too(files, tmp_path):
         pretrain(replace(recipe, steps=4), tmp_path / "run", evaluate=Fixed(name="other"), resume=True)
     result = pretrain(replace(recipe, steps=4), tmp_path / "run", evaluate=Fixed(0.65), resume=True)
     assert (result.step, result.evaluation) == (2, {"fixed": 0.7})
+
+
+def test_the_figures_of_the_first_process_count_to_the_bit(tmp_path):
+    (tmp_path / "ask.py").write_text(
+        "import mlx.core as mx\n"
+        "from mlx_openelm.training.checkpoint_metric import as_metric, figures_of\n"
+        "group = mx.distributed.init()\n"
+        "metric = as_metric(lambda model, tokenizer: {'a': 1 / 3 + group.rank(), 'b': float('nan'), 'c': -0.1})\n"
+        "open(f'found-{group.rank()}', 'w').write(repr(figures_of(metric, None, None, group, print)))\n"
+    )
+    words = [*launched(2), sys.executable, str(tmp_path / "ask.py")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(mlx_openelm.__file__).parents[1])}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = repr({"a": 1 / 3, "b": float("nan"), "c": -0.1})
+    assert [(tmp_path / f"found-{rank}").read_text() for rank in range(2)] == [expected] * 2
