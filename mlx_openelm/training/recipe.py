@@ -96,7 +96,10 @@ class Recipe:
     )
     # These can change, because a run compares what is evaluated itself; see `CheckpointMetric.fingerprint`.
     evaluate: tuple[str, ...] = setting(
-        (), "Tasks to evaluate; the best checkpoint is the most accurate one, early_stop too.", _RUN, can_change=True
+        (),
+        "Tasks to evaluate during training; the best checkpoint is the most accurate one, not that of the lowest loss.",
+        _RUN,
+        can_change=True,
     )
     evaluate_data: str | Path = setting(
         "", "Folder with TASK/test.jsonl of these tasks; default: the hub's.", _RUN, is_path=True, can_change=True
