@@ -154,11 +154,14 @@ def check_lengths(
     Raises:
         EvaluationError: if more than `max_truncated` of a task's or group's do not.
     """
-    encode = RequestEncoder(tokenizer, options.scorer.max_length or model.config.max_context_length)
+    length = options.scorer.max_length or model.config.max_context_length
+    encode = RequestEncoder(tokenizer, length)
     found: Counter[str] = Counter()
     for task in tasks:
         key = _group_of(task)
         for item in items(task.task, task.data, limit=options.limit, protocol=options.protocol):
+            if all(len("".join(request).encode()) < length for request in item.requests):
+                continue  # a token has at least a byte
             encoded = [encode(request) for request in item.requests]
             found[key] += all(encoded) and any(request.is_truncated for request in encoded if request is not None)
         if found[key] > _most_truncated(task, tasks, options):
