@@ -125,7 +125,7 @@ def test_a_run_stops_early_when_the_figure_no_longer_improves_even_without_valid
     assert (result.stopped_early, result.step, result.metrics.step) == (True, 2, 4)
     assert result.validation_loss is None
     again = tune(recipe, tmp_path / "run", evaluate=Fixed(), resume=True)
-    assert (again.metrics, again.step, again.evaluation) == (None, 2, {"fixed": 0.3})
+    assert (again.stopped_early, again.metrics, again.evaluation) == (True, None, {"fixed": 0.3})
     with pytest.raises(DataError, match="early_stop needs validation examples"):
         tune(recipe, tmp_path / "other")
 

@@ -196,7 +196,7 @@ def _finished(
     changes = [*recipe.differences(before), *metric_changes(metric, state)]
     if not is_done or measures or state.get("pending") or changes:
         return None
-    return _result(run, None, None, stopped_early=state["step"] < recipe.steps)
+    return _result(run, None, None, recipe.steps)
 
 
 def _taken(
@@ -209,14 +209,15 @@ def _taken(
             callback.on_metrics(metrics)
             last = metrics
             first = metrics if metrics.step == 0 else first
-    return _result(run, first, last, stopped_early=last is not None and last.step < num_steps)
+    return _result(run, first, last, num_steps)
 
 
-def _result(run: LockedFolder, first: Metrics | None, last: Metrics | None, *, stopped_early: bool) -> TrainingResult:
-    """The result of a run.
+def _result(run: LockedFolder, first: Metrics | None, last: Metrics | None, num_steps: int) -> TrainingResult:
+    """The result of a run that has no step left to take.
 
     Args:
         first: the metrics before the first step.
+        last: the metrics of the last step that was taken, if there was one.
     """
     best = best_checkpoint(run.path)
     state = newest_state(run.path) if best is not None else {}
@@ -226,7 +227,7 @@ def _result(run: LockedFolder, first: Metrics | None, last: Metrics | None, *, s
         step=read_state(best)["step"] if best is not None else None,
         validation_loss=state.get("best_loss"),
         validation_loss_before=first.validation_loss if first is not None else None,
-        stopped_early=stopped_early,
+        stopped_early=(state.get("step", num_steps) if last is None else last.step) < num_steps,
         metrics=last,
         evaluation=state.get("best_evaluation"),
         evaluation_before=first.evaluation if first is not None else None,
