@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     )
     from .evaluation.scorer import Scorer as Scorer, ScorerConfig as ScorerConfig
     from .evaluation.table import ResultTable as ResultTable, TaskRow as TaskRow
+    from .evaluation.task_metric import TaskMetric as TaskMetric
     from .generation.batch import generate_batch as generate_batch
     from .generation.chat import Chat as Chat
     from .generation.drafters import Drafter as Drafter, DraftModel as DraftModel, PromptLookup as PromptLookup
@@ -58,6 +59,7 @@ if TYPE_CHECKING:  # for type checkers, the same names as in `_MODULES`; a test 
     from .tokenizer.example_format import ExampleFormat as ExampleFormat
     from .tokenizer.tokenizer import StreamDecoder as StreamDecoder, Tokenizer as Tokenizer
     from .training.callback import Metrics as Metrics, TrainingCallback as TrainingCallback
+    from .training.checkpoint_metric import CheckpointMetric as CheckpointMetric
     from .training.held_out import HeldOutLoss as HeldOutLoss, held_out_loss as held_out_loss
     from .training.pretrain_recipe import PretrainRecipe as PretrainRecipe
     from .training.run import (
@@ -130,6 +132,7 @@ _MODULES = {
         "ResultTable",
         "TaskRow",
     ),
+    "evaluation.task_metric": ("TaskMetric",),
     "generation.batch": ("generate_batch",),
     "generation.chat": ("Chat",),
     "generation.engine": (
@@ -181,6 +184,7 @@ _MODULES = {
         "Metrics",
         "TrainingCallback",
     ),
+    "training.checkpoint_metric": ("CheckpointMetric",),
     "training.pretrain_recipe": ("PretrainRecipe",),
     "training.run": (
         "TrainingResult",

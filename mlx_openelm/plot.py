@@ -22,11 +22,13 @@ _INCHES = (8.0, 6.4)
 _DOTS_PER_INCH = 100
 _TITLE, _LABEL = 75, 30  # characters that fit in a line of a title, and beside an axis
 _SMOOTHED = 40  # points, from which a smoothed line says more than the points
+_EVALUATION = "evaluation_"  # before the names of figures
+_MOST_EVALUATED = 9  # lines
 _LAYERWISE, _UNIFORM, _PALE = "#1f77b4", "#d95f02", "#b8cfe4"
 
 
 def plot_run(run: Path, picture: OutputFile) -> None:
-    """Plot loss, learning rate, gradient norm and speed over the steps of a run, from its `metrics.jsonl`.
+    """Plot loss, learning rate, gradient norm, speed and evaluations over the steps of a run, from its `metrics.jsonl`.
 
     Args:
         picture: file to write; its suffix selects the format.
@@ -36,14 +38,21 @@ def plot_run(run: Path, picture: OutputFile) -> None:
     """
     lines = read_metrics(run)
     held_out = [(line["step"], line["validation_loss"]) for line in lines if line["validation_loss"] is not None]
+    evaluated = [line for line in lines if _evaluation(line)]
     lines = [line for line in lines if line["loss"] is not None] or lines
-    with _figure(picture, 2, 2) as (figure, axes):
+    with _figure(picture, *((3, 2, 1.5 * _INCHES[1]) if evaluated else (2, 2))) as (figure, axes):
         pairs = "accuracy" in lines[-1]
         unit = "pairs" if pairs else "tokens"
         _title(figure, f"Training run {run.resolve().name}: {lines[-1]['tokens']:,} {unit} seen")
-        loss, rate, norm, speed = axes.flat
+        loss, rate, norm, speed = axes.flat[:4]
         _draw_loss(loss, lines, held_out, "preference loss" if pairs else "nats per token")
-        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        entries = [*zip(*loss.get_legend_handles_labels(), strict=True)]
+        if evaluated:
+            evaluation = figure.add_subplot(axes[2, 0].get_gridspec()[2, :])
+            entries += _draw_evaluation(evaluation, evaluated)
+            for unused in axes[2]:
+                unused.remove()
+        figure.legend(*zip(*entries, strict=True), loc="outside lower center", ncols=3, frameon=False)
         others = {"learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}
         for name, axis in others.items():
             _draw_line(axis, [line["step"] for line in lines], [line[name] for line in lines], color=_LAYERWISE)
@@ -55,7 +64,7 @@ def plot_run(run: Path, picture: OutputFile) -> None:
             norm.yaxis.set_minor_formatter("{x:g}")
         speed.set(title="Speed since the last start", ylabel=f"{unit} per second")
         speed.set_ylim(0, 1.1 * max(1, *(line["tokens_per_second"] for line in lines)))
-        for axis in axes.flat:
+        for axis in figure.axes:
             axis.yaxis.set_major_formatter("{x:,g}")
             axis.xaxis.set_major_formatter("{x:,g}")
             axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
@@ -75,6 +84,26 @@ def _draw_loss(axis: Any, lines: Sequence[Mapping[str, Any]], held_out: Sequence
     if held_out:
         axis.plot(*zip(*held_out, strict=True), "o-", color=_UNIFORM, markersize=3, label="held-out")
     axis.set(title="Loss", ylabel=unit)
+
+
+def _evaluation(line: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a line's evaluation by name."""
+    return {name.removeprefix(_EVALUATION): value for name, value in line.items() if name.startswith(_EVALUATION)}
+
+
+def _draw_evaluation(axis: Any, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str]]:
+    """A line for each figure, the one that counts first; returns what a legend shows."""
+    names = list(dict.fromkeys(name for line in lines for name in _evaluation(line)))
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+    entries = []
+    for number, name in enumerate(names[:_MOST_EVALUATED]):
+        points = [(line["step"], value) for line in lines if (value := _evaluation(line).get(name)) is not None]
+        width = 2 if number == 0 else 1
+        drawn = axis.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=width, color=f"C{number}")
+        entries.append((drawn[0], fill(name, _LABEL)))
+    axis.set(title="Evaluation", ylabel=fill(names[0], _LABEL))
+    return entries
 
 
 def _draw_line(axis: Any, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
@@ -239,7 +268,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             line.whole(name)
         for name in ("learning_rate", "gradient_norm", "tokens_per_second"):
             line.number(name)
-        for name in ("loss", "validation_loss"):
+        for name in ("loss", "validation_loss", *(name for name in line if name.startswith(_EVALUATION))):
             line.number(name, None)
         lines.append(line)
     if not lines:

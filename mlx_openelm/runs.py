@@ -32,7 +32,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the best validation loss; without validation, the last one that can be read."""
+    """The checkpoint with the best metric or validation loss; without either, the last one that can be read."""
     folders = checkpoint_folders(run)
     for newest in reversed(folders):
         try:
@@ -122,7 +122,7 @@ def newest_state(run: Path) -> Fields:
 
 
 def read_state(checkpoint: Path) -> Fields:
-    """State of a checkpoint: step, recipe, best validation loss.
+    """State of a checkpoint: step, recipe, what is best so far.
 
     Raises:
         TrainingError: if it is damaged.
@@ -133,6 +133,11 @@ def read_state(checkpoint: Path) -> Fields:
         state.whole(name, None)
     state.number("best_loss", None)
     state.text("folder", None)
+    metric, figures = state.table("metric"), state.table("best_evaluation")
+    for name in metric:
+        metric.text(name)
+    for name in figures:
+        figures.number(name)
     state.table("recipe")
     pending = state.table("pending")
     if pending and pending.whole("step") != state["step"]:

@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "sizes.json"
 LONG = "a-name-that-someone-gave-because-it-says-all-the-settings-learning-rate-3e-4-batch-32"
 
 
-def write_run(folder, steps=30):
+def write_run(folder, steps=30, evaluated=()):
     folder.mkdir(parents=True)
     lines = [
         {
@@ -28,6 +28,7 @@ def write_run(folder, steps=30):
             "tokens": 1000 * step,
             "tokens_per_second": 2000.0,
             "validation_loss": 8 / step + 0.1 if step % 10 == 0 else None,
+            **{f"evaluation_{name}": 0.5 - 0.01 * at for at, name in enumerate(evaluated) if step % 10 in (0, 1)},
         }
         for step in range(1, steps + 1)
     ]
@@ -137,6 +138,22 @@ def test_the_layout_of_a_run(drawn, tmp_path, name, steps):
     few = [line for axis in figure.axes for line in axis.lines if len(line.get_xdata()) < 11]
     assert all(line.get_marker() == "o" for line in few)  # or they would not show
     assert len(others) == 3
+
+
+@pytest.mark.parametrize("names", [["sciq"], ["average", "arc_easy", "commonsense/piqa", LONG, *"abcdefgh"]])
+@pytest.mark.parametrize("steps", [1, 60])
+def test_the_layout_of_a_run_with_evaluations(drawn, tmp_path, names, steps):
+    figure = drawn(plot_run, write_run(tmp_path / "run", steps, names))
+    check_layout(figure)
+    *_, evaluation = figure.axes
+    assert len(figure.axes) == 5
+    assert evaluation.get_title() == "Evaluation"
+    assert evaluation.get_ylabel() == names[0]
+    assert len(evaluation.lines) == min(9, len(names))
+    assert list(evaluation.lines[0].get_xdata())[:2] == ([1] if steps == 1 else [1, 10])
+    assert len({line.get_color() for line in evaluation.lines}) == len(evaluation.lines)
+    (legend,) = figure.legends
+    assert names[0] in [text.get_text() for text in legend.get_texts()]
 
 
 @pytest.mark.parametrize("parameters", [5e6, 3e9])

@@ -10,7 +10,7 @@ from mlx_openelm.errors import ConfigError, TrainingError
 from mlx_openelm.model.design import fit
 from mlx_openelm.runs import checkpoint_folder
 from mlx_openelm.training.pretrain_recipe import PretrainRecipe
-from mlx_openelm.training.recipe import setting_of
+from mlx_openelm.training.setting import setting_of
 
 SMALL = fit(5_000_000, vocab_size=4096, max_context_length=512)
 

@@ -14,7 +14,8 @@ from mlx_openelm.commands.app import all_commands
 from mlx_openelm.commands.recipe_options import tune_recipe
 from mlx_openelm.errors import ConfigError
 from mlx_openelm.training.pretrain_recipe import PretrainRecipe
-from mlx_openelm.training.recipe import Recipe, changed, setting, setting_of
+from mlx_openelm.training.recipe import Recipe
+from mlx_openelm.training.setting import changed, setting, setting_of
 from mlx_openelm.training.tune_recipe import TuneRecipe
 
 RECIPES = {"tune": TuneRecipe, "pretrain": PretrainRecipe}
@@ -126,6 +127,9 @@ def test_lists_and_tables_are_typed_as_in_yaml(tmp_path):
         ({"method": "qlora"}, r"unknown method 'qlora' \(choose from lora, dora, full, dpo, dora\+dpo, full\+dpo\)"),
         ({"rank": 2.5}, "rank must be a whole number; got 2.5"),
         ({"rank": True}, "rank must be a whole number; got True"),
+        ({"evaluate": 3}, "evaluate must be names of tasks such as arc_easy; got 3"),
+        ({"evaluate": "sciq", "evaluate_limit": -1}, "evaluate_limit must not be negative; got -1"),
+        ({"evaluate_limit": 5}, "evaluate_limit is for the tasks to evaluate; name them with `evaluate`"),
         ({"pack": 1}, "pack must be true or false; got 1"),
         ({"alpha": "much"}, "alpha must be a number; got 'much'"),
         ({"alpha": 10**400}, "alpha must be a number"),

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_openelm.errors import SourceError, TrainingError
 from mlx_openelm.hub import model_folder
-from mlx_openelm.runs import checkpoint_folder, checkpoints_to_average, newest_state, trained_model
+from mlx_openelm.runs import checkpoint_folder, checkpoints_to_average, newest_state, read_state, trained_model
 
 
 @pytest.fixture
@@ -27,6 +27,16 @@ def test_a_run_stands_for_its_best_checkpoint(run):
     assert model_folder(best) == best
     (run / "config.json").write_text("{}")
     assert model_folder(run) == run
+
+
+@pytest.mark.parametrize(
+    "damage", [{"metric": 3}, {"metric": {"name": 3}}, {"best_evaluation": [1]}, {"best_evaluation": {"sciq": "high"}}]
+)
+def test_a_state_with_a_damaged_evaluation_is_not_read(run, damage):
+    path = checkpoint_folder(run, 20) / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(TrainingError, match=r"state\.json: (metric|best_evaluation)"):
+        read_state(path.parent)
 
 
 def test_an_adapter_does_not_stand_for_a_checkpoint(run):

@@ -183,7 +183,12 @@ class TestEscapes:
         with TrainingView() as view:
             view.on_prepared(2)
             metrics = SimpleNamespace(
-                step=1, sample=f"[red]x[/red] :smile: {ESCAPES}", loss=None, validation_loss=None, more={}
+                step=1,
+                sample=f"[red]x[/red] :smile: {ESCAPES}",
+                loss=None,
+                validation_loss=None,
+                evaluation=None,
+                more={},
             )
             view.on_metrics(metrics)
         assert "[red]x[/red] :smile:" in seen.err.getvalue()
@@ -204,6 +209,12 @@ class TestEscapes:
             assert (validation.completed, training.completed) == (3, 12)
             view.on_validating(4, 4)
             assert not validation.visible
+            view.on_evaluating(0, 60)
+            assert (validation.description, validation.visible, validation.total) == ("evaluating", True, 60)
+            view.on_evaluating(60, 60)
+            assert not validation.visible
+            view.on_validating(0, 4)
+            assert (validation.description, validation.visible) == ("validating", True)
 
     def test_without_a_terminal_the_first_validation_is_announced(self, capsys):
         with TrainingView() as view:
@@ -212,7 +223,8 @@ class TestEscapes:
             for _ in range(2):
                 for done in range(3):
                     view.on_validating(done, 2)
-        assert capsys.readouterr().err == "openelm-mlx: validating: 2 batches\n"
+                    view.on_evaluating(done * 10, 20)
+        assert capsys.readouterr().err == "openelm-mlx: validating: 2 batches\nopenelm-mlx: evaluating: 20 items\n"
 
     def test_examples_of_tuning(self, screen, monkeypatch):
         screen()

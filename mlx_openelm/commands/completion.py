@@ -94,7 +94,10 @@ def _value(command: str, parameter: Any, words: dict[str, tuple[str, ...]]) -> V
 
 
 _FILES = {  # what takes paths though its metavar does not say so; arguments with their command
-    **dict.fromkeys(("model", "draft_model", "info model", "plot run", "average sources", "models names"), "folders"),
+    **dict.fromkeys(
+        ("model", "draft_model", "evaluate_data", "info model", "plot run", "average sources", "models names"),
+        "folders",
+    ),
     **dict.fromkeys(
         ("adapter", "data", "validation", "tokenizer", "chat_template", "save", "convert sources"), "files"
     ),
@@ -110,7 +113,7 @@ def _words() -> dict[str, tuple[str, ...]]:
     from ..conversion.local_models import built_in_models
     from ..quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, MODES
     from ..training.pretrain import PretrainRecipe
-    from ..training.recipe import setting_of
+    from ..training.setting import setting_of
     from ..training.tune_recipe import TuneRecipe
 
     recipes: dict[str, type[PretrainRecipe] | type[TuneRecipe]] = {"pretrain": PretrainRecipe, "tune": TuneRecipe}

@@ -98,9 +98,11 @@ def _about(
         "tensors": ", ".join(f"{count} {kind}" for kind, count in found.weights.items()),
     }
     if trained is not None:
-        loss = "" if trained.get("best_loss") is None else f"; best validation loss {trained['best_loss']:.4f}"
+        figures = trained.table("best_evaluation") or {"validation loss": trained.get("best_loss")}
+        name, value = next(iter(figures.items()))
+        best = "" if value is None else f"; best {name} {value:.4f}"
         steps = trained.table("recipe").whole("steps")
-        values["trained"] = f"{trained['step']:,} of {steps:,} steps on {trained['tokens']:,} tokens{loss}"
+        values["trained"] = f"{trained['step']:,} of {steps:,} steps on {trained['tokens']:,} tokens{best}"
     if on_top is not None:
         matrices = ", ".join(f"{count} {name}" for name, count in on_top.matrices.items())
         size = f"{on_top.parameters:,} parameters, rank {on_top.rank}, scale {on_top.scale:g}"

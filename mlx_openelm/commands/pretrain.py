@@ -18,8 +18,8 @@ from ..training.pretrain_recipe import PretrainRecipe
 from .options import Force, Json, examples
 from .pretrain_plan import describe
 from .processes import join_processes
-from .progress import TrainingView, perplexity, report_finished, result_json, resumable
-from .recipe_options import Resume, RunToResume, recipe_options, run_folder
+from .progress import TrainingView, best, judge, perplexity, report_finished, result_json, resumable
+from .recipe_options import Resume, RunToResume, describe_metric, recipe_options, run_folder, task_metric
 from .terminal import print_json, write
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def plot(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Plot a training run: loss, learning rate, gradient norm and tokens per second.
+    """Plot a training run: loss, learning rate, gradient norm, tokens per second and evaluations.
 
     RUN/metrics.png is drawn anew each time; another file is replaced only with --force.
     """
@@ -90,6 +90,7 @@ def pretrain(
     recipe = _recipe(config, given, data_folder, folder if resume else None)
     group = join_processes()
     is_first = group.rank() == 0
+    metric = task_metric(recipe, group)
     if dry_run:
         if is_first:
             _show(estimated_plan(recipe, group.size()), as_json)
@@ -103,9 +104,10 @@ def pretrain(
         if is_first:
             plans.append(plan_of(pretraining, group.size()))
             describe(plans[0])
+            describe_metric(metric, recipe)
 
     with resumable("pretrain", folder), view:
-        result = run_pretraining(recipe, folder, resume, group, view, show)
+        result = run_pretraining(recipe, folder, resume, group, view, show, metric)
     if not is_first:
         return
     if not plans:
@@ -147,10 +149,10 @@ def _report(result: TrainingResult) -> None:
     if last is None:
         write(f"{result.folder}: nothing left to train")
         return
-    ended = "stopped early, because the validation loss stopped improving," if result.stopped_early else "trained"
+    ended = f"stopped early, because {judge(result)} stopped improving," if result.stopped_early else "trained"
     loss = result.validation_loss
-    best = "" if loss is None else f"; best validation loss: {loss:.4f} (perplexity {perplexity(loss)})"
-    write(f"{result.folder}: {ended} {last.step:,} steps on {last.tokens:,} tokens{best}")
+    more = "" if loss is None or result.evaluation else f" (perplexity {perplexity(loss)})"
+    write(f"{result.folder}: {ended} {last.step:,} steps on {last.tokens:,} tokens{best(result)}{more}")
 
 
 def _show_uses(result: TrainingResult) -> None:

@@ -35,7 +35,7 @@ class TrainingView(TrainingCallback):
         self._open = ExitStack()
         self._bar: Any = None
         self._steps = 0
-        self._has_validated = False
+        self._announced: set[str] = set()
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
@@ -65,20 +65,15 @@ class TrainingView(TrainingCallback):
 
     def on_validating(self, done_batches: int, total_batches: int) -> None:
         """Show a bar of its own while a validation runs; without a terminal, announce the first one."""
-        if self._bar is not None:
-            begins, ends = done_batches == 0, done_batches == total_batches
-            if begins:
-                self._bar.reset(self._validation, total=total_batches)
-            self._bar.update(self._validation, completed=done_batches, total=total_batches, visible=not ends)
-        elif not self._has_validated:
-            say(f"validating: {total_batches:,} {'batch' if total_batches == 1 else 'batches'}")
-        self._has_validated = True
+        self._measuring("validating", done_batches, total_batches, "batch" if total_batches == 1 else "batches")
+
+    def on_evaluating(self, done_items: int, total_items: int) -> None:
+        """Show the progress of an evaluation in the bar of validations."""
+        self._measuring("evaluating", done_items, total_items, "item" if total_items == 1 else "items")
 
     def on_testing(self, done_batches: int, total_batches: int) -> None:
         """Show the progress of the test in the bar of validations."""
-        if self._bar is not None:
-            self._bar.update(self._validation, description="testing")
-        self.on_validating(done_batches, total_batches)
+        self._measuring("testing", done_batches, total_batches, "batch" if total_batches == 1 else "batches")
 
     def on_step(self, metrics: Metrics) -> None:
         """Move the bar."""
@@ -101,6 +96,15 @@ class TrainingView(TrainingCallback):
     def on_message(self, message: str) -> None:
         """Print a message."""
         say(message)
+
+    def _measuring(self, what: str, done: int, total: int, unit: str) -> None:
+        if self._bar is not None:
+            if done == 0:
+                self._bar.reset(self._validation, total=total)
+            self._bar.update(self._validation, description=what, completed=done, total=total, visible=done < total)
+        elif what not in self._announced:
+            say(f"{what}: {total:,} {unit}")
+        self._announced.add(what)
 
 
 @contextmanager
@@ -127,6 +131,7 @@ def result_json(result: TrainingResult) -> dict[str, Any]:
         "checkpoint": str(result.checkpoint),
         "step": result.step,
         "validation_loss": result.validation_loss,
+        "evaluation": result.evaluation,
         "last": result.metrics.to_dict() if result.metrics else None,
     }
 
@@ -142,11 +147,23 @@ def report_finished(command: str, result: TrainingResult, as_json: bool) -> None
         write(f"{result.folder} is already at step {step:,} of {planned:,}")
         write(f"to continue: openelm-mlx {command} --resume {quote(str(result.folder))}")
         return
-    how = "stopped early, because the validation loss stopped improving," if result.stopped_early else "is finished:"
-    loss = "" if result.validation_loss is None else f"; best validation loss: {result.validation_loss:.4f}"
-    write(f"{result.folder} {how} {step:,} steps{loss}")
+    how = f"stopped early, because {judge(result)} stopped improving," if result.stopped_early else "is finished:"
+    write(f"{result.folder} {how} {step:,} steps{best(result)}")
     more = "--early-stop 0" if result.stopped_early else f"--steps {2 * step}"
     write(f"train it further: openelm-mlx {command} --resume {quote(str(result.folder))} {more}")
+
+
+def judge(result: TrainingResult) -> str:
+    """What said which checkpoint is the best."""
+    return next(iter(result.evaluation)) if result.evaluation else "the validation loss"
+
+
+def best(result: TrainingResult) -> str:
+    """The figure of the best checkpoint, to follow a sentence; nothing if none was measured."""
+    if result.evaluation:
+        name, value = next(iter(result.evaluation.items()))
+        return f"; best {name}: {value:.4f}"
+    return "" if result.validation_loss is None else f"; best validation loss: {result.validation_loss:.4f}"
 
 
 def perplexity(loss: float) -> str:
@@ -160,6 +177,7 @@ def _text(metrics: Metrics, unit: str) -> str:
         of_text = "accuracy" not in (metrics.validation or {})
         more = f" (perplexity {perplexity(metrics.validation_loss)})" if of_text else ""
         parts.append(f"validation loss {metrics.validation_loss:.4f}{more}")
+    parts += [f"{name} {value:.4f}" for name, value in (metrics.evaluation or {}).items()]
     if "accuracy" in metrics.more:
         parts.append(f"margin {metrics.more['margin']:+.4f}, accuracy {metrics.more['accuracy']:.0%}")
     if metrics.loss is not None:

@@ -1,5 +1,7 @@
 """Options made from the fields of a recipe, where their names, defaults, choices and help are written."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 import os
@@ -7,16 +9,23 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
 from ..files.names import resolved
 from ..files.yaml_file import parse_yaml
-from ..training.recipe import Recipe, setting_of
+from ..training.recipe import Recipe
+from ..training.setting import setting_of
 from ..training.tune_recipe import TuneRecipe
 from .options import MODEL_VARIABLE
+from .terminal import say
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from ..evaluation.task_metric import TaskMetric
 
 RunToResume = Annotated[Path | None, typer.Argument(help="Run folder to continue, with --resume.", metavar="RUN")]
 Resume = Annotated[
@@ -87,7 +96,31 @@ def tune_recipe(config: str | None, given: dict[str, Any], resumed: Path | None 
     return replace(recipe, model=named) if named and recipe.model == TuneRecipe.model else recipe
 
 
-def _parameter(entry: "Field[Any]") -> inspect.Parameter:
+def task_metric(recipe: Recipe, group: mx.distributed.Group) -> TaskMetric | None:
+    """The metric of a recipe that names tasks to evaluate; reads their data, before a model is loaded.
+
+    Args:
+        group: processes of the run, which fail together.
+    Raises:
+        OpenELMError: a subclass, if a task is unknown, or its data are missing or do not fit.
+    """
+    if not recipe.evaluate:
+        return None
+    from ..evaluation.task_metric import TaskMetric
+    from ..training.checkpoints import together
+
+    data, limit = recipe.evaluate_data or None, recipe.evaluate_limit or None
+    return together(group, lambda: TaskMetric(recipe.evaluate, data=data, limit=limit))
+
+
+def describe_metric(metric: TaskMetric | None, recipe: Recipe) -> None:
+    """Say what will be evaluated, if there is anything, and when."""
+    if metric is not None:
+        when = f"every {recipe.evaluate_every:,} steps" if recipe.evaluate_every else "with each validation"
+        say(f"evaluates {metric.num_items:,} items of {metric.name} {when}; the best checkpoint is the most accurate")
+
+
+def _parameter(entry: Field[Any]) -> inspect.Parameter:
     setting, kind, default = setting_of(entry), _kind(entry), option_default(entry)
     flag = f"--{entry.name.replace('_', '-')}"
     names = [f"{flag}/--no-{entry.name.replace('_', '-')}"] if kind is bool else [flag]
@@ -106,19 +139,19 @@ def _parameter(entry: "Field[Any]") -> inspect.Parameter:
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def option_default(entry: "Field[Any]") -> Any:
+def option_default(entry: Field[Any]) -> Any:
     """The default of a field as its option has it; None if there is nothing to show."""
     if entry.default is MISSING or entry.default in ("", ()):
         return None
     return ",".join(entry.default) if isinstance(entry.default, tuple) else entry.default
 
 
-def _kind(entry: "Field[Any]") -> type:
+def _kind(entry: Field[Any]) -> type:
     """The type in which an option is read; text, for what has a notation of its own."""
     return type(entry.default) if isinstance(entry.default, bool | int | float) else str
 
 
-def _value(entry: "Field[Any]", value: Any) -> Any:
+def _value(entry: Field[Any], value: Any) -> Any:
     """The value of an option; lists and tables may be written as in YAML, and some texts with escapes."""
     if setting_of(entry).escapes and isinstance(value, str):
         return re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match[0]], value)

@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from ..errors import ConfigError
 from ..training.tune_recipe import TuneRecipe
 from .options import Json, examples
 from .processes import join_processes
-from .progress import TrainingView, report_finished, resumable
-from .recipe_options import Resume, RunToResume, recipe_options, run_folder, tune_recipe
+from .progress import TrainingView, judge, report_finished, resumable
+from .recipe_options import Resume, RunToResume, describe_metric, recipe_options, run_folder, task_metric, tune_recipe
 from .streams import clean, has_styles, styled
 from .terminal import mib, print_json, say, step_bar, write, write_error
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..data.dataset import Example, ExampleSet
+    from ..evaluation.task_metric import TaskMetric
     from ..tokenizer.tokenizer import Tokenizer
     from ..training.held_out import HeldOutLoss
     from ..training.memory import StepMemory
@@ -30,6 +34,7 @@ EXAMPLES = examples(
     "openelm-mlx tune --data answers.jsonl --validation 0.05 --output my-adapter",
     "openelm-mlx tune -m OpenELM-270M --data ARC-Easy --method dora --rank 16 --gradient-checkpointing -o arc",
     "openelm-mlx tune -m OpenELM-270M --config commonsense --data commonsense_170k.json -o commonsense",
+    "openelm-mlx tune -m OpenELM-270M --data ARC-Easy --evaluate arc_easy,arc_challenge --evaluate-limit 500 -o arc",
     "openelm-mlx tune -m OpenELM-1_1B --data chat.jsonl --chat-template openelm -o chat-adapter",
     "openelm-mlx tune -m OpenELM-1_1B --adapter chat-adapter --method dpo --data pairs.jsonl -o polite",
     "openelm-mlx tune -m OpenELM-1_1B --adapter polite --test test.jsonl",
@@ -55,23 +60,29 @@ def tune(
 ) -> None:
     """Fine-tune a model: LoRA, DoRA, full fine-tuning, or DPO on preference pairs.
 
-    The result is the adapter with the best validation loss. Options override the --config recipe. With --test and
-    without --data, nothing is trained: the model is measured on the test file, with its --adapter.
+    The result is the adapter with the best validation loss, or with --evaluate, the most accurate one on these tasks.
+    Options override the --config recipe. With --test and without --data, nothing is trained: the model is measured on
+    the test file, with its --adapter.
     """
     from ..training.run import TrainingCallback, run_tuning
     from ..training.tune import prepare_tuning
 
     recipe = tune_recipe(config, given) if not resume else None
     if recipe is not None and recipe.test and not recipe.data:
+        if recipe.evaluate:
+            raise ConfigError(
+                "tasks are evaluated during training, which needs `data`; `openelm-mlx evaluate` measures a model"
+            )
         _measure(recipe, as_json)
         return
     folder = None if dry_run and not resume else run_folder(run, output, resume)
     recipe = recipe or tune_recipe(config, given, folder)
     group = join_processes()
     is_first = group.rank() == 0
+    metric = task_metric(recipe, group)
     if dry_run:
-        tuning = prepare_tuning(recipe)
-        memory = _show(tuning, group.size(), quiet=as_json or not is_first)
+        tuning = prepare_tuning(recipe, has_metric=metric is not None)
+        memory = _show(tuning, group.size(), metric, quiet=as_json or not is_first)
         if as_json and is_first:
             print_json({"recipe": tuning.recipe.to_dict(), "memory": memory.to_dict(), **_counts(tuning)})
         return
@@ -82,12 +93,12 @@ def tune(
 
     def show(tuning: Tuning) -> None:
         prepared.append(tuning)
-        _show(tuning, group.size(), quiet=as_json or not is_first)
+        _show(tuning, group.size(), metric, quiet=as_json or not is_first)
         if isinstance(view, TrainingView):
             view.unit = "pairs" if tuning.recipe.objective == "dpo" else "trained tokens"
 
     with resumable("tune", folder), view:
-        result = run_tuning(recipe, folder, resume, group, view, show)
+        result = run_tuning(recipe, folder, resume, group, view, show, metric)
     if is_first and not prepared:
         report_finished("tune", result, as_json)
     elif is_first:
@@ -110,13 +121,14 @@ def _counts(tuning: Tuning) -> dict[str, Any]:
     }
 
 
-def _show(tuning: Tuning, num_processes: int, quiet: bool) -> StepMemory:
+def _show(tuning: Tuning, num_processes: int, metric: TaskMetric | None, quiet: bool) -> StepMemory:
     """Print what is about to run, with one example as the model will see it, and the memory that it needs."""
     from ..training.memory import tuning_memory
 
     memory = tuning_memory(tuning, num_processes)
     if not quiet:
         _describe(tuning, num_processes)
+        describe_metric(metric, tuning.recipe)
         parts = [("model", memory.weights_bytes), ("gradients and optimizer", memory.state_bytes)]
         parts += [("activations", memory.activation_bytes), ("Python and data", memory.process_bytes)]
         say(f"memory: about {mib(memory.total_bytes)} of {mib(memory.limit_bytes)}")
@@ -217,6 +229,8 @@ def _report(result: TrainingResult, tuning: Tuning, as_json: bool) -> None:
                 "step": result.step,
                 "validation_loss_before": before,
                 "validation_loss": loss,
+                "evaluation_before": result.evaluation_before,
+                "evaluation": result.evaluation,
                 "last": result.metrics.to_dict() if result.metrics else None,
                 "test": result.test.to_dict() if result.test else None,
                 **_counts(tuning),
@@ -224,10 +238,12 @@ def _report(result: TrainingResult, tuning: Tuning, as_json: bool) -> None:
         )
         return
     if result.stopped_early and result.metrics is not None:
-        write(f"stopped after step {result.metrics.step:,}: the validation loss stopped improving")
+        write(f"stopped after step {result.metrics.step:,}: {judge(result)} stopped improving")
     if result.metrics is None:
         write(f"{output}: nothing left to train")
-    if loss is not None:
+    if result.evaluation is not None:
+        _report_evaluation(result, result.evaluation)
+    elif loss is not None:
         compared = f", {before:.4f} before tuning" if before is not None else ""
         write(f"{output}: adapter from step {result.step:,} with the best validation loss: {loss:.4f}{compared}")
         if before is not None and loss >= before:
@@ -239,3 +255,12 @@ def _report(result: TrainingResult, tuning: Tuning, as_json: bool) -> None:
     asking = "chat" if tuning.train.example_format.style == "chat" else "generate"
     prompt = "" if asking == "chat" else ' --prompt "..."'
     write(f"try it: openelm-mlx {asking} --model {tuning.recipe.model} --adapter {output}{prompt}")
+
+
+def _report_evaluation(result: TrainingResult, evaluation: Mapping[str, float]) -> None:
+    name, value = next(iter(evaluation.items()))
+    before = (result.evaluation_before or {}).get(name)
+    compared = f", {before:.4f} before tuning" if before is not None else ""
+    write(f"{result.folder}: adapter from step {result.step:,} with the best {name}: {value:.4f}{compared}")
+    if before is not None and value <= before:
+        say(f"warning: {name} did not improve; try another --learning-rate or more --steps")

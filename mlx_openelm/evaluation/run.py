@@ -16,6 +16,7 @@ from ..generation.prompt_cache import model_fingerprint
 from ..machine.hardware import describe
 from ..model.openelm import OpenELM
 from ..tokenizer.tokenizer import Tokenizer
+from .encoding import RequestEncoder
 from .item_scorer import ItemScorer
 from .items import ItemResult
 from .metrics import grade
@@ -170,6 +171,28 @@ def evaluate_prepared(
         return report if folder is None else folder.write(report)
 
 
+def check_lengths(
+    model: OpenELM, tokenizer: Tokenizer, tasks: Sequence[PreparedTask], options: EvaluationOptions
+) -> None:
+    """Check that the prompts of tasks fit a model's context, without scoring any.
+
+    Raises:
+        EvaluationError: if more than `max_truncated` of a task's or group's do not.
+    """
+    length = options.scorer.max_length or model.config.max_context_length
+    encode = RequestEncoder(tokenizer, length)
+    found: Counter[str] = Counter()
+    for task in tasks:
+        key = _group_of(task)
+        for item in items(task.task, task.data, limit=options.limit, protocol=options.protocol):
+            if all(len("".join(request).encode()) < length for request in item.requests):
+                continue  # a token has at least a byte
+            encoded = [encode(request) for request in item.requests]
+            found[key] += all(encoded) and any(request.is_truncated for request in encoded if request is not None)
+        if found[key] > _most_truncated(task, tasks, options):
+            raise _too_long(task, options, found[key])
+
+
 class _Run:
     """Evaluates one task after the other, and counts the prompts that exceed the model's context."""
 
@@ -183,7 +206,7 @@ class _Run:
         """The result of a task; `write` is called with each item."""
         self._callback.on_task(task.task.name, task.num_items)
         key = _group_of(task)
-        most = self._options.max_truncated * sum(other.num_items for other in others if _group_of(other) == key)
+        most = _most_truncated(task, others, self._options)
         num_failed = 0
 
         def graded() -> Iterator[ItemResult]:
@@ -242,6 +265,12 @@ def dependencies(subject: Subject, config: ScorerConfig) -> dict[str, Any]:
     vocabulary = hashlib.sha256(read_bytes(subject.tokenizer.path, EvaluationError, _LARGEST_TOKENIZER)).hexdigest()
     length = config.max_length or subject.model.config.max_context_length
     return {"weights": model_fingerprint(subject.model), "tokenizer": vocabulary, "max_length": length}
+
+
+def _most_truncated(task: PreparedTask, tasks: Sequence[PreparedTask], options: EvaluationOptions) -> float:
+    """How many items of the group that a task belongs to may exceed the context."""
+    key = _group_of(task)
+    return options.max_truncated * sum(other.num_items for other in tasks if _group_of(other) == key)
 
 
 def _too_long(task: PreparedTask, options: EvaluationOptions, count: int) -> EvaluationError:

@@ -18,6 +18,7 @@ class Metrics:
     more: dict[str, float]  # the objective's other metrics: z_loss; for DPO, margin and accuracy
     validation_loss: float | None = None
     validation: dict[str, float] | None = None  # the objective's other metrics on the held-out rows
+    evaluation: dict[str, float] | None = None  # figures of the checkpoint metric; the first one counts
     sample: str | None = None  # `sample_prompt` and the model's continuation, at each validation
 
     def to_dict(self) -> dict[str, Any]:
@@ -25,6 +26,7 @@ class Metrics:
         values = asdict(self)
         values.update(values.pop("more"))
         values.update({f"validation_{name}": figure for name, figure in (values.pop("validation") or {}).items()})
+        values.update({f"evaluation_{name}": figure for name, figure in (values.pop("evaluation") or {}).items()})
         return values
 
 
@@ -56,8 +58,11 @@ class TrainingCallback:
     def on_validating(self, done_batches: int, total_batches: int) -> None:
         """Called during each validation, before its first batch and after each, with those of this process."""
 
+    def on_evaluating(self, done_items: int, total_items: int) -> None:
+        """Called while the run evaluates its checkpoint metric, if that reports its progress."""
+
     def on_metrics(self, metrics: Metrics) -> None:
-        """Called when metrics are logged: every `log_every` steps and at each validation."""
+        """Called when metrics are logged: every `log_every` steps and at each validation or evaluation."""
 
     def on_testing(self, done_batches: int, total_batches: int) -> None:
         """Called while the test file is measured, like `on_validating`."""

@@ -31,7 +31,7 @@ class Checkpoint:
 
     parameters: Tensors
     moments: Moments
-    state: dict[str, Any]  # step, recipe, data fingerprint, best validation loss
+    state: dict[str, Any]  # step, recipe, data fingerprint, what is best so far
 
 
 def check_output(run: Path, resume: bool) -> None:

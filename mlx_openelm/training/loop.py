@@ -8,29 +8,27 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Generator
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import OutputError, TrainingError
 from ..files.json_file import parse_json_object
 from ..files.lock import LockedFolder
-from ..files.output import move_away, output_file
+from ..files.output import output_file
 from ..files.paths import check_regular, exists
 from ..generation.sampling import SamplingConfig
 from ..generation.text import generate
 from ..machine.device import limited_cache, peak_memory_bytes, wired_memory
-from ..runs import METRICS, checkpoint_folders
+from ..runs import METRICS
 from ..tokenizer.tokenizer import Tokenizer
 from .callback import Metrics, TrainingCallback
+from .checkpoint_metric import CheckpointMetric, figures_of, metric_state
 from .checkpoints import (
     Checkpoint,
     WriteParameters,
     check_fresh,
-    check_parameters,
     clear_begun,
-    load_checkpoint,
     mark_begun,
     remove_old_checkpoints,
     run_lock,
@@ -38,6 +36,7 @@ from .checkpoints import (
     together,
 )
 from .optimizer import learning_rate
+from .resume import Progress, resume_run
 from .trainer import Trainer
 
 _SAMPLE_TOKENS = 60
@@ -51,23 +50,25 @@ def train(
     *,
     resume: bool = False,
     callback: TrainingCallback | None = None,
+    metric: CheckpointMetric | None = None,
 ) -> Generator[Metrics, None, None]:
-    """Train to the recipe's last step; yields metrics every `log_every` steps and at each validation.
+    """Train to the recipe's last step; yields metrics every `log_every` steps and at each validation or evaluation.
 
     Checkpoints go to `run/checkpoints`, metrics to `run/metrics.jsonl`. If the iterator is closed or interrupted, it
     saves a checkpoint first. Only the first process writes.
 
     Args:
-        tokenizer: for text samples; None: no samples.
+        tokenizer: for text samples and the metric; None: neither.
         run: folder of the run, or its lock from `run_lock`.
         write: writes the parameters into a checkpoint folder.
         resume: continue from the last readable checkpoint.
         callback: receives every step, the progress of validations, and messages for the user.
+        metric: says which checkpoint is the best; by default, the validation loss does.
     Raises:
         TrainingError: if the run cannot start or continue; the last good checkpoint is kept.
     """
     with run_lock(run, trainer.group) as folder, wired_memory(), limited_cache():
-        running = _Run(trainer, tokenizer, folder.path, write, callback or TrainingCallback())
+        running = _Run(trainer, tokenizer, folder.path, write, callback or TrainingCallback(), metric)
         running.begin(resume)
         try:
             yield from running.steps()
@@ -85,26 +86,32 @@ class _Run:
         folder: Path,
         write: WriteParameters,
         callback: TrainingCallback,
+        metric: CheckpointMetric | None,
     ):
+        assert tokenizer is not None or metric is None, "a metric needs the tokenizer"
         self._trainer = trainer
         self._recipe = trainer.recipe
         self._tokenizer = tokenizer
         self._folder = folder
         self._write = write
         self._callback = callback
+        self._metric = metric
         self._base = os.path.relpath(os.getcwd(), folder)  # what the recipe's relative paths are relative to
         self._writes = trainer.group.rank() == 0
         self._loss, *self._more = trainer.objective.names
-        self._progress = _Progress()
+        self._progress = Progress()
 
     def begin(self, resume: bool) -> None:
         """Start a new run, or restore the last checkpoint."""
         if resume:
             self._progress = together(
-                self._trainer.group, lambda: _resume(self._trainer, self._folder, self._callback.on_message)
+                self._trainer.group,
+                lambda: resume_run(self._trainer, self._folder, self._metric, self._callback.on_message),
             )
         else:
             together(self._trainer.group, lambda: check_fresh(self._folder))
+        if (metric := self._metric) is not None and (tokenizer := self._tokenizer) is not None:
+            together(self._trainer.group, lambda: metric.check(self._trainer.model, tokenizer))
         self._in_first_process(self._tidy)
         self._saved = self._trainer.step
         self._callback.on_begin(self._trainer.step)
@@ -115,8 +122,8 @@ class _Run:
         recipe, progress = self._recipe, self._progress
         if recipe.validate_first and self._trainer.step == 0:
             metrics = Metrics(0, None, 0.0, learning_rate(recipe, 0), 0, 0.0, peak_memory_bytes(), {})
-            metrics = self._validated(metrics)
-            if metrics.validation_loss is not None:
+            metrics = self._evaluated(self._validated(metrics))
+            if _is_measured(metrics):
                 self._in_first_process(lambda: _append_metrics(self._folder, metrics))
                 yield metrics
         if progress.pending is not None:
@@ -167,7 +174,10 @@ class _Run:
         is_last = metrics.step == recipe.steps
         if metrics.step % recipe.validate_every == 0 or is_last:
             metrics = self._validated(metrics)
-        is_reported = metrics.step % recipe.log_every == 0 or metrics.validation_loss is not None or is_last
+        if metrics.step % (recipe.evaluate_every or recipe.validate_every) == 0 or is_last:
+            metrics = self._evaluated(metrics)
+        progress.add(metrics, by_metric=self._metric is not None)
+        is_reported = metrics.step % recipe.log_every == 0 or _is_measured(metrics) or is_last
         if is_reported:
             self._in_first_process(lambda: _append_metrics(self._folder, metrics))
         progress.pending = None
@@ -188,10 +198,22 @@ class _Run:
         loss = found[self._loss]
         if not math.isfinite(loss):
             return replace(metrics, sample=sample)
-        if metrics.step:  # the untrained model cannot be the best checkpoint
-            self._progress.add(loss, metrics.step)
         further = {name: found[name] for name in self._more}
         return replace(metrics, validation_loss=loss, validation=further, sample=sample)
+
+    def _evaluated(self, metrics: Metrics) -> Metrics:
+        if self._metric is None or self._tokenizer is None:
+            return metrics
+        paused = time.perf_counter()
+        with self._trainer.inference() as model:
+            group, on_progress = self._trainer.group, self._callback.on_evaluating
+            found = figures_of(self._metric, model, self._tokenizer, group, on_progress)
+        self._started += time.perf_counter() - paused
+        figures = {name: value for name, value in found.items() if math.isfinite(value)}
+        if list(figures)[:1] != list(found)[:1]:
+            self._callback.on_message(f"{next(iter(found))} is not finite at step {metrics.step:,}; it does not count")
+            return metrics
+        return replace(metrics, evaluation=figures)
 
     def _save(self) -> None:
         trainer = self._trainer
@@ -199,6 +221,7 @@ class _Run:
             **asdict(self._progress),
             "step": trainer.step,
             "data": trainer.data.fingerprint,
+            "metric": metric_state(self._metric),
             "recipe": self._recipe.to_dict(),
             "folder": self._base,
         }
@@ -210,84 +233,19 @@ class _Run:
         together(self._trainer.group, action if self._writes else lambda: None)
 
 
-@dataclass
-class _Progress:
-    """The progress of a run; part of each checkpoint's state."""
-
-    tokens: int = 0
-    best_loss: float | None = None  # best validation loss
-    best_step: int | None = None
-    worse: int = 0  # consecutive validations without improvement
-    pending: dict[str, Any] | None = None  # metrics of a step that was taken, but not yet validated and reported
-
-    def add(self, loss: float, step: int) -> None:
-        """Record the validation loss after a step."""
-        if self.best_loss is None or loss < self.best_loss:
-            self.best_loss, self.best_step, self.worse = loss, step, 0
-        else:
-            self.worse += 1
-
-
-def _resume(trainer: Trainer, run: Path, on_message: Callable[[str], None]) -> _Progress:
-    damaged: list[Path] = []
-    for folder in reversed(checkpoint_folders(run)):
-        try:
-            checkpoint = load_checkpoint(folder)
-            progress = _progress_of(checkpoint, folder)
-            found = _changes(trainer, checkpoint)
-            if not found:
-                check_parameters(checkpoint, trainer.parameters, folder)
-        except TrainingError as error:
-            on_message(f"{error}; falling back to the previous checkpoint")
-            damaged.append(folder)
-            continue
-        if found:
-            raise changed_error(run, found)
-        # Keep the network's order, which the file does not have: the gradient norm is summed in this order.
-        trainer.parameters = {name: checkpoint.parameters[name] for name in trainer.parameters}
-        trainer.moments = checkpoint.moments
-        trainer.step = checkpoint.state["step"]
-        if trainer.group.rank() == 0:
-            for later in damaged:  # otherwise they would count as the latest checkpoints
-                on_message(f"moved the damaged checkpoint to {move_away(later, f'damaged-{later.name}')}")
-        return progress
-    raise TrainingError(f"{run} has no readable checkpoint; start without `resume`")
-
-
-def changed_error(run: Path, changes: Sequence[str]) -> TrainingError:
-    """The error for a run that would not go on as it began."""
-    return TrainingError(
-        f"cannot resume {run}: these settings changed: {'; '.join(changes)}; choose another `output` to start over"
-    )
-
-
-def _changes(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:
-    """What would make the result of a resumed run different."""
-    state = checkpoint.state
-    found = trainer.recipe.differences(state.get("recipe") or {})
-    if state.get("data", state.get("corpus")) != trainer.data.fingerprint:
-        found.append("the model, the data or how the data is read")
-    return found
-
-
-def _progress_of(checkpoint: Checkpoint, folder: Path) -> _Progress:
-    state = checkpoint.state
-    pending = state.get("pending")
-    if pending is not None and set(pending) != {entry.name for entry in fields(Metrics)}:
-        raise TrainingError(f"{folder} is damaged: the pending metrics in state.json are incomplete")
-    return _Progress(**{e.name: state[e.name] for e in fields(_Progress) if state.get(e.name) is not None})
-
-
 def _sample(trainer: Trainer, tokenizer: Tokenizer) -> str:
     """The recipe's prompt with the model's current continuation."""
     prompt = trainer.recipe.sample_prompt
     room = trainer.model.config.max_context_length - len(tokenizer.encode(prompt))
-    model = trainer.current_model()
-    model.eval()
-    options: dict[str, Any] = {"max_tokens": min(_SAMPLE_TOKENS, room), "sampling": SamplingConfig()}
-    text = generate(model, tokenizer, prompt, **options) if room > 0 else ""
-    model.train()
-    return prompt + text
+    if room <= 0:
+        return prompt
+    with trainer.inference() as model:
+        length = min(_SAMPLE_TOKENS, room)
+        return prompt + generate(model, tokenizer, prompt, max_tokens=length, sampling=SamplingConfig())
+
+
+def _is_measured(metrics: Metrics) -> bool:
+    return metrics.validation_loss is not None or metrics.evaluation is not None
 
 
 def _append_metrics(run: Path, metrics: Metrics) -> None:

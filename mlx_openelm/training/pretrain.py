@@ -19,6 +19,7 @@ from ..tensors import save_arrays
 from ..tokenizer.files import find_tokenizer, write_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
 from .callback import Metrics, TrainingCallback
+from .checkpoint_metric import CheckpointMetric
 from .checkpoints import together
 from .loop import train
 from .loss import CrossEntropy
@@ -156,6 +157,7 @@ def pretraining_steps(
     resume: bool = False,
     group: mx.distributed.Group | None = None,
     callback: TrainingCallback | None = None,
+    metric: CheckpointMetric | None = None,
 ) -> Generator[Metrics, None, None]:
     """Train from scratch to the recipe's last step, yielding metrics; see `train`. Each checkpoint is a model folder.
 
@@ -175,7 +177,7 @@ def pretraining_steps(
         write_tokenizer(tokenizer, folder)
         write_card(folder, trained_card(name, config, _settings(recipe)))
 
-    yield from train(trainer, tokenizer, run, write, resume=resume, callback=callback)
+    yield from train(trainer, tokenizer, run, write, resume=resume, callback=callback, metric=metric)
 
 
 def _settings(recipe: PretrainRecipe) -> dict[str, str]:

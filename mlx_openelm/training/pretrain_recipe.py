@@ -21,7 +21,8 @@ from ..errors import ConfigError, quoted
 from ..files.fields import Fields
 from ..files.paths import exists, user_path
 from ..machine.device import DTYPES, compute_dtype
-from .recipe import Recipe, changed, setting
+from .recipe import Recipe
+from .setting import changed, setting
 
 RECIPES = Path(__file__).parents[1] / "assets" / "recipes" / "pretrain"
 

@@ -4,10 +4,9 @@
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +16,7 @@ from ..files.yaml_file import read_yaml_object
 from ..machine.device import DTYPES
 from ..runs import newest_state
 from .loss import DEFAULT_CHUNK
+from .setting import setting, setting_of, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,82 +30,8 @@ _OLD_NAMES = {  # of fields, in recipes and runs written until 2026-11-25
     "rank_stabilised": "rank_stabilized",
 }
 _OF_A_MODEL = {"model_type", "num_transformer_layers", "model_dim", "model_name"}
-_LARGEST = 2**31 - 1
 _LARGEST_BATCH = 65_536
 _OLD_VALUES = {("objective", "likelihood"): "cross-entropy"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Metadata of a recipe field, besides its type and default.
-
-    Attributes:
-        help: one sentence, for `--help`.
-        group: heading under which `--help` shows it.
-        choices: allowed values; empty: any.
-        shorthands: further allowed values, which also set other fields.
-        at_least, above, below, at_most: limits of a number; every number has an upper one.
-        is_path: whether relative paths in a recipe file are relative to the file's folder.
-        can_change: whether a run may be resumed with another value, because the result stays the same.
-        escapes: whether the option understands escapes such as \\n, which a shell passes on as they are typed.
-    """
-
-    help: str
-    group: str
-    choices: tuple[str, ...] = ()
-    shorthands: tuple[str, ...] = ()
-    at_least: float | None = None
-    above: float | None = None
-    below: float | None = None
-    at_most: float = _LARGEST
-    is_path: bool = False
-    can_change: bool = False
-    escapes: bool = False
-
-    def check(self, name: str, value: Any) -> None:
-        """Raise ConfigError if a value is not allowed."""
-        if self.choices and value not in self.choices:
-            named = ", ".join((*self.choices, *self.shorthands))
-            raise ConfigError(f"unknown {name} {quoted(value)} (choose from {named})")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name} must be finite; got {quoted(value)}")
-        too_small = self.at_least is not None and value < self.at_least
-        if self.at_least is not None and self.below is not None and (too_small or value >= self.below):
-            raise ConfigError(f"{name} must be at least {self.at_least} and below {self.below}; got {quoted(value)}")
-        if too_small:
-            raise ConfigError(
-                f"{name} must not be negative; got {quoted(value)}"
-                if self.at_least == 0
-                else f"{name} must be at least {self.at_least}; got {quoted(value)}"
-            )
-        if isinstance(value, int | float) and value > self.at_most:
-            raise ConfigError(f"{name} must be at most {self.at_most:,}; got {quoted(value)}")
-        if self.above is not None and not value > self.above:
-            raise ConfigError(
-                f"{name} must be positive; got {quoted(value)}"
-                if self.above == 0
-                else f"{name} must be above {self.above}; got {quoted(value)}"
-            )
-
-
-def setting(default: Any, help: str, group: str, **details: Any) -> Any:
-    """A recipe field; `details` are further attributes of `Setting`. A dict default is copied for each recipe."""
-    metadata = {"setting": Setting(help, group, **details)}
-    if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def changed(recipe: type["Recipe"], name: str, default: Any, **details: Any) -> Any:
-    """A field of another recipe with a new default; `details` replace attributes of its `Setting`."""
-    inherited = setting_of(recipe.__dataclass_fields__[name])
-    return field(default=default, metadata={"setting": replace(inherited, **details)})
-
-
-def setting_of(entry: "Field[Any]") -> Setting:
-    """The `Setting` of a recipe field."""
-    found: Setting = entry.metadata["setting"]
-    return found
 
 
 _OPTIMIZER = "Optimizer"
@@ -168,6 +94,22 @@ class Recipe:
     early_stop: int = setting(
         0, "Stop after N validations without improvement; 0: never.", _RUN, at_least=0, can_change=True
     )
+    # These can change, because a run compares what is evaluated itself; see `CheckpointMetric.fingerprint`.
+    evaluate: tuple[str, ...] = setting(
+        (),
+        "Tasks to evaluate during training; the best checkpoint is the most accurate one, not that of the lowest loss.",
+        _RUN,
+        can_change=True,
+    )
+    evaluate_data: str | Path = setting(
+        "", "Folder with TASK/test.jsonl of these tasks; default: the hub's.", _RUN, is_path=True, can_change=True
+    )
+    evaluate_limit: int = setting(
+        0, "Evaluate the first N items of each task; 0: all.", _RUN, at_least=0, can_change=True
+    )
+    evaluate_every: int = setting(
+        0, "Steps between evaluations; 0: with each validation.", _RUN, at_least=0, can_change=True
+    )
     sample_prompt: str = setting("", "Text to continue at each validation.", _RUN, can_change=True)
 
     folder: ClassVar[Path]  # of the packaged recipes
@@ -183,6 +125,9 @@ class Recipe:
             object.__setattr__(self, entry.name, self._checked(entry, given))
         if self.decay_steps and self.schedule != "constant":
             raise ConfigError(f"decay_steps needs the constant schedule; got {self.schedule}")
+        for name in ("evaluate_data", "evaluate_limit"):
+            if getattr(self, name) and not self.evaluate:
+                raise ConfigError(f"{name} is for the tasks to evaluate; name them with `evaluate`")
 
     @classmethod
     def _checked(cls, entry: "Field[Any]", given: Any) -> Any:
@@ -302,12 +247,16 @@ class Recipe:
             value = values.get(name)
             if isinstance(value, str) and value and os.path.exists(path := folder / os.path.expanduser(value)):
                 placed[name] = str(path)
+        if tasks := values.get("evaluate"):
+            placed["evaluate"] = [_placed_task(task, folder) for task in _tasks(tasks)]
         return placed
 
     @classmethod
     def _read(cls, name: str, value: Any, entry: "Field[Any]") -> Any:
         """The value of one field, converted to its type; recipes override this for fields with a special notation."""
-        return _typed(name, value, type(entry.default))
+        if name == "evaluate":
+            return _tasks(value)
+        return typed(name, value, type(entry.default))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as a dict for YAML and JSON; `from_dict` restores an equal recipe."""
@@ -324,26 +273,26 @@ class Recipe:
         return [f"{n} {quoted(other.get(n))} -> {quoted(own.get(n))}" for n in names if own.get(n) != other.get(n)]
 
 
+def _tasks(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value or ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str | os.PathLike) for name in names):
+        raise ConfigError(f"evaluate must be names of tasks such as arc_easy; got {quoted(value)}")
+    return tuple(name for entry in names if (name := str(entry).strip()))
+
+
+def _placed_task(name: str, folder: Path) -> str:
+    """A task's name; the path of a task file starts at this folder where that leads to an existing file."""
+    path = folder / os.path.expanduser(name)
+    return str(path) if name.endswith((".yaml", ".yml")) and os.path.exists(path) else name
+
+
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values under their current field names; if a file has both names, the old one stays, an unknown field."""
     named = {
         name if _OLD_NAMES.get(name, name) in values else _OLD_NAMES.get(name, name): value
         for name, value in values.items()
     }
-    return {n: _OLD_VALUES.get((n, value), value) if isinstance(value, str) else value for n, value in named.items()}
-
-
-_TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):  # YAML reads 1e-6 as text
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    if kind is str and (value is None or isinstance(value, os.PathLike)):
-        return str(value or "")
-    if type(value) is not kind:
-        raise ConfigError(f"{name} must be {_TYPES[kind]}; got {quoted(value)}")
-    return value
+    return {
+        name: _OLD_VALUES.get((name, value), value) if isinstance(value, str) else value
+        for name, value in named.items()
+    }

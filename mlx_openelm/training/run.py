@@ -1,21 +1,22 @@
 """Complete training runs: from a recipe to a result, in a folder that is locked against other runs."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..files.lock import LockedFolder
 from ..runs import best_checkpoint, newest_state, read_state
 from .callback import Metrics, TrainingCallback
+from .checkpoint_metric import CheckpointMetric, MetricFunction, as_metric, metric_changes
 from .checkpoints import check_output, run_lock, together
 from .held_out import HeldOutLoss, evaluate_run
-from .loop import changed_error
 from .pretrain import Pretraining, prepare_pretraining, pretraining_steps
 from .pretrain_recipe import PretrainRecipe
+from .resume import changed_error
 from .trainer import Trainer
 from .tune import Tuning, prepare_tuning, tuning_steps
 from .tune_recipe import TuneRecipe
@@ -27,14 +28,16 @@ class TrainingResult:
 
     Attributes:
         folder: the run's folder; after `tune` it is also the adapter.
-        checkpoint: folder of the checkpoint with the best validation loss; without validation, of the last one. None
-            in a process that does not share the folder with the first one.
+        checkpoint: folder of the best checkpoint, by the metric or the validation loss; without either, of the last
+            one. None in a process that does not share the folder with the first one.
         step: number of steps at that checkpoint.
-        validation_loss: the best validation loss, in nats per token (pairs: per pair).
+        validation_loss: its validation loss, in nats per token (pairs: per pair).
         validation_loss_before: validation loss before the first step, if this call measured it.
         stopped_early: whether `early_stop` ended the run before its last step.
         metrics: the last metrics; None if no step was left to train.
         test: how well the adapter predicts the test file, if there is one.
+        evaluation: figures of that checkpoint by name, if the run has a metric; the first one counts.
+        evaluation_before: figures before the first step, if this call measured them.
     """
 
     folder: Path
@@ -45,13 +48,16 @@ class TrainingResult:
     stopped_early: bool
     metrics: Metrics | None
     test: HeldOutLoss | None = None
+    evaluation: Mapping[str, float] | None = None
+    evaluation_before: Mapping[str, float] | None = None
 
     def __repr__(self) -> str:
         before = f", {self.validation_loss_before:.4f} before" if self.validation_loss_before is not None else ""
         loss = f", validation loss {self.validation_loss:.4f}{before}" if self.validation_loss is not None else ""
         step = f"step {self.step:,}" if self.step is not None else "its checkpoint is in another process's folder"
         tested = f", test loss {self.test.loss:.4f}" if self.test is not None else ""
-        return f"TrainingResult({str(self.folder)!r}: {step}{loss}{tested})"
+        evaluated = "".join(f", {name} {value:.4f}" for name, value in (self.evaluation or {}).items())
+        return f"TrainingResult({str(self.folder)!r}: {step}{loss}{evaluated}{tested})"
 
 
 def tune(
@@ -61,20 +67,24 @@ def tune(
     resume: bool = False,
     group: mx.distributed.Group | None = None,
     callback: TrainingCallback | None = None,
+    evaluate: CheckpointMetric | MetricFunction | None = None,
 ) -> TrainingResult:
     """Fine-tune a model on a data file or folder: LoRA, DoRA, full fine-tuning, or DPO.
 
     Args:
         recipe: such as `TuneRecipe(model="OpenELM-270M", data="answers.jsonl", steps=200)`.
-        output: folder for the run and the adapter with the best validation loss.
+        output: folder for the run and its best adapter.
         resume: continue from the last checkpoint in `output`.
         group: processes that share each step; by default, those that `mlx.launch` started.
         callback: receives progress, metrics and messages.
+        evaluate: a function of the model and its tokenizer that returns a figure, or several by name; or a
+            `TaskMetric`. It is called every `evaluate_every` steps, and the best checkpoint is the one with the highest
+            figure, instead of the lowest validation loss. Of several figures, the first counts.
     Raises:
         OpenELMError: one of its subclasses; the last good checkpoint is kept.
     """
     group, callback = group or mx.distributed.init(), callback or TrainingCallback()
-    return run_tuning(recipe, Path(output), resume, group, callback)
+    return run_tuning(recipe, Path(output), resume, group, callback, metric=_metric(recipe, evaluate))
 
 
 def run_tuning(
@@ -84,13 +94,14 @@ def run_tuning(
     group: mx.distributed.Group,
     callback: TrainingCallback,
     on_tuning: Callable[[Tuning], None] | None = None,
+    metric: CheckpointMetric | None = None,
 ) -> TrainingResult:
     """`tune`, for callers that need the model and the examples before training starts."""
     with run_lock(output, group) as run:
         together(group, lambda: check_output(run.path, resume))
-        if resume and (done := _finished(recipe, run)) is not None:
+        if resume and (done := _finished(recipe, run, metric)) is not None:
             return done
-        tuning = prepare_tuning(recipe)
+        tuning = prepare_tuning(recipe, has_metric=metric is not None)
         if on_tuning is not None:
             on_tuning(tuning)
         callback.on_prepared(tuning.recipe.steps)
@@ -100,7 +111,7 @@ def run_tuning(
             if tuning.test is not None:
                 tested.append(evaluate_run(trainer, tuning.test, callback.on_testing))
 
-        steps = tuning_steps(tuning, run, resume=resume, group=group, callback=callback, on_end=test)
+        steps = tuning_steps(tuning, run, resume=resume, group=group, callback=callback, metric=metric, on_end=test)
         result = _taken(steps, tuning.recipe.steps, run, callback)
         return replace(result, test=tested[0] if tested else None)
 
@@ -112,18 +123,19 @@ def pretrain(
     resume: bool = False,
     group: mx.distributed.Group | None = None,
     callback: TrainingCallback | None = None,
+    evaluate: CheckpointMetric | MetricFunction | None = None,
 ) -> TrainingResult:
     """Train a model from scratch; tokenizes the corpus first, and trains a tokenizer if the recipe asks for one.
 
     Args:
         recipe: such as `PretrainRecipe(model="270M", data="stories/*.txt", tokenizer="tokenizer.model")`.
         output: folder for the run; each checkpoint in it is a model folder.
-        resume, group, callback: as for `tune`.
+        resume, group, callback, evaluate: as for `tune`.
     Raises:
         OpenELMError: one of its subclasses; the last good checkpoint is kept.
     """
     group, callback = group or mx.distributed.init(), callback or TrainingCallback()
-    return run_pretraining(recipe, Path(output), resume, group, callback)
+    return run_pretraining(recipe, Path(output), resume, group, callback, metric=_metric(recipe, evaluate))
 
 
 def run_pretraining(
@@ -133,30 +145,43 @@ def run_pretraining(
     group: mx.distributed.Group,
     callback: TrainingCallback,
     on_pretraining: Callable[[Pretraining], None] | None = None,
+    metric: CheckpointMetric | None = None,
 ) -> TrainingResult:
     """`pretrain`, for callers that need the recipe's open fields and the data before training starts."""
     if not recipe.data:
         raise DataError("no data given; set `data`, for example to stories/*.txt")
     with run_lock(output, group) as run:
         together(group, lambda: check_output(run.path, resume))
-        if resume and (done := _finished(recipe, run)) is not None:
+        if resume and (done := _finished(recipe, run, metric)) is not None:
             return done
         state = newest_state(run.path) if resume else None
         before = None if state is None else state.table("recipe")
-        if before is not None and (changes := recipe.continued(before).differences(before)):
-            raise changed_error(run.path, changes)
+        if state is not None and before is not None:
+            changes = [*recipe.continued(before).differences(before), *metric_changes(metric, state)]
+            if changes:
+                raise changed_error(run.path, changes)
         pretraining = prepare_pretraining(recipe, run.path, group, callback, before, state["step"] if state else 0)
         if on_pretraining is not None:
             on_pretraining(pretraining)
         recipe = pretraining.recipe
         callback.on_prepared(recipe.steps)
-        steps = pretraining_steps(
-            recipe, pretraining.corpus, pretraining.tokenizer, run, resume=resume, group=group, callback=callback
-        )
+        data = pretraining.corpus, pretraining.tokenizer
+        steps = pretraining_steps(recipe, *data, run, resume=resume, group=group, callback=callback, metric=metric)
         return _taken(steps, recipe.steps, run, callback)
 
 
-def _finished(recipe: PretrainRecipe | TuneRecipe, run: LockedFolder) -> TrainingResult | None:
+def _metric(
+    recipe: PretrainRecipe | TuneRecipe, evaluate: CheckpointMetric | MetricFunction | None
+) -> CheckpointMetric | None:
+    if recipe.evaluate and evaluate is None:
+        tasks = ", ".join(map(repr, recipe.evaluate))
+        raise ConfigError(f"the recipe names tasks to evaluate; also pass evaluate=TaskMetric([{tasks}])")
+    return as_metric(evaluate)
+
+
+def _finished(
+    recipe: PretrainRecipe | TuneRecipe, run: LockedFolder, metric: CheckpointMetric | None
+) -> TrainingResult | None:
     """The result of a run that has no step left to take with this recipe; None if it may have one.
 
     Neither the model nor the data is read.
@@ -168,32 +193,42 @@ def _finished(recipe: PretrainRecipe | TuneRecipe, run: LockedFolder) -> Trainin
     stopped = bool(recipe.early_stop) and (state.get("worse") or 0) >= recipe.early_stop
     is_done = 0 < recipe.steps <= state["step"] or (recipe.steps > 0 and stopped)
     measures = isinstance(recipe, TuneRecipe) and bool(recipe.test)
-    if not is_done or measures or state.get("pending") or recipe.differences(before):
+    changes = [*recipe.differences(before), *metric_changes(metric, state)]
+    if not is_done or measures or state.get("pending") or changes:
         return None
-    return _result(run, None, None, stopped_early=state["step"] < recipe.steps)
+    return _result(run, None, None, recipe.steps)
 
 
 def _taken(
     steps: Generator[Metrics, None, None], num_steps: int, run: LockedFolder, callback: TrainingCallback
 ) -> TrainingResult:
     """Take all steps, then read the result from the run's folder."""
-    before = last = None
+    first = last = None
     with closing(steps):
         for metrics in steps:
             callback.on_metrics(metrics)
             last = metrics
-            before = metrics.validation_loss if metrics.step == 0 else before
-    return _result(run, before, last, stopped_early=last is not None and last.step < num_steps)
+            first = metrics if metrics.step == 0 else first
+    return _result(run, first, last, num_steps)
 
 
-def _result(run: LockedFolder, before: float | None, last: Metrics | None, *, stopped_early: bool) -> TrainingResult:
+def _result(run: LockedFolder, first: Metrics | None, last: Metrics | None, num_steps: int) -> TrainingResult:
+    """The result of a run that has no step left to take.
+
+    Args:
+        first: the metrics before the first step.
+        last: the metrics of the last step that was taken, if there was one.
+    """
     best = best_checkpoint(run.path)
+    state = newest_state(run.path) if best is not None else {}
     return TrainingResult(
         folder=run.name,
         checkpoint=best,
         step=read_state(best)["step"] if best is not None else None,
-        validation_loss=newest_state(run.path).get("best_loss") if best is not None else None,
-        validation_loss_before=before,
-        stopped_early=stopped_early,
+        validation_loss=state.get("best_loss"),
+        validation_loss_before=first.validation_loss if first is not None else None,
+        stopped_early=(state.get("step", num_steps) if last is None else last.step) < num_steps,
         metrics=last,
+        evaluation=state.get("best_evaluation"),
+        evaluation_before=first.evaluation if first is not None else None,
     )

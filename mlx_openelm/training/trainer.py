@@ -6,7 +6,8 @@ not depend on how a batch is split.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from ..data.batch import Batch, TokenBatch, make_batch
 from ..errors import TrainingError
 from ..machine.compiler import compile_function
 from ..machine.device import DTYPES
-from ..model.lora import set_dropout_keys
+from ..model.lora import cache_scales, set_dropout_keys
 from ..model.openelm import OpenELM
 from .gradients import batch_losses, gradients_of, set_parameters
 from .loss import Objective
@@ -186,6 +187,17 @@ class Trainer:
         set_parameters(self.model, DTYPES[self.recipe.dtype], self.parameters)
         set_dropout_keys(self.model)
         return self.model
+
+    @contextmanager
+    def inference(self) -> Iterator[OpenELM]:
+        """The network with the current parameters, in evaluation mode; then it is in training mode again."""
+        model = self.current_model()
+        model.eval()
+        cache_scales(model)
+        try:
+            yield model
+        finally:
+            model.train()
 
 
 def measured(

@@ -37,6 +37,7 @@ from ..tensors import as_bytes
 from ..tokenizer.chat_template import TEMPLATE_FILE
 from ..tokenizer.tokenizer import Tokenizer
 from .callback import Metrics, TrainingCallback
+from .checkpoint_metric import CheckpointMetric
 from .checkpoints import load_checkpoint, run_lock
 from .dpo import DPO, reference_logprobs
 from .loop import train
@@ -116,9 +117,11 @@ class Tuning:
         return CrossEntropy(self.recipe.z_loss, self.recipe.loss_chunk)
 
 
-def prepare_tuning(recipe: TuneRecipe) -> Tuning:
+def prepare_tuning(recipe: TuneRecipe, *, has_metric: bool = False) -> Tuning:
     """Load the model, read the examples, and resolve the recipe's open settings.
 
+    Args:
+        has_metric: whether the run will have a `CheckpointMetric`, by which it can stop early.
     Raises:
         OpenELMError: one of its subclasses, if anything is missing or contradictory.
     """
@@ -146,7 +149,7 @@ def prepare_tuning(recipe: TuneRecipe) -> Tuning:
             else "a text or an answer; use `method=dpo` for pairs"
         )
         raise DataError(f"{examples.path} is in the {examples.format} format; this method needs {needed}")
-    if recipe.early_stop and held_out is None:
+    if recipe.early_stop and held_out is None and not has_metric:
         raise DataError("early_stop needs validation examples; set `validation` to a file or a share such as 0.05")
     rows = ExampleRows(recipe, examples, held_out, _fingerprint(model))
     parameters = _trained(model, recipe, start.adapter)
@@ -176,12 +179,13 @@ def tuning_steps(
     resume: bool = False,
     group: mx.distributed.Group | None = None,
     callback: TrainingCallback | None = None,
+    metric: CheckpointMetric | None = None,
     on_end: Callable[[Trainer], None] = lambda trainer: None,
 ) -> Generator[Metrics, None, None]:
     """Train to the recipe's last step, yielding metrics; see `train`. Each checkpoint is an adapter.
 
-    When the run ends or is interrupted, `output` itself becomes the adapter with the best validation loss; without
-    validation, the last one.
+    When the run ends or is interrupted, `output` itself becomes the adapter with the best metric or validation loss;
+    without either, the last one.
 
     Args:
         on_end: called after the last step with a trainer that has the parameters of that adapter.
@@ -208,7 +212,7 @@ def tuning_steps(
             for name in names:
                 published[name] = claims.enter_context(output_file(run.path / name, overwrite=True))
         try:
-            yield from train(trainer, tuning.tokenizer, run, write, resume=resume, callback=callback)
+            yield from train(trainer, tuning.tokenizer, run, write, resume=resume, callback=callback, metric=metric)
         except BaseException:
             with suppress(OutputError):  # the error that ended the run is reported
                 _publish(published, run.path)

@@ -12,7 +12,8 @@ from ..model.adapters import TUNING_METHODS
 from ..model.lora import LARGEST_RANK, AdapterConfig
 from ..tokenizer.example_format import COLUMNS_EXAMPLE, LARGEST_INDENT, PROMPT_STYLES, ExampleFormat, parse_columns
 from .dpo import PREFERENCE_LOSSES
-from .recipe import Recipe, changed, setting
+from .recipe import Recipe
+from .setting import changed, setting
 
 AUTO = "auto"  # the prompt style follows from the rest
 OBJECTIVES = ("cross-entropy", "dpo")
