@@ -281,6 +281,7 @@ TESTED_ELSEWHERE = {  # modules whose tests are in a file of another name
     "test_memory.py": ["machine/device.py", "machine/system.py"],
     "test_self_test.py": ["self_test/check.py", "self_test/report.py", "self_test/runner.py"],
     "test_self_test_checks.py": ["self_test/"],
+    "test_harness.py": ["evaluation/harness_run", "evaluation/text_requests"],
 }
 
 

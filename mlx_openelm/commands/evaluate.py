@@ -72,7 +72,7 @@ def evaluate(
         bool,
         typer.Option("--harness", help="Run any tasks of lm-eval, if installed; --data: a folder of its task files."),
     ] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="With --harness: put prompts into the chat template.")] = False,
+    use_chat: Annotated[bool, typer.Option("--chat", help="With --harness: put prompts into the chat template.")] = False,
     force: Force = False,
     emulate_bfloat16: Annotated[
         bool,
@@ -117,11 +117,11 @@ def evaluate(
     load_all = partial(_load, model, dtype=dtype, tokenizer=tokenizer, revision=revision, adapter=adapter)
     if harness:
         refuse_with_harness(protocol, compare=compare, picture=picture, emulate_bfloat16=emulate_bfloat16)
-        run_tasks = HarnessOptions(shots, limit, chat, scoring)
+        run_tasks = HarnessOptions(shots, limit, use_chat, scoring)
         evaluate_with_harness(tasks, data, run_tasks, load_all, output, name=model, adapter=adapter, as_json=as_json)
         return
-    if chat:
-        raise EvaluationError("`chat` requires `harness`")
+    if use_chat:
+        raise EvaluationError("`use_chat` requires `harness`")
     options = EvaluationOptions(data, protocol, shots, limit, max_truncated, scoring)
     other = None if compare is None else read_report(user_path(compare))
     if output is not None:
