@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from .cache.config import CacheConfig
 from .config import OpenELMConfig
-from .errors import OutputError, TrainingError
-from .files.json_file import read_json_lines
+from .errors import OutputError
 from .files.output import OutputFile
-from .files.paths import exists, is_folder, open_regular
+from .files.paths import open_regular
 from .model.design import Design
 from .packages import optional_package
+from .runs import EVALUATION, read_metrics
 
 _PROGRAM = "openelm-mlx"
 _MARK = f"Software\0{_PROGRAM}".encode()  # in the beginning of its PNG files
@@ -22,7 +22,6 @@ _INCHES = (8.0, 6.4)
 _DOTS_PER_INCH = 100
 _TITLE, _LABEL = 75, 30  # characters that fit in a line of a title, and beside an axis
 _SMOOTHED = 40  # points, from which a smoothed line says more than the points
-_EVALUATION = "evaluation_"  # before the names of figures
 _MOST_EVALUATED = 9  # lines
 _LAYERWISE, _UNIFORM, _PALE = "#1f77b4", "#d95f02", "#b8cfe4"
 
@@ -88,7 +87,7 @@ def _draw_loss(axis: Any, lines: Sequence[Mapping[str, Any]], held_out: Sequence
 
 def _evaluation(line: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a line's evaluation by name."""
-    return {name.removeprefix(_EVALUATION): value for name, value in line.items() if name.startswith(_EVALUATION)}
+    return {name.removeprefix(EVALUATION): value for name, value in line.items() if name.startswith(EVALUATION)}
 
 
 def _draw_evaluation(axis: Any, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str]]:
@@ -251,29 +250,6 @@ def is_own_picture(path: Path) -> bool:
             return _MARK in file.read(1024)
     except OSError:
         return False
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's `metrics.jsonl`.
-
-    Raises:
-        TrainingError: if there are none, or one is damaged.
-    """
-    path = run / "metrics.jsonl" if is_folder(run) else run
-    if not exists(path):
-        raise TrainingError(f"{run} is not a training run: {path.name} is missing")
-    lines: list[dict[str, Any]] = []
-    for line in read_json_lines(path, TrainingError):
-        for name in ("step", "tokens"):
-            line.whole(name)
-        for name in ("learning_rate", "gradient_norm", "tokens_per_second"):
-            line.number(name)
-        for name in ("loss", "validation_loss", *(name for name in line if name.startswith(_EVALUATION))):
-            line.number(name, None)
-        lines.append(line)
-    if not lines:
-        raise TrainingError(f"{path} is empty; there is nothing to plot yet")
-    return lines
 
 
 class Accuracy(NamedTuple):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import SourceError, TrainingError, quoted
 from .files.fields import Fields
@@ -13,6 +13,7 @@ from .files.paths import exists, is_folder, user_path
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation_"  # in a line of metrics, before the names of figures
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -143,3 +144,26 @@ def read_state(checkpoint: Path) -> Fields:
     if pending and pending.whole("step") != state["step"]:
         raise TrainingError(f"{state.where}: pending must be of step {state['step']}; got {quoted(pending['step'])}")
     return state
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's `metrics.jsonl`.
+
+    Raises:
+        TrainingError: if there are none, or one is damaged.
+    """
+    path = run / METRICS if is_folder(run) else run
+    if not exists(path):
+        raise TrainingError(f"{run} is not a training run: {path.name} is missing")
+    lines: list[dict[str, Any]] = []
+    for line in read_json_lines(path, TrainingError):
+        for name in ("step", "tokens"):
+            line.whole(name)
+        for name in ("learning_rate", "gradient_norm", "tokens_per_second"):
+            line.number(name)
+        for name in ("loss", "validation_loss", *(name for name in line if name.startswith(EVALUATION))):
+            line.number(name, None)
+        lines.append(line)
+    if not lines:
+        raise TrainingError(f"{path} is empty; there is nothing to plot yet")
+    return lines

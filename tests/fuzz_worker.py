@@ -29,7 +29,7 @@ from mlx_openelm.evaluation.suites import find_tasks
 from mlx_openelm.evaluation.task import PROTOCOLS
 from mlx_openelm.evaluation.task_data import read_task_data
 from mlx_openelm.generation.prompt_file import read_prompts
-from mlx_openelm.plot import read_metrics
+from mlx_openelm.runs import read_metrics
 from mlx_openelm.training.checkpoints import load_checkpoint
 from mlx_openelm.training.pretrain_recipe import PretrainRecipe
 from mlx_openelm.training.tune_recipe import TuneRecipe

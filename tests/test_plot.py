@@ -11,7 +11,8 @@ from mlx_openelm.evaluation.picture import draw_picture, save_picture
 from mlx_openelm.evaluation.report import EvaluationReport
 from mlx_openelm.evaluation.results import TaskResult
 from mlx_openelm.model.design import design, fit
-from mlx_openelm.plot import Accuracy, percent, plot_accuracies, plot_bench, plot_design, plot_run, read_metrics
+from mlx_openelm.plot import Accuracy, percent, plot_accuracies, plot_bench, plot_design, plot_run
+from mlx_openelm.runs import read_metrics
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "sizes.json"
 LONG = "a-name-that-someone-gave-because-it-says-all-the-settings-learning-rate-3e-4-batch-32"

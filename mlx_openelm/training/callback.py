@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..runs import EVALUATION
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -26,7 +28,7 @@ class Metrics:
         values = asdict(self)
         values.update(values.pop("more"))
         values.update({f"validation_{name}": figure for name, figure in (values.pop("validation") or {}).items()})
-        values.update({f"evaluation_{name}": figure for name, figure in (values.pop("evaluation") or {}).items()})
+        values.update({f"{EVALUATION}{name}": figure for name, figure in (values.pop("evaluation") or {}).items()})
         return values
 
 
