@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import SMALL_CONFIG, random_model, refused, run, write_folder
+from conftest import SMALL_CONFIG, launched, random_model, refused, run, write_folder
 from mlx_openelm import load
 from mlx_openelm.errors import EvaluationError
 from mlx_openelm.evaluation.result_files import read_report
@@ -243,3 +243,18 @@ def test_a_killed_run_continues_to_the_same_table(place, tmp_path):
         assert values(again) == values(whole)
         assert scores(again) == pytest.approx(scores(whole), abs=1e-4)
     assert known > 3
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(place, tmp_path):
+    found = []
+    for processes in (1, 2):
+        words = ["evaluate", "-m", place / "model", "-t", "arc_easy,arc_challenge", "--data", place / "data", "--json"]
+        command = [*launched(processes), sys.executable, "-m", "mlx_openelm", *words, "-o", tmp_path / f"{processes}"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=True)
+        json.loads(done.stdout)  # of the first process alone
+        found.append(read_report(tmp_path / f"{processes}"))
+    one, two = found
+    assert values(one) == values(two)
+    assert scores(one) == pytest.approx(scores(two), abs=1e-4)
+    assert {path.name for path in (tmp_path / "2").iterdir()} >= {"scores.jsonl", "scores-1.jsonl"}

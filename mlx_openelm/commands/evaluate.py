@@ -70,9 +70,11 @@ def evaluate(
     ] = None,
     harness: Annotated[
         bool,
-        typer.Option("--harness", help="Run any tasks of lm-eval, if installed; --data: a folder of its task files."),
+        typer.Option("--harness", help="Run tasks of lm-eval, of any kind; --data: folder of its task files."),
     ] = False,
-    use_chat: Annotated[bool, typer.Option("--chat", help="With --harness: put prompts into the chat template.")] = False,
+    use_chat: Annotated[
+        bool, typer.Option("--chat", help="With --harness: put prompts into the chat template.")
+    ] = False,
     force: Force = False,
     emulate_bfloat16: Annotated[
         bool,
