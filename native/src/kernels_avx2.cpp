@@ -1,0 +1,12 @@
+#include "vector_avx2.h"
+// The vectors come first: the kernels are written in terms of them.
+#include "kernels_impl.h"
+
+namespace openelm {
+
+const Kernels& avx2_kernels() {
+  static constexpr Kernels kernels = kernels_named("avx2");
+  return kernels;
+}
+
+}  // namespace openelm

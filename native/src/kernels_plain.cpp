@@ -1,0 +1,12 @@
+#include "vector_plain.h"
+// The vectors come first: the kernels are written in terms of them.
+#include "kernels_impl.h"
+
+namespace openelm {
+
+const Kernels& plain_kernels() {
+  static constexpr Kernels kernels = kernels_named("plain");
+  return kernels;
+}
+
+}  // namespace openelm

@@ -1,0 +1,292 @@
+// The products as operations of MLX: lazy, compiled, differentiable, on the CPU.
+#include "primitives.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/mlx.h"
+#include "mlx/primitives.h"
+
+namespace openelm {
+namespace {
+
+using mx::array;
+
+std::mutex pool_mutex;
+std::shared_ptr<Pool> pool;
+const Kernels* kernels = nullptr;
+
+// What a call needs, kept alive while it runs.
+std::pair<std::shared_ptr<Pool>, const Kernels*> team() {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  if (!pool) pool = std::make_shared<Pool>(usable_cores());
+  if (!kernels) kernels = kernels_for();
+  return {pool, kernels};
+}
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string text(const array& a) {
+  std::string shape;
+  for (auto size : a.shape()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + shape + ")";
+}
+
+bool is_row_contiguous(const array& a) { return a.flags().row_contiguous; }
+
+Scales scale_type(const std::string& mode, mx::Dtype type) {
+  if (mode == "nvfp4") return Scales::e4m3;
+  if (mode != "affine") return Scales::e8m0;
+  if (type == mx::float32) return Scales::float32;
+  return type == mx::float16 ? Scales::float16 : Scales::bfloat16;
+}
+
+Format checked_format(const std::string& mode, int group, int bits) {
+  if (mode == "affine") {
+    if (bits < 2 || bits > 8 || bits == 7) refuse("bits must be one of 2, 3, 4, 5, 6, 8; got " + std::to_string(bits));
+    if (group != 32 && group != 64 && group != 128)
+      refuse("group_size must be one of 32, 64, 128; got " + std::to_string(group));
+    return {Values::affine, Scales::float32, bits, group};
+  }
+  const bool known = mode == "mxfp4" || mode == "mxfp8" || mode == "nvfp4";
+  if (!known) refuse("unknown mode '" + mode + "' (choose from affine, mxfp4, mxfp8, nvfp4)");
+  const int width = mode == "mxfp8" ? 8 : 4, size = mode == "nvfp4" ? 16 : 32;
+  if (bits != width || group != size)
+    refuse(mode + " needs " + std::to_string(width) + " bits and groups of " + std::to_string(size) + "; got " +
+           std::to_string(bits) + " and " + std::to_string(group));
+  return {width == 8 ? Values::fp8 : Values::fp4, Scales::e8m0, bits, group};
+}
+
+// Checks the parts of a matrix and gives its format and its columns.
+std::pair<Format, int> checked_matrix(const array& w, const array& scales, const std::optional<array>& biases,
+                                      const Packing& packing) {
+  Format format = checked_format(packing.mode, packing.group_size, packing.bits);
+  if (w.ndim() != 2 || w.dtype() != mx::uint32) refuse("w must be a matrix of uint32; got shape " + text(w));
+  const bool affine = format.values == Values::affine;
+  if (affine != biases.has_value()) refuse(packing.mode + (affine ? " needs biases" : " has no biases"));
+  const int64_t bits = static_cast<int64_t>(w.shape(1)) * 32;
+  const int columns = static_cast<int>(bits / format.bits);
+  if (bits % format.bits || columns % format.group || scales.shape() != mx::Shape{w.shape(0), columns / format.group})
+    refuse("w of shape " + text(w) + " and scales of shape " + text(scales) + " do not fit together with " +
+           std::to_string(format.bits) + " bits in groups of " + std::to_string(format.group));
+  const auto type = scales.dtype();
+  if (affine ? type != mx::float32 && type != mx::float16 && type != mx::bfloat16 : type != mx::uint8)
+    refuse(std::string("scales must be ") + (affine ? "float32, float16 or bfloat16" : "uint8"));
+  if (affine && (biases->dtype() != type || biases->shape() != scales.shape()))
+    refuse("biases must have the shape and type of the scales; got shape " + text(*biases));
+  format.scales = scale_type(packing.mode, type);
+  return {format, columns};
+}
+
+Matrix matrix_of(const Format& format, const std::vector<array>& inputs) {
+  Matrix matrix;
+  matrix.format = format;
+  matrix.words = inputs[1].data<uint8_t>();
+  matrix.rows = inputs[1].shape(0);
+  matrix.columns = static_cast<int64_t>(inputs[1].shape(1)) * 32 / format.bits;
+  if (inputs.size() > 2) matrix.scales = inputs[2].data<uint8_t>();
+  if (inputs.size() > 3) matrix.biases = inputs[3].data<uint8_t>();
+  return matrix;
+}
+
+class Base : public mx::UnaryPrimitive {
+ public:
+  Base(mx::Stream stream, Format format, Fallback fallback)
+      : UnaryPrimitive(stream), format_(format), fallback_(std::move(fallback)) {}
+
+  void eval_gpu(const std::vector<array>&, array&) override {
+    throw std::runtime_error(std::string(name()) + " runs on the CPU only");
+  }
+
+  void eval_cpu(const std::vector<array>& inputs, array& out) override {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    std::vector<array> kept;
+    for (const auto& input : inputs) {
+      encoder.set_input_array(input);
+      kept.push_back(array::unsafe_weak_copy(input));
+    }
+    encoder.set_output_array(out);
+    encoder.dispatch([this, kept = std::move(kept), result = array::unsafe_weak_copy(out), format = format_,
+                      compute = compute()]() mutable { compute(format, kept, result); });
+  }
+
+  std::vector<array> vjp(const std::vector<array>& primals, const std::vector<array>& cotangents,
+                         const std::vector<int>& argnums, const std::vector<array>&) override {
+    auto [_, gradients] = mx::vjp(fallback_, primals, cotangents);
+    std::vector<array> wanted;
+    for (int number : argnums) wanted.push_back(gradients[number]);
+    return wanted;
+  }
+
+  std::vector<array> jvp(const std::vector<array>& primals, const std::vector<array>& tangents,
+                         const std::vector<int>& argnums) override {
+    std::vector<array> all;
+    for (size_t i = 0, next = 0; i < primals.size(); ++i) {
+      const bool moves = next < argnums.size() && argnums[next] == static_cast<int>(i);
+      all.push_back(moves ? tangents[next++] : mx::zeros_like(primals[i], stream()));
+    }
+    return mx::jvp(fallback_, primals, all).second;
+  }
+
+  std::pair<std::vector<array>, std::vector<int>> vmap(const std::vector<array>& inputs,
+                                                       const std::vector<int>& axes) override {
+    auto outputs = mx::vmap(fallback_, axes)(inputs);
+    return {outputs, std::vector<int>(outputs.size(), 0)};
+  }
+
+  bool is_equivalent(const Primitive& other) const override {
+    const auto& same = static_cast<const Base&>(other).format_;
+    return same.values == format_.values && same.scales == format_.scales && same.bits == format_.bits &&
+           same.group == format_.group;
+  }
+
+ protected:
+  using Compute = void (*)(const Format&, const std::vector<array>&, array&);
+  virtual Compute compute() const = 0;
+
+ private:
+  Format format_;
+  Fallback fallback_;
+};
+
+class Product : public Base {
+ public:
+  using Base::Base;
+  const char* name() const override { return "OpenELMProduct"; }
+  std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override {
+    auto shape = inputs[0].shape();
+    shape.back() = inputs[1].shape(0);
+    return {shape};
+  }
+
+ protected:
+  Compute compute() const override {
+    return [](const Format& format, const std::vector<array>& inputs, array& out) {
+      const auto [threads, chosen] = team();
+      const Matrix matrix = matrix_of(format, inputs);
+      product(*chosen, *threads, matrix, inputs[0].data<float>(), inputs[0].size() / matrix.columns, out.data<float>());
+    };
+  }
+};
+
+class TakeRows : public Base {
+ public:
+  using Base::Base;
+  const char* name() const override { return "OpenELMTakeRows"; }
+  std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override {
+    auto shape = inputs[0].shape();
+    shape.push_back(static_cast<int>(static_cast<int64_t>(inputs[1].shape(1)) * 32 / inputs_bits_));
+    return {shape};
+  }
+  int inputs_bits_ = 32;
+
+ protected:
+  Compute compute() const override {
+    return [](const Format& format, const std::vector<array>& inputs, array& out) {
+      const auto [threads, chosen] = team();
+      const Matrix matrix = matrix_of(format, inputs);
+      std::vector<int32_t> numbers(inputs[0].data<int32_t>(), inputs[0].data<int32_t>() + inputs[0].size());
+      for (auto& number : numbers) {  // as MLX does: negative numbers count from the end, and the rest is kept in range
+        if (number < 0) number += static_cast<int32_t>(matrix.rows);
+        number = std::clamp<int32_t>(number, 0, static_cast<int32_t>(matrix.rows) - 1);
+      }
+      take_rows(*chosen, *threads, matrix, numbers.data(), static_cast<int64_t>(numbers.size()), out.data<float>());
+    };
+  }
+};
+
+array row_contiguous(const array& a, mx::Stream stream) { return mx::contiguous(a, false, stream); }
+
+mx::Stream cpu_stream(mx::StreamOrDevice s) {
+  const auto stream = mx::to_stream(s, mx::Device(mx::Device::cpu));
+  if (stream.device != mx::Device::cpu) refuse("these products run on the CPU; got a stream of another device");
+  return stream;
+}
+
+void check_input(const array& x, int columns) {
+  if (x.dtype() != mx::float32) refuse("x must be float32");
+  if (x.ndim() < 1 || x.shape(-1) != columns)
+    refuse("x must have shape (..., " + std::to_string(columns) + "); got " + text(x));
+}
+
+}  // namespace
+
+array quantized_matmul(const array& x, const array& w, const array& scales, const std::optional<array>& biases,
+                       const Packing& packing, mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  const auto [format, columns] = checked_matrix(w, scales, biases, packing);
+  check_input(x, columns);
+  std::vector<array> inputs{row_contiguous(x, stream), row_contiguous(w, stream), row_contiguous(scales, stream)};
+  if (biases) inputs.push_back(row_contiguous(*biases, stream));
+  Fallback fallback = [packing, stream](const std::vector<array>& in) {
+    std::optional<array> offsets;
+    if (in.size() > 3) offsets = in[3];
+    const auto& p = packing;
+    return std::vector<array>{
+        mx::quantized_matmul(in[0], in[1], in[2], offsets, true, p.group_size, p.bits, p.mode, stream)};
+  };
+  auto shape = x.shape();
+  shape.back() = w.shape(0);
+  return array(shape, mx::float32, std::make_shared<Product>(stream, format, fallback), std::move(inputs));
+}
+
+array matmul_transposed(const array& x, const array& w, mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  if (w.ndim() != 2 || w.dtype() != mx::float32) refuse("w must be a matrix of float32; got shape " + text(w));
+  check_input(x, w.shape(1));
+  Fallback fallback = [stream](const std::vector<array>& in) {
+    return std::vector<array>{mx::matmul(in[0], mx::transpose(in[1], stream), stream)};
+  };
+  auto shape = x.shape();
+  shape.back() = w.shape(0);
+  return array(shape, mx::float32, std::make_shared<Product>(stream, Format{}, fallback),
+               {row_contiguous(x, stream), row_contiguous(w, stream)});
+}
+
+array quantized_rows(const array& numbers, const array& w, const array& scales, const std::optional<array>& biases,
+                     const Packing& packing, mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  const auto [format, columns] = checked_matrix(w, scales, biases, packing);
+  if (!mx::issubdtype(numbers.dtype(), mx::integer)) refuse("the numbers of rows must be integers");
+  if (w.shape(0) == 0) refuse("w has no rows to take");
+  std::vector<array> inputs{row_contiguous(mx::astype(numbers, mx::int32, stream), stream), row_contiguous(w, stream),
+                            row_contiguous(scales, stream)};
+  if (biases) inputs.push_back(row_contiguous(*biases, stream));
+  Fallback fallback = [packing, stream](const std::vector<array>& in) {
+    std::vector<array> taken;
+    for (size_t i = 1; i < in.size(); ++i) taken.push_back(mx::take(in[i], in[0], 0, stream));
+    std::optional<array> offsets;
+    if (taken.size() > 2) offsets = taken[2];
+    const auto& p = packing;
+    return std::vector<array>{mx::dequantize(taken[0], taken[1], offsets, p.group_size, p.bits, p.mode, std::nullopt,
+                                             mx::float32, stream)};
+  };
+  auto shape = numbers.shape();
+  shape.push_back(columns);
+  auto primitive = std::make_shared<TakeRows>(stream, format, fallback);
+  primitive->inputs_bits_ = format.bits;
+  return array(shape, mx::float32, primitive, std::move(inputs));
+}
+
+int threads() { return team().first->threads(); }
+
+void set_threads(int count) {
+  if (count < 1 || count > 1024) refuse("the number of threads must be from 1 to 1,024; got " + std::to_string(count));
+  auto fresh = std::make_shared<Pool>(count);
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  std::swap(pool, fresh);
+}
+
+std::string instructions() { return team().second->name; }
+
+void set_instructions(const std::string& name) {
+  const Kernels* found = kernels_for(name == "auto" ? nullptr : name.c_str());
+  if (!found) refuse("this processor or build has no kernels named '" + name + "' (choose from auto, avx512, avx2, neon, plain)");
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  kernels = found;
+}
+
+}  // namespace openelm
