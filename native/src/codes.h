@@ -22,16 +22,32 @@ constexpr float inverse_power(int n) {
   return r;
 }
 
+template <uint32_t WORD>
+struct Repeated {
+  alignas(64) uint32_t words[L];
+  constexpr Repeated() : words() {
+    for (auto& word : words) word = WORD;
+  }
+};
+template <uint32_t WORD> constexpr Repeated<WORD> kRepeated;
+
+// A word in every lane, from memory: compilers spend several instructions on making one.
+template <uint32_t WORD>
+I repeated() {
+  return Vector::load_int(reinterpret_cast<const uint8_t*>(kRepeated<WORD>.words));
+}
+
 // 2, 4 and 8 bits: a lane holds a word, and step p takes the p-th value of every word.
 template <int BITS>
 struct WordCode {
   static constexpr int bits = BITS, steps = 32 / BITS, block = L * steps;
-  static constexpr bool scaled = true, biased = true;
+  static constexpr int smallest_group = 32;
+  static constexpr bool scaled = true, biased = true, in_order = false;
   using State = I;
   static State load(const uint8_t* p) { return Vector::load_int(p); }
   template <int P> static F value(const State& words) {
     if constexpr (P == steps - 1) return Vector::to_float(Vector::right<32 - BITS>(words));
-    else return Vector::to_float(Vector::both(words, Vector::set_int(((1u << BITS) - 1) << (BITS * P))));
+    else return Vector::to_float(Vector::both(words, repeated<((1u << BITS) - 1) << (BITS * P)>()));
   }
   static constexpr int column(int p, int lane) { return lane * steps + p; }
   static constexpr float factor(int p, int) { return p == steps - 1 ? 1.0f : inverse_power(BITS * p); }
@@ -58,7 +74,8 @@ template <int BITS, int START> constexpr Picks<BITS, START> kPicks;
 template <int BITS>
 struct ByteCode {
   static constexpr int bits = BITS, steps = 32 / L, block = 32;
-  static constexpr bool scaled = true, biased = true;
+  static constexpr int smallest_group = 32;
+  static constexpr bool scaled = true, biased = true, in_order = true;
   using State = const uint8_t*;
   static State load(const uint8_t* p) { return p; }
   template <int P> static I raw(const State& p) {
@@ -76,7 +93,8 @@ alignas(16) constexpr uint8_t kFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11
 
 struct Fp4Code {
   static constexpr int bits = 4, steps = 8, block = L * steps;
-  static constexpr bool scaled = true, biased = true;
+  static constexpr int smallest_group = 16;
+  static constexpr bool scaled = true, biased = true, in_order = false;
   struct State { I even, odd; };
   static State load(const uint8_t* p) {
     const I words = Vector::load_int(p), mask = Vector::set_int(0x0F0F0F0F);
@@ -86,7 +104,7 @@ struct Fp4Code {
   template <int P> static F value(const State& state) {
     const I bytes = P % 2 ? state.odd : state.even;
     if constexpr (P / 2 == 3) return Vector::to_float(Vector::right<24>(bytes));
-    else return Vector::to_float(Vector::both(bytes, Vector::set_int(0xFFu << (8 * (P / 2)))));
+    else return Vector::to_float(Vector::both(bytes, repeated<(0xFFu << (8 * (P / 2)))>()));
   }
   static constexpr int column(int p, int lane) { return lane * steps + p; }
   static constexpr float factor(int p, int) { return p / 2 == 3 ? 1.0f : inverse_power(8 * (p / 2)); }
@@ -94,7 +112,8 @@ struct Fp4Code {
 
 struct Fp8Code {
   static constexpr int bits = 8, steps = 32 / L, block = 32;
-  static constexpr bool scaled = true, biased = false;
+  static constexpr int smallest_group = 32;
+  static constexpr bool scaled = true, biased = false, in_order = true;
   using State = const uint8_t*;
   static State load(const uint8_t* p) { return p; }
   template <int P> static F value(const State& p) { return Vector::from_fp8(p + P * L); }
@@ -104,7 +123,8 @@ struct Fp8Code {
 
 struct FloatCode {
   static constexpr int bits = 32, steps = 64 / L, block = 64;
-  static constexpr bool scaled = false, biased = false;
+  static constexpr int smallest_group = block;
+  static constexpr bool scaled = false, biased = false, in_order = true;
   using State = const uint8_t*;
   static State load(const uint8_t* p) { return p; }
   template <int P> static F value(const State& p) { return Vector::load(reinterpret_cast<const float*>(p) + P * L); }

@@ -14,6 +14,9 @@
 namespace openelm {
 namespace {
 
+// Sums are arrays of vectors; without this, they would not be kept in registers.
+#define OPENELM_UNROLL _Pragma("GCC unroll 16")
+
 constexpr int kRows = 16;  // rows whose scales are decoded together
 constexpr int64_t kResident = 6144;  // floats of prepared inputs that stay in the first cache
 
@@ -25,14 +28,17 @@ struct Segments {
   int blocks = 1;  // per segment
   int share = L;  // lanes that share a scale
   int64_t count;  // of segments
-  int64_t groups;  // per row, padded
+  int64_t groups;  // per row, padded to whole vectors
+  int64_t row_groups;
 
   Segments(const Format& format, int64_t columns) {
     if (format.group >= Code::block) blocks = format.group / Code::block;
     else if (format.group) share = L * format.group / Code::block;
     count = up(columns, blocks * Code::block) / (blocks * Code::block);
-    groups = Code::scaled ? up(columns / format.group, L) : 0;
+    row_groups = Code::scaled ? columns / format.group : 0;
+    groups = up(row_groups, L);
   }
+  int64_t stride() const { return row_groups; }
   int64_t padded() const { return count * blocks * Code::block; }
 };
 
@@ -65,16 +71,26 @@ int64_t prepared_size(const Format& format, int64_t columns) {
 template <class Code>
 constexpr auto factors() {
   std::array<float, Code::block> table{};
-  for (int p = 0; p < Code::steps; ++p)
-    for (int lane = 0; lane < L; ++lane) table[p * L + lane] = Code::factor(p, lane);
+  for (int i = 0; i < Code::block; ++i) table[i] = Code::factor(i / L, i % L);
   return table;
 }
 
 template <class Code>
+constexpr auto column_numbers() {
+  std::array<int32_t, Code::block> table{};
+  for (int i = 0; i < Code::block; ++i) table[i] = Code::column(i / L, i % L);
+  return table;
+}
+
+// A block of an input in the order and with the factors of a code.
+template <class Code>
 void prepare_block(const float* x, float* out) {
   static constexpr auto table = factors<Code>();
-  for (int p = 0; p < Code::steps; ++p)
-    for (int lane = 0; lane < L; ++lane) out[p * L + lane] = x[Code::column(p, lane)] * table[p * L + lane];
+  static constexpr auto columns = column_numbers<Code>();
+  for (int i = 0; i < Code::block; i += L) {
+    const F values = Code::in_order ? Vector::load(x + i) : Vector::gather(x, columns.data() + i);
+    Vector::store(out + i, Vector::mul(values, Vector::load(table.data() + i)));
+  }
 }
 
 float sum_of(const float* x, int count) {
@@ -103,64 +119,53 @@ void prepare(const Format& format, int64_t columns, const float* x, float* prepa
   });
 }
 
-F decoded(Scales type, const uint8_t* p) {
-  switch (type) {
-    case Scales::float16: return Vector::from_half(reinterpret_cast<const uint16_t*>(p));
-    case Scales::e4m3: return Vector::mul(Vector::from_fp8(p), Vector::set(256));
-    default: break;
-  }
-  uint32_t bits[L];
-  for (int i = 0; i < L; ++i) {
-    if (type == Scales::bfloat16) {
-      uint16_t half;
-      std::memcpy(&half, p + 2 * i, 2);
-      bits[i] = static_cast<uint32_t>(half) << 16;
-    } else {
-      bits[i] = p[i] ? static_cast<uint32_t>(p[i]) << 23 : 0x00400000u;  // e8m0: a power of two
-    }
-  }
-  float values[L];
-  std::memcpy(values, bits, sizeof bits);
-  return Vector::load(values);
-}
-
 constexpr int bytes_of(Scales type) { return type == Scales::float32 ? 4 : type >= Scales::e8m0 ? 1 : 2; }
 
-// `count` scales from the `start`-th on, as floats, times `factor`; then zeros up to `padded`. `out` has room for whole
-// vectors.
-void decode(Scales type, const uint8_t* source, int64_t start, int64_t count, float factor, float* out, int64_t padded) {
-  const int width = bytes_of(type);
-  source += start * width;
-  if (type == Scales::float32 && factor == 1) {
-    std::memcpy(out, source, 4 * count);
-    std::fill(out + count, out + padded, 0.0f);
-    return;
-  }
-  int64_t i = 0;
-  for (; i + L <= count; i += L)
-    Vector::store(out + i, Vector::mul(decoded(type, source + i * width), Vector::set(factor)));
-  if (i < count) {
-    uint8_t rest[2 * L] = {};
-    std::memcpy(rest, source + i * width, (count - i) * width);
-    Vector::store(out + i, Vector::mul(decoded(type, rest), Vector::set(factor)));
-    i = count;
-  }
-  std::fill(out + i, out + padded, 0.0f);
+template <Scales TYPE>
+F decoded(const uint8_t* p) {
+  if constexpr (TYPE == Scales::float16) return Vector::from_half(p);
+  else if constexpr (TYPE == Scales::bfloat16) return Vector::from_bfloat16(p);
+  else if constexpr (TYPE == Scales::e8m0) return Vector::from_e8m0(p);
+  else if constexpr (TYPE == Scales::e4m3) return Vector::mul(Vector::from_fp8(p), Vector::set(256));
+  else return Vector::load(reinterpret_cast<const float*>(p));
 }
 
-// The scales and biases of a row, for the values that its code gives.
-template <class Code>
-void decode_row(const Matrix& matrix, int64_t row, int64_t padded, float* scales, float* biases) {
-  const int64_t groups = matrix.groups(), start = row * groups;
+template <Scales TYPE>
+void decode_as(const uint8_t* source, int64_t count, float factor, float* out) {
+  constexpr int width = bytes_of(TYPE);
+  const F times = Vector::set(factor);
+  int64_t i = 0;
+  for (; i + L <= count; i += L) Vector::store(out + i, Vector::mul(decoded<TYPE>(source + i * width), times));
+  if (i == count) return;
+  uint8_t rest[4 * L] = {};
+  std::memcpy(rest, source + i * width, (count - i) * width);
+  Vector::store(out + i, Vector::mul(decoded<TYPE>(rest), times));
+}
+
+// `count` scales from the `start`-th on, as floats, times `factor`, which is a power of two. `out` has room for whole
+// vectors.
+void decode(Scales type, const uint8_t* source, int64_t start, int64_t count, float factor, float* out) {
+  source += start * bytes_of(type);
+  switch (type) {
+    case Scales::float16: return decode_as<Scales::float16>(source, count, factor, out);
+    case Scales::bfloat16: return decode_as<Scales::bfloat16>(source, count, factor, out);
+    case Scales::e8m0: return decode_as<Scales::e8m0>(source, count, factor, out);
+    case Scales::e4m3: return decode_as<Scales::e4m3>(source, count, factor, out);
+    default: return decode_as<Scales::float32>(source, count, factor, out);
+  }
+}
+
+// Some scales and biases, for the values that a code gives.
+void decode_groups(const Matrix& matrix, int64_t start, int64_t count, float* scales, float* biases) {
   const Scales type = matrix.format.scales;
   if (matrix.format.values == Values::fp4) {
-    decode(type, matrix.scales, start, groups, 0.5f, scales, padded);
-    for (int64_t g = 0; g < padded; ++g) biases[g] = -12 * scales[g];
+    decode(type, matrix.scales, start, count, 0.5f, scales);
+    for (int64_t g = 0; g < count; ++g) biases[g] = -12 * scales[g];
   } else if (matrix.format.values == Values::fp8) {
-    decode(type, matrix.scales, start, groups, 256, scales, padded);
+    decode(type, matrix.scales, start, count, 256, scales);
   } else {
-    decode(type, matrix.scales, start, groups, 1, scales, padded);
-    decode(type, matrix.biases, start, groups, 1, biases, padded);
+    decode(type, matrix.scales, start, count, 1, scales);
+    decode(type, matrix.biases, start, count, 1, biases);
   }
 }
 
@@ -170,61 +175,84 @@ T* scratch(std::vector<T>& buffer, int64_t size) {
   return buffer.data();
 }
 
-// Some segments of N rows with M inputs, added to `totals` (N, inputs, L).
-template <class Code, int N, int M>
+// Some segments of N rows with M inputs, added to `totals` (N, inputs, L). SHARED: a block has one scale, not several.
+template <class Code, bool SHARED, int N, int M>
 void add_segments(const Segments<Code>& segments, const uint8_t* const* rows, const float* scales, int64_t scale_stride,
                   const float* x, int64_t x_stride, int64_t from, int64_t to, float* totals, int64_t total_stride) {
   constexpr int bytes = Code::block / 8 * Code::bits;
-  const int64_t per_block = L / segments.share;  // scales, if a block has several
+  const int64_t blocks = SHARED ? segments.blocks : 1;
+  const int share = segments.share;
+  const int64_t per_block = L / share;  // scales, if a block has several
+  F all[N][M];
+  const uint8_t* at[N];
+  OPENELM_UNROLL for (int n = 0; n < N; ++n) {
+    at[n] = rows[n] + from * blocks * bytes;
+    OPENELM_UNROLL for (int m = 0; m < M; ++m) all[n][m] = Vector::load(totals + n * total_stride + m * L);
+  }
+  x += from * blocks * Code::block;
   for (int64_t segment = from; segment < to; ++segment) {
     F sums[N][M];
-    for (int n = 0; n < N; ++n)
-      for (int m = 0; m < M; ++m) sums[n][m] = Vector::zero();
-    for (int64_t block = segment * segments.blocks; block < (segment + 1) * segments.blocks; ++block) {
+    OPENELM_UNROLL for (int n = 0; n < N; ++n)
+      OPENELM_UNROLL for (int m = 0; m < M; ++m) sums[n][m] = Vector::zero();
+    for (int64_t block = 0; block < blocks; ++block) {
       typename Code::State states[N];
-      for (int n = 0; n < N; ++n) states[n] = Code::load(rows[n] + block * bytes);
-      const float* at = x + block * Code::block;
+      OPENELM_UNROLL for (int n = 0; n < N; ++n) {
+        states[n] = Code::load(at[n]);
+        at[n] += bytes;
+      }
       unrolled<Code::steps>([&](auto step) {
         constexpr int p = decltype(step)::value;
         F weights[N];
-        for (int n = 0; n < N; ++n) weights[n] = Code::template value<p>(states[n]);
-        for (int m = 0; m < M; ++m) {
-          const F input = Vector::load(at + m * x_stride + p * L);
-          for (int n = 0; n < N; ++n) sums[n][m] = Vector::fma(weights[n], input, sums[n][m]);
+        OPENELM_UNROLL for (int n = 0; n < N; ++n) weights[n] = Code::template value<p>(states[n]);
+        OPENELM_UNROLL for (int m = 0; m < M; ++m) {
+          const F input = Vector::load(x + m * x_stride + p * L);
+          OPENELM_UNROLL for (int n = 0; n < N; ++n) sums[n][m] = Vector::fma(weights[n], input, sums[n][m]);
         }
       });
+      x += Code::block;
     }
-    for (int n = 0; n < N; ++n) {
+    OPENELM_UNROLL for (int n = 0; n < N; ++n) {
       F scale = Vector::zero();
       if constexpr (Code::scaled) {
         const float* row = scales + n * scale_stride;
-        scale = segments.share == L ? Vector::set(row[segment]) : Vector::repeat(row + segment * per_block, segments.share);
+        scale = SHARED ? Vector::set(row[segment]) : Vector::repeat(row + segment * per_block, share);
       }
-      for (int m = 0; m < M; ++m) {
-        float* total = totals + n * total_stride + m * L;
-        const F before = Vector::load(total);
-        if constexpr (Code::scaled) Vector::store(total, Vector::fma(sums[n][m], scale, before));
-        else Vector::store(total, Vector::add(sums[n][m], before));
+      OPENELM_UNROLL for (int m = 0; m < M; ++m) {
+        if constexpr (Code::scaled) all[n][m] = Vector::fma(sums[n][m], scale, all[n][m]);
+        else all[n][m] = Vector::add(sums[n][m], all[n][m]);
       }
     }
   }
+  OPENELM_UNROLL for (int n = 0; n < N; ++n)
+    OPENELM_UNROLL for (int m = 0; m < M; ++m) Vector::store(totals + n * total_stride + m * L, all[n][m]);
 }
 
-template <class Code, int N>
-void add_inputs(const Segments<Code>& segments, const uint8_t* const* rows, const float* scales, const float* x,
-                int64_t x_stride, int64_t inputs, int64_t from, int64_t to, float* totals) {
-  const int64_t stride = inputs * L;
-  const auto add = [&](auto count, int64_t m) {
-    add_segments<Code, N, decltype(count)::value>(segments, rows, scales, segments.groups + L, x + m * x_stride, x_stride,
-                                                  from, to, totals + m * L, stride);
+// Rows that are multiplied at once with M inputs, as the registers allow.
+constexpr int rows_with(int inputs) { return inputs == 1 ? 4 : 2; }
+
+// Some segments of rows (count) with all inputs. An input meets a row in one order, however many of both there are.
+template <class Code>
+void add_block(const Segments<Code>& segments, const uint8_t* const* rows, int count, const float* scales,
+               const float* x, int64_t x_stride, int64_t inputs, int64_t from, int64_t to, float* totals) {
+  const auto add = [&](auto shared, auto number, int64_t m) {
+    constexpr int M = decltype(number)::value, N = rows_with(M);
+    const auto call = [&](auto rows_at_once, int n) {
+      add_segments<Code, decltype(shared)::value, decltype(rows_at_once)::value, M>(
+          segments, rows + n, scales + n * segments.stride(), segments.stride(), x + m * x_stride, x_stride, from, to,
+          totals + (n * inputs + m) * L, inputs * L);
+    };
+    int n = 0;
+    for (; n + N <= count; n += N) call(std::integral_constant<int, N>{}, n);
+    for (; n < count; ++n) call(std::integral_constant<int, 1>{}, n);
   };
-  int64_t m = 0;
-  for (; m + Vector::inputs <= inputs; m += Vector::inputs) add(std::integral_constant<int, Vector::inputs>{}, m);
-  if (inputs - m == 1) add(std::integral_constant<int, 1>{}, m);
-  if constexpr (Vector::inputs == 4) {
-    if (inputs - m == 2) add(std::integral_constant<int, 2>{}, m);
-    if (inputs - m == 3) add(std::integral_constant<int, 3>{}, m);
-  }
+  const auto with_inputs = [&](auto shared) {
+    int64_t m = 0;
+    for (; m + Vector::inputs <= inputs; m += Vector::inputs) add(shared, std::integral_constant<int, Vector::inputs>{}, m);
+    for (; Vector::inputs == 4 && m + 2 <= inputs; m += 2) add(shared, std::integral_constant<int, 2>{}, m);
+    if (m < inputs) add(shared, std::integral_constant<int, 1>{}, m);
+  };
+  if (segments.share == L) return with_inputs(std::true_type{});
+  if constexpr (Code::block > Code::smallest_group) with_inputs(std::false_type{});
 }
 
 // Rows whose bytes may be read past their end: the last one is copied, and so are floats that do not fill a block.
@@ -246,37 +274,31 @@ void multiply_rows(const Matrix& matrix, const float* prepared, int64_t inputs, 
   thread_local std::vector<float> scale_buffer, bias_buffer, total_buffer;
   thread_local std::vector<uint8_t> copies;
   const Segments<Code> segments(matrix.format, matrix.columns);
-  const int64_t scale_stride = segments.groups + L, padded = segments.padded();
-  const int64_t x_stride = padded + (Code::biased ? segments.groups : 0);
-  float* scales = scratch(scale_buffer, kRows * scale_stride);
-  float* biases = scratch(bias_buffer, scale_stride);
+  const int64_t padded = segments.padded(), x_stride = padded + (Code::biased ? segments.groups : 0);
+  float* scales = scratch(scale_buffer, kRows * segments.stride() + 4 * L);
+  float* biases = scratch(bias_buffer, kRows * segments.stride() + 4 * L);
   float* totals = scratch(total_buffer, kRows * inputs * L);
   const int64_t width = padded / segments.count;
   const int64_t chunk = inputs <= Vector::inputs ? segments.count : std::max<int64_t>(1, kResident / (inputs * width));
   for (int64_t row = first; row < last; row += kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, last - row));
     const uint8_t* rows[kRows];
+    if constexpr (Code::scaled)
+      decode_groups(matrix, row * segments.stride(), count * segments.stride(), scales, biases);
     for (int n = 0; n < count; ++n) {
       rows[n] = readable<Code>(matrix, row + n, copies, n);
-      if constexpr (Code::scaled) decode_row<Code>(matrix, row + n, scale_stride, scales + n * scale_stride, biases);
       for (int64_t m = 0; m < inputs; ++m) {
         F total = Vector::zero();
         if constexpr (Code::biased)
-          for (int64_t g = 0; g < segments.groups; g += L)
-            total = Vector::fma(Vector::load(biases + g), Vector::load(prepared + m * x_stride + padded + g), total);
+          for (int64_t g = 0; g < segments.groups; g += L)  // what is read of the next row meets sums of zero
+            total = Vector::fma(Vector::load(biases + n * segments.stride() + g),
+                                Vector::load(prepared + m * x_stride + padded + g), total);
         Vector::store(totals + (n * inputs + m) * L, total);
       }
     }
-    for (int64_t from = 0; from < segments.count; from += chunk) {
-      const int64_t to = std::min(segments.count, from + chunk);
-      int n = 0;
-      for (; n + Vector::rows <= count; n += Vector::rows)
-        add_inputs<Code, Vector::rows>(segments, rows + n, scales + n * scale_stride, prepared, x_stride, inputs, from, to,
-                                       totals + n * inputs * L);
-      for (; n < count; ++n)
-        add_inputs<Code, 1>(segments, rows + n, scales + n * scale_stride, prepared, x_stride, inputs, from, to,
-                            totals + n * inputs * L);
-    }
+    for (int64_t from = 0; from < segments.count; from += chunk)
+      add_block<Code>(segments, rows, count, scales, prepared, x_stride, inputs, from, std::min(segments.count, from + chunk),
+                      totals);
     for (int n = 0; n < count; ++n)
       for (int64_t m = 0; m < inputs; ++m)
         y[m * matrix.rows + row + n] = Vector::sum(Vector::load(totals + (n * inputs + m) * L));
@@ -289,23 +311,17 @@ void multiply(const Matrix& matrix, const float* prepared, int64_t inputs, int64
   });
 }
 
-// 32 columns of a row in their order, with their scales.
-template <class Code>
-void unpack_block(const Matrix& matrix, int64_t row, int64_t column, const uint8_t* bytes, float* out) {
-  const int64_t groups = matrix.groups(), start = row * groups;
-  const auto scale_at = [&](const uint8_t* source, int64_t k) {
-    float values[L];
-    decode(matrix.format.scales, source, start + std::min(groups - 1, k / matrix.format.group), 1, 1, values, 1);
-    return values[0];
-  };
+// 32 columns of a row in their order, with the scales and biases of their groups.
+template <class Code, bool FP4>
+void unpack_block(const uint8_t* bytes, const float* scales, const float* biases, int group, float* out) {
   unrolled<Code::steps>([&](auto step) {
     constexpr int p = decltype(step)::value;
-    const int64_t k = column + p * L;
-    const F scale = Vector::set(scale_at(matrix.scales, k));
+    const int g = p * L / group;
+    const F scale = Vector::set(scales[g]);
     F value;
     if constexpr (std::is_same_v<Code, Fp8Code>) {
-      value = Vector::mul(Vector::mul(Code::template value<p>(bytes), Vector::set(256)), scale);
-    } else if (matrix.format.values == Values::fp4) {
+      value = Vector::mul(Code::template value<p>(bytes), scale);
+    } else if constexpr (FP4) {
       alignas(64) static constexpr auto odd = [] {
         std::array<uint32_t, L> mask{};
         for (int i = 0; i < L; ++i) mask[i] = i % 2 ? 15 : 0;
@@ -313,33 +329,39 @@ void unpack_block(const Matrix& matrix, int64_t row, int64_t column, const uint8
       }();
       const I raw = Code::template raw<p>(bytes);
       const I low = Vector::both(raw, Vector::set_int(15));
-      const I high = Vector::both(Vector::right<4>(raw), Vector::load_int(reinterpret_cast<const uint8_t*>(odd.data())));
+      const I high = Vector::both(Vector::template right<4>(raw), Vector::load_int(reinterpret_cast<const uint8_t*>(odd.data())));
       const I twice = Vector::both(Vector::look_up(kFp4, Vector::either(low, high)), Vector::set_int(255));
-      value = Vector::mul(Vector::mul(Vector::add(Vector::to_float(twice), Vector::set(-12)), Vector::set(0.5f)), scale);
+      value = Vector::mul(Vector::add(Vector::to_float(twice), Vector::set(-12)), scale);
     } else {
       static constexpr auto table = factors<Code>();
       const F whole = Vector::mul(Code::template value<p>(bytes), Vector::load(table.data() + p * L));
-      value = Vector::add(Vector::mul(whole, scale), Vector::set(scale_at(matrix.biases, k)));
+      value = Vector::add(Vector::mul(whole, scale), Vector::set(biases[g]));
     }
     Vector::store(out + p * L, value);
   });
 }
 
-template <class Code>
+template <class Code, bool FP4 = false>
 void unpack_row(const Matrix& matrix, int64_t row, int64_t from, int64_t to, float* out) {
-  const int64_t bytes = matrix.row_bytes();
+  const int group = matrix.format.group;
+  const int64_t bytes = matrix.row_bytes(), groups = matrix.groups();
   const uint8_t* words = matrix.words + row * bytes;
-  for (int64_t k = from; k < to; k += 32) {
-    const int64_t at = k / 8 * matrix.format.bits;
-    if (k + 32 <= to && (row + 1 < matrix.rows || at + kSlack <= bytes)) {
-      unpack_block<Code>(matrix, row, k, words + at, out + k - from);
-      continue;
+  float scales[kTileDepth / 16 + 2 * L], biases[kTileDepth / 16 + 2 * L];
+  for (int64_t start = from; start < to; start += kTileDepth) {
+    const int64_t end = std::min(to, start + kTileDepth), first = start / group;
+    decode_groups(matrix, row * groups + first, up(end, group) / group - first, scales, biases);
+    for (int64_t k = start; k < end; k += 32) {
+      const int64_t at = k / 8 * matrix.format.bits, g = k / group - first;
+      if (k + 32 <= end && (row + 1 < matrix.rows || at + kSlack <= bytes)) {
+        unpack_block<Code, FP4>(words + at, scales + g, biases + g, group, out + k - from);
+        continue;
+      }
+      uint8_t rest[kSlack] = {};
+      float values[32];
+      std::memcpy(rest, words + at, std::min<int64_t>(kSlack, bytes - at));
+      unpack_block<Code, FP4>(rest, scales + g, biases + g, group, values);
+      std::copy(values, values + std::min<int64_t>(32, end - k), out + k - from);
     }
-    uint8_t rest[kSlack] = {};
-    float values[32];
-    std::memcpy(rest, words + at, std::min<int64_t>(kSlack, bytes - at));
-    unpack_block<Code>(matrix, row, k, rest, values);
-    std::copy(values, values + std::min<int64_t>(32, to - k), out + k - from);
   }
 }
 
@@ -353,7 +375,9 @@ void unpack(const Matrix& matrix, int64_t row, int64_t from, int64_t to, float* 
   switch (format.bits) {
     case 2: return unpack_row<ByteCode<2>>(matrix, row, from, to, out);
     case 3: return unpack_row<ByteCode<3>>(matrix, row, from, to, out);
-    case 4: return unpack_row<ByteCode<4>>(matrix, row, from, to, out);
+    case 4:
+      if (format.values == Values::fp4) return unpack_row<ByteCode<4>, true>(matrix, row, from, to, out);
+      return unpack_row<ByteCode<4>>(matrix, row, from, to, out);
     case 5: return unpack_row<ByteCode<5>>(matrix, row, from, to, out);
     case 6: return unpack_row<ByteCode<6>>(matrix, row, from, to, out);
     default: return unpack_row<ByteCode<8>>(matrix, row, from, to, out);
@@ -375,18 +399,18 @@ template <int N, int M>
 void tile_block(const float* w, int64_t w_stride, const float* panel, int64_t depth, float* result, int64_t stride,
                 bool add) {
   F sums[N][M];
-  for (int n = 0; n < N; ++n)
-    for (int m = 0; m < M; ++m) sums[n][m] = add ? Vector::load(result + n * stride + m * L) : Vector::zero();
+  OPENELM_UNROLL for (int n = 0; n < N; ++n)
+    OPENELM_UNROLL for (int m = 0; m < M; ++m) sums[n][m] = add ? Vector::load(result + n * stride + m * L) : Vector::zero();
   for (int64_t k = 0; k < depth; ++k) {
     F inputs[M];
-    for (int m = 0; m < M; ++m) inputs[m] = Vector::load(panel + (k * M + m) * L);
-    for (int n = 0; n < N; ++n) {
+    OPENELM_UNROLL for (int m = 0; m < M; ++m) inputs[m] = Vector::load(panel + (k * M + m) * L);
+    OPENELM_UNROLL for (int n = 0; n < N; ++n) {
       const F weight = Vector::set(w[n * w_stride + k]);
-      for (int m = 0; m < M; ++m) sums[n][m] = Vector::fma(weight, inputs[m], sums[n][m]);
+      OPENELM_UNROLL for (int m = 0; m < M; ++m) sums[n][m] = Vector::fma(weight, inputs[m], sums[n][m]);
     }
   }
-  for (int n = 0; n < N; ++n)
-    for (int m = 0; m < M; ++m) Vector::store(result + n * stride + m * L, sums[n][m]);
+  OPENELM_UNROLL for (int n = 0; n < N; ++n)
+    OPENELM_UNROLL for (int m = 0; m < M; ++m) Vector::store(result + n * stride + m * L, sums[n][m]);
 }
 
 template <int M>

@@ -19,6 +19,10 @@ struct Vector {
   static F zero() { return vdupq_n_f32(0); }
   static F set(float x) { return vdupq_n_f32(x); }
   static F load(const float* p) { return vld1q_f32(p); }
+  static F gather(const float* p, const int32_t* index) {
+    const float values[lanes] = {p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
+    return load(values);
+  }
   static void store(float* p, F a) { vst1q_f32(p, a); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
@@ -41,7 +45,15 @@ struct Vector {
   static I look_up(const uint8_t* table, I index) {
     return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(table), vreinterpretq_u8_u32(index)));
   }
-  static F from_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static F from_half(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+  static F from_bfloat16(const uint8_t* p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16));
+  }
+  static F from_e8m0(const uint8_t* p) {
+    uint32_t powers[lanes];
+    for (int i = 0; i < lanes; ++i) powers[i] = p[i] ? static_cast<uint32_t>(p[i]) << 23 : 0x00400000;
+    return vreinterpretq_f32_u32(vld1q_u32(powers));
+  }
   static F from_fp8(const uint8_t* p) {
     uint64_t four = 0;
     std::memcpy(&four, p, 4);

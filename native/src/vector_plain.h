@@ -21,6 +21,10 @@ struct Vector {
   static F zero() { return each([](int) { return 0.0f; }); }
   static F set(float x) { return each([=](int) { return x; }); }
   static F load(const float* p) { F r; std::memcpy(r.v, p, sizeof r.v); return r; }
+  static F gather(const float* p, const int32_t* index) {
+    const float values[lanes] = {p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
+    return load(values);
+  }
   static void store(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
   static F add(F a, F b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
   static F mul(F a, F b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
@@ -49,14 +53,21 @@ struct Vector {
       return r;
     });
   }
-  static F from_half(const uint16_t* p) {
+  static F from_half(const uint8_t* p) {
     return each([=](int i) {
-      const int exponent = p[i] >> 10 & 31, fraction = p[i] & 1023;
+      const int half = p[2 * i] | p[2 * i + 1] << 8, exponent = half >> 10 & 31, fraction = half & 1023;
       float size = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(1.0f * fraction, -24);
       if (exponent == 31) size = fraction ? NAN : INFINITY;
-      return p[i] & 0x8000 ? -size : size;
+      return half & 0x8000 ? -size : size;
     });
   }
+  static F from_bfloat16(const uint8_t* p) {
+    return as_floats(each_int([=](int i) { return static_cast<uint32_t>(p[2 * i] | p[2 * i + 1] << 8) << 16; }));
+  }
+  static F from_e8m0(const uint8_t* p) {
+    return as_floats(each_int([=](int i) { return p[i] ? static_cast<uint32_t>(p[i]) << 23 : 0x00400000u; }));
+  }
+  static F as_floats(I bits) { F r; std::memcpy(r.v, bits.v, sizeof r.v); return r; }
   // Numbers of 8 bits (e4m3), divided by 256
   static F from_fp8(const uint8_t* p) {
     return each([=](int i) {
