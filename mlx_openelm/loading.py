@@ -17,7 +17,7 @@ from .errors import ConfigError, TokenizerError
 from .hub import BUILT_IN_MODEL
 from .machine.device import DTYPES, compute_dtype, on_cpu
 from .model.adapters import SavedAdapter, apply_adapter
-from .model.cpu_layers import quantized_layers
+from .model.cpu_layers import plain_layers, quantized_layers
 from .model.openelm import OpenELM
 from .quantization import PackedTensor, Quantization
 from .tensors import LazyTensor, checked_cast
@@ -162,6 +162,8 @@ def assemble(
         quantized_layers(model, packed, dtype)
     elif packed:
         nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
+    if on_cpu():
+        plain_layers(model)
     packed_types = (mx.uint32, mx.uint8)
     arrays = {n: a if a.dtype in packed_types else a.astype(dtype) for n, a in arrays.items()}
     mx.eval(list(arrays.values()))

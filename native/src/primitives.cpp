@@ -1,6 +1,7 @@
 // The products as operations of MLX: lazy, compiled, differentiable, on the CPU.
 #include "primitives.h"
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -33,8 +34,6 @@ std::string text(const array& a) {
   for (auto size : a.shape()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
   return "(" + shape + ")";
 }
-
-bool is_row_contiguous(const array& a) { return a.flags().row_contiguous; }
 
 Scales scale_type(const std::string& mode, mx::Dtype type) {
   if (mode == "nvfp4") return Scales::e4m3;
@@ -80,16 +79,38 @@ std::pair<Format, int> checked_matrix(const array& w, const array& scales, const
   return {format, columns};
 }
 
-Matrix matrix_of(const Format& format, const std::vector<array>& inputs) {
-  Matrix matrix;
-  matrix.format = format;
-  matrix.words = inputs[1].data<uint8_t>();
-  matrix.rows = inputs[1].shape(0);
-  matrix.columns = static_cast<int64_t>(inputs[1].shape(1)) * 32 / format.bits;
-  if (inputs.size() > 2) matrix.scales = inputs[2].data<uint8_t>();
-  if (inputs.size() > 3) matrix.biases = inputs[3].data<uint8_t>();
-  return matrix;
+// The values of an array in the order of its indices: where they are, or copied to `copy`, as views may need.
+const uint8_t* in_order(const array& a, std::vector<uint8_t>& copy) {
+  const auto* source = a.data<uint8_t>();
+  if (a.flags().row_contiguous) return source;
+  const size_t width = a.itemsize();
+  copy.resize(a.size() * width);
+  std::vector<int64_t> index(a.ndim());
+  for (size_t i = 0; i < a.size(); ++i) {
+    int64_t at = 0;
+    for (int d = 0; d < static_cast<int>(a.ndim()); ++d) at += index[d] * a.strides(d);
+    std::memcpy(copy.data() + i * width, source + at * static_cast<int64_t>(width), width);
+    for (int d = static_cast<int>(a.ndim()) - 1; d >= 0 && ++index[d] == a.shape(d); --d) index[d] = 0;
+  }
+  return copy.data();
 }
+
+// The arrays of a call, with all values in order.
+struct Inputs {
+  std::vector<std::vector<uint8_t>> copies;
+  const uint8_t* first;
+  Matrix matrix;
+
+  Inputs(const Format& format, const std::vector<array>& inputs) : copies(inputs.size()) {
+    first = in_order(inputs[0], copies[0]);
+    matrix.format = format;
+    matrix.words = in_order(inputs[1], copies[1]);
+    matrix.rows = inputs[1].shape(0);
+    matrix.columns = static_cast<int64_t>(inputs[1].shape(1)) * 32 / format.bits;
+    if (inputs.size() > 2) matrix.scales = in_order(inputs[2], copies[2]);
+    if (inputs.size() > 3) matrix.biases = in_order(inputs[3], copies[3]);
+  }
+};
 
 class Base : public mx::UnaryPrimitive {
  public:
@@ -102,6 +123,7 @@ class Base : public mx::UnaryPrimitive {
 
   void eval_cpu(const std::vector<array>& inputs, array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
+    if (out.size() == 0) return;
     auto& encoder = mx::cpu::get_command_encoder(stream());
     std::vector<array> kept;
     for (const auto& input : inputs) {
@@ -109,32 +131,27 @@ class Base : public mx::UnaryPrimitive {
       kept.push_back(array::unsafe_weak_copy(input));
     }
     encoder.set_output_array(out);
-    encoder.dispatch([this, kept = std::move(kept), result = array::unsafe_weak_copy(out), format = format_,
+    encoder.dispatch([kept = std::move(kept), result = array::unsafe_weak_copy(out), format = format_,
                       compute = compute()]() mutable { compute(format, kept, result); });
   }
 
   std::vector<array> vjp(const std::vector<array>& primals, const std::vector<array>& cotangents,
                          const std::vector<int>& argnums, const std::vector<array>&) override {
-    auto [_, gradients] = mx::vjp(fallback_, primals, cotangents);
-    std::vector<array> wanted;
-    for (int number : argnums) wanted.push_back(gradients[number]);
-    return wanted;
+    return mx::vjp(only(primals, argnums), chosen(primals, argnums), cotangents).second;
   }
 
   std::vector<array> jvp(const std::vector<array>& primals, const std::vector<array>& tangents,
                          const std::vector<int>& argnums) override {
-    std::vector<array> all;
-    for (size_t i = 0, next = 0; i < primals.size(); ++i) {
-      const bool moves = next < argnums.size() && argnums[next] == static_cast<int>(i);
-      all.push_back(moves ? tangents[next++] : mx::zeros_like(primals[i], stream()));
-    }
-    return mx::jvp(fallback_, primals, all).second;
+    return mx::jvp(only(primals, argnums), chosen(primals, argnums), tangents).second;
   }
 
   std::pair<std::vector<array>, std::vector<int>> vmap(const std::vector<array>& inputs,
                                                        const std::vector<int>& axes) override {
-    auto outputs = mx::vmap(fallback_, axes)(inputs);
-    return {outputs, std::vector<int>(outputs.size(), 0)};
+    if (std::any_of(axes.begin() + 1, axes.end(), [](int axis) { return axis >= 0; }))
+      throw std::invalid_argument(std::string(name()) + " cannot be vectorized over the parts of its matrix");
+    auto moved = inputs;
+    moved[0] = mx::moveaxis(inputs[0], axes[0], 0, stream());
+    return {{array(output_shapes(moved)[0], mx::float32, again(), moved)}, {0}};
   }
 
   bool is_equivalent(const Primitive& other) const override {
@@ -146,30 +163,25 @@ class Base : public mx::UnaryPrimitive {
  protected:
   using Compute = void (*)(const Format&, const std::vector<array>&, array&);
   virtual Compute compute() const = 0;
+  virtual std::shared_ptr<Base> again() = 0;
 
- private:
-  Format format_;
-  Fallback fallback_;
-};
-
-class Product : public Base {
- public:
-  using Base::Base;
-  const char* name() const override { return "OpenELMProduct"; }
-  std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override {
-    auto shape = inputs[0].shape();
-    shape.back() = inputs[1].shape(0);
-    return {shape};
+  static std::vector<array> chosen(const std::vector<array>& all, const std::vector<int>& numbers) {
+    std::vector<array> some;
+    for (int number : numbers) some.push_back(all[number]);
+    return some;
   }
 
- protected:
-  Compute compute() const override {
-    return [](const Format& format, const std::vector<array>& inputs, array& out) {
-      const auto [threads, chosen] = team();
-      const Matrix matrix = matrix_of(format, inputs);
-      product(*chosen, *threads, matrix, inputs[0].data<float>(), inputs[0].size() / matrix.columns, out.data<float>());
+  // MLX's own operation as a function of some of its inputs.
+  Fallback only(const std::vector<array>& all, const std::vector<int>& numbers) const {
+    return [=, fallback = fallback_](const std::vector<array>& some) {
+      auto inputs = all;
+      for (size_t i = 0; i < numbers.size(); ++i) inputs[numbers[i]] = some[i];
+      return fallback(inputs);
     };
   }
+
+  Format format_;
+  Fallback fallback_;
 };
 
 class TakeRows : public Base {
@@ -178,27 +190,81 @@ class TakeRows : public Base {
   const char* name() const override { return "OpenELMTakeRows"; }
   std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override {
     auto shape = inputs[0].shape();
-    shape.push_back(static_cast<int>(static_cast<int64_t>(inputs[1].shape(1)) * 32 / inputs_bits_));
+    shape.push_back(static_cast<int>(static_cast<int64_t>(inputs[1].shape(1)) * 32 / format_.bits));
     return {shape};
   }
-  int inputs_bits_ = 32;
-
  protected:
+  std::shared_ptr<Base> again() override { return std::make_shared<TakeRows>(stream(), format_, fallback_); }
   Compute compute() const override {
     return [](const Format& format, const std::vector<array>& inputs, array& out) {
-      const auto [threads, chosen] = team();
-      const Matrix matrix = matrix_of(format, inputs);
-      std::vector<int32_t> numbers(inputs[0].data<int32_t>(), inputs[0].data<int32_t>() + inputs[0].size());
+      const auto [threads, set] = team();
+      const Inputs given(format, inputs);
+      const Matrix& matrix = given.matrix;
+      std::vector<int32_t> numbers(inputs[0].size());
+      std::memcpy(numbers.data(), given.first, 4 * numbers.size());
       for (auto& number : numbers) {  // as MLX does: negative numbers count from the end, and the rest is kept in range
         if (number < 0) number += static_cast<int32_t>(matrix.rows);
         number = std::clamp<int32_t>(number, 0, static_cast<int32_t>(matrix.rows) - 1);
       }
-      take_rows(*chosen, *threads, matrix, numbers.data(), static_cast<int64_t>(numbers.size()), out.data<float>());
+      take_rows(*set, *threads, matrix, numbers.data(), static_cast<int64_t>(numbers.size()), out.data<float>());
     };
   }
 };
 
-array row_contiguous(const array& a, mx::Stream stream) { return mx::contiguous(a, false, stream); }
+constexpr int64_t kUnpacked = 3 << 18;  // weights unpacked at once for a gradient; a whole matrix may be large
+
+// The gradient of the inputs of a product: the cotangent times the matrix, unpacked some rows at a time.
+array input_gradient(const std::vector<array>& primals, const array& cotangent, const Format& format,
+                     mx::Stream stream) {
+  const int rows = primals[1].shape(0), columns = primals[0].shape(-1);
+  const int share = static_cast<int>(std::max<int64_t>(1, kUnpacked / columns));
+  std::optional<array> total;
+  for (int row = 0; row < rows; row += share) {
+    const int end = std::min(rows, row + share);
+    auto inputs = primals;
+    inputs[0] = mx::arange(row, end, mx::int32, stream);
+    // Depends on the sum so far: otherwise all parts might be unpacked before the first is used.
+    inputs[1] = mx::depends({inputs[1]}, {mx::stop_gradient(total ? *total : cotangent, stream)})[0];
+    const array part(mx::Shape{end - row, columns}, mx::float32, std::make_shared<TakeRows>(stream, format, nullptr),
+                     inputs);
+    auto from = mx::Shape(cotangent.ndim(), 0), to = cotangent.shape();
+    from.back() = row;
+    to.back() = end;
+    const array product = mx::matmul(mx::slice(cotangent, from, to, stream), part, stream);
+    total = total ? mx::add(*total, product, stream) : product;
+  }
+  return *total;
+}
+
+class Product : public Base {
+ public:
+  using Base::Base;
+  const char* name() const override { return "OpenELMProduct"; }
+
+  std::vector<array> vjp(const std::vector<array>& primals, const std::vector<array>& cotangents,
+                         const std::vector<int>& argnums, const std::vector<array>& outputs) override {
+    if (format_.values == Values::float32 || argnums != std::vector<int>{0} || primals[1].shape(0) == 0)
+      return Base::vjp(primals, cotangents, argnums, outputs);
+    return {input_gradient(primals, cotangents[0], format_, stream())};
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override {
+    auto shape = inputs[0].shape();
+    shape.back() = inputs[1].shape(0);
+    return {shape};
+  }
+
+ protected:
+  std::shared_ptr<Base> again() override { return std::make_shared<Product>(stream(), format_, fallback_); }
+  Compute compute() const override {
+    return [](const Format& format, const std::vector<array>& inputs, array& out) {
+      const auto [threads, set] = team();
+      const Inputs given(format, inputs);
+      const int64_t count = static_cast<int64_t>(inputs[0].size()) / given.matrix.columns;
+      product(*set, *threads, given.matrix, reinterpret_cast<const float*>(given.first), count, out.data<float>());
+    };
+  }
+};
 
 mx::Stream cpu_stream(mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s, mx::Device(mx::Device::cpu));
@@ -219,8 +285,8 @@ array quantized_matmul(const array& x, const array& w, const array& scales, cons
   const auto stream = cpu_stream(s);
   const auto [format, columns] = checked_matrix(w, scales, biases, packing);
   check_input(x, columns);
-  std::vector<array> inputs{row_contiguous(x, stream), row_contiguous(w, stream), row_contiguous(scales, stream)};
-  if (biases) inputs.push_back(row_contiguous(*biases, stream));
+  std::vector<array> inputs{x, w, scales};
+  if (biases) inputs.push_back(*biases);
   Fallback fallback = [packing, stream](const std::vector<array>& in) {
     std::optional<array> offsets;
     if (in.size() > 3) offsets = in[3];
@@ -243,7 +309,7 @@ array matmul_transposed(const array& x, const array& w, mx::StreamOrDevice s) {
   auto shape = x.shape();
   shape.back() = w.shape(0);
   return array(shape, mx::float32, std::make_shared<Product>(stream, Format{}, fallback),
-               {row_contiguous(x, stream), row_contiguous(w, stream)});
+               {x, w});
 }
 
 array quantized_rows(const array& numbers, const array& w, const array& scales, const std::optional<array>& biases,
@@ -252,9 +318,8 @@ array quantized_rows(const array& numbers, const array& w, const array& scales, 
   const auto [format, columns] = checked_matrix(w, scales, biases, packing);
   if (!mx::issubdtype(numbers.dtype(), mx::integer)) refuse("the numbers of rows must be integers");
   if (w.shape(0) == 0) refuse("w has no rows to take");
-  std::vector<array> inputs{row_contiguous(mx::astype(numbers, mx::int32, stream), stream), row_contiguous(w, stream),
-                            row_contiguous(scales, stream)};
-  if (biases) inputs.push_back(row_contiguous(*biases, stream));
+  std::vector<array> inputs{mx::astype(numbers, mx::int32, stream), w, scales};
+  if (biases) inputs.push_back(*biases);
   Fallback fallback = [packing, stream](const std::vector<array>& in) {
     std::vector<array> taken;
     for (size_t i = 1; i < in.size(); ++i) taken.push_back(mx::take(in[i], in[0], 0, stream));
@@ -266,9 +331,7 @@ array quantized_rows(const array& numbers, const array& w, const array& scales, 
   };
   auto shape = numbers.shape();
   shape.push_back(columns);
-  auto primitive = std::make_shared<TakeRows>(stream, format, fallback);
-  primitive->inputs_bits_ = format.bits;
-  return array(shape, mx::float32, primitive, std::move(inputs));
+  return array(shape, mx::float32, std::make_shared<TakeRows>(stream, format, fallback), std::move(inputs));
 }
 
 int threads() { return team().first->threads(); }
