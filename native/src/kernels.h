@@ -14,6 +14,9 @@ struct Format {
   Scales scales = Scales::none;
   int bits = 32;
   int group = 0;  // columns that share a scale; 0 for float32
+  bool int8_inputs = false;  // round many inputs to 8 bits
+
+  bool operator==(const Format&) const = default;
 };
 
 // A matrix in MLX's layout: rows of packed bits, little-endian, without gaps.
@@ -49,7 +52,7 @@ struct Kernels {
   void (*tile)(const float* w, int64_t w_stride, int64_t rows, const float* panel, int64_t inputs, int64_t depth,
                float* result, int64_t result_stride, bool add);
 
-  // Inputs of 8 bits: see int8.h.
+  // Many inputs, rounded to 8 bits: whole numbers with a scale for each group of the matrix.
   void (*quantize)(const float* x, int64_t columns, int group, int8_t* values, float* scales, float* sums);
   void (*multiply_int8)(const Matrix&, const int8_t* values, const float* scales, const float* sums, int64_t inputs,
                         int64_t first, int64_t last, float* y);

@@ -431,9 +431,5 @@ void tile(const float* w, int64_t w_stride, int64_t rows, const float* panel, in
   }
 }
 
-constexpr Kernels kernels_named(const char* name) {
-  return {name, kPanel, prepared_size, prepare, multiply, pack, unpack, tile, nullptr, nullptr};
-}
-
 }  // namespace
 }  // namespace openelm

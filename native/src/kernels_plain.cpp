@@ -1,5 +1,7 @@
+#include "bytes_plain.h"
 #include "vector_plain.h"
 // The vectors come first: the kernels are written in terms of them.
+#include "int8_impl.h"
 #include "kernels_impl.h"
 
 namespace openelm {

@@ -155,9 +155,7 @@ class Base : public mx::UnaryPrimitive {
   }
 
   bool is_equivalent(const Primitive& other) const override {
-    const auto& same = static_cast<const Base&>(other).format_;
-    return same.values == format_.values && same.scales == format_.scales && same.bits == format_.bits &&
-           same.group == format_.group;
+    return static_cast<const Base&>(other).format_ == format_;
   }
 
  protected:
@@ -266,6 +264,40 @@ class Product : public Base {
   }
 };
 
+// The root mean square of the last axis, in one pass over a row where MLX's operation on the CPU is several.
+class RmsNorm : public Base {
+ public:
+  RmsNorm(mx::Stream stream, float eps, Fallback fallback) : Base(stream, Format{}, std::move(fallback)), eps_(eps) {}
+  const char* name() const override { return "OpenELMRmsNorm"; }
+  std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override { return {inputs[0].shape()}; }
+  bool is_equivalent(const Primitive& other) const override { return static_cast<const RmsNorm&>(other).eps_ == eps_; }
+
+  void eval_cpu(const std::vector<array>& inputs, array& out) override {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    if (out.size() == 0) return;
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    std::vector<array> kept;
+    for (const auto& input : inputs) {
+      encoder.set_input_array(input);
+      kept.push_back(array::unsafe_weak_copy(input));
+    }
+    encoder.set_output_array(out);
+    encoder.dispatch([kept = std::move(kept), result = array::unsafe_weak_copy(out), eps = eps_]() mutable {
+      std::vector<uint8_t> copies[2];
+      const auto* x = reinterpret_cast<const float*>(in_order(kept[0], copies[0]));
+      const float* weight = kept.size() > 1 ? reinterpret_cast<const float*>(in_order(kept[1], copies[1])) : nullptr;
+      rms_norm(x, weight, eps, kept[0].size() / kept[0].shape(-1), kept[0].shape(-1), result.data<float>());
+    });
+  }
+
+ protected:
+  std::shared_ptr<Base> again() override { return std::make_shared<RmsNorm>(stream(), eps_, fallback_); }
+  Compute compute() const override { return nullptr; }
+
+ private:
+  float eps_;
+};
+
 mx::Stream cpu_stream(mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s, mx::Device(mx::Device::cpu));
   if (stream.device != mx::Device::cpu) refuse("these products run on the CPU; got a stream of another device");
@@ -283,8 +315,11 @@ void check_input(const array& x, int columns) {
 array quantized_matmul(const array& x, const array& w, const array& scales, const std::optional<array>& biases,
                        const Packing& packing, mx::StreamOrDevice s) {
   const auto stream = cpu_stream(s);
-  const auto [format, columns] = checked_matrix(w, scales, biases, packing);
+  auto [format, columns] = checked_matrix(w, scales, biases, packing);
   check_input(x, columns);
+  if (packing.activations != "float32" && packing.activations != "int8")
+    refuse("activations must be float32 or int8; got '" + packing.activations + "'");
+  format.int8_inputs = packing.activations == "int8";
   std::vector<array> inputs{x, w, scales};
   if (biases) inputs.push_back(*biases);
   Fallback fallback = [packing, stream](const std::vector<array>& in) {
@@ -332,6 +367,21 @@ array quantized_rows(const array& numbers, const array& w, const array& scales, 
   auto shape = numbers.shape();
   shape.push_back(columns);
   return array(shape, mx::float32, std::make_shared<TakeRows>(stream, format, fallback), std::move(inputs));
+}
+
+array rms_norm(const array& x, const std::optional<array>& weight, float eps, mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  if (x.dtype() != mx::float32 || x.ndim() < 1) refuse("x must be float32 with at least one axis");
+  if (weight && (weight->dtype() != mx::float32 || weight->shape() != mx::Shape{x.shape(-1)}))
+    refuse("weight must be float32 of shape (" + std::to_string(x.shape(-1)) + "); got " + text(*weight));
+  Fallback fallback = [eps, stream](const std::vector<array>& in) {
+    std::optional<array> scale;
+    if (in.size() > 1) scale = in[1];
+    return std::vector<array>{mx::fast::rms_norm(in[0], scale, eps, stream)};
+  };
+  std::vector<array> inputs{x};
+  if (weight) inputs.push_back(*weight);
+  return array(x.shape(), mx::float32, std::make_shared<RmsNorm>(stream, eps, fallback), std::move(inputs));
 }
 
 int threads() { return team().first->threads(); }

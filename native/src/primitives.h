@@ -22,6 +22,7 @@ struct Packing {
   int group_size;
   int bits;
   std::string mode;
+  std::string activations = "float32";
 };
 
 mx::array quantized_matmul(const mx::array& x, const mx::array& w, const mx::array& scales,
@@ -29,6 +30,7 @@ mx::array quantized_matmul(const mx::array& x, const mx::array& w, const mx::arr
 mx::array matmul_transposed(const mx::array& x, const mx::array& w, mx::StreamOrDevice);
 mx::array quantized_rows(const mx::array& numbers, const mx::array& w, const mx::array& scales,
                          const std::optional<mx::array>& biases, const Packing&, mx::StreamOrDevice);
+mx::array rms_norm(const mx::array& x, const std::optional<mx::array>& weight, float eps, mx::StreamOrDevice);
 
 int threads();
 void set_threads(int count);

@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -100,10 +101,33 @@ void many(const Kernels& kernels, Pool& pool, const Matrix& matrix, const float*
   });
 }
 
+// Groups must hold whole vectors of bytes, and weights must be whole numbers.
+bool takes_int8(const Format& format) {
+  return format.values == Values::affine || (format.values == Values::fp4 && format.group >= 32);
+}
+
+void many_int8(const Kernels& kernels, Pool& pool, const Matrix& matrix, const float* x, int64_t inputs, float* y) {
+  const int64_t columns = matrix.columns, groups = matrix.groups();
+  std::vector<int8_t> values(inputs * columns);
+  std::vector<float> scales(inputs * groups), sums(inputs * groups);
+  const int64_t share = 8;
+  pool.run(ceil_div(inputs, share), [&](int64_t part) {
+    for (int64_t m = part * share; m < std::min(inputs, (part + 1) * share); ++m)
+      kernels.quantize(x + m * columns, columns, matrix.format.group, values.data() + m * columns,
+                       scales.data() + m * groups, sums.data() + m * groups);
+  });
+  const int64_t rows = 16;
+  pool.run(ceil_div(matrix.rows, rows), [&](int64_t number) {
+    kernels.multiply_int8(matrix, values.data(), scales.data(), sums.data(), inputs, number * rows,
+                          std::min(matrix.rows, (number + 1) * rows), y);
+  });
+}
+
 }  // namespace
 
 void product(const Kernels& kernels, Pool& pool, const Matrix& matrix, const float* x, int64_t inputs, float* y) {
   if (inputs <= kFew) return few(kernels, pool, matrix, x, inputs, y);
+  if (matrix.format.int8_inputs && takes_int8(matrix.format)) return many_int8(kernels, pool, matrix, x, inputs, y);
   const int64_t blocks = ceil_div(inputs, kBlock), size = ceil_div(inputs, blocks);
   for (int64_t start = 0; start < inputs; start += size)
     many(kernels, pool, matrix, x + start * matrix.columns, std::min(size, inputs - start), y + start * matrix.rows);
@@ -116,6 +140,22 @@ void take_rows(const Kernels& kernels, Pool& pool, const Matrix& matrix, const i
     for (int64_t i = part * share; i < std::min(count, (part + 1) * share); ++i)
       kernels.unpack(matrix, numbers[i], 0, matrix.columns, out + i * matrix.columns);
   });
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t columns, float* out) {
+  constexpr int lanes = 8;  // sums that run side by side, always in one order
+  for (int64_t row = 0; row < rows; ++row, x += columns, out += columns) {
+    float sums[lanes] = {};
+    int64_t k = 0;
+    for (; k + lanes <= columns; k += lanes)
+      for (int i = 0; i < lanes; ++i) sums[i] += x[k + i] * x[k + i];
+    for (; k < columns; ++k) sums[k % lanes] += x[k] * x[k];
+    float total = 0;
+    for (float sum : sums) total += sum;
+    const float scale = 1 / std::sqrt(total / static_cast<float>(columns) + eps);
+    if (weight) for (k = 0; k < columns; ++k) out[k] = x[k] * scale * weight[k];
+    else for (k = 0; k < columns; ++k) out[k] = x[k] * scale;
+  }
 }
 
 const Kernels* kernels_for(const char* name) {

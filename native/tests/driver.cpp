@@ -179,6 +179,10 @@ void check(const Kernels& kernels, Pool& pool, const Case& made) {
     expect(close(made, x, inputs, y, 2e-6), kernels, made, "many inputs", inputs);
   }
   if (made.format.values == Values::float32) return;
+  Matrix rounded = matrix;
+  rounded.format.int8_inputs = true;
+  product(kernels, pool, rounded, x.data(), most, y.data());
+  expect(close(made, x, most, y, 0.01), kernels, made, "many inputs in 8 bits", most);
   const std::vector<int32_t> numbers = {0, static_cast<int32_t>(matrix.rows - 1), static_cast<int32_t>(matrix.rows / 2)};
   std::vector<float> taken(numbers.size() * matrix.columns);
   take_rows(kernels, pool, matrix, numbers.data(), static_cast<int64_t>(numbers.size()), taken.data());
@@ -233,6 +237,15 @@ void speed(const Kernels& kernels, int64_t rows, int64_t columns) {
       else std::printf(" %lld: %5.1f GF/s", static_cast<long long>(inputs), 2 * weights * inputs / best / 1e9);
       std::fflush(stdout);
     }
+    Matrix rounded = made.matrix;
+    rounded.format.int8_inputs = true;
+    double best = 1e9;
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      const double start = thread_seconds();
+      product(kernels, alone, rounded, x.data(), 512, y.data());
+      best = std::min(best, thread_seconds() - start);
+    }
+    std::printf(" int8 512: %5.1f GF/s", 2.0 * rows * columns * 512 / best / 1e9);
     std::printf("\n");
   }
 }
