@@ -121,6 +121,33 @@ def test_float32_products_of_any_size(instructions, rows, columns):
         assert_close(kernels.matmul_transposed(x, weight), expected, 2e-6 * columns**0.5 * 4)
 
 
+@pytest.mark.parametrize("quantization", EVERY_QUANTIZATION, ids=str)
+def test_inputs_of_8_bits_are_an_option_with_a_stated_error(instructions, quantization):
+    parts, options = packed(37, 640, quantization)
+    x = normal(kernels.largest_batch + 30, 640)
+    expected = exact(x, parts, options)
+    found = kernels.quantized_matmul(x, *parts, **options, activations="int8")
+    assert mx.abs(found - expected).square().mean().item() ** 0.5 <= 0.01 * expected.square().mean().item() ** 0.5
+    few = x[: kernels.largest_batch]  # decoding stays exact
+    exactly = kernels.quantized_matmul(few, *parts, **options)
+    assert mx.array_equal(kernels.quantized_matmul(few, *parts, **options, activations="int8"), exactly)
+    with pytest.raises(ValueError, match="activations must be float32 or int8; got 'int4'"):
+        kernels.quantized_matmul(x, *parts, **options, activations="int4")
+
+
+@installed
+def test_norms_are_mlxs():
+    for shape in ((1280,), (3, 4, 71), (1, 8)):
+        x, weight = normal(*shape), normal(shape[-1], seed=2)
+        for scale in (weight, None):
+            assert_close(kernels.rms_norm(x, scale, 1e-6), mx.fast.rms_norm(x, scale, 1e-6), 1e-5)
+    assert kernels.rms_norm(mx.zeros((0, 8)), None, 1e-6).shape == (0, 8)
+    x, weight = normal(3, 64), normal(64, seed=2)
+    for argument in (0, 1):
+        by = lambda f: mx.grad(lambda x, w: f(x, w, 1e-6).square().sum(), argument)(x, weight)  # noqa: B023, E731
+        assert_close(by(kernels.rms_norm), by(mx.fast.rms_norm), 1e-4)
+
+
 @installed
 def test_several_axes_none_and_no_rows():
     parts, options = packed(8, 64, EVERY_QUANTIZATION[0])
@@ -264,7 +291,7 @@ def test_it_can_be_turned_off(monkeypatch):
     monkeypatch.setenv(machine.VARIABLE, "off")
     assert fresh() is None
     monkeypatch.setenv(machine.VARIABLE, "fast")
-    with pytest.raises(machine.ConfigError, match="must be on or off; got 'fast'"):
+    with pytest.raises(machine.ConfigError, match="must be on, off or int8; got 'fast'"):
         fresh()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 
-VARIABLE = "OPENELM_MLX_NATIVE"  # `off` computes with MLX's own operations
+VARIABLE = "OPENELM_MLX_NATIVE"  # `off` computes with MLX's own operations; `int8` rounds the inputs of prefill
 _PACKAGE = "openelm_mlx_native"
 
 
@@ -24,8 +24,8 @@ def native_kernels() -> Any | None:
     wanted = os.environ.get(VARIABLE, "").lower()
     if wanted in ("off", "0"):
         return None
-    if wanted not in ("", "on", "1"):
-        raise ConfigError(f"{VARIABLE} must be on or off; got {os.environ[VARIABLE]!r}")
+    if wanted not in ("", "on", "1", "int8"):
+        raise ConfigError(f"{VARIABLE} must be on, off or int8; got {os.environ[VARIABLE]!r}")
     try:
         return importlib.import_module(_PACKAGE)
     except ModuleNotFoundError as error:
@@ -38,6 +38,12 @@ def native_kernels() -> Any | None:
     return None
 
 
+@cache
+def native_activations() -> str:
+    """How the kernels read the inputs of quantized matrices: as float32 or, if OPENELM_MLX_NATIVE says so, as int8."""
+    return "int8" if os.environ.get(VARIABLE, "").lower() == "int8" else "float32"
+
+
 def native_description() -> str | None:
     """Version, instruction set and threads of the kernels in use, for people; `None` without them."""
     with warnings.catch_warnings():
@@ -46,7 +52,8 @@ def native_description() -> str | None:
     if kernels is None:
         return None
     threads = kernels.threads()
-    return f"{kernels.mlx_version}, {kernels.instructions()}, {threads} thread{'s' if threads > 1 else ''}"
+    rounded = ", int8 activations" if native_activations() == "int8" else ""
+    return f"{kernels.mlx_version}, {kernels.instructions()}, {threads} thread{'s' if threads > 1 else ''}{rounded}"
 
 
 def native_problem() -> str | None:

@@ -286,7 +286,7 @@ class RmsNorm : public Base {
       std::vector<uint8_t> copies[2];
       const auto* x = reinterpret_cast<const float*>(in_order(kept[0], copies[0]));
       const float* weight = kept.size() > 1 ? reinterpret_cast<const float*>(in_order(kept[1], copies[1])) : nullptr;
-      rms_norm(x, weight, eps, kept[0].size() / kept[0].shape(-1), kept[0].shape(-1), result.data<float>());
+      normalize_rows(x, weight, eps, kept[0].size() / kept[0].shape(-1), kept[0].shape(-1), result.data<float>());
     });
   }
 

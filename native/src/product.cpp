@@ -142,7 +142,7 @@ void take_rows(const Kernels& kernels, Pool& pool, const Matrix& matrix, const i
   });
 }
 
-void rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t columns, float* out) {
+void normalize_rows(const float* x, const float* weight, float eps, int64_t rows, int64_t columns, float* out) {
   constexpr int lanes = 8;  // sums that run side by side, always in one order
   for (int64_t row = 0; row < rows; ++row, x += columns, out += columns) {
     float sums[lanes] = {};
