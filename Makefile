@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # MLX brings its own backend on a Mac; elsewhere the one for the CPU has to be asked for.
 EXTRAS := $(if $(filter Darwin,$(shell uname -s)),dev,dev,cpu)
 
-.PHONY: install demo test check docs notebook readme package slow torch bench clean
+.PHONY: install demo test check native sanitize neon docs notebook readme package slow torch bench clean
 
 install: $(BIN)/openelm-mlx
 
@@ -30,6 +30,17 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# The optional kernels for the CPU: tested alone, then installed; under sanitizers; for ARM in an emulator.
+native: install
+	$(MAKE) -C native check
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ./native
+
+sanitize:
+	$(MAKE) -C native sanitize
+
+neon:
+	$(MAKE) -C native neon
 
 # The documentation, the notebook and the commands in the documents have environments of their own: what they need is
 # neither in the package nor in the tests. PIP is where to find a constrained pip.

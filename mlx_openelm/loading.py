@@ -18,7 +18,7 @@ from .generation.defaults import sampling_of
 from .hub import BUILT_IN_MODEL
 from .machine.device import DTYPES, compute_dtype, on_cpu
 from .model.adapters import SavedAdapter, apply_adapter
-from .model.cpu_layers import quantized_layers
+from .model.cpu_layers import narrowed, plain_layers, quantized_layers
 from .model.openelm import OpenELM
 from .quantization import PackedTensor, Quantization
 from .tensors import LazyTensor, checked_cast
@@ -167,8 +167,12 @@ def assemble(
         quantized_layers(model, packed, dtype)
     elif packed:
         nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
+    if on_cpu():
+        plain_layers(model)
     packed_types = (mx.uint32, mx.uint8)
     arrays = {n: a if a.dtype in packed_types else a.astype(dtype) for n, a in arrays.items()}
+    if packed and on_cpu():
+        arrays = {n: narrowed(a) if n.endswith((".scales", ".biases")) else a for n, a in arrays.items()}
     mx.eval(list(arrays.values()))
     model.load_weights(list(arrays.items()))
     model.eval()

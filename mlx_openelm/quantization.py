@@ -310,7 +310,9 @@ def dequantized(layer: nn.Module, dtype: mx.Dtype) -> mx.array:
     """A layer's matrix (rows, columns), dequantized if necessary, in `dtype`."""
     if "scales" not in layer:
         return layer.weight.astype(dtype)
-    return Quantization(layer.bits, layer.group_size, layer.mode).dequantize(layer, dtype)
+    parts = {part: layer[part] for part in PARTS if part in layer}
+    wide = {p: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a for p, a in parts.items()}
+    return Quantization(layer.bits, layer.group_size, layer.mode).dequantize(wide, dtype)
 
 
 def _recognise(name: str, parts: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Quantization:

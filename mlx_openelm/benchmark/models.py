@@ -16,7 +16,7 @@ from ..generation.engine import PREFILL_CHUNK, DecodeBatch, as_prompt
 from ..generation.sampling import SamplingConfig
 from ..loading import assemble
 from ..machine.compiler import use_private_folder
-from ..machine.device import pays_to_compile
+from ..machine.device import pays_to_compile, written_dtype
 from ..model.openelm import OpenELM, parameter_shapes
 from ..quantization import Quantization
 
@@ -88,7 +88,9 @@ class Peer:
         }
         if packed:
             nn.quantize(self.model, class_predicate=lambda path, _: packed.get(path, False))
-        parameters: Any = tree_flatten(network.parameters())
+        dtype = network.transformer.norm.weight.dtype  # that of all values; ours may keep scales in fewer bits
+        own: Any = tree_flatten(network.parameters())
+        parameters = [(n, a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a) for n, a in own]
         self.model.load_weights(parameters)
 
     def run(self, prompts: Sequence[Sequence[int]], max_tokens: int, cache: CacheConfig) -> Run:
@@ -153,7 +155,8 @@ def random_network(config: OpenELMConfig, dtype: mx.Dtype, quantization: Quantiz
         path = name.removesuffix(".weight")
         if quantization is not None and quantization.fits(shape):
             packed[path] = quantization
-            arrays.update({f"{path}.{part}": array for part, array in quantization.quantize(matrix).items()})
+            stored = matrix.astype(written_dtype(dtype))  # as `convert` would write it
+            arrays.update({f"{path}.{part}": array for part, array in quantization.quantize(stored).items()})
         else:
             arrays[name] = matrix
         mx.eval(list(arrays.values()))

@@ -292,6 +292,7 @@ def _print_table(report: BenchReport) -> None:
     machine, shared, rows = report.machine, report.shared(), report.rows()
     where = [machine["chip"], machine["device"], f"memory {report.bandwidth / 1e9:,.1f} GB/s"]
     where += [f"BLAS {machine['blas']}"] if machine["blas"] else []
+    where += [f"native kernels {machine['native']}"] if machine.get("native") else []
     write_parts([*where, f"MLX {machine['versions']['mlx']}"])
     write_parts([f"{HEADINGS[column]} {value}" for column, value in shared.items()])
     compared = any(len(result.figures) > 1 for result in report.results)

@@ -162,6 +162,7 @@ def doctor(
         "wired limit": wired if report.device.endswith("(Metal)") else "Metal only",
         "float32 matmul": "not measured" if gflops is None else f"{gflops:,.1f} GFLOP/s",
         "BLAS": report.blas or "system default",
+        "native kernels": report.native or "none",
     }
     write_list(lines)
     for advice in report.advice:

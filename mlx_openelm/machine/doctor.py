@@ -13,6 +13,7 @@ from typing import Any
 from ..packages import installed_version, missing_package
 from ..version import __version__
 from .blas import VARIABLE, blas_in_use, installed_blas, is_bundled
+from .native import native_description, native_problem
 from .system import physical_memory_bytes
 
 _PACKAGES = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "huggingface-hub", "typer")
@@ -32,6 +33,7 @@ class Diagnosis:
     wired_limit_bytes: int | None  # Metal only; None if the system does not report it
     float32_matmul_gflops: float | None
     blas: str | None  # library for matrix products on the CPU; Linux only
+    native: str | None  # kernels of openelm-mlx-native on the CPU: MLX's version, instruction set and threads
     advice: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,6 +68,7 @@ def examine() -> Diagnosis:
         wired_limit_bytes=_wired_limit(),
         float32_matmul_gflops=gflops,
         blas=None if blas is None else f"{blas.parent.name}/{blas.name}",
+        native=native_description() if on_cpu() else None,
         advice=tuple(_advice(gflops, blas)),
     )
 
@@ -81,6 +84,7 @@ def _without_mlx(common: dict[str, Any], error: ImportError) -> Diagnosis:
         wired_limit_bytes=None,
         float32_matmul_gflops=None,
         blas=None,
+        native=None,
         advice=(advice,),
     )
 
@@ -96,6 +100,7 @@ def _advice(gflops: float, blas: Path | None) -> list[str]:
         )
     if not on_cpu():
         return advice
+    advice += _about_native()
     if sys.platform == "darwin":
         advice.append("MLX computes on the CPU: this is not Apple silicon, or the default device was changed")
         return advice
@@ -107,6 +112,16 @@ def _advice(gflops: float, blas: Path | None) -> list[str]:
     if shutil.which("g++") is None:
         advice.append("g++ is missing; MLX needs it to compile fused kernels on the CPU, and training uses them")
     return advice
+
+
+def _about_native() -> list[str]:
+    if problem := native_problem():
+        return [f"openelm-mlx-native is installed, but not used: {problem}"]
+    if native_description() is not None:
+        return []
+    return [
+        "openelm-mlx-native is not installed or turned off; it makes this CPU several times as fast: see docs/native.md"
+    ]
 
 
 def _about_blas(gflops: float, blas: Path | None) -> list[str]:

@@ -15,6 +15,7 @@ from ..packages import installed_version
 from ..version import __version__
 from .blas import blas_in_use
 from .device import backend_in_use, device_name, gpu_name
+from .native import native_description
 
 _RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
@@ -28,6 +29,7 @@ def describe(command: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "blas": _blas_name(),
+        "native": native_description() if backend_in_use() == "cpu" else None,
         "versions": {
             "mlx": installed_version("mlx"),
             "mlx-lm": installed_version("mlx-lm"),

@@ -21,6 +21,7 @@ from ..cache.layouts import attention
 from ..config import OpenELMConfig
 from ..kernels.fused import add_and_normalize
 from ..machine.device import choices, on_cpu
+from .cpu_layers import rms_norm
 from .fused_attention import FusedAttention
 from .rope import Rope
 
@@ -270,7 +271,7 @@ class Attention(nn.Module):
             return heads
         counts = (self.num_query_heads, self.q_norm.weight), (self.num_kv_heads, self.k_norm.weight)
         weight = mx.concatenate([mx.broadcast_to(w, (count, 1, self.head_dim)) for count, w in counts])
-        return mx.fast.rms_norm(heads, None, NORM_EPS) * weight
+        return rms_norm(heads, None, NORM_EPS) * weight
 
 
 class FeedForward(nn.Module):

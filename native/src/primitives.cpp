@@ -1,0 +1,405 @@
+// The products as operations of MLX: lazy, compiled, differentiable, on the CPU.
+#include "primitives.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/mlx.h"
+#include "mlx/primitives.h"
+
+namespace openelm {
+namespace {
+
+using mx::array;
+
+std::mutex pool_mutex;
+std::shared_ptr<Pool> pool;
+const Kernels* kernels = nullptr;
+
+// What a call needs, kept alive while it runs.
+std::pair<std::shared_ptr<Pool>, const Kernels*> team() {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  if (!pool) pool = std::make_shared<Pool>(usable_cores());
+  if (!kernels) kernels = kernels_for();
+  return {pool, kernels};
+}
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string text(const array& a) {
+  std::string shape;
+  for (auto size : a.shape()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + shape + ")";
+}
+
+Scales scale_type(const std::string& mode, mx::Dtype type) {
+  if (mode == "nvfp4") return Scales::e4m3;
+  if (mode != "affine") return Scales::e8m0;
+  if (type == mx::float32) return Scales::float32;
+  return type == mx::float16 ? Scales::float16 : Scales::bfloat16;
+}
+
+Format checked_format(const std::string& mode, int group, int bits) {
+  if (mode == "affine") {
+    if (bits < 2 || bits > 8 || bits == 7) refuse("bits must be one of 2, 3, 4, 5, 6, 8; got " + std::to_string(bits));
+    if (group != 32 && group != 64 && group != 128)
+      refuse("group_size must be one of 32, 64, 128; got " + std::to_string(group));
+    return {Values::affine, Scales::float32, bits, group};
+  }
+  const bool known = mode == "mxfp4" || mode == "mxfp8" || mode == "nvfp4";
+  if (!known) refuse("unknown mode '" + mode + "' (choose from affine, mxfp4, mxfp8, nvfp4)");
+  const int width = mode == "mxfp8" ? 8 : 4, size = mode == "nvfp4" ? 16 : 32;
+  if (bits != width || group != size)
+    refuse(mode + " needs " + std::to_string(width) + " bits and groups of " + std::to_string(size) + "; got " +
+           std::to_string(bits) + " and " + std::to_string(group));
+  return {width == 8 ? Values::fp8 : Values::fp4, Scales::e8m0, bits, group};
+}
+
+// Checks the parts of a matrix and gives its format and its columns.
+std::pair<Format, int> checked_matrix(const array& w, const array& scales, const std::optional<array>& biases,
+                                      const Packing& packing) {
+  Format format = checked_format(packing.mode, packing.group_size, packing.bits);
+  if (w.ndim() != 2 || w.dtype() != mx::uint32) refuse("w must be a matrix of uint32; got shape " + text(w));
+  const bool affine = format.values == Values::affine;
+  if (affine != biases.has_value()) refuse(packing.mode + (affine ? " needs biases" : " has no biases"));
+  const int64_t bits = static_cast<int64_t>(w.shape(1)) * 32;
+  const int columns = static_cast<int>(bits / format.bits);
+  if (bits % format.bits || columns % format.group || scales.shape() != mx::Shape{w.shape(0), columns / format.group})
+    refuse("w of shape " + text(w) + " and scales of shape " + text(scales) + " do not fit together with " +
+           std::to_string(format.bits) + " bits in groups of " + std::to_string(format.group));
+  const auto type = scales.dtype();
+  if (affine ? type != mx::float32 && type != mx::float16 && type != mx::bfloat16 : type != mx::uint8)
+    refuse(std::string("scales must be ") + (affine ? "float32, float16 or bfloat16" : "uint8"));
+  if (affine && (biases->dtype() != type || biases->shape() != scales.shape()))
+    refuse("biases must have the shape and type of the scales; got shape " + text(*biases));
+  format.scales = scale_type(packing.mode, type);
+  return {format, columns};
+}
+
+// The values of an array in the order of its indices: where they are, or copied to `copy`, as views may need.
+const uint8_t* in_order(const array& a, std::vector<uint8_t>& copy) {
+  const auto* source = a.data<uint8_t>();
+  if (a.flags().row_contiguous) return source;
+  const size_t width = a.itemsize();
+  copy.resize(a.size() * width);
+  std::vector<int64_t> index(a.ndim());
+  for (size_t i = 0; i < a.size(); ++i) {
+    int64_t at = 0;
+    for (int d = 0; d < static_cast<int>(a.ndim()); ++d) at += index[d] * a.strides(d);
+    std::memcpy(copy.data() + i * width, source + at * static_cast<int64_t>(width), width);
+    for (int d = static_cast<int>(a.ndim()) - 1; d >= 0 && ++index[d] == a.shape(d); --d) index[d] = 0;
+  }
+  return copy.data();
+}
+
+// The arrays of a call, with all values in order.
+struct Inputs {
+  std::vector<std::vector<uint8_t>> copies;
+  const uint8_t* first;
+  Matrix matrix;
+
+  Inputs(const Format& format, const std::vector<array>& inputs) : copies(inputs.size()) {
+    first = in_order(inputs[0], copies[0]);
+    matrix.format = format;
+    matrix.words = in_order(inputs[1], copies[1]);
+    matrix.rows = inputs[1].shape(0);
+    matrix.columns = static_cast<int64_t>(inputs[1].shape(1)) * 32 / format.bits;
+    if (inputs.size() > 2) matrix.scales = in_order(inputs[2], copies[2]);
+    if (inputs.size() > 3) matrix.biases = in_order(inputs[3], copies[3]);
+  }
+};
+
+class Base : public mx::UnaryPrimitive {
+ public:
+  Base(mx::Stream stream, Format format, Fallback fallback)
+      : UnaryPrimitive(stream), format_(format), fallback_(std::move(fallback)) {}
+
+  void eval_gpu(const std::vector<array>&, array&) override {
+    throw std::runtime_error(std::string(name()) + " runs on the CPU only");
+  }
+
+  void eval_cpu(const std::vector<array>& inputs, array& out) override {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    if (out.size() == 0) return;
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    std::vector<array> kept;
+    for (const auto& input : inputs) {
+      encoder.set_input_array(input);
+      kept.push_back(array::unsafe_weak_copy(input));
+    }
+    encoder.set_output_array(out);
+    encoder.dispatch([kept = std::move(kept), result = array::unsafe_weak_copy(out), format = format_,
+                      compute = compute()]() mutable { compute(format, kept, result); });
+  }
+
+  std::vector<array> vjp(const std::vector<array>& primals, const std::vector<array>& cotangents,
+                         const std::vector<int>& argnums, const std::vector<array>&) override {
+    return mx::vjp(only(primals, argnums), chosen(primals, argnums), cotangents).second;
+  }
+
+  std::vector<array> jvp(const std::vector<array>& primals, const std::vector<array>& tangents,
+                         const std::vector<int>& argnums) override {
+    return mx::jvp(only(primals, argnums), chosen(primals, argnums), tangents).second;
+  }
+
+  std::pair<std::vector<array>, std::vector<int>> vmap(const std::vector<array>& inputs,
+                                                       const std::vector<int>& axes) override {
+    if (std::any_of(axes.begin() + 1, axes.end(), [](int axis) { return axis >= 0; }))
+      throw std::invalid_argument(std::string(name()) + " cannot be vectorized over the parts of its matrix");
+    auto moved = inputs;
+    moved[0] = mx::moveaxis(inputs[0], axes[0], 0, stream());
+    return {{array(output_shapes(moved)[0], mx::float32, again(), moved)}, {0}};
+  }
+
+  bool is_equivalent(const Primitive& other) const override {
+    return static_cast<const Base&>(other).format_ == format_;
+  }
+
+ protected:
+  using Compute = void (*)(const Format&, const std::vector<array>&, array&);
+  virtual Compute compute() const = 0;
+  virtual std::shared_ptr<Base> again() = 0;
+
+  static std::vector<array> chosen(const std::vector<array>& all, const std::vector<int>& numbers) {
+    std::vector<array> some;
+    for (int number : numbers) some.push_back(all[number]);
+    return some;
+  }
+
+  // MLX's own operation as a function of some of its inputs.
+  Fallback only(const std::vector<array>& all, const std::vector<int>& numbers) const {
+    return [=, fallback = fallback_](const std::vector<array>& some) {
+      auto inputs = all;
+      for (size_t i = 0; i < numbers.size(); ++i) inputs[numbers[i]] = some[i];
+      return fallback(inputs);
+    };
+  }
+
+  Format format_;
+  Fallback fallback_;
+};
+
+class TakeRows : public Base {
+ public:
+  using Base::Base;
+  const char* name() const override { return "OpenELMTakeRows"; }
+  std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override {
+    auto shape = inputs[0].shape();
+    shape.push_back(static_cast<int>(static_cast<int64_t>(inputs[1].shape(1)) * 32 / format_.bits));
+    return {shape};
+  }
+ protected:
+  std::shared_ptr<Base> again() override { return std::make_shared<TakeRows>(stream(), format_, fallback_); }
+  Compute compute() const override {
+    return [](const Format& format, const std::vector<array>& inputs, array& out) {
+      const auto [threads, set] = team();
+      const Inputs given(format, inputs);
+      const Matrix& matrix = given.matrix;
+      std::vector<int32_t> numbers(inputs[0].size());
+      std::memcpy(numbers.data(), given.first, 4 * numbers.size());
+      for (auto& number : numbers) {  // as MLX does: negative numbers count from the end, and the rest is kept in range
+        if (number < 0) number += static_cast<int32_t>(matrix.rows);
+        number = std::clamp<int32_t>(number, 0, static_cast<int32_t>(matrix.rows) - 1);
+      }
+      take_rows(*set, *threads, matrix, numbers.data(), static_cast<int64_t>(numbers.size()), out.data<float>());
+    };
+  }
+};
+
+constexpr int64_t kUnpacked = 3 << 18;  // weights unpacked at once for a gradient; a whole matrix may be large
+
+// The gradient of the inputs of a product: the cotangent times the matrix, unpacked some rows at a time.
+array input_gradient(const std::vector<array>& primals, const array& cotangent, const Format& format,
+                     mx::Stream stream) {
+  const int rows = primals[1].shape(0), columns = primals[0].shape(-1);
+  const int share = static_cast<int>(std::max<int64_t>(1, kUnpacked / columns));
+  std::optional<array> total;
+  for (int row = 0; row < rows; row += share) {
+    const int end = std::min(rows, row + share);
+    auto inputs = primals;
+    inputs[0] = mx::arange(row, end, mx::int32, stream);
+    // Depends on the sum so far: otherwise all parts might be unpacked before the first is used.
+    inputs[1] = mx::depends({inputs[1]}, {mx::stop_gradient(total ? *total : cotangent, stream)})[0];
+    const array part(mx::Shape{end - row, columns}, mx::float32, std::make_shared<TakeRows>(stream, format, nullptr),
+                     inputs);
+    auto from = mx::Shape(cotangent.ndim(), 0), to = cotangent.shape();
+    from.back() = row;
+    to.back() = end;
+    const array product = mx::matmul(mx::slice(cotangent, from, to, stream), part, stream);
+    total = total ? mx::add(*total, product, stream) : product;
+  }
+  return *total;
+}
+
+class Product : public Base {
+ public:
+  using Base::Base;
+  const char* name() const override { return "OpenELMProduct"; }
+
+  std::vector<array> vjp(const std::vector<array>& primals, const std::vector<array>& cotangents,
+                         const std::vector<int>& argnums, const std::vector<array>& outputs) override {
+    if (format_.values == Values::float32 || argnums != std::vector<int>{0} || primals[1].shape(0) == 0)
+      return Base::vjp(primals, cotangents, argnums, outputs);
+    return {input_gradient(primals, cotangents[0], format_, stream())};
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override {
+    auto shape = inputs[0].shape();
+    shape.back() = inputs[1].shape(0);
+    return {shape};
+  }
+
+ protected:
+  std::shared_ptr<Base> again() override { return std::make_shared<Product>(stream(), format_, fallback_); }
+  Compute compute() const override {
+    return [](const Format& format, const std::vector<array>& inputs, array& out) {
+      const auto [threads, set] = team();
+      const Inputs given(format, inputs);
+      const int64_t count = static_cast<int64_t>(inputs[0].size()) / given.matrix.columns;
+      product(*set, *threads, given.matrix, reinterpret_cast<const float*>(given.first), count, out.data<float>());
+    };
+  }
+};
+
+// The root mean square of the last axis, in one pass over a row where MLX's operation on the CPU is several.
+class RmsNorm : public Base {
+ public:
+  RmsNorm(mx::Stream stream, float eps, Fallback fallback) : Base(stream, Format{}, std::move(fallback)), eps_(eps) {}
+  const char* name() const override { return "OpenELMRmsNorm"; }
+  std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override { return {inputs[0].shape()}; }
+  bool is_equivalent(const Primitive& other) const override { return static_cast<const RmsNorm&>(other).eps_ == eps_; }
+
+  void eval_cpu(const std::vector<array>& inputs, array& out) override {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    if (out.size() == 0) return;
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    std::vector<array> kept;
+    for (const auto& input : inputs) {
+      encoder.set_input_array(input);
+      kept.push_back(array::unsafe_weak_copy(input));
+    }
+    encoder.set_output_array(out);
+    encoder.dispatch([kept = std::move(kept), result = array::unsafe_weak_copy(out), eps = eps_]() mutable {
+      std::vector<uint8_t> copies[2];
+      const auto* x = reinterpret_cast<const float*>(in_order(kept[0], copies[0]));
+      const float* weight = kept.size() > 1 ? reinterpret_cast<const float*>(in_order(kept[1], copies[1])) : nullptr;
+      normalize_rows(x, weight, eps, kept[0].size() / kept[0].shape(-1), kept[0].shape(-1), result.data<float>());
+    });
+  }
+
+ protected:
+  std::shared_ptr<Base> again() override { return std::make_shared<RmsNorm>(stream(), eps_, fallback_); }
+  Compute compute() const override { return nullptr; }
+
+ private:
+  float eps_;
+};
+
+mx::Stream cpu_stream(mx::StreamOrDevice s) {
+  const auto stream = mx::to_stream(s, mx::Device(mx::Device::cpu));
+  if (stream.device != mx::Device::cpu) refuse("these products run on the CPU; got a stream of another device");
+  return stream;
+}
+
+void check_input(const array& x, int columns) {
+  if (x.dtype() != mx::float32) refuse("x must be float32");
+  if (x.ndim() < 1 || x.shape(-1) != columns)
+    refuse("x must have shape (..., " + std::to_string(columns) + "); got " + text(x));
+}
+
+}  // namespace
+
+array quantized_matmul(const array& x, const array& w, const array& scales, const std::optional<array>& biases,
+                       const Packing& packing, mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  auto [format, columns] = checked_matrix(w, scales, biases, packing);
+  check_input(x, columns);
+  if (packing.activations != "float32" && packing.activations != "int8")
+    refuse("activations must be float32 or int8; got '" + packing.activations + "'");
+  format.int8_inputs = packing.activations == "int8";
+  std::vector<array> inputs{x, w, scales};
+  if (biases) inputs.push_back(*biases);
+  Fallback fallback = [packing, stream](const std::vector<array>& in) {
+    std::optional<array> offsets;
+    if (in.size() > 3) offsets = in[3];
+    const auto& p = packing;
+    return std::vector<array>{
+        mx::quantized_matmul(in[0], in[1], in[2], offsets, true, p.group_size, p.bits, p.mode, stream)};
+  };
+  auto shape = x.shape();
+  shape.back() = w.shape(0);
+  return array(shape, mx::float32, std::make_shared<Product>(stream, format, fallback), std::move(inputs));
+}
+
+array matmul_transposed(const array& x, const array& w, mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  if (w.ndim() != 2 || w.dtype() != mx::float32) refuse("w must be a matrix of float32; got shape " + text(w));
+  check_input(x, w.shape(1));
+  Fallback fallback = [stream](const std::vector<array>& in) {
+    return std::vector<array>{mx::matmul(in[0], mx::transpose(in[1], stream), stream)};
+  };
+  auto shape = x.shape();
+  shape.back() = w.shape(0);
+  return array(shape, mx::float32, std::make_shared<Product>(stream, Format{}, fallback),
+               {x, w});
+}
+
+array quantized_rows(const array& numbers, const array& w, const array& scales, const std::optional<array>& biases,
+                     const Packing& packing, mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  const auto [format, columns] = checked_matrix(w, scales, biases, packing);
+  if (!mx::issubdtype(numbers.dtype(), mx::integer)) refuse("the numbers of rows must be integers");
+  if (w.shape(0) == 0) refuse("w has no rows to take");
+  std::vector<array> inputs{mx::astype(numbers, mx::int32, stream), w, scales};
+  if (biases) inputs.push_back(*biases);
+  Fallback fallback = [packing, stream](const std::vector<array>& in) {
+    std::vector<array> taken;
+    for (size_t i = 1; i < in.size(); ++i) taken.push_back(mx::take(in[i], in[0], 0, stream));
+    std::optional<array> offsets;
+    if (taken.size() > 2) offsets = taken[2];
+    const auto& p = packing;
+    return std::vector<array>{mx::dequantize(taken[0], taken[1], offsets, p.group_size, p.bits, p.mode, std::nullopt,
+                                             mx::float32, stream)};
+  };
+  auto shape = numbers.shape();
+  shape.push_back(columns);
+  return array(shape, mx::float32, std::make_shared<TakeRows>(stream, format, fallback), std::move(inputs));
+}
+
+array rms_norm(const array& x, const std::optional<array>& weight, float eps, mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  if (x.dtype() != mx::float32 || x.ndim() < 1) refuse("x must be float32 with at least one axis");
+  if (weight && (weight->dtype() != mx::float32 || weight->shape() != mx::Shape{x.shape(-1)}))
+    refuse("weight must be float32 of shape (" + std::to_string(x.shape(-1)) + "); got " + text(*weight));
+  Fallback fallback = [eps, stream](const std::vector<array>& in) {
+    std::optional<array> scale;
+    if (in.size() > 1) scale = in[1];
+    return std::vector<array>{mx::fast::rms_norm(in[0], scale, eps, stream)};
+  };
+  std::vector<array> inputs{x};
+  if (weight) inputs.push_back(*weight);
+  return array(x.shape(), mx::float32, std::make_shared<RmsNorm>(stream, eps, fallback), std::move(inputs));
+}
+
+int threads() { return team().first->threads(); }
+
+void set_threads(int count) {
+  if (count < 1 || count > 1024) refuse("the number of threads must be from 1 to 1,024; got " + std::to_string(count));
+  auto fresh = std::make_shared<Pool>(count);
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  std::swap(pool, fresh);
+}
+
+std::string instructions() { return team().second->name; }
+
+void set_instructions(const std::string& name) {
+  const Kernels* found = kernels_for(name == "auto" ? nullptr : name.c_str());
+  if (!found) refuse("this processor or build has no kernels named '" + name + "' (choose from auto, avx512, avx2, neon, plain)");
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  kernels = found;
+}
+
+}  // namespace openelm
