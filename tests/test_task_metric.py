@@ -163,6 +163,7 @@ class TestCommand:
         assert recipe.evaluate == (str(task), "sciq")
         assert recipe.evaluate_data == str(tmp_path / "recipe" / "data")
 
+    @pytest.mark.slow
     def test_two_processes_evaluate_together(self, files, tmp_path):
         more = ["--evaluate", "sciq", "--steps", "1", "--json"]
         words = [*launched(2), sys.executable, "-m", "mlx_openelm", *self.words(files, tmp_path / "run", *more)]
