@@ -122,7 +122,8 @@ def test_what_hints_name_is_what_the_extras_install():
     calls = [found for path in code.rglob("*.py") for found in HINT.findall(path.read_text(encoding="utf-8"))]
     assert {("matplotlib.figure", "plot"), ("zstandard", "train")} <= set(calls)
     for name, extra in calls:
-        assert any(requirement.startswith(name.partition(".")[0]) for requirement in extras[extra]), name
+        package = name.partition(".")[0].replace("_", "-")
+        assert any(requirement.startswith(package) for requirement in extras[extra]), name
     needed = [re.split(r"[>\[]", requirement)[0] for requirement in project["dependencies"]]
     assert {"pyyaml", "huggingface-hub"} <= set(needed)
 

@@ -524,6 +524,7 @@ class TestCommand:
         assert "continuing after step 2 of 3" in err
         assert checkpoint_folders(tmp_path / "run")[-1].name == "step-00000003"
 
+    @pytest.mark.slow
     def test_two_processes_make_the_same_run(self, files, tmp_path):
         more = ["--dropout", "0"]
         assert self.tune(files, tmp_path / "one", *more).returncode == 0
