@@ -9,6 +9,7 @@ python benchmarks/score.py [--size 270M] [--tasks arc,mmlu] [--rounds 3]
 import argparse
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +19,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from common import in_turn, model_folder, report, summary
 
-from mlx_openelm import OpenELMConfig, load
+from mlx_openelm import OpenELMConfig, Tokenizer, load
 from mlx_openelm.evaluation.prefix_tree import tree_size
 from mlx_openelm.evaluation.requests import Request
 from mlx_openelm.evaluation.scorer import Scorer
 from mlx_openelm.machine.device import DTYPES, backend_in_use, on_cpu
+from mlx_openelm.tokenizer.files import tokenizer_files
 
 _TEXT = """the and was her said then they with she had his for that you not went very little big day play happy saw good
 mom dad tree dog cat house water school friend friends park ball home garden bird box food toy car red blue boy girl"""
@@ -128,7 +130,11 @@ def write_tokenizer(folder: Path) -> None:
     model.ParseFromString(load()[1].path.read_bytes())
     for number in range(len(model.pieces), OpenELMConfig.preset("270M").vocab_size):
         model.pieces.add(piece=f"▁filler{number}", score=-1e6 - number)
-    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "tokenizer.model"
+        path.write_bytes(model.SerializeToString())
+        for name, content in tokenizer_files(Tokenizer(path)).items():
+            (folder / name).write_bytes(content)
 
 
 @contextmanager
