@@ -6,7 +6,7 @@ python benchmarks/tables.py
 import re
 
 from common import ROOT
-from sections.evaluation import parity
+from sections.evaluation import parity, scores
 from sections.metal import launches
 from sections.speed import bandwidth, batch, blas_start, cold_start, context, decode, decode_host, sizes, speculate
 from sections.storage import convert, load, text_memory
@@ -36,7 +36,7 @@ def main() -> None:
         update(),
         train_cache(),
     ]
-    more += [tune_memory(), tune_arc(), parity()]
+    more += [tune_memory(), tune_arc(), scores(), parity()]
     document = "\n".join([INTRODUCTION, *(section for section, _ in sections), *more])
     (ROOT / "docs" / "benchmarks.md").write_text(document, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
