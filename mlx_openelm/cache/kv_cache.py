@@ -189,7 +189,7 @@ class KVCache:
         self._free_slots([kept for kept in range(len(self._row_offsets)) if kept != row])
         shift = max(0, other.offset - self.offset)  # of the rows here, if the new one is longer
         row_offset = self.offset + shift - other.offset
-        length = _rounded(self.offset + shift)
+        length = buffer_length(self.offset + shift)
         for layer, (buffers, more) in enumerate(zip(self._buffers, other._buffers, strict=True)):
             self._buffers[layer] = ()
             if shift or buffers[0].shape[2] < length:
@@ -228,13 +228,14 @@ class KVCache:
         if not buffers or buffers[0].shape[2] >= end:
             return buffers
         self._buffers[layer] = ()
-        return self.layout.grow(buffers, self.offset, _rounded(end))
+        return self.layout.grow(buffers, self.offset, buffer_length(end))
 
     def _new(self, keys: mx.array, values: mx.array) -> Buffers:
-        return self.layout.allocate(keys, values, _rounded(self.offset + keys.shape[2]))
+        return self.layout.allocate(keys, values, buffer_length(self.offset + keys.shape[2]))
 
 
-def _rounded(num_tokens: int) -> int:
+def buffer_length(num_tokens: int) -> int:
+    """Slots of a buffer for this many tokens: whole steps of growth."""
     return -(-num_tokens // GROWTH_STEP) * GROWTH_STEP
 
 

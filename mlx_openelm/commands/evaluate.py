@@ -5,18 +5,18 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..hub import BUILT_IN_MODEL
 from .options import Adapter, Dtype, Force, Json, Model, NeededTokenizer, Revision, examples
-from .streams import console, is_terminal
+from .streams import is_terminal
 from .tables import write_table, write_text
-from .terminal import print_json, say, write
+from .terminal import counting_bars, print_json, say, write
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -199,8 +199,11 @@ def _progress(tasks: Sequence[PreparedTask], is_first: bool) -> Iterator[Evaluat
     if not is_first:
         yield EvaluationCallback()
         return
-    with ExitStack() as shown:
-        yield _bar(tasks, shown) if is_terminal(sys.stderr) else _lines()
+    if not is_terminal(sys.stderr):
+        yield _lines()
+        return
+    with counting_bars(transient=True) as progress:
+        yield _bar(tasks, progress)
 
 
 def _lines() -> EvaluationCallback:
@@ -214,24 +217,14 @@ def _lines() -> EvaluationCallback:
     return Lines()
 
 
-def _bar(tasks: Sequence[PreparedTask], shown: ExitStack) -> EvaluationCallback:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _bar(tasks: Sequence[PreparedTask], progress: Any) -> EvaluationCallback:
     from ..evaluation.run import EvaluationCallback
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("items"),
-        TimeRemainingColumn(),
-    )
-    progress = shown.enter_context(Progress(*columns, console=console(stderr=True), transient=True))
     bar = progress.add_task("", total=sum(task.num_items for task in tasks))
 
     class Bar(EvaluationCallback):
         def on_task(self, task: str, num_items: int) -> None:
-            progress.update(bar, description=task)
+            progress.update(bar, description=f"items of {task}")
 
         def on_items(self, num_items: int) -> None:
             progress.advance(bar, num_items)

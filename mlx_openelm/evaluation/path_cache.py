@@ -3,11 +3,10 @@
 import mlx.core as mx
 import numpy as np
 
+from ..cache.kv_cache import buffer_length
 from ..cache.layouts import attention
 from ..machine.device import on_cpu, plain_masked_attention
 from .prefix_tree import Chunk
-
-_GROWTH = 256  # slots
 
 
 class PathCache:
@@ -100,7 +99,7 @@ class _Block:
         self.slots = chunk.num_kept + int(np.argmax(own.any(axis=0))), chunk.num_kept + end
         self.kept = int(chunk.num_ancestors[start:end].max())
         if not on_cpu():
-            self.kept, self.slots = chunk.num_kept, (chunk.num_kept, _rounded(self.slots[1]))
+            self.kept, self.slots = chunk.num_kept, (chunk.num_kept, buffer_length(self.slots[1]))
         first, last = self.slots
         mask = np.zeros((end - start, self.kept + last - first), bool)
         mask[:, : self.kept] = np.arange(self.kept) < chunk.num_ancestors[start:end, None]
@@ -136,15 +135,11 @@ def _is_range(slots: list[int], first: int) -> bool:
     return slots == list(range(first, first + len(slots)))
 
 
-def _rounded(length: int) -> int:
-    return -(-length // _GROWTH) * _GROWTH
-
-
 def _written(buffer: mx.array | None, new: mx.array, start: int) -> mx.array:
     """The buffer with new slots behind the first `start` ones; slots are the last axis but one."""
     end = start + new.shape[-2]
     if buffer is None or buffer.shape[-2] < end:
-        room = mx.zeros((*new.shape[:-2], _rounded(end) - end, new.shape[-1]), new.dtype)
+        room = mx.zeros((*new.shape[:-2], buffer_length(end) - end, new.shape[-1]), new.dtype)
         parts = [new, room] if buffer is None else [buffer[..., :start, :], new, room]
         return mx.concatenate(parts, axis=-2)
     buffer[..., start:end, :] = new
