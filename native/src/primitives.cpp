@@ -2,6 +2,7 @@
 #include "primitives.h"
 
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -159,7 +160,7 @@ class Base : public mx::UnaryPrimitive {
   }
 
  protected:
-  using Compute = void (*)(const Format&, const std::vector<array>&, array&);
+  using Compute = std::function<void(const Format&, const std::vector<array>&, array&)>;
   virtual Compute compute() const = 0;
   virtual std::shared_ptr<Base> again() = 0;
 
@@ -272,27 +273,17 @@ class RmsNorm : public Base {
   std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override { return {inputs[0].shape()}; }
   bool is_equivalent(const Primitive& other) const override { return static_cast<const RmsNorm&>(other).eps_ == eps_; }
 
-  void eval_cpu(const std::vector<array>& inputs, array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    if (out.size() == 0) return;
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    std::vector<array> kept;
-    for (const auto& input : inputs) {
-      encoder.set_input_array(input);
-      kept.push_back(array::unsafe_weak_copy(input));
-    }
-    encoder.set_output_array(out);
-    encoder.dispatch([kept = std::move(kept), result = array::unsafe_weak_copy(out), eps = eps_]() mutable {
-      std::vector<uint8_t> copies[2];
-      const auto* x = reinterpret_cast<const float*>(in_order(kept[0], copies[0]));
-      const float* weight = kept.size() > 1 ? reinterpret_cast<const float*>(in_order(kept[1], copies[1])) : nullptr;
-      normalize_rows(x, weight, eps, kept[0].size() / kept[0].shape(-1), kept[0].shape(-1), result.data<float>());
-    });
-  }
-
  protected:
   std::shared_ptr<Base> again() override { return std::make_shared<RmsNorm>(stream(), eps_, fallback_); }
-  Compute compute() const override { return nullptr; }
+  Compute compute() const override {
+    return [eps = eps_](const Format&, const std::vector<array>& inputs, array& out) {
+      std::vector<uint8_t> copies[2];
+      const auto* x = reinterpret_cast<const float*>(in_order(inputs[0], copies[0]));
+      const float* weight =
+          inputs.size() > 1 ? reinterpret_cast<const float*>(in_order(inputs[1], copies[1])) : nullptr;
+      normalize_rows(x, weight, eps, inputs[0].size() / inputs[0].shape(-1), inputs[0].shape(-1), out.data<float>());
+    };
+  }
 
  private:
   float eps_;
