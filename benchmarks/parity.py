@@ -1,7 +1,7 @@
 """Log-likelihoods beside those of lm-evaluation-harness: random requests, scored here and by its Hugging Face backend.
 
 The requests are hard ones: no context, blanks and newlines at its end, cuts within words and characters, more tokens
-than the model reads, emoji, single tokens, repeats. Compared are
+than the model reads, emoji, single tokens, repeats, what the model itself would say. Compared are
 
 * the ids: the harness's own code on a tokenizer of the `tokenizers` package, with the same vocabulary,
 * the scores: one plain pass in float32 per request over those ids,
@@ -84,6 +84,24 @@ def _words(chance: random.Random, words: Sequence[str], count: int) -> str:
         if chance.random() < 0.3:
             chosen[place] += chance.choice(ODD)
     return " ".join(chosen)
+
+
+def with_greedy(
+    model: OpenELM, tokenizer: Tokenizer, encode: RequestEncoder, asked: Sequence[Request]
+) -> list[Request]:
+    """The requests; in one question of four, the last choice is the text of the likeliest next tokens."""
+    found = list(asked)
+    for number in range(CHOICES - 1, len(found), 4 * CHOICES):
+        own = encode(found[number])
+        if own is None:
+            continue
+        ids = own.ids[: -own.num_scored].tolist()
+        before = len(tokenizer.decode(ids))
+        for _ in range(1 + number // (4 * CHOICES) % 3):
+            ids.append(int(model(mx.array([ids]))[0, -1].argmax().item()))
+        if continuation := tokenizer.decode(ids)[before:]:
+            found[number] = Request(found[number].context, continuation)
+    return found
 
 
 def llama_tokenizer(path: Path) -> Any:
@@ -201,9 +219,9 @@ def compare(folder: Path, count: int, max_length: int, text: str, with_torch: bo
         path = tokenizer_of(folder, model.config.vocab_size, Path(place))
         ours = Tokenizer(path, vocab_size=model.config.vocab_size)
         theirs = llama_tokenizer(path)
-        asked = requests(count, max_length, seed, text)
-        ids = list(harness_ids(theirs, asked))
         encode = RequestEncoder(ours, max_length)
+        asked = with_greedy(model, ours, encode, requests(count, max_length, seed, text))
+        ids = list(harness_ids(theirs, asked))
         found = [encode(request) for request in asked]
         for request, own, (context, continuation) in zip(asked, found, ids, strict=True):
             whole = [*context, *continuation][-(max_length + 1) :]
@@ -263,14 +281,15 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true")
     options = parser.parse_args()
     text = options.text.read_text(encoding="utf-8") if options.text else ""
-    heading = ["", "against", "requests", "truncated", "largest difference, nats", "greedy differs", "choice differs"]
+    heading = ["", "against", "requests", "truncated", "greedy"]
+    heading += ["largest difference, nats", "greedy differs", "choice differs"]
     for folder in options.folders:
         rows = [heading]
         found = compare(folder, options.requests, options.max_length, text, not options.no_torch)
         for title, key in (("one pass each", "plain"), ("HFLM, PyTorch", "hugging_face")):
             if key in found:
                 of = found[key]
-                counts = [f"{found['requests']:,}", f"{found['truncated']:,}"]
+                counts = [f"{found[name]:,}" for name in ("requests", "truncated", "greedy")]
                 differ = f"{of['greedy_differs']:,}", f"{of['choice_differs']:,} of {of['questions']:,}"
                 rows.append([folder.name, title, *counts, f"{of['largest']:.1e}", *differ])
         report(f"parity_{folder.name}", rows, found)

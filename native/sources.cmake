@@ -1,5 +1,5 @@
 # The kernels: each instruction set in a file of its own, compiled for it, and chosen when the program runs.
-set(OPENELM_SOURCES src/pool.cpp src/product.cpp src/kernels_plain.cpp)
+set(OPENELM_SOURCES src/pool.cpp src/product.cpp src/network.cpp src/kernels_plain.cpp)
 # Sums keep their order and their rounding: no fused operations but those that are written.
 add_compile_options(-ffp-contract=off)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

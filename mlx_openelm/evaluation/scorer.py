@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import EvaluationError
+from ..kernels.cpu import log_sum_exp
 from ..machine.device import scoring_sizes
 from ..model.openelm import ForwardContext, OpenELM
 from ..model.rope import TokenRope
@@ -187,7 +188,7 @@ class _Sums:
 
 
 def _log_probability(logits: mx.array, rows: mx.array, tokens: mx.array) -> mx.array:
-    return logits[rows, tokens] - mx.logsumexp(logits, axis=-1)[rows]
+    return logits[rows, tokens] - log_sum_exp(logits)[rows]
 
 
 def _as_bfloat16(value: float) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ..errors import SamplingError
+from ..kernels.cpu import log_sum_exp
 
 # Outside these ranges logits overflow float32, or all of them become equal.
 _TEMPERATURES = (1e-5, 1e5)
@@ -100,7 +101,7 @@ class Sampler:
             token = mx.random.categorical(scores, key=own)
         if self.config.repetition_penalty != 1:
             recent = mx.concatenate([recent[1:], token[None]])
-        return token, logits[token] - mx.logsumexp(logits), (key, recent)
+        return token, logits[token] - log_sum_exp(logits), (key, recent)
 
     def choose_rows(self, logits: mx.array, states: State) -> tuple[mx.array, mx.array, State]:
         """`choose` for each of B rows, from logits (B, V): tokens (B,), log-probabilities (B,), next states."""
@@ -117,7 +118,7 @@ class Sampler:
             tokens = mx.argmax(logits, axis=-1)
             chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
             key, recent = (mx.broadcast_to(part, (len(logits), *part.shape)) for part in state)
-            return tokens, chosen - mx.logsumexp(logits, axis=-1), (key, recent)
+            return tokens, chosen - log_sum_exp(logits), (key, recent)
         choices = []
         for row in logits:
             *choice, state = self.choose(row, state)

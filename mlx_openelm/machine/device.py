@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..errors import ConfigError
 from .blas import blas_in_use, is_bundled
+from .native import native_kernels
 from .system import physical_memory_bytes
 
 _OLDEST_MLX = "0.32.1"  # as in pyproject.toml; older versions have bugs in RoPE and attention that give wrong text
@@ -210,10 +211,13 @@ def plain_masked_attention() -> bool:
 def scoring_sizes() -> tuple[int, int, int]:
     """For scoring: bytes beside the model, most tokens of a chunk, and queries that attend at once.
 
-    A CPU computes all products of a block with what its mask excludes, so that small blocks pay. A GPU needs a thousand
-    tokens at once to be busy, and equal shapes: for new ones, CUDA's libraries choose anew how to multiply.
+    MLX on a CPU computes all products of a block with what its mask excludes, so that small blocks pay; the native
+    kernels do not. A GPU needs a thousand tokens at once to be busy, and equal shapes: for new ones, CUDA's libraries
+    choose anew how to multiply.
     """
-    return (64 << 20, 4096, 64) if on_cpu() else (1 << 30, 1024, 1024)
+    if not on_cpu():
+        return 1 << 30, 1024, 1024
+    return 64 << 20, 4096, 64 if native_kernels() is None else 1024
 
 
 def pays_to_compile(num_tokens: int) -> bool:

@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
-from ..machine.device import compute_streams, has_fast_matmul, on_cpu
+from ..kernels.cpu import rms_norm
+from ..machine.device import compute_streams, has_fast_matmul
 from ..machine.native import native_activations, native_kernels
 from ..quantization import Quantization
 
@@ -80,14 +81,6 @@ class CPURMSNorm(nn.RMSNorm):
         return rms_norm(x, self["weight"], self.eps)
 
 
-def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    """`mx.fast.rms_norm`, which on the CPU is many operations; with `openelm-mlx-native` it is one."""
-    kernels = native_kernels() if on_cpu() and x.dtype == mx.float32 else None
-    if kernels is None or (weight is not None and weight.dtype != mx.float32):
-        return mx.fast.rms_norm(x, weight, eps)
-    return kernels.rms_norm(x, weight, eps)
-
-
 def plain_layers(model: nn.Module) -> None:
     """Replace linear layers, embeddings and norms by those for the CPU, if `openelm-mlx-native` is installed."""
     if native_kernels() is None:
@@ -139,11 +132,6 @@ def narrowed(scales: mx.array) -> mx.array:
         if mx.array_equal(shorter.astype(mx.float32), scales).item():
             return shorter
     return scales
-
-
-def exponential(x: mx.array) -> mx.array:
-    """e to the power of x. On the CPU, MLX's `power` takes a third of the time of its `exp`: 4 ns each, not 12."""
-    return mx.power(math.e, x) if on_cpu() else mx.exp(x)
 
 
 def _parts(layer: nn.Module) -> tuple[mx.array, mx.array, mx.array | None]:

@@ -17,13 +17,13 @@ from mlx.utils import tree_flatten
 
 from ..cache.config import CacheConfig
 from ..cache.kv_cache import KVCache, StepCache
-from ..cache.layouts import attention
+from ..cache.layouts import attention, differentiable_attention
 from ..config import OpenELMConfig
+from ..kernels import cpu
 from ..kernels.fused import add_and_normalize
 from ..machine.device import choices, on_cpu
-from .cpu_layers import rms_norm
 from .fused_attention import FusedAttention
-from .rope import Rope
+from .rope import Rope, TokenRope
 
 if TYPE_CHECKING:
     from ..generation.sampling import SamplingConfig
@@ -102,7 +102,7 @@ class ForwardContext:
     """What all layers of one forward pass share."""
 
     rows: int
-    rotate: Callable[[mx.array], mx.array]  # heads (B, N, L, D) by their positions
+    rotate: Rope | TokenRope
     attend: Callable[[int, mx.array, mx.array, mx.array], mx.array]  # layer, queries (or only the last), keys, values
     last_only: bool = False  # the last layer computes only the last token's hidden state
     fused: FusedAttention | None = None  # of a decoding step with the kernels of `kernels/fused.py`
@@ -113,6 +113,8 @@ class ForwardContext:
             return x, norm(x)
         if self.fused is not None and update.dtype == x.dtype:
             return add_and_normalize(x, update, norm.weight, NORM_EPS)
+        if on_cpu() and not norm.training:
+            return cpu.add_and_normalize(x, update, norm.weight, NORM_EPS)
         x = x + update
         return x, norm(x)
 
@@ -245,7 +247,7 @@ class Attention(nn.Module):
         B = context.rows
         qkv = self.qkv_proj(x).reshape(B, -1, self.num_query_heads + 2 * self.num_kv_heads, self.head_dim)
         if context.fused is None:
-            read = context.attend(self.layer, *self._heads(swap_heads(qkv), context, last_only))
+            read = context.attend(self.layer, *self._heads(qkv, context, last_only))
         else:
             read = context.fused(self, qkv)
         read = swap_heads(read)  # (B, L, H, D)
@@ -253,25 +255,33 @@ class Attention(nn.Module):
         return self.out_proj(read.reshape(*shape, -1))
 
     def _heads(self, qkv: mx.array, context: ForwardContext, last_only: bool) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values, normalized and rotated, of heads (B, H + 2K, L, D)."""
-        H, K = self.num_query_heads, self.num_kv_heads
-        if on_cpu():
-            heads, values = mx.split(qkv, [H + K], axis=1)
-            queries, keys = mx.split(context.rotate(self._normed(heads)), [H], axis=1)
-        else:
-            queries, keys, values = mx.split(qkv, [H, H + K], axis=1)
-            if self.normalize_qk:  # before RoPE: the checkpoints were trained in this order
-                queries, keys = self.q_norm(queries), self.k_norm(keys)
-            queries, keys = context.rotate(queries), context.rotate(keys)
+        """Queries, keys and values, normalized and rotated, of heads (B, L, H + 2K, D)."""
+        queries, keys, values = self._heads_on_cpu(qkv, context) if on_cpu() else self._heads_on_gpu(qkv, context)
         return queries[:, :, -1:] if last_only else queries, keys, values
 
-    def _normed(self, heads: mx.array) -> mx.array:
-        """Queries and keys (B, H + K, L, D), normalized together: on the CPU a norm is many operations."""
-        if not self.normalize_qk:
-            return heads
-        counts = (self.num_query_heads, self.q_norm.weight), (self.num_kv_heads, self.k_norm.weight)
-        weight = mx.concatenate([mx.broadcast_to(w, (count, 1, self.head_dim)) for count, w in counts])
-        return rms_norm(heads, None, NORM_EPS) * weight
+    def _heads_on_gpu(self, qkv: mx.array, context: ForwardContext) -> tuple[mx.array, mx.array, mx.array]:
+        H, K = self.num_query_heads, self.num_kv_heads
+        queries, keys, values = mx.split(swap_heads(qkv), [H, H + K], axis=1)
+        if self.normalize_qk:  # before RoPE: the checkpoints were trained in this order
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        return context.rotate(queries), context.rotate(keys), values
+
+    def _heads_on_cpu(self, qkv: mx.array, context: ForwardContext) -> tuple[mx.array, mx.array, mx.array]:
+        """As `_heads_on_gpu`, in fewer operations: on the CPU, a norm and a rotation are many."""
+        H, K = self.num_query_heads, self.num_kv_heads
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.normalize_qk else None
+        if not self.training:
+            table = context.rotate.table(qkv.shape[1], self.head_dim)
+            found = cpu.normalize_and_rotate(qkv, norms, table, H, NORM_EPS)
+            if found is not None:
+                return found
+        heads, values = mx.split(swap_heads(qkv), [H + K], axis=1)
+        if norms is not None:
+            counts = zip((H, K), norms, strict=True)
+            weight = mx.concatenate([mx.broadcast_to(w, (count, 1, self.head_dim)) for count, w in counts])
+            heads = cpu.rms_norm(heads, None, NORM_EPS) * weight
+        queries, keys = mx.split(context.rotate(heads), [H], axis=1)
+        return queries, keys, values
 
 
 class FeedForward(nn.Module):
@@ -289,6 +299,10 @@ class FeedForward(nn.Module):
         hidden = self.proj_1(x)  # (B, L, 2F) or (B, L, F)
         if not self.gated:
             return self.proj_2(activate(self.activation, hidden))
+        if self.activation == "swish" and not self.training:
+            product = cpu.gated(hidden)
+            if product is not None:
+                return self.proj_2(product)
         if hidden.shape[:-1] == (1,):  # one token: halves that lie apart, so that Metal need not copy their product
             gate, hidden = mx.split(hidden.reshape(2, -1), 2)
         else:
@@ -316,7 +330,7 @@ def blockwise_attention(queries: mx.array, keys: mx.array, values: mx.array, mas
         seen = mask[..., start:end, :end] if mask is not None else None
         # The mask is not an argument: a checkpoint differentiates by all of them, and the fused backward of CUDA
         # has no gradient for a mask.
-        read = mx.checkpoint(partial(attention, mask=seen))
+        read = mx.checkpoint(partial(differentiable_attention, mask=seen))
         blocks.append(read(queries[:, :, start:end], keys[:, :, :end], values[:, :, :end]))
     return mx.concatenate(blocks, axis=2)
 

@@ -22,17 +22,18 @@ class Rope:
 
     def __call__(self, heads: mx.array) -> mx.array:
         """Rotate heads (B, N, L, D), whose positions increase by 1 along L."""
-        if on_cpu() and isinstance(self._positions, mx.array):
-            return self._by_table(heads, self._positions)
+        if on_cpu() and isinstance(self._positions, mx.array):  # as MLX does it, but the angles are those of all layers
+            return _rotated(heads, self.table(*heads.shape[2:]))
         return mx.fast.rope(
             heads, heads.shape[-1], traditional=False, base=self._base, scale=1.0, offset=self._positions
         )
 
-    def _by_table(self, heads: mx.array, positions: mx.array) -> mx.array:
-        """In plain operations, as MLX does it on the CPU, but the angles are computed once for all layers."""
+    def table(self, length: int, head_dim: int) -> tuple[mx.array, mx.array]:
+        """Cosines and sines, (L, D / 2), or (B, 1, L, D / 2) if each row has its own position."""
         if self._table is None:
-            self._table = _table(_angles(positions, heads.shape[2], heads.shape[3] // 2, self._base))
-        return _rotated(heads, self._table)
+            positions = self._positions if isinstance(self._positions, mx.array) else mx.array(self._positions)
+            self._table = _table(_angles(positions, length, head_dim // 2, self._base))
+        return self._table
 
 
 class TokenRope:
@@ -44,6 +45,10 @@ class TokenRope:
     def __call__(self, heads: mx.array) -> mx.array:
         """Rotate heads (B, N, L, D)."""
         return _rotated(heads, self._table)
+
+    def table(self, length: int, head_dim: int) -> tuple[mx.array, mx.array]:
+        """Cosines and sines (L, D / 2)."""
+        return self._table
 
 
 def _table(angles: mx.array) -> tuple[mx.array, mx.array]:

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import mlx.core as mx
 
 from ..data.batch import Batch
-from ..model.cpu_layers import exponential
+from ..kernels.cpu import exponential
 from ..model.openelm import OpenELM
 
 DEFAULT_CHUNK = 256  # tokens

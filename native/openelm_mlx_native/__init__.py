@@ -1,4 +1,4 @@
-"""MLX's quantized and float32 products on the CPU, vectorised and on all cores."""
+"""What a network computes on the CPU, vectorised and on all cores: products, attention and norms."""
 
 import mlx.core as _mx
 
@@ -12,9 +12,14 @@ if _mx.__version__ != mlx_version:
     )
 
 from ._kernels import (
+    add_and_normalize,
+    attention,
+    gated,
     instructions,
     largest_batch,
+    log_sum_exp,
     matmul_transposed,
+    normalize_and_rotate,
     quantized_matmul,
     quantized_rows,
     rms_norm,
@@ -24,10 +29,15 @@ from ._kernels import (
 )
 
 __all__ = [
+    "add_and_normalize",
+    "attention",
+    "gated",
     "instructions",
     "largest_batch",
+    "log_sum_exp",
     "matmul_transposed",
     "mlx_version",
+    "normalize_and_rotate",
     "quantized_matmul",
     "quantized_rows",
     "rms_norm",

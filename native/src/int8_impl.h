@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "kernels_impl.h"
+#include "elementwise_impl.h"
 
 namespace openelm {
 namespace {
@@ -141,7 +141,7 @@ void multiply_int8(const Matrix& matrix, const int8_t* values, const float* scal
 }
 
 constexpr Kernels kernels_named(const char* name) {
-  return {name, kPanel, prepared_size, prepare, multiply, pack, unpack, tile, quantize, multiply_int8};
+  return {name, L, kPanel, prepared_size, prepare, multiply, pack, unpack, tile, largest, exponentials, gate, quantize, multiply_int8};
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ constexpr int kTileDepth = 256;  // columns of such a tile
 
 struct Kernels {
   const char* name;
+  int lanes;  // floats of a vector
   int panel;  // inputs that a tile is multiplied with at once
 
   // A few inputs: each is prepared once (reordered, scaled by powers of two, its sums per group), then multiplied with
@@ -47,10 +48,15 @@ struct Kernels {
   void (*multiply)(const Matrix&, const float* prepared, int64_t inputs, int64_t first, int64_t last, float* y);
 
   // Many inputs: panels of inputs, transposed, times unpacked tiles; the result is transposed, too.
-  void (*pack)(const float* x, int64_t stride, int64_t inputs, int64_t depth, float* panel);
+  void (*pack)(const float* x, int64_t stride, int64_t inputs, int64_t depth, int64_t width, float* panel);
   void (*unpack)(const Matrix&, int64_t row, int64_t from, int64_t to, float* out);
-  void (*tile)(const float* w, int64_t w_stride, int64_t rows, const float* panel, int64_t inputs, int64_t depth,
-               float* result, int64_t result_stride, bool add);
+  void (*tile)(const float* w, int64_t w_stride, int64_t rows, const float* panel, int64_t panel_stride, int64_t inputs,
+               int64_t depth, float* result, int64_t result_stride, bool add);
+
+  // Elements of a row, from its beginning on: what is before and behind them changes nothing.
+  float (*largest)(const float* x, int64_t count);
+  float (*exponentials)(const float* x, int64_t count, float scale, float shift, float* out);  // e^(scale x - shift); sum
+  void (*gate)(const float* gate, const float* x, int64_t count, float* out);  // gate / (1 + e^-gate) * x
 
   // Many inputs, rounded to 8 bits: whole numbers with a scale for each group of the matrix.
   void (*quantize)(const float* x, int64_t columns, int group, int8_t* values, float* scales, float* sums);

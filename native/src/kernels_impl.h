@@ -63,14 +63,6 @@ auto with_code(const Format& format, const Call& call) {
   }
 }
 
-int64_t prepared_size(const Format& format, int64_t columns) {
-  return with_code(format, [&](auto code) {
-    using Code = decltype(code);
-    const Segments<Code> segments(format, columns);
-    return segments.padded() + (Code::biased ? segments.groups : 0);
-  });
-}
-
 template <class Code>
 constexpr auto factors() {
   std::array<float, Code::block> table{};
@@ -100,26 +92,6 @@ float sum_of(const float* x, int count) {
   F total = Vector::zero();
   for (int i = 0; i < count; i += L) total = Vector::add(total, Vector::load(x + i));
   return Vector::sum(total);
-}
-
-void prepare(const Format& format, int64_t columns, const float* x, float* prepared) {
-  with_code(format, [&](auto code) {
-    using Code = decltype(code);
-    const Segments<Code> segments(format, columns);
-    int64_t k = 0;
-    for (; k + Code::block <= columns; k += Code::block) prepare_block<Code>(x + k, prepared + k);
-    for (; k < segments.padded(); k += Code::block) {
-      float rest[Code::block] = {};
-      if (k < columns) std::copy(x + k, x + columns, rest);
-      prepare_block<Code>(rest, prepared + k);
-    }
-    if constexpr (Code::biased) {
-      float* sums = prepared + segments.padded();
-      const int64_t groups = columns / format.group;
-      for (int64_t g = 0; g < groups; ++g) sums[g] = sum_of(x + g * format.group, format.group);
-      std::fill(sums + groups, sums + segments.groups, 0.0f);
-    }
-  });
 }
 
 constexpr int bytes_of(Scales type) { return type == Scales::float32 ? 4 : type >= Scales::e8m0 ? 1 : 2; }
@@ -274,6 +246,25 @@ const uint8_t* readable(const Matrix& matrix, int64_t row, std::vector<uint8_t>&
   return out;
 }
 
+}  // namespace
+}  // namespace openelm
+
+#if defined(__AVX2__)
+#include "fixed_avx2.h"
+#else
+namespace openelm {
+namespace {
+bool takes_fixed(const Format&) { return false; }
+int64_t fixed_size(const Format&, int64_t) { return 0; }
+void prepare_fixed(const Format&, int64_t, const float*, float*) {}
+void multiply_fixed(const Matrix&, const float*, int64_t, int64_t, int64_t, float*) {}
+}  // namespace
+}  // namespace openelm
+#endif
+
+namespace openelm {
+namespace {
+
 template <class Code>
 void multiply_rows(const Matrix& matrix, const float* prepared, int64_t inputs, int64_t first, int64_t last, float* y) {
   thread_local std::vector<float> scale_buffer, bias_buffer, total_buffer;
@@ -310,7 +301,38 @@ void multiply_rows(const Matrix& matrix, const float* prepared, int64_t inputs, 
   }
 }
 
+int64_t prepared_size(const Format& format, int64_t columns) {
+  if (takes_fixed(format)) return fixed_size(format, columns);
+  return with_code(format, [&](auto code) {
+    using Code = decltype(code);
+    const Segments<Code> segments(format, columns);
+    return segments.padded() + (Code::biased ? segments.groups : 0);
+  });
+}
+
+void prepare(const Format& format, int64_t columns, const float* x, float* prepared) {
+  if (takes_fixed(format)) return prepare_fixed(format, columns, x, prepared);
+  with_code(format, [&](auto code) {
+    using Code = decltype(code);
+    const Segments<Code> segments(format, columns);
+    int64_t k = 0;
+    for (; k + Code::block <= columns; k += Code::block) prepare_block<Code>(x + k, prepared + k);
+    for (; k < segments.padded(); k += Code::block) {
+      float rest[Code::block] = {};
+      if (k < columns) std::copy(x + k, x + columns, rest);
+      prepare_block<Code>(rest, prepared + k);
+    }
+    if constexpr (Code::biased) {
+      float* sums = prepared + segments.padded();
+      const int64_t groups = columns / format.group;
+      for (int64_t g = 0; g < groups; ++g) sums[g] = sum_of(x + g * format.group, format.group);
+      std::fill(sums + groups, sums + segments.groups, 0.0f);
+    }
+  });
+}
+
 void multiply(const Matrix& matrix, const float* prepared, int64_t inputs, int64_t first, int64_t last, float* y) {
+  if (takes_fixed(matrix.format)) return multiply_fixed(matrix, prepared, inputs, first, last, y);
   with_code(matrix.format, [&](auto code) {
     multiply_rows<decltype(code)>(matrix, prepared, inputs, first, last, y);
   });
@@ -391,24 +413,29 @@ void unpack(const Matrix& matrix, int64_t row, int64_t from, int64_t to, float* 
 
 constexpr int kPanel = 3 * L;
 
-void pack(const float* x, int64_t stride, int64_t inputs, int64_t depth, float* panel) {
-  const int64_t width = up(inputs, L);
-  for (int64_t k = 0; k < depth; k += 8) {
-    const int64_t columns = std::min<int64_t>(8, depth - k);
-    for (int64_t m = 0; m < width; ++m)
-      for (int64_t i = 0; i < columns; ++i) panel[(k + i) * width + m] = m < inputs ? x[m * stride + k + i] : 0.0f;
+// Inputs (rows) to columns, `width` of them side by side and filled with zeros.
+void pack(const float* x, int64_t stride, int64_t inputs, int64_t depth, int64_t width, float* panel) {
+  int64_t m = 0;
+  for (; m + L <= inputs; m += L) {
+    const float* rows = x + m * stride;
+    int64_t k = 0;
+    for (; k + L <= depth; k += L) Vector::transpose(rows + k, stride, panel + k * width + m, width);
+    for (; k < depth; ++k)
+      for (int i = 0; i < L; ++i) panel[k * width + m + i] = rows[i * stride + k];
   }
+  for (; m < width; ++m)
+    for (int64_t k = 0; k < depth; ++k) panel[k * width + m] = m < inputs ? x[m * stride + k] : 0.0f;
 }
 
 template <int N, int M>
-void tile_block(const float* w, int64_t w_stride, const float* panel, int64_t depth, float* result, int64_t stride,
-                bool add) {
+void tile_block(const float* w, int64_t w_stride, const float* panel, int64_t panel_stride, int64_t depth,
+                float* result, int64_t stride, bool add) {
   F sums[N][M];
   OPENELM_UNROLL for (int n = 0; n < N; ++n)
     OPENELM_UNROLL for (int m = 0; m < M; ++m) sums[n][m] = add ? Vector::load(result + n * stride + m * L) : Vector::zero();
   for (int64_t k = 0; k < depth; ++k) {
     F inputs[M];
-    OPENELM_UNROLL for (int m = 0; m < M; ++m) inputs[m] = Vector::load(panel + (k * M + m) * L);
+    OPENELM_UNROLL for (int m = 0; m < M; ++m) inputs[m] = Vector::load(panel + k * panel_stride + m * L);
     OPENELM_UNROLL for (int n = 0; n < N; ++n) {
       const F weight = Vector::set(w[n * w_stride + k]);
       OPENELM_UNROLL for (int m = 0; m < M; ++m) sums[n][m] = Vector::fma(weight, inputs[m], sums[n][m]);
@@ -419,20 +446,20 @@ void tile_block(const float* w, int64_t w_stride, const float* panel, int64_t de
 }
 
 template <int M>
-void tile_rows(const float* w, int64_t w_stride, int64_t rows, const float* panel, int64_t depth, float* result,
-               int64_t stride, bool add) {
+void tile_rows(const float* w, int64_t w_stride, int64_t rows, const float* panel, int64_t panel_stride, int64_t depth,
+               float* result, int64_t stride, bool add) {
   int64_t n = 0;
   for (; n + Vector::tile_rows <= rows; n += Vector::tile_rows)
-    tile_block<Vector::tile_rows, M>(w + n * w_stride, w_stride, panel, depth, result + n * stride, stride, add);
-  for (; n < rows; ++n) tile_block<1, M>(w + n * w_stride, w_stride, panel, depth, result + n * stride, stride, add);
+    tile_block<Vector::tile_rows, M>(w + n * w_stride, w_stride, panel, panel_stride, depth, result + n * stride, stride, add);
+  for (; n < rows; ++n) tile_block<1, M>(w + n * w_stride, w_stride, panel, panel_stride, depth, result + n * stride, stride, add);
 }
 
-void tile(const float* w, int64_t w_stride, int64_t rows, const float* panel, int64_t inputs, int64_t depth,
-          float* result, int64_t stride, bool add) {
+void tile(const float* w, int64_t w_stride, int64_t rows, const float* panel, int64_t panel_stride, int64_t inputs,
+          int64_t depth, float* result, int64_t stride, bool add) {
   switch (up(inputs, L) / L) {
-    case 1: return tile_rows<1>(w, w_stride, rows, panel, depth, result, stride, add);
-    case 2: return tile_rows<2>(w, w_stride, rows, panel, depth, result, stride, add);
-    default: return tile_rows<3>(w, w_stride, rows, panel, depth, result, stride, add);
+    case 1: return tile_rows<1>(w, w_stride, rows, panel, panel_stride, depth, result, stride, add);
+    case 2: return tile_rows<2>(w, w_stride, rows, panel, panel_stride, depth, result, stride, add);
+    default: return tile_rows<3>(w, w_stride, rows, panel, panel_stride, depth, result, stride, add);
   }
 }
 

@@ -1,37 +1,16 @@
 #include "product.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <memory>
 #include <vector>
+
+#include "buffer.h"
 
 namespace openelm {
 namespace {
 
 constexpr int64_t kSmallest = 1 << 15;  // weights of a share of the work; with fewer, sharing takes longer than the work
 constexpr int64_t kBlock = 768;  // inputs whose results are collected before they are transposed
-
-// Memory that a thread keeps, without values that are set first.
-class Buffer {
- public:
-  float* floats(int64_t count) {
-    if (count > size_) {
-      memory_.reset(new (std::align_val_t(64)) float[count]);
-      size_ = count;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { operator delete[](p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<float[], Free> memory_;
-  int64_t size_ = 0;
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void few(const Kernels& kernels, Pool& pool, const Matrix& matrix, const float* x, int64_t inputs, float* y) {
   thread_local Buffer buffer;
@@ -65,6 +44,7 @@ void many(const Kernels& kernels, Pool& pool, const Matrix& matrix, const float*
   const int64_t columns = matrix.columns, panels = ceil_div(inputs, kernels.panel);
   const int64_t width = ceil_div(inputs, 16) * 16 + 3 * 16;
   float* packed = packed_buffer.floats(panels * kernels.panel * columns);
+  const auto lanes_of = [&](int64_t count) { return ceil_div(count, kernels.lanes) * kernels.lanes; };
   // The panels of a range of columns lie together, each (depth, inputs).
   const auto panel_at = [&](int64_t panel, int64_t from, int64_t depth) {
     return packed + from * panels * kernels.panel + panel * kernels.panel * depth;
@@ -73,7 +53,7 @@ void many(const Kernels& kernels, Pool& pool, const Matrix& matrix, const float*
     const int64_t start = panel * kernels.panel, count = std::min<int64_t>(kernels.panel, inputs - start);
     for (int64_t from = 0; from < columns; from += kTileDepth) {
       const int64_t depth = std::min<int64_t>(kTileDepth, columns - from);
-      kernels.pack(x + start * columns + from, columns, count, depth, panel_at(panel, from, depth));
+      kernels.pack(x + start * columns + from, columns, count, depth, lanes_of(count), panel_at(panel, from, depth));
     }
   });
   const bool unpacked = matrix.format.values == Values::float32;
@@ -94,7 +74,8 @@ void many(const Kernels& kernels, Pool& pool, const Matrix& matrix, const float*
       }
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t start = panel * kernels.panel, count = std::min<int64_t>(kernels.panel, inputs - start);
-        kernels.tile(weights, stride, rows, panel_at(panel, from, depth), count, depth, results + start, width, from > 0);
+        kernels.tile(weights, stride, rows, panel_at(panel, from, depth), lanes_of(count), count, depth, results + start,
+                     width, from > 0);
       }
     }
     transpose(results, width, rows, inputs, y + row, matrix.rows);
@@ -140,22 +121,6 @@ void take_rows(const Kernels& kernels, Pool& pool, const Matrix& matrix, const i
     for (int64_t i = part * share; i < std::min(count, (part + 1) * share); ++i)
       kernels.unpack(matrix, numbers[i], 0, matrix.columns, out + i * matrix.columns);
   });
-}
-
-void normalize_rows(const float* x, const float* weight, float eps, int64_t rows, int64_t columns, float* out) {
-  constexpr int lanes = 8;  // sums that run side by side, always in one order
-  for (int64_t row = 0; row < rows; ++row, x += columns, out += columns) {
-    float sums[lanes] = {};
-    int64_t k = 0;
-    for (; k + lanes <= columns; k += lanes)
-      for (int i = 0; i < lanes; ++i) sums[i] += x[k + i] * x[k + i];
-    for (; k < columns; ++k) sums[k % lanes] += x[k] * x[k];
-    float total = 0;
-    for (float sum : sums) total += sum;
-    const float scale = 1 / std::sqrt(total / static_cast<float>(columns) + eps);
-    if (weight) for (k = 0; k < columns; ++k) out[k] = x[k] * scale * weight[k];
-    else for (k = 0; k < columns; ++k) out[k] = x[k] * scale;
-  }
 }
 
 const Kernels* kernels_for(const char* name) {

@@ -16,9 +16,6 @@ void product(const Kernels&, Pool&, const Matrix&, const float* x, int64_t input
 // Rows of the matrix by their numbers, each below `rows`: out (count, columns).
 void take_rows(const Kernels&, Pool&, const Matrix&, const int32_t* numbers, int64_t count, float* out);
 
-// Each row (columns) divided by its root mean square, times `weight` unless that is null.
-void normalize_rows(const float* x, const float* weight, float eps, int64_t rows, int64_t columns, float* out);
-
 // The fastest set of kernels that this processor can run, or that of a name; null if there is none of that name.
 const Kernels* kernels_for(const char* name = nullptr);
 

@@ -25,6 +25,28 @@ struct Vector {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  // out[i][j] = x[j][i] for a square of eight
+  static void transpose(const float* x, int64_t stride, float* out, int64_t out_stride) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(x + i * stride);
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+        a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xEE);
+      }
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+      _mm256_storeu_ps(out + (i + 4) * out_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+  }
   static float sum(F a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -41,7 +63,11 @@ struct Vector {
   static I either(I a, I b) { return _mm256_or_si256(a, b); }
   static I both(I a, I b) { return _mm256_and_si256(a, b); }
   template <int N> static I right(I a) { return _mm256_srli_epi32(a, N); }
+  template <int N> static I left(I a) { return _mm256_slli_epi32(a, N); }
+  static I plus(I a, I b) { return _mm256_add_epi32(a, b); }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static I nearest(F a) { return _mm256_cvtps_epi32(a); }
+  static F as_floats(I a) { return _mm256_castsi256_ps(a); }
   static I pick(const uint8_t* p, const uint8_t* index) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), load_int(index));

@@ -25,6 +25,32 @@ struct Vector {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static void transpose_eight(const float* x, int64_t stride, float* out, int64_t out_stride) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(x + i * stride);
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+        a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xEE);
+      }
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+      _mm256_storeu_ps(out + (i + 4) * out_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+  }
+  // out[i][j] = x[j][i] for a square of sixteen
+  static void transpose(const float* x, int64_t stride, float* out, int64_t out_stride) {
+    for (int i = 0; i < 16; i += 8)
+      for (int j = 0; j < 16; j += 8) transpose_eight(x + j * stride + i, stride, out + i * out_stride + j, out_stride);
+  }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static F repeat(const float* p, int share) {
     alignas(64) static const int index[3][16] = {{0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7},
@@ -39,7 +65,11 @@ struct Vector {
   static I either(I a, I b) { return _mm512_or_si512(a, b); }
   static I both(I a, I b) { return _mm512_and_si512(a, b); }
   template <int N> static I right(I a) { return _mm512_srli_epi32(a, N); }
+  template <int N> static I left(I a) { return _mm512_slli_epi32(a, N); }
+  static I plus(I a, I b) { return _mm512_add_epi32(a, b); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static I nearest(F a) { return _mm512_cvtps_epi32(a); }
+  static F as_floats(I a) { return _mm512_castsi512_ps(a); }
   static I pick(const uint8_t* p, const uint8_t* index) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), load_int(index));

@@ -27,6 +27,20 @@ struct Vector {
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F sub(F a, F b) { return vsubq_f32(a, b); }
+  static F div(F a, F b) { return vdivq_f32(a, b); }
+  static F min(F a, F b) { return vminq_f32(a, b); }
+  static F max(F a, F b) { return vmaxq_f32(a, b); }
+  // out[i][j] = x[j][i] for a square of four
+  static void transpose(const float* x, int64_t stride, float* out, int64_t out_stride) {
+    const float32x4x2_t low = vzipq_f32(load(x), load(x + 2 * stride));
+    const float32x4x2_t high = vzipq_f32(load(x + stride), load(x + 3 * stride));
+    for (int i = 0; i < 2; ++i) {
+      const float32x4x2_t rows = vzipq_f32(low.val[i], high.val[i]);
+      store(out + 2 * i * out_stride, rows.val[0]);
+      store(out + (2 * i + 1) * out_stride, rows.val[1]);
+    }
+  }
   static float sum(F a) { return vaddvq_f32(a); }
   static F repeat(const float* p, int) { return vcombine_f32(vdup_n_f32(p[0]), vdup_n_f32(p[1])); }
 
@@ -38,6 +52,10 @@ struct Vector {
     if constexpr (N == 0) return a;
     else return vshrq_n_u32(a, N);
   }
+  template <int N> static I left(I a) { return vshlq_n_u32(a, N); }
+  static I plus(I a, I b) { return vaddq_u32(a, b); }
+  static I nearest(F a) { return vreinterpretq_u32_s32(vcvtnq_s32_f32(a)); }
+  static F as_floats(I a) { return vreinterpretq_f32_u32(a); }
   static F to_float(I a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
   static I pick(const uint8_t* p, const uint8_t* index) {
     return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(p), vld1q_u8(index)));

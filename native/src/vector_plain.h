@@ -29,6 +29,15 @@ struct Vector {
   static F add(F a, F b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
   static F mul(F a, F b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
   static F fma(F a, F b, F c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+  static F sub(F a, F b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
+  static F div(F a, F b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
+  static F min(F a, F b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }  // b if it is NaN
+  static F max(F a, F b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+  // out[i][j] = x[j][i] for a square of as many lanes
+  static void transpose(const float* x, int64_t stride, float* out, int64_t out_stride) {
+    for (int i = 0; i < lanes; ++i)
+      for (int j = 0; j < lanes; ++j) out[i * out_stride + j] = x[j * stride + i];
+  }
   static float sum(F a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
   // p[0] in the first `share` lanes, p[1] in the next
   static F repeat(const float* p, int share) { return each([=](int i) { return p[i / share]; }); }
@@ -38,6 +47,14 @@ struct Vector {
   static I either(I a, I b) { return each_int([&](int i) { return a.v[i] | b.v[i]; }); }
   static I both(I a, I b) { return each_int([&](int i) { return a.v[i] & b.v[i]; }); }
   template <int N> static I right(I a) { return each_int([&](int i) { return a.v[i] >> N; }); }
+  template <int N> static I left(I a) { return each_int([&](int i) { return a.v[i] << N; }); }
+  static I plus(I a, I b) { return each_int([&](int i) { return a.v[i] + b.v[i]; }); }
+  static I nearest(F a) {  // zero for NaN
+    return each_int([&](int i) {
+      return a.v[i] == a.v[i] ? static_cast<uint32_t>(static_cast<int32_t>(std::nearbyint(a.v[i]))) : 0;
+    });
+  }
+  static F as_floats(I bits) { F r; std::memcpy(r.v, bits.v, sizeof r.v); return r; }
   static F to_float(I a) { return each([&](int i) { return static_cast<float>(static_cast<int32_t>(a.v[i])); }); }
   // Bytes of p, at most 16, by index (0x80: zero); four for each lane
   static I pick(const uint8_t* p, const uint8_t* index) {
@@ -67,7 +84,6 @@ struct Vector {
   static F from_e8m0(const uint8_t* p) {
     return as_floats(each_int([=](int i) { return p[i] ? static_cast<uint32_t>(p[i]) << 23 : 0x00400000u; }));
   }
-  static F as_floats(I bits) { F r; std::memcpy(r.v, bits.v, sizeof r.v); return r; }
   // Numbers of 8 bits (e4m3), divided by 256
   static F from_fp8(const uint8_t* p) {
     return each([=](int i) {

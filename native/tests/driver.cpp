@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "../src/network.h"
 #include "../src/product.h"
 
 using namespace openelm;
@@ -211,6 +212,108 @@ void check_callers(const Kernels& kernels, Pool& pool) {
   for (int count : same) expect(count == 50, kernels, made, "calls at once", 1);
 }
 
+void expect_close(const Kernels& kernels, const char* what, const std::vector<float>& found,
+                  const std::vector<double>& expected) {
+  double error = 0, size = 1e-3;
+  for (size_t i = 0; i < found.size(); ++i) {
+    error = std::isfinite(found[i]) ? std::max(error, std::abs(found[i] - expected[i])) : 1e30;
+    size = std::max(size, std::abs(expected[i]));
+  }
+  if (error <= 1e-5 * size) return;
+  ++failures;
+  std::printf("FAILED %s: %s differs by %g of %g\n", kernels.name, what, error, size);
+}
+
+// Attention over keys and values within larger buffers, which end where the last value does.
+void check_attention(const Kernels& kernels, Pool& pool, int64_t length, int64_t slots, int64_t size, int kind) {
+  const int64_t B = 2, H = 4, K = 2, stride = size + 3;
+  const auto q = random_inputs(B * H * length * size);
+  const auto k = random_inputs((B * K * slots - 1) * stride + size), v = random_inputs(k.size());
+  const Heads queries{q.data(), B, H, length, size, H * length * size, length * size, size};
+  const Heads keys{k.data(), B, K, slots, size, K * slots * stride, slots * stride, stride};
+  Heads values = keys;
+  values.data = v.data();
+  std::vector<uint8_t> allowed(length * slots);
+  for (auto& byte : allowed) byte = random_bits() % 3 == 0;
+  Mask mask;
+  mask.causal = kind == 1;
+  if (kind == 2) mask = {false, allowed.data(), 0, 0, slots, 1};
+  std::vector<float> out(q.size());
+  attend(kernels, pool, queries, keys, values, mask, 0.3f, out.data());
+  std::vector<double> expected(q.size());
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < H; ++h)
+      for (int64_t l = 0; l < length; ++l) {
+        std::vector<double> weights(slots);
+        double total = 0;
+        for (int64_t s = 0; s < slots; ++s) {
+          if (kind == 1 ? s > slots - length + l : kind == 2 && !allowed[l * slots + s]) continue;
+          double score = 0;
+          for (int64_t d = 0; d < size; ++d)
+            score += static_cast<double>(queries.at(b, h)[l * size + d]) * keys.at(b, h / 2)[s * stride + d];
+          total += weights[s] = std::exp(0.3 * score);
+        }
+        for (int64_t d = 0; d < size; ++d) {
+          double sum = 0;
+          for (int64_t s = 0; s < slots; ++s) sum += weights[s] * values.at(b, h / 2)[s * stride + d];
+          expected[((b * length + l) * H + h) * size + d] = total > 0 ? sum / total : 0;
+        }
+      }
+  expect_close(kernels, "attention", out, expected);
+}
+
+void check_network(const Kernels& kernels, Pool& pool) {
+  for (int64_t length : {1, 5, 40})
+    for (int64_t slots : {40, 75})
+      for (int64_t size : {6, 64})
+        for (int kind : {0, 1, 2}) check_attention(kernels, pool, length, slots, size, kind);
+  const int64_t rows = 7, columns = 643;
+  const auto x = random_inputs(rows * 2 * columns), update = random_inputs(x.size()), weight = random_inputs(2 * columns);
+  std::vector<float> gated(rows * columns), sums(rows), total(x.size()), normed(x.size());
+  std::vector<double> gates(gated.size()), logs(rows), expected(x.size());
+  gate_rows(kernels, pool, x.data(), rows, columns, gated.data());
+  log_sum_exp(kernels, pool, x.data(), rows, 2 * columns, sums.data());
+  add_and_normalize(pool, x.data(), update.data(), weight.data(), 1e-6f, rows, 2 * columns, total.data(), normed.data());
+  for (int64_t row = 0; row < rows; ++row) {
+    double exponentials = 0, squares = 0;
+    for (int64_t k = 0; k < 2 * columns; ++k) {
+      exponentials += std::exp(static_cast<double>(x[row * 2 * columns + k]));
+      squares += static_cast<double>(total[row * 2 * columns + k]) * total[row * 2 * columns + k];
+    }
+    logs[row] = std::log(exponentials);
+    for (int64_t k = 0; k < 2 * columns; ++k)
+      expected[row * 2 * columns + k] =
+          total[row * 2 * columns + k] / std::sqrt(squares / (2.0 * columns) + 1e-6) * weight[k];
+    for (int64_t k = 0; k < columns; ++k) {
+      const double gate = x[row * 2 * columns + k];
+      gates[row * columns + k] = gate / (1 + std::exp(-gate)) * x[(row * 2 + 1) * columns + k];
+    }
+  }
+  expect_close(kernels, "the gate", gated, gates);
+  expect_close(kernels, "the logarithm of sums", sums, logs);
+  expect_close(kernels, "the norm of a sum", normed, expected);
+
+  Rotation r{2, 3, 4, 2, 10, weight.data(), weight.data() + 10, 1e-6f, update.data(), update.data() + 100, 15};
+  std::vector<float> queries(2 * 3 * 4 * 10), keys(2 * 3 * 2 * 10), values(keys.size());
+  normalize_and_rotate(pool, r, x.data(), queries.data(), keys.data(), values.data());
+  std::vector<double> turned(queries.size());
+  for (int64_t b = 0; b < 2; ++b)
+    for (int64_t l = 0; l < 3; ++l)
+      for (int64_t h = 0; h < 4; ++h) {
+        const float* head = x.data() + ((b * 3 + l) * 8 + h) * 10;
+        double squares = 0;
+        for (int i = 0; i < 10; ++i) squares += static_cast<double>(head[i]) * head[i];
+        const auto at = [&](int i) { return head[i] / std::sqrt(squares / 10 + 1e-6) * weight[i]; };
+        for (int i = 0; i < 5; ++i) {
+          const double c = update[b * 15 + l * 5 + i], s = update[100 + b * 15 + l * 5 + i];
+          double* to = turned.data() + ((b * 4 + h) * 3 + l) * 10;
+          to[i] = at(i) * c - at(i + 5) * s;
+          to[i + 5] = at(i) * s + at(i + 5) * c;
+        }
+      }
+  expect_close(kernels, "queries", queries, turned);
+}
+
 double thread_seconds() {
   timespec now;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -273,6 +376,7 @@ int main(int count, char** arguments) {
         if (format.bits == 32) check(*kernels, pool, make(format, 5, 71));
         if (threads > 1) check(*kernels, pool, make(format, 180, 640));
       }
+      check_network(*kernels, pool);
       check_callers(*kernels, pool);
     }
     std::printf("%s: %s\n", kernels->name, failures ? "FAILED" : "ok");

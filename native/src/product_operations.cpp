@@ -1,40 +1,14 @@
 // The products as operations of MLX: lazy, compiled, differentiable, on the CPU.
-#include "primitives.h"
-
 #include <cstring>
-#include <functional>
 #include <stdexcept>
-#include <string>
 
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/mlx.h"
-#include "mlx/primitives.h"
+#include "operation.h"
+#include "operations.h"
+#include "product.h"
 
 namespace openelm {
 namespace {
-
-using mx::array;
-
-std::mutex pool_mutex;
-std::shared_ptr<Pool> pool;
-const Kernels* kernels = nullptr;
-
-// What a call needs, kept alive while it runs.
-std::pair<std::shared_ptr<Pool>, const Kernels*> team() {
-  std::lock_guard<std::mutex> lock(pool_mutex);
-  if (!pool) pool = std::make_shared<Pool>(usable_cores());
-  if (!kernels) kernels = kernels_for();
-  return {pool, kernels};
-}
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
-
-std::string text(const array& a) {
-  std::string shape;
-  for (auto size : a.shape()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-  return "(" + shape + ")";
-}
 
 Scales scale_type(const std::string& mode, mx::Dtype type) {
   if (mode == "nvfp4") return Scales::e4m3;
@@ -80,22 +54,6 @@ std::pair<Format, int> checked_matrix(const array& w, const array& scales, const
   return {format, columns};
 }
 
-// The values of an array in the order of its indices: where they are, or copied to `copy`, as views may need.
-const uint8_t* in_order(const array& a, std::vector<uint8_t>& copy) {
-  const auto* source = a.data<uint8_t>();
-  if (a.flags().row_contiguous) return source;
-  const size_t width = a.itemsize();
-  copy.resize(a.size() * width);
-  std::vector<int64_t> index(a.ndim());
-  for (size_t i = 0; i < a.size(); ++i) {
-    int64_t at = 0;
-    for (int d = 0; d < static_cast<int>(a.ndim()); ++d) at += index[d] * a.strides(d);
-    std::memcpy(copy.data() + i * width, source + at * static_cast<int64_t>(width), width);
-    for (int d = static_cast<int>(a.ndim()) - 1; d >= 0 && ++index[d] == a.shape(d); --d) index[d] = 0;
-  }
-  return copy.data();
-}
-
 // The arrays of a call, with all values in order.
 struct Inputs {
   std::vector<std::vector<uint8_t>> copies;
@@ -113,38 +71,10 @@ struct Inputs {
   }
 };
 
-class Base : public mx::UnaryPrimitive {
+class WithMatrix : public Operation {
  public:
-  Base(mx::Stream stream, Format format, Fallback fallback)
-      : UnaryPrimitive(stream), format_(format), fallback_(std::move(fallback)) {}
-
-  void eval_gpu(const std::vector<array>&, array&) override {
-    throw std::runtime_error(std::string(name()) + " runs on the CPU only");
-  }
-
-  void eval_cpu(const std::vector<array>& inputs, array& out) override {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    if (out.size() == 0) return;
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    std::vector<array> kept;
-    for (const auto& input : inputs) {
-      encoder.set_input_array(input);
-      kept.push_back(array::unsafe_weak_copy(input));
-    }
-    encoder.set_output_array(out);
-    encoder.dispatch([kept = std::move(kept), result = array::unsafe_weak_copy(out), format = format_,
-                      compute = compute()]() mutable { compute(format, kept, result); });
-  }
-
-  std::vector<array> vjp(const std::vector<array>& primals, const std::vector<array>& cotangents,
-                         const std::vector<int>& argnums, const std::vector<array>&) override {
-    return mx::vjp(only(primals, argnums), chosen(primals, argnums), cotangents).second;
-  }
-
-  std::vector<array> jvp(const std::vector<array>& primals, const std::vector<array>& tangents,
-                         const std::vector<int>& argnums) override {
-    return mx::jvp(only(primals, argnums), chosen(primals, argnums), tangents).second;
-  }
+  WithMatrix(mx::Stream stream, Format format, Fallback fallback)
+      : Operation(stream, std::move(fallback)), format_(format) {}
 
   std::pair<std::vector<array>, std::vector<int>> vmap(const std::vector<array>& inputs,
                                                        const std::vector<int>& axes) override {
@@ -156,36 +86,18 @@ class Base : public mx::UnaryPrimitive {
   }
 
   bool is_equivalent(const Primitive& other) const override {
-    return static_cast<const Base&>(other).format_ == format_;
+    return static_cast<const WithMatrix&>(other).format_ == format_;
   }
 
  protected:
-  using Compute = std::function<void(const Format&, const std::vector<array>&, array&)>;
-  virtual Compute compute() const = 0;
-  virtual std::shared_ptr<Base> again() = 0;
-
-  static std::vector<array> chosen(const std::vector<array>& all, const std::vector<int>& numbers) {
-    std::vector<array> some;
-    for (int number : numbers) some.push_back(all[number]);
-    return some;
-  }
-
-  // MLX's own operation as a function of some of its inputs.
-  Fallback only(const std::vector<array>& all, const std::vector<int>& numbers) const {
-    return [=, fallback = fallback_](const std::vector<array>& some) {
-      auto inputs = all;
-      for (size_t i = 0; i < numbers.size(); ++i) inputs[numbers[i]] = some[i];
-      return fallback(inputs);
-    };
-  }
+  virtual std::shared_ptr<WithMatrix> again() = 0;
 
   Format format_;
-  Fallback fallback_;
 };
 
-class TakeRows : public Base {
+class TakeRows : public WithMatrix {
  public:
-  using Base::Base;
+  using WithMatrix::WithMatrix;
   const char* name() const override { return "OpenELMTakeRows"; }
   std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override {
     auto shape = inputs[0].shape();
@@ -193,9 +105,9 @@ class TakeRows : public Base {
     return {shape};
   }
  protected:
-  std::shared_ptr<Base> again() override { return std::make_shared<TakeRows>(stream(), format_, fallback_); }
+  std::shared_ptr<WithMatrix> again() override { return std::make_shared<TakeRows>(stream(), format_, fallback_); }
   Compute compute() const override {
-    return [](const Format& format, const std::vector<array>& inputs, array& out) {
+    return [format = format_](const std::vector<array>& inputs, std::vector<array>& outputs) {
       const auto [threads, set] = team();
       const Inputs given(format, inputs);
       const Matrix& matrix = given.matrix;
@@ -205,7 +117,7 @@ class TakeRows : public Base {
         if (number < 0) number += static_cast<int32_t>(matrix.rows);
         number = std::clamp<int32_t>(number, 0, static_cast<int32_t>(matrix.rows) - 1);
       }
-      take_rows(*set, *threads, matrix, numbers.data(), static_cast<int64_t>(numbers.size()), out.data<float>());
+      take_rows(*set, *threads, matrix, numbers.data(), static_cast<int64_t>(numbers.size()), outputs[0].data<float>());
     };
   }
 };
@@ -235,15 +147,15 @@ array input_gradient(const std::vector<array>& primals, const array& cotangent, 
   return *total;
 }
 
-class Product : public Base {
+class Product : public WithMatrix {
  public:
-  using Base::Base;
+  using WithMatrix::WithMatrix;
   const char* name() const override { return "OpenELMProduct"; }
 
   std::vector<array> vjp(const std::vector<array>& primals, const std::vector<array>& cotangents,
                          const std::vector<int>& argnums, const std::vector<array>& outputs) override {
     if (format_.values == Values::float32 || argnums != std::vector<int>{0} || primals[1].shape(0) == 0)
-      return Base::vjp(primals, cotangents, argnums, outputs);
+      return Operation::vjp(primals, cotangents, argnums, outputs);
     return {input_gradient(primals, cotangents[0], format_, stream())};
   }
 
@@ -254,46 +166,16 @@ class Product : public Base {
   }
 
  protected:
-  std::shared_ptr<Base> again() override { return std::make_shared<Product>(stream(), format_, fallback_); }
+  std::shared_ptr<WithMatrix> again() override { return std::make_shared<Product>(stream(), format_, fallback_); }
   Compute compute() const override {
-    return [](const Format& format, const std::vector<array>& inputs, array& out) {
+    return [format = format_](const std::vector<array>& inputs, std::vector<array>& outputs) {
       const auto [threads, set] = team();
       const Inputs given(format, inputs);
       const int64_t count = static_cast<int64_t>(inputs[0].size()) / given.matrix.columns;
-      product(*set, *threads, given.matrix, reinterpret_cast<const float*>(given.first), count, out.data<float>());
+      product(*set, *threads, given.matrix, reinterpret_cast<const float*>(given.first), count, outputs[0].data<float>());
     };
   }
 };
-
-// The root mean square of the last axis, in one pass over a row where MLX's operation on the CPU is several.
-class RmsNorm : public Base {
- public:
-  RmsNorm(mx::Stream stream, float eps, Fallback fallback) : Base(stream, Format{}, std::move(fallback)), eps_(eps) {}
-  const char* name() const override { return "OpenELMRmsNorm"; }
-  std::vector<mx::Shape> output_shapes(const std::vector<array>& inputs) override { return {inputs[0].shape()}; }
-  bool is_equivalent(const Primitive& other) const override { return static_cast<const RmsNorm&>(other).eps_ == eps_; }
-
- protected:
-  std::shared_ptr<Base> again() override { return std::make_shared<RmsNorm>(stream(), eps_, fallback_); }
-  Compute compute() const override {
-    return [eps = eps_](const Format&, const std::vector<array>& inputs, array& out) {
-      std::vector<uint8_t> copies[2];
-      const auto* x = reinterpret_cast<const float*>(in_order(inputs[0], copies[0]));
-      const float* weight =
-          inputs.size() > 1 ? reinterpret_cast<const float*>(in_order(inputs[1], copies[1])) : nullptr;
-      normalize_rows(x, weight, eps, inputs[0].size() / inputs[0].shape(-1), inputs[0].shape(-1), out.data<float>());
-    };
-  }
-
- private:
-  float eps_;
-};
-
-mx::Stream cpu_stream(mx::StreamOrDevice s) {
-  const auto stream = mx::to_stream(s, mx::Device(mx::Device::cpu));
-  if (stream.device != mx::Device::cpu) refuse("these products run on the CPU; got a stream of another device");
-  return stream;
-}
 
 void check_input(const array& x, int columns) {
   if (x.dtype() != mx::float32) refuse("x must be float32");
@@ -358,39 +240,6 @@ array quantized_rows(const array& numbers, const array& w, const array& scales, 
   auto shape = numbers.shape();
   shape.push_back(columns);
   return array(shape, mx::float32, std::make_shared<TakeRows>(stream, format, fallback), std::move(inputs));
-}
-
-array rms_norm(const array& x, const std::optional<array>& weight, float eps, mx::StreamOrDevice s) {
-  const auto stream = cpu_stream(s);
-  if (x.dtype() != mx::float32 || x.ndim() < 1) refuse("x must be float32 with at least one axis");
-  if (weight && (weight->dtype() != mx::float32 || weight->shape() != mx::Shape{x.shape(-1)}))
-    refuse("weight must be float32 of shape (" + std::to_string(x.shape(-1)) + "); got " + text(*weight));
-  Fallback fallback = [eps, stream](const std::vector<array>& in) {
-    std::optional<array> scale;
-    if (in.size() > 1) scale = in[1];
-    return std::vector<array>{mx::fast::rms_norm(in[0], scale, eps, stream)};
-  };
-  std::vector<array> inputs{x};
-  if (weight) inputs.push_back(*weight);
-  return array(x.shape(), mx::float32, std::make_shared<RmsNorm>(stream, eps, fallback), std::move(inputs));
-}
-
-int threads() { return team().first->threads(); }
-
-void set_threads(int count) {
-  if (count < 1 || count > 1024) refuse("the number of threads must be from 1 to 1,024; got " + std::to_string(count));
-  auto fresh = std::make_shared<Pool>(count);
-  std::lock_guard<std::mutex> lock(pool_mutex);
-  std::swap(pool, fresh);
-}
-
-std::string instructions() { return team().second->name; }
-
-void set_instructions(const std::string& name) {
-  const Kernels* found = kernels_for(name == "auto" ? nullptr : name.c_str());
-  if (!found) refuse("this processor or build has no kernels named '" + name + "' (choose from auto, avx512, avx2, neon, plain)");
-  std::lock_guard<std::mutex> lock(pool_mutex);
-  kernels = found;
 }
 
 }  // namespace openelm
