@@ -24,7 +24,7 @@ from mlx.utils import tree_unflatten
 from mlx_openelm import OpenELM, OpenELMConfig
 from mlx_openelm.data.batch import TokenBatch, make_batch
 from mlx_openelm.machine.device import peak_memory_bytes
-from mlx_openelm.model.openelm import ForwardContext
+from mlx_openelm.model.forward_context import ForwardContext
 from mlx_openelm.training.gradients import gradients_of
 from mlx_openelm.training.loss import CrossEntropy
 from mlx_openelm.training.pretrain import initial_parameters

@@ -14,7 +14,7 @@ from mlx_openelm.cache.layouts import attention
 from mlx_openelm.conversion.open import open_source
 from mlx_openelm.loading import load_source
 from mlx_openelm.machine.device import choices, replaced_choices
-from mlx_openelm.model.openelm import blockwise_attention, segment_mask
+from mlx_openelm.model.forward_context import blockwise_attention, segment_mask
 
 TOLERANCE = 2e-5  # float32 against PyTorch's float32, on logits of size 1 to 10
 

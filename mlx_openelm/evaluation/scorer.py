@@ -10,7 +10,8 @@ import numpy as np
 from ..errors import EvaluationError
 from ..kernels.cpu import log_sum_exp
 from ..machine.device import scoring_sizes
-from ..model.openelm import ForwardContext, OpenELM
+from ..model.forward_context import ForwardContext
+from ..model.openelm import OpenELM
 from ..model.rope import TokenRope
 from ..tokenizer.tokenizer import Tokenizer
 from .encoding import RequestEncoder, TokenRequest

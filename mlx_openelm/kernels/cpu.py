@@ -1,8 +1,8 @@
 """The network's operations on the CPU, where MLX computes most of them as several, without vector instructions.
 
-With the package `openelm-mlx-native` each is one operation, and a row's result is the same to the bit whatever the other
-rows are. Without it, and for other types than float32, each is MLX's; where the plain way has another form, a function
-returns `None` instead.
+With the package `openelm-mlx-native` each is one operation, and a row's result is the same to the bit whatever other
+rows there are. Without it, and for types other than float32, each is MLX's. Where the plain way has another form, a
+function returns `None` instead.
 """
 
 import math

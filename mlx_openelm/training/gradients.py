@@ -19,8 +19,9 @@ from mlx.utils import tree_unflatten
 
 from ..data.batch import Batch
 from ..machine.compiler import compile_function
+from ..model.forward_context import ForwardContext, segment_mask
 from ..model.lora import MAGNITUDE, invalidate_scales, set_dropout_keys
-from ..model.openelm import ForwardContext, OpenELM, segment_mask
+from ..model.openelm import OpenELM
 from .loss import Objective
 from .optimizer import Tensors
 

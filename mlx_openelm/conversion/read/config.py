@@ -14,7 +14,7 @@ from ...errors import ConfigError, quoted, shorten
 from ...files.json_file import read_json_object
 from ...files.paths import check_links, exists, is_folder, user_path
 from ...files.yaml_file import read_yaml_object
-from ...model.openelm import NORM_EPS
+from ...model.forward_context import NORM_EPS
 
 # Keys of Hugging Face configurations that cannot change what the network computes.
 _IGNORED_KEYS = {
