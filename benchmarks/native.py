@@ -1,7 +1,7 @@
 """Decoding and prefill on the CPU in turn: openelm-mlx with and without openelm-mlx-native, mlx-lm, and llama.cpp.
 
 python benchmarks/native.py [--sizes 270M,1.1B] [--bits 0,4] [--rounds 5] [--prompt 32] [--tokens 16]
-    [--llama PYTHON --gguf FOLDER] [--rows 1,2,4,8,16,32]
+    [--llama PYTHON --gguf FOLDER] [--rows 1,2,4,8,16,32] [--contestants "native;without;mlx-lm;llama.cpp"]
 
 All have random weights of the same shapes and as many threads as there are cores. For llama.cpp, `--llama` is a Python
 with llama-cpp-python, and `--gguf` a folder with SIZE-F32.gguf, SIZE-Q4_0.gguf, SIZE-Q3_K.gguf, SIZE-Q6_K.gguf or
@@ -21,11 +21,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PEERS = {0: "F32", 3: "Q3_K", 4: "Q4_0", 6: "Q6_K", 8: "Q8_0"}  # llama.cpp's format beside ours, by bits
+INT8 = "native, int8"
+CONTESTANTS = f"native;{INT8};without;mlx-lm;llama.cpp"
 LLAMA = """
 import json, sys, time
 from llama_cpp import Llama
 path, prompt, tokens, threads = sys.argv[1], *map(int, sys.argv[2:])
 model = Llama(path, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+print("ready", flush=True)
 for line in sys.stdin:
     model.reset()
     start = time.perf_counter(); model.eval([100 + i for i in range(prompt)]); first = time.perf_counter()
@@ -47,6 +50,7 @@ def contestant(name: str, size: str, bits: int, prompt: int, tokens: int) -> Non
     network = random_network(OpenELMConfig.preset(size), mx.float32, Quantization.of(bits) if bits else None)
     runner = Peer(network) if name == "mlx-lm" else Ours(network, compiled=False)
     prompts = [[100 + i % 20_000 for i in range(prompt)]]
+    print("ready", flush=True)
     for _ in sys.stdin:
         run = runner.run(prompts, tokens + 1, CacheConfig())
         print(json.dumps([prompt / run.first_token_seconds, tokens / run.decode_seconds]), flush=True)
@@ -62,6 +66,8 @@ class Turns:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        assert self.process.stdout is not None
+        self.process.stdout.readline()  # it is ready: the next one would need the memory for making weights, too
 
     def take(self) -> tuple[float, float]:
         """Tokens per second of prefill and of decoding."""
@@ -81,16 +87,15 @@ def measure(size: str, bits: int, arguments: argparse.Namespace) -> dict[str, An
     """Tokens per second of each contestant."""
     given = ["--size", size, "--bits", str(bits), "--prompt", str(arguments.prompt), "--tokens", str(arguments.tokens)]
     own = lambda name: [sys.executable, __file__, "--contestant", name, *given]  # noqa: E731
+    wanted = arguments.contestants.split(";")
+    settings = {"native": "on", INT8: "int8", "without": "off", "mlx-lm": "off"}
     turns = {
-        "native": Turns(own("native")),
-        "native, int8": Turns(own("native"), OPENELM_MLX_NATIVE="int8"),
-        "without": Turns(own("without"), OPENELM_MLX_NATIVE="off"),
-        "mlx-lm": Turns(own("mlx-lm"), OPENELM_MLX_NATIVE="off"),
+        name: Turns(own("native" if name == INT8 else name), OPENELM_MLX_NATIVE=setting)
+        for name, setting in settings.items()
+        if name in wanted and (bits or name != INT8)
     }
-    if not bits:
-        turns.pop("native, int8").close()
     gguf = arguments.gguf and Path(arguments.gguf) / f"{size}-{PEERS.get(bits)}.gguf"
-    if gguf and gguf.exists():
+    if gguf and gguf.exists() and "llama.cpp" in wanted:
         counts = [str(arguments.prompt), str(arguments.tokens), str(len(os.sched_getaffinity(0)))]
         turns["llama.cpp"] = Turns([arguments.llama, "-c", LLAMA, str(gguf), *counts])
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
@@ -150,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--contestants", default=CONTESTANTS)
     parser.add_argument("--rows", default="1,2,4,8,16,32")
     parser.add_argument("--llama", default=sys.executable)
     parser.add_argument("--gguf")

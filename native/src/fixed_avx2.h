@@ -18,6 +18,7 @@ namespace {
 
 constexpr float kWhole = 127 * 65536;  // the largest input: its high byte is 127
 constexpr float kTiny = 1e-30f;  // inputs below this are zero
+constexpr int64_t kAheadFixed = 2048;  // bytes
 
 // Vector v holds the v-th value of each byte. FP4: as in `kFp4`.
 template <int BITS, bool FP4 = false>
@@ -106,8 +107,8 @@ void prepare_fixed(const Format& format, int64_t columns, const float* x, float*
 
 // N rows with M inputs: totals[n][m], to be scaled by the input's scale. HALVES: a block has two scales.
 template <class Code, bool HALVES, int N, int M>
-void add_fixed(const uint8_t* const* rows, const float* const* scales, int blocks_per_scale, const int8_t* planes,
-               int64_t plane_stride, int64_t blocks, int64_t ahead, __m256 (&totals)[N][M]) {
+void add_fixed(const uint8_t* const* rows, const float* const* scales, int scale_shift, const int8_t* planes,
+               int64_t plane_stride, int64_t blocks, __m256 (&totals)[N][M]) {
   constexpr int bytes = Code::block / 8 * Code::bits;
   const __m256i ones = _mm256_set1_epi16(1), large = _mm256_set1_epi16(256);
   const __m256 larger = _mm256_set1_ps(65536);
@@ -115,7 +116,7 @@ void add_fixed(const uint8_t* const* rows, const float* const* scales, int block
     const int8_t* here = planes + block * 3 * Code::block;
     OPENELM_UNROLL for (int n = 0; n < N; ++n) {
       const uint8_t* at = rows[n] + block * bytes;
-      __builtin_prefetch(at + ahead);
+      __builtin_prefetch(at + kAheadFixed);
       __m256i weights[Code::vectors];
       Code::unpack(at, weights);
       __m256 scale;
@@ -123,7 +124,7 @@ void add_fixed(const uint8_t* const* rows, const float* const* scales, int block
         const float* two = scales[n] + 2 * block;
         scale = _mm256_set_m128(_mm_broadcast_ss(two + 1), _mm_broadcast_ss(two));
       } else {
-        scale = _mm256_broadcast_ss(scales[n] + block / blocks_per_scale);
+        scale = _mm256_broadcast_ss(scales[n] + (block >> scale_shift));
       }
       OPENELM_UNROLL for (int m = 0; m < M; ++m) {
         const auto plane = [&](int p) {
@@ -143,15 +144,15 @@ void add_fixed(const uint8_t* const* rows, const float* const* scales, int block
 }
 
 template <class Code>
-void multiply_fixed_rows(const Matrix& matrix, const float* prepared, int64_t inputs, int64_t first, int64_t last, float* y) {
+void multiply_fixed_rows(const Matrix& matrix, const float* prepared, int64_t inputs, int64_t first, int64_t last,
+                         float* y) {
   thread_local std::vector<float> scale_buffer, bias_buffer;
   thread_local std::vector<uint8_t> copies;
   const FixedInput layout(matrix.format, matrix.columns, Code::block);
   const int64_t size = layout.size(), groups = matrix.groups();
-  const int64_t ahead = up(kAhead, 4 * matrix.row_bytes());
   float* scales = scratch(scale_buffer, kRows * groups + 16);
   float* biases = scratch(bias_buffer, kRows * groups + 16);
-  const int blocks_per_scale = std::max(1, matrix.format.group / Code::block);
+  const int scale_shift = matrix.format.group > Code::block ? 1 : 0;  // two blocks share a scale
   for (int64_t row = first; row < last; row += kRows) {
     const int64_t count = std::min<int64_t>(kRows, last - row);
     const uint8_t* rows[kRows];
@@ -164,12 +165,13 @@ void multiply_fixed_rows(const Matrix& matrix, const float* prepared, int64_t in
     const auto add = [&](auto rows_at_once, auto inputs_at_once, int64_t n, int64_t m) {
       constexpr int N = decltype(rows_at_once)::value, M = decltype(inputs_at_once)::value;
       __m256 totals[N][M];
-      OPENELM_UNROLL for (int i = 0; i < N; ++i) OPENELM_UNROLL for (int j = 0; j < M; ++j) totals[i][j] = _mm256_setzero_ps();
+      OPENELM_UNROLL for (int i = 0; i < N; ++i)
+        OPENELM_UNROLL for (int j = 0; j < M; ++j) totals[i][j] = _mm256_setzero_ps();
       const auto* planes = reinterpret_cast<const int8_t*>(prepared + m * size);
       if (matrix.format.group < Code::block)
-        add_fixed<Code, true>(rows + n, row_scales + n, 1, planes, 4 * size, layout.blocks, ahead, totals);
+        add_fixed<Code, true>(rows + n, row_scales + n, 0, planes, 4 * size, layout.blocks, totals);
       else
-        add_fixed<Code, false>(rows + n, row_scales + n, blocks_per_scale, planes, 4 * size, layout.blocks, ahead, totals);
+        add_fixed<Code, false>(rows + n, row_scales + n, scale_shift, planes, 4 * size, layout.blocks, totals);
       for (int i = 0; i < N; ++i)
         for (int j = 0; j < M; ++j) {
           const float* input = prepared + (m + j) * size;
@@ -185,20 +187,19 @@ void multiply_fixed_rows(const Matrix& matrix, const float* prepared, int64_t in
     constexpr std::integral_constant<int, 4> four;
     for (int64_t m = 0; m < inputs;) {
       const int64_t left = inputs - m;
-      for (int64_t n = 0; n < count;) {
+      for (int64_t n = 0; n < count; n += left >= 2 && n + 2 <= count ? 2 : 1) {
         const bool pair = n + 2 <= count;
         if (left >= 4) pair ? add(two, four, n, m) : add(one, four, n, m);
         else if (left >= 2) pair ? add(two, two, n, m) : add(one, two, n, m);
-        else if (n + 4 <= count) add(four, one, n, m);
-        else pair ? add(two, one, n, m) : add(one, one, n, m);
-        n += left < 2 && n + 4 <= count ? 4 : pair ? 2 : 1;
+        else add(one, one, n, m);  // one stream of memory, which the processor foresees
       }
       m += left >= 4 ? 4 : left >= 2 ? 2 : 1;
     }
   }
 }
 
-void multiply_fixed(const Matrix& matrix, const float* prepared, int64_t inputs, int64_t first, int64_t last, float* y) {
+void multiply_fixed(const Matrix& matrix, const float* prepared, int64_t inputs, int64_t first, int64_t last,
+                    float* y) {
   with_fixed(matrix.format, [&](auto code) {
     multiply_fixed_rows<decltype(code)>(matrix, prepared, inputs, first, last, y);
   });
