@@ -4,6 +4,8 @@ The requests are made up, with the numbers of tokens that the tasks have. Both l
 scores can be compared. Needs lm-eval, which mlx-lm's class is derived from: pip install lm-eval
 
 python benchmarks/score.py [--size 270M] [--tasks arc,mmlu] [--rounds 3]
+
+With `openelm-mlx-native` installed, this package computes with it, and the results are kept under a name of their own.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from mlx_openelm.evaluation.prefix_tree import tree_size
 from mlx_openelm.evaluation.requests import Request
 from mlx_openelm.evaluation.scorer import Scorer
 from mlx_openelm.machine.device import DTYPES, backend_in_use, on_cpu
+from mlx_openelm.machine.native import native_kernels
 from mlx_openelm.tokenizer.files import tokenizer_files
 
 _TEXT = """the and was her said then they with she had his for that you not went very little big day play happy saw good
@@ -118,7 +121,8 @@ def main() -> None:
             counts = [f"{found[key]:,}" for key in ("requests", "tree_tokens", "computed_tokens")]
             ratios = f"{found['ratio']:.2f}", f"{TASKS[name].goal:g}"
             rows.append([TASKS[name].title, *counts, *seconds, *ratios, f"{found['largest_difference']:.1e}"])
-    name = f"score_{options.size}" + ("" if on_cpu() else f"_{backend_in_use()}")
+    device = ("_native" if native_kernels() else "") if on_cpu() else f"_{backend_in_use()}"
+    name = f"score_{options.size}{device}"
     report(name, rows, {"size": options.size, "dtype": options.dtype, "tasks": figures})
 
 

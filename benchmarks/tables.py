@@ -8,6 +8,7 @@ import re
 from common import ROOT
 from sections.evaluation import parity, scores
 from sections.metal import launches
+from sections.native import native
 from sections.speed import bandwidth, batch, blas_start, cold_start, context, decode, decode_host, sizes, speculate
 from sections.storage import convert, load, text_memory
 from sections.training import train_cache, train_memory, tune, tune_arc, tune_memory, update
@@ -25,6 +26,7 @@ Nothing here ran on Apple silicon. Absolute numbers are those of the small machi
 def main() -> None:
     sections = [cold_start(), decode(), decode_host(), sizes(), batch(), convert(), tune()]
     more = [
+        native(),
         bandwidth(),
         blas_start(),
         load(),
