@@ -6,12 +6,15 @@
 
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/scheduler.h"
 #include "mlx/transforms.h"
 #include "operations.h"
 #include "product.h"
 
 namespace openelm {
 namespace {
+
+constexpr size_t kLarge = 1 << 20;  // bytes of outputs
 
 std::mutex pool_mutex;
 std::shared_ptr<Pool> pool;
@@ -32,14 +35,14 @@ void Operation::eval_gpu(const std::vector<array>&, std::vector<array>&) {
 void Operation::eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) {
   auto& encoder = mx::cpu::get_command_encoder(stream());
   std::vector<array> kept, results;
-  bool is_empty = true;
+  size_t nbytes = 0;
   for (auto& output : outputs) {
     output.set_data(mx::allocator::malloc(output.nbytes()));
     encoder.set_output_array(output);
     results.push_back(array::unsafe_weak_copy(output));
-    is_empty = is_empty && output.size() == 0;
+    nbytes += output.nbytes();
   }
-  if (is_empty) return;
+  if (nbytes == 0) return;
   for (const auto& input : inputs) {
     encoder.set_input_array(input);
     kept.push_back(array::unsafe_weak_copy(input));
@@ -47,6 +50,10 @@ void Operation::eval_cpu(const std::vector<array>& inputs, std::vector<array>& o
   encoder.dispatch([kept = std::move(kept), results = std::move(results), compute = compute()]() mutable {
     compute(kept, results);
   });
+  // MLX allocates the outputs of a hundred operations ahead of their computation, but of ten tasks only.
+  if (nbytes < kLarge) return;
+  mx::scheduler::notify_new_task(stream());
+  mx::scheduler::enqueue(stream(), [stream = stream()] { mx::scheduler::notify_task_completion(stream); });
 }
 
 std::vector<array> Operation::vjp(const std::vector<array>& primals, const std::vector<array>& cotangents,
