@@ -117,29 +117,44 @@ def measure(size: str, bits: int, arguments: argparse.Namespace) -> dict[str, An
 
 
 def rows_against_time(counts: list[int], bits: list[int]) -> dict[str, Any]:
-    """Microseconds of products with 40 matrices of 5,120 x 1,280, by the number of rows: native and MLX's own."""
+    """Of products with 40 matrices of 5,120 x 1,280, by the number of rows, with the kernels and without."""
+    found = {}
+    for title, setting in (("native", "on"), ("without", "off")):
+        lists = [",".join(map(str, numbers)) for numbers in (counts, bits)]
+        command = [sys.executable, __file__, "--rows", lists[0], "--bits", lists[1], "--only-rows"]
+        environment = {**os.environ, "OPENELM_MLX_NATIVE": setting}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        found[title] = json.loads(done.stdout)
+    return found
+
+
+def time_rows(counts: list[int], bits: list[int]) -> dict[str, Any]:
+    """The same in this process: microseconds of one matrix, and how fast its weights were read."""
     import time
 
     import mlx.core as mx
-    import openelm_mlx_native as native
+
+    from mlx_openelm.model.cpu_layers import CPUQuantizedLinear
 
     times: dict[str, Any] = {}
-    for width in bits:
-        if not width:
-            continue
-        parts = [mx.quantize(mx.random.normal((5120, 1280)).astype(mx.bfloat16), 64, width) for _ in range(40)]
-        mx.eval(parts)
-        nbytes = sum(part.nbytes for matrix in parts for part in matrix)
+    for width in filter(None, bits):
+        layers = [CPUQuantizedLinear(1280, 5120, bias=False, group_size=64, bits=width) for _ in range(40)]
+        for layer in layers:
+            layer.scales, layer.biases = layer.scales.astype(mx.bfloat16), layer.biases.astype(mx.bfloat16)
+            if os.environ["OPENELM_MLX_NATIVE"] == "off":  # MLX multiplies with scales of the input's type only
+                layer.scales, layer.biases = layer.scales.astype(mx.float32), layer.biases.astype(mx.float32)
+        mx.eval([layer.parameters() for layer in layers])
+        nbytes = sum(array.nbytes for layer in layers for array in (layer.weight, layer.scales, layer.biases))
         for count in counts:
             x = mx.random.normal((count, 1280))
             mx.eval(x)
             best = float("inf")
-            for _ in range(7):
+            for _ in range(5):
                 started = time.perf_counter()
-                mx.eval([native.quantized_matmul(x, *matrix, group_size=64, bits=width) for matrix in parts])
+                mx.eval([layer(x) for layer in layers])
                 best = min(best, time.perf_counter() - started)
             times[f"{width} bits, {count} rows"] = {
-                "microseconds": best / len(parts) * 1e6,
+                "microseconds": best / len(layers) * 1e6,
                 "gb_per_second": nbytes / best / 1e9,
             }
     return times
@@ -161,6 +176,7 @@ def main() -> None:
     parser.add_argument("--gguf")
     parser.add_argument("--output", default=str(RESULTS / "native.json"))
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--only-rows", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--size", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contestant:
@@ -170,16 +186,23 @@ def main() -> None:
     from mlx_openelm.machine.hardware import describe
 
     bits = [int(part) for part in arguments.bits.split(",")]
+    counts = [int(part) for part in arguments.rows.split(",")]
+    if arguments.only_rows:
+        print(json.dumps(time_rows(counts, bits)))
+        return
     cases = [measure(size, width, arguments) for size in arguments.sizes.split(",") for width in bits]
     for case in cases:
         print(f"{case['size']}, {case['bits'] or 'float32'}{' bits' if case['bits'] else ''}, {case['prompt']} tokens")
         for name, speeds in case["tokens_per_second"].items():
             each = [f"{kind} {s['median']:8.1f} (best {s['best']:.1f})" for kind, s in speeds.items()]
             print(f"  {name:14}", ", ".join(each), "tokens/s")
-    curve = rows_against_time([int(part) for part in arguments.rows.split(",")], bits)
+    curve = rows_against_time(counts, bits)
     memory = BandwidthProbe().sample(1.0)
-    for name, found in curve.items():
-        print(f"{name}: {found['microseconds']:.0f} us, {found['gb_per_second'] / memory * 1e9:.0%} of the bandwidth")
+    for name, found in curve["native"].items():
+        share = f"{found['gb_per_second'] / memory * 1e9:.0%} of the bandwidth"
+        print(
+            f"{name}: {found['microseconds']:.0f} us, {share}; {curve['without'][name]['microseconds']:.0f} us without"
+        )
     report = {"cases": cases, "rows": curve, "bandwidth_gb_per_second": memory / 1e9}
     report["machine"] = describe(" ".join(["python", "benchmarks/native.py", *sys.argv[1:]]))
     Path(arguments.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -112,6 +112,24 @@ def test_a_row_is_equal_to_the_bit_in_any_batch(instructions, quantization):
         assert mx.array_equal(multiply(x[start : start + rows]), together[start : start + rows])
 
 
+@pytest.mark.parametrize("quantization", EVERY_QUANTIZATION, ids=str)
+def test_large_tiny_and_non_finite_inputs(instructions, quantization):
+    parts, options = packed(37, 640, quantization)
+    multiply = lambda x: kernels.quantized_matmul(x, *parts, **options)  # noqa: E731
+    x = normal(3, 640)
+    x[0, 7] = 3000.0  # one element that the others must not vanish beside
+    x[1] *= 1e-20
+    x[2] *= 1e15
+    for row in range(3):
+        assert_same(multiply(x)[row], exact(x[row : row + 1], parts, options)[0])
+    assert mx.array_equal(multiply(mx.zeros((2, 640))), mx.zeros((2, 37)))
+    for value in (mx.nan, mx.inf):
+        x[1, 5] = value
+        found = multiply(x)
+        assert not mx.isfinite(found[1]).any().item()
+        assert mx.isfinite(found[0]).all().item()
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 7), (33, 100), (64, 1280)])
 def test_float32_products_of_any_size(instructions, rows, columns):
     weight = normal(rows, columns, seed=1)

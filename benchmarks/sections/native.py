@@ -8,7 +8,7 @@ _PEERS = {0: "F32", 3: "Q3_K", 4: "Q4_0", 6: "Q6_K", 8: "Q8_0"}
 
 
 def native() -> str:
-    decoding, prompts = result("native"), result("native_prompt")
+    decoding, larger, prompts = result("native"), result("native_1_1B"), result("native_prompt")
     note = (
         "With [openelm-mlx-native](native.md), in turn with the same without it, mlx-lm and llama.cpp on the same "
         "threads; random\nweights. llama.cpp rounds the inputs of quantized products to 8 bits, the native kernels do "
@@ -17,14 +17,16 @@ def native() -> str:
     return "\n\n".join(
         [
             f"## Native kernels on a CPU\n\n{note}",
-            _speeds(decoding["cases"], "decode"),
+            _speeds(decoding["cases"] + larger["cases"], "decode"),
             "A prompt of 512 tokens, tokens/s:",
             _speeds(prompts["cases"], "prefill"),
-            "Many rows at once, as in batches and with drafts: 40 matrices of 5,120 x 1,280, microseconds each.",
-            _rows(decoding),
-            "Against what reading the weights would allow:",
+            "Many rows at once, as in batches and with drafts: microseconds for a matrix of 5,120 x 1,280, one of 40.",
+            _rows(decoding["rows"]),
+            "Decoding against what reading the weights would allow, of "
+            f"{result('native_bench')['bandwidth_gb_per_second']:.1f} GB/s:",
             "![Native kernels against the limit](../benchmarks/results/native.png)",
             where(decoding),
+            where(larger),
             where(prompts) + "\n",
         ]
     )
@@ -45,11 +47,12 @@ def _speeds(cases: list[dict[str, Any]], kind: str) -> str:
     return table(["", "", "native", "without", "mlx-lm", "llama.cpp", *against], rows)
 
 
-def _rows(run: dict[str, Any]) -> str:
+def _rows(curves: dict[str, Any]) -> str:
     counts: list[str] = []
-    by_bits: dict[str, list[str]] = {}
-    for name, found in run["rows"].items():
-        bits, count = name.split(", ")
-        counts += [] if count in counts else [count]
-        by_bits.setdefault(bits, []).append(f"{found['microseconds']:,.0f}")
-    return table(["", *counts], [[bits, *times] for bits, times in by_bits.items()])
+    times: dict[tuple[str, str], list[str]] = {}
+    for title, curve in curves.items():
+        for name, found in curve.items():
+            bits, count = name.split(", ")
+            counts += [] if count in counts else [count]
+            times.setdefault((bits, title), []).append(f"{found['microseconds']:,.0f}")
+    return table(["", "", *counts], [[*key, *of] for key, of in sorted(times.items())])
