@@ -12,6 +12,7 @@ see the same load; the best and the median of all rounds are reported.
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -204,7 +205,9 @@ def main() -> None:
             f"{name}: {found['microseconds']:.0f} us, {share}; {curve['without'][name]['microseconds']:.0f} us without"
         )
     report = {"cases": cases, "rows": curve, "bandwidth_gb_per_second": memory / 1e9}
-    report["machine"] = describe(" ".join(["python", "benchmarks/native.py", *sys.argv[1:]]))
+    hidden = {arguments.llama: "PYTHON", arguments.gguf: "FOLDER"}  # where they are on this machine
+    given = [hidden.get(word, word) for word in sys.argv[1:]]
+    report["machine"] = describe(shlex.join(["python", "benchmarks/native.py", *given]))
     Path(arguments.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

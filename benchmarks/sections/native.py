@@ -20,7 +20,7 @@ def native() -> str:
             _speeds(decoding["cases"] + larger["cases"], "decode"),
             "A prompt of 512 tokens, tokens/s:",
             _speeds(prompts["cases"], "prefill"),
-            "Many rows at once, as in batches and with drafts: microseconds for a matrix of 5,120 x 1,280, one of 40.",
+            "Many rows at once, as in batches and with drafts: microseconds for a matrix of 5,120 x 1,280,\none of 40, by the number of rows.",
             _rows(decoding["rows"]),
             "Decoding against what reading the weights would allow, of "
             f"{result('native_bench')['bandwidth_gb_per_second']:.1f} GB/s:",
@@ -52,7 +52,7 @@ def _rows(curves: dict[str, Any]) -> str:
     times: dict[tuple[str, str], list[str]] = {}
     for title, curve in curves.items():
         for name, found in curve.items():
-            bits, count = name.split(", ")
+            bits, count = name.removesuffix(" rows").split(", ")
             counts += [] if count in counts else [count]
             times.setdefault((bits, title), []).append(f"{found['microseconds']:,.0f}")
     return table(["", "", *counts], [[*key, *of] for key, of in sorted(times.items())])
