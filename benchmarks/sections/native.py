@@ -20,7 +20,8 @@ def native() -> str:
             _speeds(decoding["cases"] + larger["cases"], "decode"),
             "A prompt of 512 tokens, tokens/s:",
             _speeds(prompts["cases"], "prefill"),
-            "Many rows at once, as in batches and with drafts: microseconds for a matrix of 5,120 x 1,280,\none of 40, by the number of rows.",
+            "Many rows at once, as in batches and with drafts: microseconds for a matrix of 5,120 x 1,280,\n"
+            "one of 40, by the number of rows.",
             _rows(decoding["rows"]),
             "Decoding against what reading the weights would allow, of "
             f"{result('native_bench')['bandwidth_gb_per_second']:.1f} GB/s:",
