@@ -134,18 +134,19 @@ def time_rows(counts: list[int], bits: list[int]) -> dict[str, Any]:
     import time
 
     import mlx.core as mx
+    from mlx.utils import tree_flatten
 
     from mlx_openelm.model.cpu_layers import CPUQuantizedLinear
 
     times: dict[str, Any] = {}
     for width in filter(None, bits):
         layers = [CPUQuantizedLinear(1280, 5120, bias=False, group_size=64, bits=width) for _ in range(40)]
-        for layer in layers:
-            layer.scales, layer.biases = layer.scales.astype(mx.bfloat16), layer.biases.astype(mx.bfloat16)
-            if os.environ["OPENELM_MLX_NATIVE"] == "off":  # MLX multiplies with scales of the input's type only
-                layer.scales, layer.biases = layer.scales.astype(mx.float32), layer.biases.astype(mx.float32)
-        mx.eval([layer.parameters() for layer in layers])
-        nbytes = sum(array.nbytes for layer in layers for array in (layer.weight, layer.scales, layer.biases))
+        if os.environ["OPENELM_MLX_NATIVE"] != "off":  # MLX multiplies with scales of the input's type only
+            for layer in layers:
+                layer.set_dtype(mx.bfloat16)
+        parameters: Any = tree_flatten([layer.parameters() for layer in layers])
+        mx.eval(parameters)
+        nbytes = sum(array.nbytes for _, array in parameters)
         for count in counts:
             x = mx.random.normal((count, 1280))
             mx.eval(x)

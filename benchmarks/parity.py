@@ -98,7 +98,7 @@ def with_greedy(
         ids = own.ids[: -own.num_scored].tolist()
         before = len(tokenizer.decode(ids))
         for _ in range(1 + number // (4 * CHOICES) % 3):
-            ids.append(int(model(mx.array([ids]))[0, -1].argmax().item()))
+            ids.append(int(np.array(model(mx.array([ids]))[0, -1]).argmax()))
         if continuation := tokenizer.decode(ids)[before:]:
             found[number] = Request(found[number].context, continuation)
     return found
