@@ -124,8 +124,9 @@ class Zsh:
         os.close(self.main)
 
     def read_until(self, text):
+        """Read until the prompt behind a text: before it, the terminal itself would take Ctrl-U for the line."""
         seen, deadline = b"", time.monotonic() + 20
-        while text not in seen.replace(b"\r", b""):
+        while b"READY" not in seen.replace(b"\r", b"").partition(text)[2]:
             assert time.monotonic() < deadline, seen
             if select.select([self.main], [], [], 0.1)[0]:
                 seen += os.read(self.main, 65536)
