@@ -20,8 +20,8 @@ from ..quantization import Quantization
 
 _SMALLEST_SHARE = 1 << 17  # weights per core; with fewer, waking up a core takes longer than the work
 _LARGEST_UNPACKED = 3 << 17  # weights dequantized per core at a time; a whole matrix might need more than the model
-_MANY_INPUTS = 16  # number of inputs from which dequantizing for BLAS pays off
-_MANY_INPUTS_FAST = 3  # the same, if BLAS uses vector instructions
+_MANY_INPUTS = {2: 12, 3: 17, 4: 8, 5: 21, 6: 29, 8: 7}  # inputs from which dequantizing for BLAS pays off, by bits
+_MANY_INPUTS_SLOW = 16  # the least, if BLAS uses no vector instructions
 
 
 class CPUQuantizedLinear(nn.QuantizedLinear):
@@ -156,7 +156,8 @@ def _multiply(layer: nn.Module, x: mx.array) -> mx.array:
     rows = layer.weight.shape[0]
     columns = x.shape[-1]
     team = max(1, min(len(compute_streams()), rows * columns // _SMALLEST_SHARE, rows))
-    unpack = math.prod(x.shape[:-1]) >= (_MANY_INPUTS_FAST if has_fast_matmul() else _MANY_INPUTS)
+    least = 0 if has_fast_matmul() else _MANY_INPUTS_SLOW
+    unpack = math.prod(x.shape[:-1]) >= max(least, _MANY_INPUTS[layer.bits])
     rounds = -(-rows * columns // (team * _LARGEST_UNPACKED)) if unpack else 1
     if team == 1 and rounds == 1:
         return _multiply_rows(layer, x, slice(None), None, x if unpack else None)
