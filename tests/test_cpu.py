@@ -3,22 +3,12 @@
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings, strategies as st
-from test_native import cpu, installed, instructions as instructions, kernels
+from test_native import cpu, installed, instructions as instructions, kernels, normal, on_the_cpu as on_the_cpu
 
 from conftest import assert_close
 from mlx_openelm.kernels import cpu as ops
 
 EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(cpu):
-        yield
-
-
-def normal(*shape, seed=0):
-    return mx.random.normal(shape, key=mx.random.key(seed))
 
 
 def heads(batch, queries, groups, length, keys, size):

@@ -37,12 +37,6 @@ struct FixedWords {
   }
 };
 
-inline float sum_of_eight(__m256 a) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
 template <class Call>
 auto with_fixed(const Format& format, const Call& call) {
   if (format.values == Values::fp4) return call(FixedWords<4, true>{});
@@ -179,7 +173,7 @@ void multiply_fixed_rows(const Matrix& matrix, const float* prepared, int64_t in
           for (int64_t g = 0; g < layout.groups; g += 8)  // what is read of the next row meets sums of zero
             total = _mm256_fmadd_ps(_mm256_loadu_ps(biases + (n + i) * groups + g),
                                     _mm256_loadu_ps(input + layout.sums_at() + g), total);
-          y[(m + j) * matrix.rows + row + n + i] = sum_of_eight(total);
+          y[(m + j) * matrix.rows + row + n + i] = Bytes::sum(total);
         }
     };
     constexpr std::integral_constant<int, 1> one;

@@ -18,30 +18,6 @@ void check_weight(const std::optional<array>& weight, int size) {
     refuse("weight must be float32 of shape (" + std::to_string(size) + "); got " + text(*weight));
 }
 
-std::vector<array> outputs_of(const std::shared_ptr<Operation>& operation, const std::vector<array>& inputs) {
-  auto shapes = operation->output_shapes(inputs);
-  const std::vector<mx::Dtype> types(shapes.size(), mx::float32);
-  return array::make_arrays(std::move(shapes), types, operation, inputs);
-}
-
-// An operation on each row of its first input.
-class ByRow : public Operation {
- public:
-  using Operation::Operation;
-
-  std::pair<std::vector<array>, std::vector<int>> vmap(const std::vector<array>& inputs,
-                                                       const std::vector<int>& axes) override {
-    if (std::any_of(axes.begin() + 1, axes.end(), [](int axis) { return axis >= 0; }))
-      throw std::invalid_argument(std::string(name()) + " can be vectorized over its first input only");
-    auto moved = inputs;
-    moved[0] = mx::moveaxis(inputs[0], axes[0], 0, stream());
-    return {outputs_of(again(), moved), {0}};
-  }
-
- protected:
-  virtual std::shared_ptr<Operation> again() = 0;
-};
-
 // The root mean square of the last axis, in one pass over a row where MLX's operation on the CPU is several.
 class RmsNorm : public ByRow {
  public:

@@ -6,6 +6,7 @@
 
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
 #include "mlx/scheduler.h"
 #include "mlx/transforms.h"
 #include "operations.h"
@@ -72,6 +73,21 @@ Fallback Operation::only(const std::vector<array>& all, const std::vector<int>& 
     for (size_t i = 0; i < numbers.size(); ++i) inputs[numbers[i]] = some[i];
     return fallback(inputs);
   };
+}
+
+std::pair<std::vector<array>, std::vector<int>> ByRow::vmap(const std::vector<array>& inputs,
+                                                           const std::vector<int>& axes) {
+  if (std::any_of(axes.begin() + 1, axes.end(), [](int axis) { return axis >= 0; }))
+    throw std::invalid_argument(std::string(name()) + " can be vectorized over its first input only");
+  auto moved = inputs;
+  moved[0] = mx::moveaxis(inputs[0], axes[0], 0, stream());
+  return {outputs_of(again(), moved), {0}};
+}
+
+std::vector<array> outputs_of(const std::shared_ptr<Operation>& operation, const std::vector<array>& inputs) {
+  auto shapes = operation->output_shapes(inputs);
+  const std::vector<mx::Dtype> types(shapes.size(), mx::float32);
+  return array::make_arrays(std::move(shapes), types, operation, inputs);
 }
 
 void refuse(const std::string& message) { throw std::invalid_argument(message); }

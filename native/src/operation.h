@@ -46,6 +46,21 @@ class Operation : public mx::Primitive {
   Fallback only(const std::vector<array>& all, const std::vector<int>& numbers) const;
 };
 
+// An operation on each row of its first input.
+class ByRow : public Operation {
+ public:
+  using Operation::Operation;
+
+  std::pair<std::vector<array>, std::vector<int>> vmap(const std::vector<array>& inputs,
+                                                       const std::vector<int>& axes) override;
+
+ protected:
+  virtual std::shared_ptr<Operation> again() = 0;
+};
+
+// The outputs, all float32, of an operation on some inputs.
+std::vector<array> outputs_of(const std::shared_ptr<Operation>& operation, const std::vector<array>& inputs);
+
 [[noreturn]] void refuse(const std::string& message);  // std::invalid_argument, in Python ValueError
 
 std::string text(const array&);  // its shape

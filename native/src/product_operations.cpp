@@ -71,27 +71,16 @@ struct Inputs {
   }
 };
 
-class WithMatrix : public Operation {
+class WithMatrix : public ByRow {
  public:
   WithMatrix(mx::Stream stream, Format format, Fallback fallback)
-      : Operation(stream, std::move(fallback)), format_(format) {}
-
-  std::pair<std::vector<array>, std::vector<int>> vmap(const std::vector<array>& inputs,
-                                                       const std::vector<int>& axes) override {
-    if (std::any_of(axes.begin() + 1, axes.end(), [](int axis) { return axis >= 0; }))
-      throw std::invalid_argument(std::string(name()) + " cannot be vectorized over the parts of its matrix");
-    auto moved = inputs;
-    moved[0] = mx::moveaxis(inputs[0], axes[0], 0, stream());
-    return {{array(output_shapes(moved)[0], mx::float32, again(), moved)}, {0}};
-  }
+      : ByRow(stream, std::move(fallback)), format_(format) {}
 
   bool is_equivalent(const Primitive& other) const override {
     return static_cast<const WithMatrix&>(other).format_ == format_;
   }
 
  protected:
-  virtual std::shared_ptr<WithMatrix> again() = 0;
-
   Format format_;
 };
 
@@ -105,7 +94,7 @@ class TakeRows : public WithMatrix {
     return {shape};
   }
  protected:
-  std::shared_ptr<WithMatrix> again() override { return std::make_shared<TakeRows>(stream(), format_, fallback_); }
+  std::shared_ptr<Operation> again() override { return std::make_shared<TakeRows>(stream(), format_, fallback_); }
   Compute compute() const override {
     return [format = format_](const std::vector<array>& inputs, std::vector<array>& outputs) {
       const auto [threads, set] = team();
@@ -166,7 +155,7 @@ class Product : public WithMatrix {
   }
 
  protected:
-  std::shared_ptr<WithMatrix> again() override { return std::make_shared<Product>(stream(), format_, fallback_); }
+  std::shared_ptr<Operation> again() override { return std::make_shared<Product>(stream(), format_, fallback_); }
   Compute compute() const override {
     return [format = format_](const std::vector<array>& inputs, std::vector<array>& outputs) {
       const auto [threads, set] = team();

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "transpose_avx2.h"
+
 namespace openelm {
 namespace {
 
@@ -29,23 +31,9 @@ struct Vector {
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
-  // out[i][j] = x[j][i] for a square of eight
+  // out[i][j] = x[j][i] for a square of as many lanes
   static void transpose(const float* x, int64_t stride, float* out, int64_t out_stride) {
-    __m256 a[8], b[8];
-    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(x + i * stride);
-    for (int i = 0; i < 8; i += 2) {
-      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-      for (int j = 0; j < 2; ++j) {
-        a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
-        a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xEE);
-      }
-    for (int i = 0; i < 4; ++i) {
-      _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-      _mm256_storeu_ps(out + (i + 4) * out_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-    }
+    transpose_eight(x, stride, out, out_stride);
   }
   static float sum(F a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
